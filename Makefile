@@ -1,0 +1,59 @@
+# One target per stage. `make help` lists them; every target first makes the environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+EXPERIMENT ?= pipeline/experiments/demo.toml
+ARGS ?=
+BIN := $(VENV)/bin
+# faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
+FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+READY := $(VENV)/.installed-$(FAISS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo extract train finetune score report run predict verify info test lint types fmt bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## Create .venv with every pinned dependency (plain venv and pip, nothing global)
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# The two FAISS builds exclude each other: take the other one away first.
+	@$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu 2>/dev/null || true
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off \
+		--constraint .ci/constraints.txt --editable '.[$(FAISS),test]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(READY) ## All three stages on real images and weights from the package registry; prints the table
+	$(BIN)/python -m pipeline run pipeline/experiments/demo.toml --set work=runs/demo $(ARGS)
+
+extract: $(READY) ## Stage one: images to a sealed feature cache (EXPERIMENT=file.toml ARGS="--set …")
+train: $(READY) ## Stage two: probe and Mixture of Feature Experts on cached features
+finetune: $(READY) ## Stage two, the other half: the whole backbone end to end on images
+score: $(READY) ## Stage three: OOD scores and the table, from caches alone
+report: $(READY) ## Write report/index.html
+run: $(READY) ## Every stage that is not fresh
+predict: $(READY) ## Score new images: ARGS="image.jpg …"
+verify: $(READY) ## Check every byte of the caches
+info: $(READY) ## Show caches and models at a glance
+extract train finetune score report run predict verify info:
+	$(BIN)/python -m pipeline $@ '$(EXPERIMENT)' $(ARGS)
+
+test: $(READY) ## Set up and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## Check style and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## Measure every stage against its limit (a few minutes; not a test)
+	$(BIN)/python tests/bench/bench.py
+
+fmt: $(READY) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and tool caches; feature caches and runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,48 @@
+"""A cache of features: sealed folders of HDF5 shards with a manifest, found again by fingerprint.
+
+``CacheBuilder`` fills a cache and seals it; ``FeatureCache`` reads it. Knows nothing of models or of images.
+"""
+
+from cache.builder import CacheBuilder, commit_shard, unseal
+from cache.errors import (
+    CacheBusyError,
+    CacheDamagedError,
+    CacheError,
+    CacheInvalidError,
+    CacheMismatchError,
+    CacheNotFoundError,
+)
+from cache.fingerprint import arrays_sha256, canonical_json, file_sha256, fingerprint, sha256
+from cache.inputs import Failure, InputTable
+from cache.manifest import Manifest, ShardInfo
+from cache.plan import ShardPlan, plan_shards
+from cache.spec import FeatureSpec
+from cache.store import Damage, FeatureCache, find_caches, next_cache_path
+
+__all__ = [
+    "CacheBuilder",
+    "CacheBusyError",
+    "CacheDamagedError",
+    "CacheError",
+    "CacheInvalidError",
+    "CacheMismatchError",
+    "CacheNotFoundError",
+    "Damage",
+    "Failure",
+    "FeatureCache",
+    "FeatureSpec",
+    "InputTable",
+    "Manifest",
+    "ShardInfo",
+    "ShardPlan",
+    "arrays_sha256",
+    "canonical_json",
+    "commit_shard",
+    "file_sha256",
+    "find_caches",
+    "fingerprint",
+    "next_cache_path",
+    "plan_shards",
+    "sha256",
+    "unseal",
+]

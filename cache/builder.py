@@ -1,0 +1,311 @@
+"""CacheBuilder: the unsealed side of a cache. It may be killed at any moment and goes on where it was.
+
+>>> import tempfile, numpy as np
+>>> from cache import CacheBuilder, FeatureSpec, InputTable, commit_shard, plan_shards
+>>> spec = FeatureSpec("net", "0a1b", {"mean": [0.5]}, 224, 1, "none", "float32", 4, 4, 0, (0, 0), {}, 1)
+>>> inputs = InputTable.listing(["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1], [10, 20, 30], [0, 0, 0])
+>>> path = f"{tempfile.mkdtemp()}/pets-{spec.fingerprint:.8}"
+>>> plans = plan_shards(len(inputs), spec.row_bytes, max_rows=2)
+>>> with CacheBuilder.begin(path, "pets", spec, inputs, ["cat", "dog"], plans, made_with={}) as builder:
+...     for plan in builder.pending():
+...         ones = np.ones((len(plan), 4), np.float32)
+...         commit_shard(path, plan, {"cls": ones, "tap_cls": ones}, inputs[plan.start : plan.stop], failures=[])
+...     cache = builder.seal()
+>>> cache.read("cls", np.array([2])), cache.labels, cache.verify()
+(array([[1., 1., 1., 1.]], dtype=float32), array([0, 0, 1], dtype=int32), [])
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from cache.files import check, disk_errors, sync_folder, write_file
+from cache.fingerprint import fingerprint, sha256
+from cache.inputs import Failure, InputTable, failures_to_jsonl
+from cache.journal import BuildPlan, Lock, ShardRecord, file_size, is_blank, sweep
+from cache.manifest import FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo
+from cache.plan import ShardPlan
+from cache.shard import ShardFile, ShardReader, write_shard
+from cache.spec import FeatureSpec
+from cache.store import FeatureCache
+
+_NO_FILE = ShardFile(0, 0, sha256(b""))  # of a shard whose inputs all failed
+
+
+class CacheBuilder:
+    """Fills a cache, shard by shard, and seals it. Holds the cache's lock until it is closed, sealed or dead."""
+
+    def __init__(self, path: Path, plan: BuildPlan, inputs: InputTable, lock: Lock) -> None:
+        self.path = path
+        self.plan = plan
+        self._inputs = inputs
+        self._lock = lock
+        self._records: dict[int, ShardRecord] = {}
+
+    @classmethod
+    def begin(
+        cls,
+        path: str | Path,
+        dataset: str,
+        spec: FeatureSpec,
+        inputs: InputTable,
+        class_names: Sequence[str],
+        plans: Sequence[ShardPlan],
+        made_with: Mapping[str, Any],
+    ) -> Self:
+        """Begin a cache, or go on with the one that stands there unfinished.
+
+        Args:
+            path: the cache's folder, see ``next_cache_path``.
+            dataset: name of the set.
+            spec: what a feature will be.
+            inputs: the listing, nothing read yet.
+            class_names: what the labels stand for.
+            plans: which inputs go into which shard, from ``plan_shards``.
+            made_with: versions and settings that the bits may depend on. Others than those that the cache was begun
+                with are no error; the manifest then lists them under ``resumed_with``.
+
+        Raises:
+            CacheBusyError: another process fills it.
+            CacheMismatchError: another plan stands there; names what differs.
+            CacheInvalidError: the arguments contradict one another.
+            CacheError: a sealed cache or something else stands there, or the disk refuses.
+        """
+        path = Path(path)
+        asked = BuildPlan.make(dataset, spec, inputs, class_names, plans, made_with)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path)
+        try:
+            return cls(path, cls._resume_or_create(path, asked), inputs, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @staticmethod
+    def _resume_or_create(path: Path, asked: BuildPlan) -> BuildPlan:
+        if (path / MANIFEST).exists():
+            raise CacheError(f"{path}: is sealed already; open it, or take another folder")
+        try:
+            found = BuildPlan.read(path)
+        except CacheNotFoundError:
+            if not is_blank(path):
+                raise CacheError(f"{path}: holds files but no cache; take another folder") from None
+            with disk_errors(path):
+                path.mkdir(exist_ok=True)
+                sync_folder(path.parent)
+            asked.write(path)
+            return asked
+        if difference := found.first_difference(asked):
+            raise CacheMismatchError(f"{path}: is being made from something else: {difference}")
+        sweep(path, sealed=False)
+        resumed = found.resumed_with(asked.made_with)
+        if resumed is not found:
+            resumed.write(path)
+        return resumed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back; what is done is kept."""
+        self._lock.release()
+
+    def pending(self) -> tuple[ShardPlan, ...]:
+        """Shards that are still to be made."""
+        for plan in self.plan.shards:
+            if plan.index not in self._records and (record := ShardRecord.read(self.path, plan)):
+                self._records[plan.index] = record
+        return tuple(plan for plan in self.plan.shards if plan.index not in self._records)
+
+    def counts(self) -> tuple[int, int]:
+        """How many inputs are done, and how many of them failed."""
+        self.pending()
+        records = self._records.values()
+        return sum(len(record.plan) for record in records), sum(len(record.failures) for record in records)
+
+    def failures(self) -> list[Failure]:
+        """Inputs that could not be used so far, in order."""
+        self.pending()
+        return [failure for index in sorted(self._records) for failure in self._records[index].failures]
+
+    def seal(self) -> FeatureCache:
+        """Write inputs, failures and, last, the manifest; from then on the cache is whole. Gives the lock back.
+
+        Raises:
+            CacheError: shards are still to be made, or the disk refuses; what is done is kept.
+            CacheDamagedError: a shard was made from other inputs than those of the listing.
+        """
+        if pending := self.pending():
+            raise CacheError(
+                f"{self.path}: cannot be sealed: {len(pending)} of {len(self.plan.shards)} shards are missing"
+            )
+        records = [self._records[plan.index] for plan in self.plan.shards]
+        for record in records:
+            listed = self._inputs[record.plan.start : record.plan.stop]
+            if record.inputs != fingerprint(listed.columns_sha256()):
+                raise CacheDamagedError(f"{self.path / record.plan.name}: made from other inputs; remove it and go on")
+        empty = self._inputs[:0]  # so that a cache without shards concatenates, too
+        inputs = self._inputs.with_results(
+            np.concatenate([empty.sha256, *(record.digests for record in records)]),
+            np.concatenate([empty.failed, *(record.failed for record in records)]),
+        )
+        shards, row = [], 0
+        for record in records:
+            plan, file = record.plan, record.file
+            shards.append(ShardInfo(plan.name, row, file.rows, file.nbytes, file.sha256, plan.start, plan.stop))
+            row += file.rows
+        listing, failures = inputs.to_parquet(), failures_to_jsonl(f for record in records for f in record.failures)
+        manifest = Manifest(
+            dataset=self.plan.dataset,
+            spec=self.plan.spec,
+            class_names=self.plan.class_names,
+            n_inputs=len(inputs),
+            n_rows=row,
+            n_failures=len(inputs) - row,
+            inputs_sha256=sha256(listing),
+            failures_sha256=sha256(failures),
+            content_sha256=inputs.content_sha256(),
+            shards=tuple(shards),
+            made_with=dict(self.plan.made_with),
+        )
+        write_file(self.path / INPUTS, listing)
+        write_file(self.path / FAILURES, failures)
+        manifest.write(self.path)
+        sweep(self.path, sealed=True)
+        self.close()
+        return FeatureCache.open(self.path)
+
+
+def commit_shard(
+    path: str | Path,
+    plan: ShardPlan,
+    arrays: Mapping[str, npt.NDArray[np.floating[Any]]],
+    rows: InputTable,
+    failures: Sequence[Failure],
+) -> None:
+    """Write one shard of an unfinished cache and then its record; in any process, while a builder holds the cache.
+
+    Args:
+        path: the cache's folder.
+        plan: one of the builder's pending shards.
+        arrays: float32 [n, ...] for each dataset of the spec; n counts the inputs that did not fail, in order.
+        rows: the plan's slice of the listing, with digests and failed inputs (``InputTable.with_results``).
+        failures: one for each failed input, in order.
+
+    Raises:
+        CacheNotFoundError: no unfinished cache stands there (any more).
+        CacheInvalidError: the arguments contradict one another or the cache's plan.
+        CacheError: a feature cannot be stored (see ``write_shard``), or the disk refuses.
+    """
+    path = Path(path)
+    cache_plan = BuildPlan.read(path)
+    check(plan in cache_plan.shards, f"{path}: {plan} is not part of its plan")
+    used = np.flatnonzero(~rows.failed)
+    ShardRecord.make(plan, ShardFile(len(used), 0, ""), rows, failures)  # refuse before the shard is written
+    file = _NO_FILE
+    if len(used):
+        ids = [rows.ids[index] for index in used]
+        file = write_shard(path / plan.name, cache_plan.spec, arrays, rows.labels[used], ids, rows.sha256[used])
+    else:
+        (path / plan.name).unlink(missing_ok=True)
+    ShardRecord.make(plan, file, rows, failures).write(path)
+
+
+def unseal(
+    path: str | Path,
+    damaged: Iterable[str],
+    inputs: InputTable | None = None,
+    made_with: Mapping[str, Any] | None = None,
+) -> CacheBuilder:
+    """Turn a sealed cache back into an unfinished one without its damaged shards, so that only they are made again.
+
+    A damaged ``inputs.parquet`` or ``failures.jsonl`` is rebuilt from the shards and a fresh listing; shards with
+    failures are then made again, since nothing else knows of these. Where the same bits are computed again, sealing
+    gives the same bytes as before. A kill leaves the sealed cache as it was, or the unfinished one.
+
+    Args:
+        path: the cache's folder.
+        damaged: names of files as ``FeatureCache.verify`` gives them.
+        inputs: a fresh listing, needed where ``inputs.parquet`` is damaged.
+        made_with: as for ``CacheBuilder.begin``; None keeps what the manifest says.
+
+    Raises:
+        CacheBusyError: another process works on it.
+        CacheDamagedError: ``inputs.parquet`` is damaged and no listing was given, or the manifest is.
+        CacheMismatchError: the listing is not the one that the cache was made from.
+    """
+    path = Path(path)
+    lock = Lock(path)
+    try:
+        cache = FeatureCache(path, Manifest.read(path))
+        sweep(path, sealed=True)  # records that a killed unseal left may speak of shards that are damaged by now
+        manifest = cache.manifest
+        plans = [ShardPlan(i, shard.input_start, shard.input_stop) for i, shard in enumerate(manifest.shards)]
+        listing, records = _salvage(cache, plans, set(damaged), inputs)
+        plan = BuildPlan.make(manifest.dataset, manifest.spec, listing, manifest.class_names, plans, manifest.made_with)
+        if made_with is not None:
+            plan = plan.resumed_with(made_with)
+        # First all that an unfinished cache has, then away with the manifest: a kill in between changes nothing.
+        plan.write(path)
+        for record in records:
+            record.write(path)
+        with disk_errors(path):
+            (path / MANIFEST).unlink()
+            sync_folder(path)
+            for name in {plan.name for plan in plans} - {record.plan.name for record in records}:
+                (path / name).unlink(missing_ok=True)
+        return CacheBuilder(path, plan, listing, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _salvage(
+    cache: FeatureCache, plans: Sequence[ShardPlan], damaged: set[str], inputs: InputTable | None
+) -> tuple[InputTable, list[ShardRecord]]:
+    """The listing of a sealed cache, and a record for each of its shards that need not be made again."""
+    reasons: dict[str, Failure] = {}
+    with suppress(CacheDamagedError):
+        reasons = {failure.id: failure for failure in cache.failures()}
+    try:
+        listing, known = cache.inputs(), True
+    except CacheDamagedError:
+        if inputs is None:
+            raise CacheDamagedError(f"{cache.path / INPUTS}: is damaged; its inputs must be listed anew") from None
+        listing, known = inputs, False
+    if len(listing) != cache.manifest.n_inputs:
+        n_inputs = cache.manifest.n_inputs
+        raise CacheMismatchError(f"{cache.path}: made from {n_inputs} inputs, {len(listing)} are listed now")
+    records = []
+    for plan, shard in zip(plans, cache.manifest.shards, strict=True):
+        size = file_size(cache.path / shard.name)
+        if shard.name in damaged or size != (shard.nbytes if shard.rows else None):
+            continue
+        rows = listing[plan.start : plan.stop]
+        if not known and not shard.n_failures:
+            rows = _rows_from_shard(cache.path / shard.name, rows)
+        failures = [
+            reasons[id_] for id_, failed in zip(rows.ids, rows.failed, strict=True) if failed and id_ in reasons
+        ]
+        if len(failures) == shard.n_failures:
+            file = ShardFile(shard.rows, shard.nbytes, shard.sha256)
+            records.append(ShardRecord.make(plan, file, rows, failures))
+    return InputTable.listing(listing.ids, listing.labels, listing.sizes, listing.mtimes_ns), records
+
+
+def _rows_from_shard(path: Path, listed: InputTable) -> InputTable:
+    """What a shard without failures knows of its inputs."""
+    reader = ShardReader(path)
+    same_ids = [id_.encode("utf-8") for id_ in listed.ids] == reader.array("id").tolist()
+    if not same_ids or not np.array_equal(listed.labels, reader.array("label")):
+        raise CacheMismatchError(f"{path}: its sample ids or labels are not those that are listed now")
+    return listed.with_results(np.array(reader.array("image_hash")), np.zeros(len(listed), np.bool_))

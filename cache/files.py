@@ -1,0 +1,138 @@
+"""How files arrive and how JSON documents prove themselves.
+
+A file arrives whole or not at all: it is written under a temporary name in its own folder, flushed to the disk,
+renamed, and then the folder is flushed. A kill or a power cut leaves the old file, or the new one, or a ``*.tmp``.
+
+A document is JSON whose first line is the SHA-256 of all bytes after that line, so any bit flip is found::
+
+    {"digest": "9f86d081…",
+    "schema": 1,
+    …
+    }
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheNotFoundError
+from cache.fingerprint import canonical_json, sha256
+
+SCHEMA = 1  # of every document; a change of meaning takes the next number
+TEMPORARY = ".tmp"
+_DIGEST = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of a write (disk full, no permission) into a CacheError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CacheError(
+            f"{path}: cannot be written: {reason}; what was finished is kept, "
+            "the same command goes on where it was once that is put right"
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and removals inside a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that arrives whole or not at all, and is on the disk when this returns.
+
+    Raises:
+        CacheError: when the disk refuses (full, read-only); nothing is left behind.
+    """
+    # Not tempfile: its files are for their owner alone, and caches stand on shared disks.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    with disk_errors(path):
+        try:
+            with open(temporary, "xb", buffering=0) as file:
+                view = memoryview(data)
+                while view:  # a raw write may take fewer bytes than it was given
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def write_document(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a JSON document with its digest; lists of objects get a line per object, for eyes and for diff."""
+    lines = []
+    for key, value in {"schema": SCHEMA, **body}.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = b"[\n" + b",\n".join(map(canonical_json, value)) + b"\n]"
+        else:
+            text = canonical_json(value)
+        lines.append(canonical_json(key) + b": " + text)
+    rest = b",\n".join(lines) + b"\n}\n"
+    write_file(path, b'{"digest": "%s",\n%s' % (sha256(rest).encode(), rest))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a document back, without its digest and schema.
+
+    Raises:
+        CacheNotFoundError: there is no such file.
+        CacheDamagedError: its bytes do not match its digest.
+        CacheInvalidError: it is no document of ours, or of another schema.
+    """
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CacheNotFoundError(f"{path}: no such file") from None
+    head = _DIGEST.match(data)
+    if head is None:
+        raise CacheInvalidError(f"{path}: does not begin with a digest; not written by this project, or damaged")
+    if sha256(memoryview(data)[head.end() :]) != head[1].decode():
+        raise CacheDamagedError(f"{path}: its bytes do not match its own digest: damaged, or edited by hand")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CacheInvalidError(f"{path}: not JSON: {error}") from error
+    del body["digest"]
+    if (schema := body.pop("schema", None)) != SCHEMA:
+        raise CacheInvalidError(
+            f"{path}: schema {schema!r}, this version reads {SCHEMA}; use the version that wrote it"
+        )
+    return dict(body)
+
+
+def check_fields(body: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
+    """The body, if it is an object with exactly these keys and kinds of value; ``bool`` is not an ``int`` here.
+
+    Raises:
+        CacheInvalidError: naming the first key that is unknown, missing or of the wrong kind.
+    """
+    if not isinstance(body, dict):
+        raise CacheInvalidError(f"{what}: {type(body).__name__} where an object must stand")
+    if body.keys() != kinds.keys():
+        unknown, missing = sorted(body.keys() - kinds.keys()), sorted(kinds.keys() - body.keys())
+        raise CacheInvalidError(f"{what}: unknown keys {unknown}, missing keys {missing}")
+    for key, kind in kinds.items():
+        if type(body[key]) is not kind:
+            raise CacheInvalidError(f"{what}: {key} is {body[key]!r:.60}, must be {kind.__name__}")
+    return body
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise CacheInvalidError with the message unless the condition holds."""
+    if not condition:
+        raise CacheInvalidError(message)

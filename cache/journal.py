@@ -1,0 +1,271 @@
+"""What stands beside the shards of a cache that is not sealed yet, and the lock of whoever fills it.
+
+::
+
+    caltech-1a2b3c4d.lock     who fills the cache; the kernel frees it when its holder dies
+    caltech-1a2b3c4d/
+    ├── plan.json             BuildPlan: what is to be made; the cache is unfinished while there is no manifest.json
+    ├── shard-00000.h5        written first …
+    ├── shard-00000.json      … then its ShardRecord: where it stands, the shard is done
+    └── .shard-00001.h5.*.tmp what a killed process left
+
+Sealing writes ``manifest.json`` and then removes plan and records, the plan last: a manifest beside a plan is a
+sealed cache whose tidying was cut short.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.errors import CacheBusyError, CacheError
+from cache.files import TEMPORARY, check, check_fields, disk_errors, read_document, sync_folder, write_document
+from cache.fingerprint import fingerprint
+from cache.inputs import Failure, InputTable
+from cache.manifest import check_dataset_name
+from cache.plan import ShardPlan
+from cache.shard import ShardFile
+from cache.spec import FeatureSpec, first_difference
+
+PLAN = "plan.json"
+RESUMED = "resumed_with"  # in made_with: other machines or versions that finished what one began
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What an unfinished cache is to become; ``inputs`` holds a digest per column of the listing."""
+
+    dataset: str
+    spec: FeatureSpec
+    class_names: tuple[str, ...]
+    inputs: Mapping[str, str]
+    shards: tuple[ShardPlan, ...]
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        dataset: str,
+        spec: FeatureSpec,
+        inputs: InputTable,
+        class_names: Sequence[str],
+        shards: Sequence[ShardPlan],
+        made_with: Mapping[str, Any],
+    ) -> Self:
+        """Check that the parts fit together.
+
+        Raises:
+            CacheInvalidError: ids that stand twice, labels without a class, shards that do not cover the inputs.
+        """
+        check_dataset_name(dataset)
+        if len(set(inputs.ids)) < len(inputs):
+            seen: set[str] = set()
+            twice = next(id_ for id_ in inputs.ids if id_ in seen or seen.add(id_))  # type: ignore[func-returns-value]
+            check(False, f"inputs: {twice!r} stands there twice")
+        labels_ok = bool(np.all((inputs.labels >= -1) & (inputs.labels < len(class_names))))
+        check(labels_ok, f"inputs: labels must be -1 (unknown) to {len(class_names) - 1}, one of the classes")
+        stops = [0, *(shard.stop for shard in shards)]
+        tiled = all(
+            shard == ShardPlan(index, stops[index], shard.stop) and len(shard) > 0 for index, shard in enumerate(shards)
+        )
+        check(tiled and stops[-1] == len(inputs), f"the shards' plans do not cover the {len(inputs)} inputs, once each")
+        return cls(dataset, spec, tuple(class_names), inputs.columns_sha256(), tuple(shards), dict(made_with))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return {
+            "dataset": self.dataset,
+            "spec": self.spec.to_dict(),
+            "class_names": list(self.class_names),
+            "inputs": dict(self.inputs),
+            "shards": [[shard.start, shard.stop] for shard in self.shards],
+            "made_with": dict(self.made_with),
+        }
+
+    def first_difference(self, asked: "BuildPlan") -> str | None:
+        """The first thing in which this plan and the one asked for differ; ``made_with`` may."""
+        if difference := self.spec.first_difference(asked.spec):
+            return difference
+        if columns := [name for name in asked.inputs if self.inputs.get(name) != asked.inputs[name]]:
+            return f"{', '.join(columns)} of the inputs are not those that it was begun with"
+        return first_difference(self.to_dict(), {**asked.to_dict(), "made_with": dict(self.made_with)})
+
+    def resumed_with(self, made_with: Mapping[str, Any]) -> "BuildPlan":
+        """The plan when what goes on with it is made with these versions and settings."""
+        others = list(self.made_with.get(RESUMED, []))
+        began_with = {key: value for key, value in self.made_with.items() if key != RESUMED}
+        if fingerprint(made_with) in map(fingerprint, (began_with, *others)):
+            return self
+        return replace(self, made_with={**began_with, RESUMED: [*others, dict(made_with)]})
+
+    def write(self, path: Path) -> None:
+        """Write ``plan.json`` into the cache's folder."""
+        write_document(path / PLAN, self.to_dict())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read ``plan.json``.
+
+        Raises:
+            CacheNotFoundError, CacheDamagedError, CacheInvalidError: as ``read_document``.
+        """
+        kinds = {"dataset": str, "spec": dict, "class_names": list, "inputs": dict, "shards": list, "made_with": dict}
+        body = check_fields(read_document(path / PLAN), kinds, PLAN)
+        pairs = body["shards"]
+        plain = all(isinstance(pair, list) and [type(end) for end in pair] == [int, int] for pair in pairs)
+        check(plain, f"{PLAN}: shards must be pairs of numbers")
+        spec, shards = FeatureSpec.from_dict(body["spec"]), (ShardPlan(i, *pair) for i, pair in enumerate(pairs))
+        return cls(**body | {"spec": spec, "class_names": tuple(body["class_names"]), "shards": tuple(shards)})
+
+
+@dataclass(frozen=True, eq=False)
+class ShardRecord:
+    """That a shard is done, and what came of its inputs.
+
+    Attributes:
+        plan: the inputs it was made of.
+        file: what was written; no rows and no bytes where every input failed.
+        inputs: digest of the slice of the listing, so that a record never meets another listing.
+        digests: [n, 32] uint8, SHA-256 of each input.
+        failed: [n] bool.
+        failures: one for each failed input, in order.
+    """
+
+    plan: ShardPlan
+    file: ShardFile
+    inputs: str
+    digests: npt.NDArray[np.uint8]
+    failed: npt.NDArray[np.bool_]
+    failures: tuple[Failure, ...]
+
+    @classmethod
+    def make(cls, plan: ShardPlan, file: ShardFile, rows: InputTable, failures: Sequence[Failure]) -> Self:
+        """The record of a shard made from a slice of the inputs.
+
+        Raises:
+            CacheInvalidError: rows, failures and plan contradict one another.
+        """
+        check(len(rows) == len(plan), f"{plan.name}: {len(rows)} inputs given for the {len(plan)} of its plan")
+        failed_ids = [rows.ids[index] for index in np.flatnonzero(rows.failed)]
+        named = [failure.id for failure in failures]
+        check(named == failed_ids, f"{plan.name}: failures are listed for {named!r:.80}, but {failed_ids!r:.80} failed")
+        check(
+            file.rows + len(named) == len(plan), f"{plan.name}: {file.rows} rows + {len(named)} failures ≠ {len(plan)}"
+        )
+        return cls(plan, file, fingerprint(rows.columns_sha256()), rows.sha256, rows.failed, tuple(failures))
+
+    def write(self, path: Path) -> None:
+        """Write ``shard-00000.json`` into the cache's folder."""
+        body = {
+            "start": self.plan.start,
+            "stop": self.plan.stop,
+            **{item.name: getattr(self.file, item.name) for item in fields(self.file)},
+            "inputs": self.inputs,
+            "digests": self.digests.tobytes().hex(),
+            "failed": np.flatnonzero(self.failed).tolist(),
+            "failures": [failure.to_dict() for failure in self.failures],
+        }
+        write_document(path / record_name(self.plan), body)
+
+    @classmethod
+    def read(cls, path: Path, plan: ShardPlan) -> "ShardRecord | None":
+        """The record of a finished shard; None where the shard is not done, or not whole, and is to be made again."""
+        kinds: dict[str, type] = {"start": int, "stop": int, "rows": int, "nbytes": int, "sha256": str}
+        kinds |= {"inputs": str, "digests": str, "failed": list, "failures": list}
+        try:
+            body = check_fields(read_document(path / record_name(plan)), kinds, record_name(plan))
+            failures = tuple(Failure.from_dict(failure) for failure in body["failures"])
+            digests = np.frombuffer(bytes.fromhex(body["digests"]), np.uint8).reshape(len(plan), 32)
+            failed = np.zeros(len(plan), np.bool_)
+            failed[body["failed"]] = True
+        except (CacheError, ValueError, IndexError):
+            return None
+        file = ShardFile(body["rows"], body["nbytes"], body["sha256"])
+        whole = file.rows + failed.sum() == len(plan) == len(failures) + file.rows and file_size(path / plan.name) == (
+            file.nbytes if file.rows else None
+        )
+        if (body["start"], body["stop"]) != (plan.start, plan.stop) or not whole:
+            return None
+        return cls(plan, file, body["inputs"], digests, failed, failures)
+
+
+def record_name(plan: ShardPlan) -> str:
+    """File name of a shard's record."""
+    return f"shard-{plan.index:05d}.json"
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a folder is missing, or empty but for what killed processes left: free for a new cache."""
+    return not path.exists() or (path.is_dir() and all(file.suffix == TEMPORARY for file in path.iterdir()))
+
+
+def sweep(path: Path, *, sealed: bool) -> None:
+    """Remove what killed processes left; from a sealed cache the records and then the plan as well."""
+    with disk_errors(path):
+        for file in path.glob(f".*{TEMPORARY}"):
+            file.unlink(missing_ok=True)
+        if sealed:
+            for file in path.glob("shard-*.json"):
+                file.unlink(missing_ok=True)
+            (path / PLAN).unlink(missing_ok=True)
+            sync_folder(path)
+
+
+class Lock:
+    """An advisory lock on ``<path>.lock``; the kernel frees it when its holder dies.
+
+    Raises:
+        CacheBusyError: somebody holds it; names the process and its host.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_name(f"{path.name}.lock")
+        while True:
+            with disk_errors(self.path):
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
+                    break
+            except BlockingIOError:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                raise CacheBusyError(f"{path} is being filled by {holder}; wait for it, or stop it") from None
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                os.close(descriptor)
+                raise CacheError(f"{self.path}: cannot be locked: {error.strerror}") from error
+            os.close(descriptor)  # its last holder removed the file between our open and our lock: take the new one
+        self._descriptor: int | None = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back; a second time does nothing."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                self.path.unlink()  # while it is held: whoever waits at the old file sees that it is gone
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,132 @@
+"""Manifest: what a sealed cache holds. It is written last: where it stands, the cache is whole.
+
+Its numbers are checked against one another when it is read, so that a manifest that was not written by ``seal`` can
+name no file outside its folder and no row that its shards have no room for.
+"""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from cache.files import check, check_fields, read_document, write_document
+from cache.fingerprint import fingerprint
+from cache.plan import ShardPlan
+from cache.spec import FeatureSpec
+
+MANIFEST, INPUTS, FAILURES = "manifest.json", "inputs.parquet", "failures.jsonl"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a set: part of a folder's name
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A sealed shard: rows ``start`` to ``start + rows``, made of inputs ``input_start`` to ``input_stop``.
+
+    A shard whose inputs all failed has no rows, no bytes and no file.
+    """
+
+    name: str
+    start: int
+    rows: int
+    nbytes: int
+    sha256: str
+    input_start: int
+    input_stop: int
+
+    @property
+    def n_failures(self) -> int:
+        """Inputs of this shard that could not be used."""
+        return self.input_stop - self.input_start - self.rows
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a sealed cache holds.
+
+    Attributes:
+        dataset: name of the set.
+        spec: what a feature is.
+        class_names: what the labels stand for.
+        n_inputs: rows + failures.
+        n_rows: rows of every array.
+        n_failures: lines of ``failures.jsonl``.
+        inputs_sha256: digest of the file ``inputs.parquet``.
+        failures_sha256: digest of the file ``failures.jsonl``.
+        content_sha256: digest over (id, label, sha256, status) of the inputs, without sizes and times.
+        shards: in order; together they cover all inputs and all rows, once.
+        made_with: versions and settings that the bits may depend on; any JSON object.
+
+    Raises:
+        CacheInvalidError: for numbers that contradict one another.
+    """
+
+    dataset: str
+    spec: FeatureSpec
+    class_names: tuple[str, ...]
+    n_inputs: int
+    n_rows: int
+    n_failures: int
+    inputs_sha256: str
+    failures_sha256: str
+    content_sha256: str
+    shards: tuple[ShardInfo, ...]
+    made_with: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_dataset_name(self.dataset)
+        check(all(isinstance(name, str) for name in self.class_names), "manifest: class_names must be strings")
+        for name in ("inputs_sha256", "failures_sha256", "content_sha256"):
+            check(bool(_DIGEST.fullmatch(getattr(self, name))), f"manifest: {name} is no SHA-256")
+        row = input_ = 0
+        row_bytes = self.spec.row_bytes
+        for index, shard in enumerate(self.shards):
+            name = ShardPlan(index, 0, 0).name
+            check(shard.name == name, f"manifest: shard {index} is called {shard.name!r:.60}, must be {name!r}")
+            follows = shard.start == row and shard.input_start == input_ and shard.input_stop > input_
+            check(
+                follows and shard.rows >= 0 and shard.n_failures >= 0, f"manifest: rows or inputs of {name} are wrong"
+            )
+            room = shard.nbytes == 0 if shard.rows == 0 else shard.nbytes > shard.rows * row_bytes
+            check(room, f"manifest: {shard.rows} rows cannot stand in the {shard.nbytes} bytes of {name}")
+            check(bool(_DIGEST.fullmatch(shard.sha256)), f"manifest: sha256 of {name} is no SHA-256")
+            row, input_ = row + shard.rows, shard.input_stop
+        counts, added = (self.n_rows, self.n_inputs, self.n_failures), (row, input_, input_ - row)
+        check(counts == added, f"manifest: (rows, inputs, failures) are {counts}, its shards add up to {added}")
+
+    @property
+    def identity(self) -> str:
+        """Digest over spec and content: equal for equal features, whatever the place and the set's name."""
+        return fingerprint([self.spec.fingerprint, self.content_sha256])
+
+    def write(self, path: Path) -> None:
+        """Write ``manifest.json`` into a cache's folder; from then on the cache is sealed."""
+        body = {field.name: getattr(self, field.name) for field in fields(self)}
+        shards = [asdict(shard) for shard in self.shards]
+        write_document(
+            path / MANIFEST,
+            body | {"spec": self.spec.to_dict(), "class_names": list(self.class_names), "shards": shards},
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read and check the manifest of a cache's folder.
+
+        Raises:
+            CacheNotFoundError: there is none.
+            CacheDamagedError: its bytes do not match its digest.
+            CacheInvalidError: it is hostile, unreadable, or of another schema.
+        """
+        kinds: dict[str, type] = {field.name: str for field in fields(cls)}
+        kinds |= dict.fromkeys(("n_inputs", "n_rows", "n_failures"), int)
+        kinds |= {"spec": dict, "made_with": dict, "class_names": list, "shards": list}
+        body = check_fields(read_document(path / MANIFEST), kinds, "manifest")
+        shard_kinds: dict[str, type] = {field.name: int for field in fields(ShardInfo)} | {"name": str, "sha256": str}
+        shards = tuple(ShardInfo(**check_fields(shard, shard_kinds, "manifest: shard")) for shard in body["shards"])
+        spec = FeatureSpec.from_dict(body["spec"])
+        return cls(**body | {"spec": spec, "class_names": tuple(body["class_names"]), "shards": shards})
+
+
+def check_dataset_name(name: str) -> None:
+    """Raise CacheInvalidError unless a set's name can be part of a folder's name."""
+    check(bool(_NAME.fullmatch(name)), f"set name {name!r:.60}: only letters, digits and . _ - may stand in it")

@@ -1,0 +1,323 @@
+"""FeatureCache: a sealed cache, to read from; and where caches stand under their root."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from cache.fingerprint import file_sha256, sha256
+from cache.inputs import Failure, InputTable, failures_from_jsonl
+from cache.journal import PLAN, Lock, file_size, is_blank, sweep
+from cache.manifest import FAILURES, INPUTS, MANIFEST, Manifest, check_dataset_name
+from cache.shard import ShardReader
+from cache.spec import FeatureSpec
+
+Rows = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | None
+_LARGE_ROW = 4096  # bytes from which a Python loop over rows costs less than a second copy
+_MAPPED = 256  # shards that are mapped at once: each takes a file descriptor, and a process may have only 1024
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file of a cache that is not as it was sealed."""
+
+    file: str
+    what: str
+
+
+class FeatureCache:
+    """A sealed cache. Nothing is read before it is asked for, so that opening costs the manifest alone.
+
+    May be pickled and forked; files are opened in the process that reads.
+
+    Attributes:
+        path: the cache's folder.
+        manifest: what it holds.
+    """
+
+    def __init__(self, path: str | Path, manifest: Manifest) -> None:
+        self.path = Path(path)
+        self.manifest = manifest
+        self._starts = np.array([shard.start for shard in manifest.shards], np.int64)
+        self._datasets = manifest.spec.datasets()
+        self._readers: dict[int, ShardReader] = {}  # they remember where datasets lie, mapped or not
+        self._mapped: dict[int, ShardReader] = {}  # longest mapped first
+
+    @classmethod
+    def open(cls, path: str | Path, expected: FeatureSpec | None = None) -> Self:
+        """Open a sealed cache.
+
+        Args:
+            path: the cache's folder.
+            expected: what its features must be.
+
+        Raises:
+            CacheNotFoundError: there is none, or it is not finished.
+            CacheMismatchError: its spec is not the expected one; names the first field that differs.
+            CacheDamagedError, CacheInvalidError: its manifest is not one that was sealed.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).exists():
+            if (path / PLAN).exists():
+                raise CacheNotFoundError(
+                    f"{path}: the cache is not finished; run extract again, it goes on where it was"
+                )
+            raise CacheNotFoundError(f"{path}: no cache stands there (no {MANIFEST})")
+        manifest = Manifest.read(path)
+        if expected and (difference := manifest.spec.first_difference(expected)):
+            raise CacheMismatchError(f"{path}: made from something else: {difference}")
+        if (path / PLAN).exists():  # sealing was cut short after the manifest
+            # Where somebody else works on it or the disk is read-only: the cache is whole all the same.
+            with suppress(CacheError), Lock(path):
+                if (path / MANIFEST).exists():  # unseal may have taken it away before the lock was ours
+                    sweep(path, sealed=True)
+        return cls(path, manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.manifest)
+
+    def __repr__(self) -> str:
+        return f"FeatureCache({str(self.path)!r}, {self.n_rows} rows of {', '.join(self._datasets)})"
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """What a feature is."""
+        return self.manifest.spec
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of every array."""
+        return self.manifest.n_rows
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the labels stand for."""
+        return self.manifest.class_names
+
+    @property
+    def dim(self) -> int:
+        """D of ``cls``."""
+        return self.spec.cls_dim
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what a feature is."""
+        return self.spec.fingerprint
+
+    @property
+    def identity(self) -> str:
+        """Digest of what the features are: spec and content, without place and set name."""
+        return self.manifest.identity
+
+    @cached_property
+    def _inputs(self) -> InputTable:
+        return InputTable.from_parquet(self._read_file(INPUTS, self.manifest.inputs_sha256))
+
+    def inputs(self) -> InputTable:
+        """What the cache was made from, failures included.
+
+        Raises:
+            CacheDamagedError: the file is missing, or its bytes do not match the manifest.
+        """
+        return self._inputs
+
+    def failures(self) -> list[Failure]:
+        """Every input that could not be used, with the reason.
+
+        Raises:
+            CacheDamagedError: the file is missing, or its bytes do not match the manifest.
+        """
+        return failures_from_jsonl(self._read_file(FAILURES, self.manifest.failures_sha256))
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """[n] int32, -1 where unknown."""
+        return self._inputs.labels[~self._inputs.failed]
+
+    @cached_property
+    def ids(self) -> npt.NDArray[np.str_]:
+        """[n] str, the sample ids."""
+        return np.array(self._inputs.ids, np.str_)[~self._inputs.failed]
+
+    @cached_property
+    def image_hashes(self) -> npt.NDArray[np.uint8]:
+        """[n, 32] uint8, SHA-256 of each image file."""
+        return self._inputs.sha256[~self._inputs.failed]
+
+    def read(self, name: str, rows: Rows = None) -> npt.NDArray[Any]:
+        """Features of some rows, in the order given; touches the named dataset only.
+
+        Args:
+            name: ``"cls"``, ``"tap_cls"``, ``"registers"`` or ``"patches"``, as far as they are cached.
+            rows: row numbers (repeats allowed), a mask [n], a slice, or None for all.
+
+        Returns:
+            [len(rows), ...] in the stored dtype; memory of its own, writable.
+
+        Raises:
+            CacheError: no such dataset or row.
+            CacheDamagedError: a shard is missing or not as it was sealed.
+        """
+        if name not in self._datasets:
+            raise CacheError(f"{self.path}: {name!r} is not cached; there are {', '.join(self._datasets)}")
+        numbers = self._row_numbers(rows)
+        shape, dtype = self._datasets[name]
+        out = np.empty((len(numbers), *shape), dtype)
+        # "right": of the shards that start at a row, the last one holds it, since those before have no rows.
+        shards = np.searchsorted(self._starts, numbers, "right") - 1
+        order = np.argsort(shards, kind="stable")
+        bounds = np.flatnonzero(np.diff(shards[order])) + 1
+        for places in np.split(order, bounds) if len(order) else []:
+            index = int(shards[places[0]])
+            local = numbers[places] - self._starts[index]
+            array = self._array(index, name)
+            run = _as_slice(local)
+            if isinstance(run, slice) or out[0].nbytes < _LARGE_ROW:
+                out[_as_slice(places)] = array[run]
+            else:  # straight to their places, without the copy in between that a gather makes
+                for place, row in zip(places, local, strict=True):
+                    out[place] = array[row]
+        return out
+
+    def batches(
+        self, names: Sequence[str], rows: Rows = None, batch_size: int = 256, seed: int | None = None
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Walk over rows in batches; memory stays that of one batch.
+
+        Args:
+            names: datasets to read.
+            rows: as in ``read``.
+            batch_size: rows of a batch; the last one may have fewer.
+            seed: shuffles the rows; None keeps their order.
+
+        Yields:
+            one array per name, and the numbers of the rows as ``"row"`` [b] int64.
+        """
+        if batch_size < 1:
+            raise CacheError(f"batch_size is {batch_size}, must be at least 1")
+        numbers = self._row_numbers(rows)
+        if seed is not None:
+            numbers = np.random.default_rng(seed).permutation(numbers)
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
+            yield {name: self.read(name, batch) for name in names} | {"row": batch}
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> list[Damage]:
+        """Compare every byte of every file with the manifest: first names and sizes, then digests.
+
+        Args:
+            progress: called with the bytes that were read since the last call.
+
+        Returns:
+            what is wrong, in order of files; empty for a whole cache. (A damaged manifest is found by ``open``.)
+        """
+        shards = [shard for shard in self.manifest.shards if shard.rows]
+        digests = {INPUTS: self.manifest.inputs_sha256, FAILURES: self.manifest.failures_sha256}
+        digests |= {shard.name: shard.sha256 for shard in shards}
+        sizes = {shard.name: shard.nbytes for shard in shards}
+        present = {file.name for file in self.path.iterdir()}
+        damages = {name: "is missing" for name in digests.keys() - present}
+        damages |= {name: "is not part of the cache" for name in present - digests.keys() - {MANIFEST}}
+        for name in digests.keys() & present:
+            size = file_size(self.path / name)
+            if size != sizes.get(name, size):
+                damages[name] = f"has {size} bytes, must have {sizes[name]}"
+        for name in sorted(digests.keys() - damages.keys()):
+            try:
+                digest = file_sha256(self.path / name)
+            except OSError as error:
+                damages[name] = f"cannot be read: {error.strerror}"
+                continue
+            if digest != digests[name]:
+                damages[name] = "its bytes are not those that were sealed"
+            if progress:
+                progress(file_size(self.path / name) or 0)
+        try:
+            if Manifest.read(self.path) != self.manifest:
+                damages[MANIFEST] = "has changed since the cache was opened"
+        except CacheError as error:
+            damages[MANIFEST] = str(error)
+        return [Damage(name, damages[name]) for name in sorted(damages)]
+
+    def _read_file(self, name: str, digest: str) -> bytes:
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise CacheDamagedError(f"{self.path / name}: cannot be read: {error.strerror}; run verify") from error
+        if sha256(data) != digest:
+            raise CacheDamagedError(f"{self.path / name}: its bytes are not those that were sealed; run verify")
+        return data
+
+    def _row_numbers(self, rows: Rows) -> npt.NDArray[np.int64]:
+        if rows is None or isinstance(rows, slice):
+            return np.arange(self.n_rows, dtype=np.int64)[rows or slice(None)]
+        numbers = np.asarray(rows)
+        if numbers.dtype == np.bool_ and numbers.shape == (self.n_rows,):
+            return np.flatnonzero(numbers)
+        if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+            raise CacheError(
+                f"rows must be numbers [m], a mask [{self.n_rows}] or a slice, not {numbers.dtype} {numbers.shape}"
+            )
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.n_rows):
+            raise CacheError(
+                f"rows {numbers.min()} to {numbers.max()} asked of a cache with rows 0 to {self.n_rows - 1}"
+            )
+        return numbers.astype(np.int64)
+
+    def _array(self, index: int, name: str) -> npt.NDArray[Any]:
+        shard, (shape, dtype) = self.manifest.shards[index], self._datasets[name]
+        reader = self._readers.setdefault(index, ShardReader(self.path / shard.name))
+        if index not in self._mapped:
+            if len(self._mapped) >= _MAPPED:
+                self._mapped.pop(next(iter(self._mapped))).close()
+            self._mapped[index] = reader
+        array = reader.array(name)
+        if array.shape != (shard.rows, *shape) or array.dtype != dtype:
+            raise CacheDamagedError(f"{reader.path}: {name} is {array.dtype} {array.shape}, not as sealed; run verify")
+        return array
+
+
+def _as_slice(numbers: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """A slice where the numbers follow one another: it copies one run of bytes, where an index array gathers."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    runs = last - first + 1 == len(numbers) and bool((np.diff(numbers) == 1).all())
+    return slice(first, last + 1) if runs else numbers
+
+
+def find_caches(root: str | Path, dataset: str, spec: FeatureSpec) -> list[Path]:
+    """Caches of a set under a root, sealed or not, for one spec: ``<set>-<fingerprint8>[-<version>]``, newest last.
+
+    Raises:
+        CacheInvalidError: the set's name cannot be part of a folder's name.
+    """
+    folders = (path for _, path in _versions(root, dataset, spec))
+    return [path for path in folders if (path / MANIFEST).exists() or (path / PLAN).exists()]
+
+
+def next_cache_path(root: str | Path, dataset: str, spec: FeatureSpec) -> Path:
+    """Where the next version of a cache goes: the name after all that are taken.
+
+    Raises:
+        CacheInvalidError: the set's name cannot be part of a folder's name.
+    """
+    taken = [version for version, path in _versions(root, dataset, spec) if not is_blank(path)]
+    base = f"{dataset}-{spec.fingerprint:.8}"
+    return Path(root) / (f"{base}-{max(taken) + 1}" if taken else base)
+
+
+def _versions(root: str | Path, dataset: str, spec: FeatureSpec) -> list[tuple[int, Path]]:
+    check_dataset_name(dataset)
+    pattern = re.compile(re.escape(f"{dataset}-{spec.fingerprint:.8}") + r"(?:-([2-9]|[1-9][0-9]+))?")
+    folders = [path for path in Path(root).iterdir() if path.is_dir()] if Path(root).is_dir() else []
+    matches = ((pattern.fullmatch(path.name), path) for path in folders)
+    return sorted((int(match[1] or 1), path) for match, path in matches if match)

@@ -1,0 +1,1 @@
+"""Running the stages: experiment files, command line, engine, records, report."""

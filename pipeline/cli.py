@@ -1,0 +1,290 @@
+"""The command line: one verb a stage, and what an error becomes for who reads it.
+
+    0    done
+    1    a stage failed (StageError, CacheError, a full disk); what is finished is kept
+    2    bad usage or bad input: nothing was begun
+    130  interrupted; the same command goes on
+
+Every error is one line on standard error; ``--debug`` adds the traceback. Heavy libraries are imported when a verb
+needs them, so that ``--help`` and a mistake in the experiment file answer at once.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
+from stages.config import SCORE_NAMES
+from stages.errors import InputError, StageError
+
+if TYPE_CHECKING:
+    from cache import FeatureCache
+    from pipeline.study import Study
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the arguments after ``python -m pipeline``; those of this process by default.
+
+    Returns:
+        Exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with verbs.make_context("python -m pipeline", arguments.copy()) as context:
+            verbs.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except KeyboardInterrupt:
+        click.echo("interrupted; what is finished is kept: the same command goes on where it was", err=True)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        status, message = explain(error)
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        return status
+    return 0
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an error."""
+    if isinstance(error, click.UsageError):
+        return 2, error.format_message()
+    if isinstance(error, StageError):
+        return (2 if isinstance(error, InputError) else 1), str(error)
+    if isinstance(error, OSError):
+        return 1, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    from cache.errors import CacheError, CacheMismatchError, CacheNotFoundError
+
+    if isinstance(error, CacheError):
+        return (2 if isinstance(error, CacheMismatchError | CacheNotFoundError) else 1), str(error)
+    return 1, f"unexpected {type(error).__name__}: {error}; this is a defect of the program, --debug says where"
+
+
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+def verbs() -> None:
+    """Cache features of a vision backbone, train a Mixture of Feature Experts on them, score OOD detection."""
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+experiment_options = _options(
+    click.argument("experiment", metavar="EXPERIMENT.toml"),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable."),
+    click.option("--debug", is_flag=True, help="Print the traceback of an error."),
+)
+run_options = _options(
+    click.option("--dry-run", is_flag=True, help="Say what would run, what is fresh and the bytes it would write."),
+    click.option("--scheduler", metavar="ADDRESS", help="Hand the work to the Dask cluster of this scheduler."),
+    click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Work in N local processes."),
+)
+failures_option = click.option(
+    "--max-failures",
+    type=click.FloatRange(0, 1),
+    default=RunOptions.max_failures,
+    show_default=True,
+    help="Largest share of a set's images that may be unusable.",
+)
+backbone_option = click.option(
+    "--backbone",
+    type=click.Choice(["pretrained", "finetuned", "all"]),
+    default="all",
+    show_default=True,
+    help="Which backbone's features; all: every one that exists.",
+)
+
+
+def _config(verb: str, experiment: str, overrides: Sequence[str], backbone: str = "all") -> RunConfig:
+    config = load_config(experiment, overrides)
+    config.require_roles(verb)
+    if config.finetune is None and (verb == "finetune" or backbone == "finetuned"):
+        raise ConfigError(f"{experiment}: finetune: missing; add a section [finetune], such as `epochs = 10` under it")
+    return config
+
+
+@contextmanager
+def _study(config: RunConfig, options: RunOptions) -> "Iterator[Study]":
+    """A study whose line of progress ends before anything else is said, an error above all."""
+    from pipeline.study import Study
+
+    study = Study(config, options)
+    try:
+        yield study
+    finally:
+        study.progress.close()
+
+
+def _run_verb(
+    verb: str,
+    experiment: str,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool,
+    scheduler: str | None,
+    workers: int | None,
+    max_failures: float = RunOptions.max_failures,
+    **arguments: Any,
+) -> None:
+    """What all verbs that run a stage have in common; ``arguments`` go to the method of the same name."""
+    if scheduler is not None and workers is not None:
+        raise click.UsageError("--workers is for local processes; with --scheduler the cluster has its own: give one")
+    config = _config(verb, experiment, overrides, **arguments)
+    with _study(config, RunOptions(max_failures, scheduler, workers or 1)) as study:
+        show(study.plan(verb, **arguments) if dry_run else getattr(study, verb)(**arguments))
+
+
+@verbs.command()
+@experiment_options
+@run_options
+@failures_option
+@backbone_option
+def extract(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Stage one: images to sealed feature caches."""
+    _run_verb("extract", experiment, overrides, **options)
+
+
+@verbs.command()
+@experiment_options
+@run_options
+@backbone_option
+def train(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Stage two: probe and Mixture of Feature Experts, on cached features."""
+    _run_verb("train", experiment, overrides, **options)
+
+
+@verbs.command()
+@experiment_options
+@run_options
+def finetune(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Stage two, the other half: the whole backbone end to end, on images."""
+    _run_verb("finetune", experiment, overrides, **options)
+
+
+@verbs.command()
+@experiment_options
+@run_options
+@backbone_option
+def score(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Stage three: OOD scores and the table, from caches alone."""
+    _run_verb("score", experiment, overrides, **options)
+
+
+@verbs.command()
+@experiment_options
+@run_options
+def report(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Write report/index.html."""
+    _run_verb("report", experiment, overrides, **options)
+
+
+@verbs.command()
+@experiment_options
+@run_options
+@failures_option
+def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Every stage that is not fresh."""
+    _run_verb("run", experiment, overrides, **options)
+
+
+@verbs.command()
+@experiment_options
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--score", "score_name", type=click.Choice(SCORE_NAMES), help="Which score decides.")
+def predict(
+    experiment: str, overrides: tuple[str, ...], debug: bool, paths: tuple[str, ...], score_name: str | None
+) -> None:
+    """Score new images: score, threshold, decision."""
+    with _study(_config("predict", experiment, overrides), RunOptions()) as study:
+        show(study.predict(paths, score_name))
+
+
+@verbs.command()
+@experiment_options
+@click.option("--repair", is_flag=True, help="Extract damaged shards again.")
+def verify(experiment: str, overrides: tuple[str, ...], debug: bool, repair: bool) -> None:
+    """Check every byte of the caches of EXPERIMENT.toml, or of one CACHE folder."""
+    if (cache := _cache_folder(experiment, overrides)) is None:
+        with _study(_config("verify", experiment, overrides), RunOptions()) as study:
+            show(study.verify(repair))
+        return
+    if repair:
+        raise click.UsageError("--repair extracts anew and needs the images: give the experiment file, not the cache")
+    damages = cache.verify()
+    show(f"{damage.file}: {damage.what}" for damage in damages)
+    if damages:
+        raise StageError(
+            f"{experiment}: {len(damages)} damaged files; verify --repair with the experiment file makes them again"
+        )
+    show([f"{experiment}: whole, {cache.n_rows} rows in {len(cache.manifest.shards)} shards"])
+
+
+@verbs.command()
+@experiment_options
+def info(experiment: str, overrides: tuple[str, ...], debug: bool) -> None:
+    """Show the caches and models of EXPERIMENT.toml, or one CACHE folder, at a glance."""
+    if (cache := _cache_folder(experiment, overrides)) is None:
+        with _study(_config("info", experiment, overrides), RunOptions()) as study:
+            show(study.info())
+    else:
+        show(cache_lines(cache))
+
+
+def _cache_folder(path: str, overrides: Sequence[str]) -> "FeatureCache | None":
+    """The sealed cache at the path, or ``None`` where the path is no folder, so an experiment file."""
+    if not Path(path).is_dir():
+        return None
+    if overrides:
+        raise click.UsageError(f"--set changes an experiment file; {path} is a folder")
+    from cache import FeatureCache
+
+    return FeatureCache.open(Path(path))
+
+
+def cache_lines(cache: "FeatureCache") -> list[str]:
+    """What is in a cache, a line each."""
+    manifest, spec = cache.manifest, cache.spec
+    n_bytes = sum(shard.nbytes for shard in manifest.shards)
+    datasets = ", ".join(f"{name} [n, {', '.join(map(str, shape))}]" for name, (shape, _) in spec.datasets().items())
+    return [
+        f"cache      {cache.path}",
+        f"set        {manifest.dataset}: {manifest.n_rows} rows + {manifest.n_failures} failures "
+        f"= {manifest.n_inputs} inputs, {len(manifest.class_names)} classes",
+        f"features   {spec.backbone} at {spec.image_size} px, weights {spec.weights_sha[:8]}",
+        f"datasets   {datasets} as {spec.dtype}",
+        f"shards     {len(manifest.shards)}, {n_bytes / 2**20:.1f} MiB",
+        f"identity   fingerprint {cache.fingerprint[:8]}, with its inputs {cache.identity[:8]}",
+    ]
+
+
+def show(result: Any) -> None:
+    """Print what a verb returned: nothing, text, lines or tables of rich."""
+    if result is None:
+        return
+    if not isinstance(result, str) and isinstance(result, Iterable):
+        for part in result:
+            show(part)
+        return
+    if isinstance(result, str):
+        click.echo(result)
+        return
+    from rich.console import Console
+
+    # A pipe or a file has no width: as wide as the table needs, where rich would cut it to 80 columns.
+    Console(width=None if sys.stdout.isatty() else 1000).print(result)

@@ -1,0 +1,386 @@
+"""The experiment file: read, overridden by ``--set``, and checked as a whole before any work.
+
+A problem is one line that names the key, what was given and what is allowed:
+``study.toml: train.epochs: 0 given, must be greater than 0``.
+"""
+
+import datetime
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from stages.config import SCORE_NAMES, BackboneConfig, FinetuneConfig, ScoreConfig, StageConfig, TrainConfig
+from stages.errors import InputError
+
+# Keys that hold a path, and the words that stand there for something else ("*": any entry of a list).
+_PATHS: dict[str, tuple[str, ...]] = {
+    "work": (),
+    "cache.root": (),
+    "backbone.weights": ("hub", "embedded"),
+    "sets.*.images": (),
+    "sets.*.features": (),
+    "train.grouping": ("balanced", "kmeans"),
+    "variants.*.set.train.grouping": ("balanced", "kmeans"),
+}
+_KINDS = {"model_type": "be a table", "dict_type": "be a table", "tuple_type": "be a list", "list_type": "be a list"}
+_OOD_ROLES = ("near-ood", "far-ood")
+
+
+class ConfigError(InputError):
+    """The experiment file or an override cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what: options of the command line that change no result."""
+
+    max_failures: float = 0.01  # largest share of a set's images that may be unusable
+    scheduler: str | None = None  # address of a Dask scheduler
+    workers: int = 1  # local processes, where there is no scheduler
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(f"{_shown(name)} given, must be letters, digits, '.', '_' or '-', a letter or digit first")
+    return name
+
+
+def _patches(value: str) -> str:
+    if not re.fullmatch(r"full|none|pool:[1-9][0-9]{0,3}", value):
+        raise ValueError(f"{_shown(value)} given, must be 'full', 'none' or 'pool:G' with G at least 1")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+# Not strict: TOML knows text and lists, no paths and no tuples. What is inside stays strict.
+AbsolutePath = Annotated[Path, Field(strict=False)]
+Item = TypeVar("Item")
+Several = Annotated[tuple[Item, ...], Field(strict=False)]
+
+
+class CacheConfig(StageConfig):
+    """Where features are cached, and which."""
+
+    root: AbsolutePath
+    dtype: Literal["float16", "float32"] = "float16"
+    patches: Annotated[str, AfterValidator(_patches)] = "full"
+    expert_blocks: PositiveInt = 1
+
+
+class SetConfig(StageConfig):
+    """One set of samples and its role in the study."""
+
+    name: FolderName
+    role: Literal["id-train", "id-val", "id-test", "near-ood", "far-ood"]
+    images: str | None = None
+    features: str | None = None
+    origin: str | None = None
+
+
+class SplitConfig(StageConfig):
+    """Share of id-train that is held out, per class, where no set is id-val."""
+
+    val: float = Field(default=0.2, gt=0, lt=1)
+
+
+class VariantConfig(StageConfig):
+    """The same study with other settings of ``[train]``; keys are dotted: ``{"train.experts": 1}``."""
+
+    name: FolderName
+    set: dict[str, Any]
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _flatten(cls, value: object) -> object:
+        # TOML reads `set = { train.experts = 1 }`, without the quotes, as nested tables; both mean the same.
+        return dict(_leaves(value)) if isinstance(value, dict) else value
+
+
+class RunConfig(StageConfig):
+    """A whole study, every default filled in and every path absolute."""
+
+    name: str = Field(min_length=1)
+    work: AbsolutePath
+    seeds: Several[Annotated[int, Field(ge=0, lt=2**32)]] = (0,)
+    backbone: BackboneConfig = BackboneConfig()
+    cache: CacheConfig
+    sets: Several[SetConfig]
+    split: SplitConfig = SplitConfig()
+    train: TrainConfig = TrainConfig()
+    variants: Several[VariantConfig] = ()
+    finetune: FinetuneConfig | None = None
+    score: ScoreConfig = ScoreConfig()
+
+    def variant_configs(self) -> dict[str, TrainConfig]:
+        """Training settings by name of variant, ``default`` first.
+
+        Raises:
+            pydantic.ValidationError: a variant's setting is wrong; never for a config that was loaded.
+        """
+        return {"default": self.train} | {variant.name: self._variant(variant) for variant in self.variants}
+
+    def _variant(self, variant: VariantConfig) -> TrainConfig:
+        changes = {key.removeprefix("train."): value for key, value in variant.set.items()}
+        return TrainConfig.model_validate(self.train.model_dump() | changes)
+
+    def sets_of(self, *roles: str) -> list[SetConfig]:
+        """Sets that have one of these roles, in the order of the file."""
+        return [entry for entry in self.sets if entry.role in roles]
+
+    def require_roles(self, verb: str) -> None:
+        """Check that the sets which a verb works on are there.
+
+        Raises:
+            ConfigError: scoring is asked for and there is no id-test or no OOD set.
+        """
+        if verb not in ("score", "report", "run"):
+            return
+        for roles in (("id-test",), _OOD_ROLES):
+            if not self.sets_of(*roles):
+                raise ConfigError(f"sets: {verb} needs a set with role {' or '.join(roles)}; add one under [[sets]]")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved settings as JSON values."""
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if problems := list(self._problems()):
+            raise ValueError("\n".join(problems))  # a line each, `key: problem`
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if not self.seeds or _repeated(self.seeds):
+            yield f"seeds: {_shown(self.seeds)} given, must be one or more different numbers"
+        for name in _repeated(entry.name for entry in self.sets):
+            yield f"sets.{name}: two sets have this name"
+        if (n := len(self.sets_of("id-train"))) != 1:
+            yield f"sets: {n} sets have role id-train, must be exactly one"
+        if (n := len(self.sets_of("id-val"))) > 1:
+            yield f"sets: {n} sets have role id-val, must be at most one"
+        for entry in self.sets:
+            if entry.name == "average":
+                yield "sets.average: this name is taken by the averages of the table"
+            if entry.features is not None:
+                yield f"sets.{entry.name}.features: not supported yet; give images"
+            elif entry.images is None:
+                yield f"sets.{entry.name}.images: missing"
+            elif entry.origin is not None:
+                yield f"sets.{entry.name}.origin: says where features come from; this set has images"
+        for score in self.score.scores:
+            if score not in SCORE_NAMES:
+                yield f"score.scores: {_shown(score)} is not a known score{_nearest(score, SCORE_NAMES)}"
+        if not self.score.scores or _repeated(self.score.scores):
+            yield f"score.scores: {_shown(self.score.scores)} given, must be one or more different names"
+        yield from _alpha_problem("train", self.train)
+        for variant in self.variants:
+            yield from self._variant_problems(variant)
+        for name in _repeated(["default", *(variant.name for variant in self.variants)]):
+            always = " (default always exists: it is [train])" if name == "default" else ""
+            yield f"variants.{name}: two variants have this name{always}"
+
+    def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
+        at = f"variants.{variant.name}.set"
+        if others := [key for key in variant.set if not key.startswith("train.")]:
+            yield f"{at}.{others[0]}: a variant changes [train] alone, its keys begin with 'train.'"
+            return
+        try:
+            settings = self._variant(variant)
+        except ValidationError as error:
+            document = {key.removeprefix("train."): value for key, value in variant.set.items()}
+            yield from (f"{at}.train.{line}" for line in _explain(error, document, TrainConfig))
+        else:
+            if settings != self.train:
+                yield from _alpha_problem(f"{at}.train", settings)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read an experiment file.
+
+    Args:
+        path: the TOML file; paths in it are relative to its folder.
+        overrides: ``a.b=value``; a value is a TOML literal, or else text, and paths are relative to the current
+            folder. ``sets.<name>.key`` and ``variants.<name>.key`` address an entry by its name.
+
+    Raises:
+        ConfigError: with the first problem and the number of the others.
+    """
+    document = _resolve(_read(path), os.path.dirname(os.path.abspath(path)), f"{path}: ")
+    overridden = [_override(document, text) for text in overrides]
+    cache = document.setdefault("cache", {})
+    if isinstance(cache, dict):
+        cache.setdefault("root", os.path.join(str(document.get("work")), "cache"))
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        first, *others = _explain(error, document, RunConfig)
+        where = "--set " if _comes_from(overridden, first) else f"{path}: "
+        more = f" (and {len(others)} more)" if others else ""
+        raise ConfigError(f"{where}{first}{more}") from error
+
+
+def _comes_from(overridden: Iterable[str], problem: str) -> bool:
+    key, _, text = problem.replace(" #", ".", 1).partition(": ")  # `seeds #2` stands in `seeds`
+    unknown = text.startswith("unknown key")  # the table itself may then stand in the override alone
+    return any(f"{key}.".startswith(f"{name}.") or (unknown and name.startswith(f"{key}.")) for name in overridden)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give the experiment's TOML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give the experiment's TOML file") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _resolve(value: Any, base: str, where: str, at: str = "") -> Any:
+    """The same document with every path in it absolute; ``where`` begins the message of an error."""
+    if isinstance(value, dict):
+        return {key: _resolve(child, base, where, f"{at}.{key}" if at else key) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_resolve(child, base, where, f"{at}.*") for child in value]
+    words = _PATHS.get(at)
+    if words is None or not isinstance(value, str) or value in words or value.startswith("sklearn:"):
+        return value
+    if not value.strip() or "\0" in value:
+        raise ConfigError(f"{where}{at}: {_shown(value)} given, must be a path")
+    return os.path.abspath(os.path.join(base, os.path.expanduser(value)))
+
+
+def _override(document: dict[str, Any], text: str) -> str:
+    """Set one key of the document in place; returns the key."""
+    key, equals, literal = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {text}: must be key=value, such as train.epochs=5")
+    node, rest, at = document, key, ""
+    while True:
+        head, _, rest = rest.partition(".")
+        at = f"{at}.{head}" if at else head
+        if not rest:
+            node[head] = _resolve(_literal(literal), os.getcwd(), "--set ", at)
+            return key
+        child = node.setdefault(head, {})
+        if isinstance(child, list):
+            child, rest = _entry(child, rest, key)
+            at += ".*"
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {head} is a single value, it has no keys")
+        node = child
+
+
+def _entry(entries: list[Any], rest: str, key: str) -> tuple[Any, str]:
+    """The entry that the rest of a dotted key begins with, by name (names may have dots), and what remains."""
+    named = {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
+    matches = [name for name in named if rest.startswith(f"{name}.")]
+    if not matches:
+        hint = _nearest(rest.split(".")[0], named)
+        raise ConfigError(f"--set {key}: must be <list>.<name>.<key> with the name of an entry{hint}")
+    name = max(matches, key=len)
+    return named[name], rest[len(name) + 1 :]
+
+
+def _literal(text: str) -> Any:
+    # Inside an inline table, a comment or a line break is no valid end of a literal, so `a#1` stays text.
+    try:
+        parsed = tomllib.loads(f"v = {{ v = {text} }}")["v"]
+    except (ValueError, RecursionError):
+        return text
+    is_date = isinstance(parsed["v"], datetime.date | datetime.time)  # no setting is one
+    return text if is_date or len(parsed) > 1 else parsed["v"]
+
+
+def _explain(error: ValidationError, document: Any, model: type[BaseModel]) -> list[str]:
+    """Each problem as ``key: what was given and what is allowed``, one line a key."""
+    lines: list[str] = []
+    allowed: dict[str, list[str]] = {}  # a union fails once per member: gathered into one line
+    given: dict[str, str] = {}
+    for problem in error.errors():
+        kind, loc = problem["type"], problem["loc"]
+        key = _key(loc, document, may_be_absent=kind in ("missing", "extra_forbidden"))
+        if kind == "value_error":
+            cause = str(problem["ctx"]["error"])
+            lines += [f"{key}: {cause}"] if key else cause.splitlines()
+        elif kind == "missing":
+            lines.append(f"{key}: missing")
+        elif kind == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_nearest(str(loc[-1]), _keys_at(model, loc[:-1]))}")
+        else:
+            message = _KINDS.get(kind) or re.sub(r"^\w+ should ", "", problem["msg"])
+            given[key] = _shown(problem["input"])
+            allowed.setdefault(key, []).append(message)
+    for key, messages in allowed.items():
+        alternatives = " or ".join([messages[0], *(message.removeprefix("be ") for message in messages[1:])])
+        lines.append(f"{key}: {given[key]} given, must {alternatives}")
+    return lines
+
+
+def _key(loc: tuple[int | str, ...], document: Any, may_be_absent: bool) -> str:
+    """Dotted key as the user writes it: entries of lists by name, members of unions left out."""
+    key, node = "", document
+    for part in loc:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if not inside and not (may_be_absent and isinstance(node, dict)):
+            break
+        child = node[part] if inside else None
+        if isinstance(part, int):
+            name = child.get("name") if isinstance(child, dict) else None
+            key += f".{name}" if isinstance(name, str) else f" #{part + 1}"
+        else:
+            key += f".{part}"
+        node = child
+    return key.removeprefix(".")
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> Iterable[str]:
+    for part in loc:
+        if isinstance(part, str):
+            model = _model_in(model.model_fields[part].annotation) or model
+    return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if members := get_args(annotation):
+        return next(filter(None, map(_model_in, members)), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _repeated(values: Iterable[Any]) -> list[Any]:
+    return [value for value, n in Counter(values).items() if n > 1]
+
+
+def _leaves(table: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
+
+
+def _alpha_problem(at: str, train: TrainConfig) -> Iterator[str]:
+    low, high = train.alpha_min, train.alpha_max
+    if train.mixup == "dynamic" and low is not None and high is not None and low >= high:
+        yield f"{at}.alpha_min: {low} given, must be less than alpha_max = {high} for mixup = 'dynamic'"

@@ -1,0 +1,215 @@
+"""Legs of a study: one for the pre-trained backbone, one for each fine-tuned one. What each has on disk, and where.
+
+<work>/extract/<leg>.json            which caches the leg's sets are in, and from what settings
+<work>/model/<backbone>/…            probe and mixtures
+<work>/finetune/seed-<s>/            where a fine-tuned leg's backbone comes from
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec
+from cache.spec import first_difference
+from pipeline.config import RunConfig, SetConfig
+from stages.artifacts import read_json, write_json
+from stages.backbone import (
+    COMPUTE_BATCH,
+    EXTRACTION_SEMANTICS,
+    Backbone,
+    build_architecture,
+    load_backbone,
+    weights_sha,
+)
+from stages.config import BackboneConfig
+from stages.dataset import IdData, id_data
+from stages.errors import InputError
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One backbone of a study.
+
+    Attributes:
+        config: the study.
+        backbone: ``pretrained`` or ``finetuned``, as in the table.
+        seed: of the fine-tune; None for the pre-trained backbone.
+    """
+
+    config: RunConfig
+    backbone: Literal["pretrained", "finetuned"]
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique in the study; part of file names."""
+        return self.backbone if self.seed is None else f"{self.backbone}-seed-{self.seed}"
+
+    @property
+    def finetune_folder(self) -> Path:
+        """Where the fine-tune of this leg stands."""
+        return self.config.work / "finetune" / f"seed-{self.seed}"
+
+    @property
+    def exists(self) -> bool:
+        """Whether its backbone is there: the fine-tuned one once it was trained."""
+        return self.seed is None or (self.finetune_folder / "finetune.json").is_file()
+
+    @property
+    def backbone_config(self) -> BackboneConfig:
+        """What its network is built from."""
+        if self.seed is None:
+            return self.config.backbone
+        weights = str(self.finetune_folder / "backbone.safetensors")
+        return self.config.backbone.model_copy(update={"weights": weights})
+
+    @property
+    def probe_folder(self) -> Path:
+        """Where its linear probe stands."""
+        folder = self.config.work / "model" / self.backbone / "probe"
+        return folder if self.seed is None else folder / f"seed-{self.seed}"
+
+    def mixture_folder(self, variant: str, seed: int) -> Path:
+        """Where a mixture trained on its features stands."""
+        return self.config.work / "model" / self.backbone / variant / f"seed-{seed}"
+
+    @property
+    def train_seeds(self) -> tuple[int, ...]:
+        """Seeds of its mixtures: all of the study's, or that of its fine-tune."""
+        return self.config.seeds if self.seed is None else (self.seed,)
+
+    # ----------------------------------------------------------------------------------------------- its features
+
+    @property
+    def link_path(self) -> Path:
+        """Which caches its sets are in."""
+        return self.config.work / "extract" / f"{self.name}.json"
+
+    @cached_property
+    def device(self) -> str:
+        """Where networks run."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def asked(self) -> dict[str, Any]:
+        """All settings that features depend on, known without opening the weights."""
+        backbone = self.config.backbone
+        weights: dict[str, Any] = {"weights": backbone.weights}
+        if self.seed is not None:  # by what it was made of, so that a study may be moved
+            about = read_json(self.finetune_folder / "finetune.json") or {}
+            weights = {"weights": f"finetune/seed-{self.seed}", "finetune": about.get("identity")}
+        elif backbone.weights not in ("hub", "embedded") and Path(backbone.weights).is_file():
+            stat = Path(backbone.weights).stat()
+            weights |= {"weights_bytes": stat.st_size, "weights_mtime_ns": stat.st_mtime_ns}
+        cache = self.config.cache
+        return {
+            "backbone": backbone.name,
+            "image_size": backbone.image_size,
+            **weights,
+            "expert_blocks": cache.expert_blocks,
+            "dtype": cache.dtype,
+            "patches": cache.patches,
+            "device": self.device,
+            "batch": COMPUTE_BATCH,
+            "semantics": EXTRACTION_SEMANTICS,
+        }
+
+    @cached_property
+    def loaded(self) -> Backbone:
+        """Its network with weights; built on first use.
+
+        Raises:
+            InputError: see `stages.backbone.load_backbone`.
+            CacheMismatchError: the weights are others, under the same name, than those that filled the caches.
+        """
+        network = load_backbone(self.backbone_config, self.config.cache.expert_blocks, self.device)
+        known = self.known_spec()
+        if known is not None and known.weights_sha != weights_sha(network.model):
+            raise CacheMismatchError(
+                f"backbone.weights: {self.backbone_config.weights} gives other weights now than those that the "
+                f"{self.name} features were extracted with: delete {self.link_path}, run make extract"
+            )
+        return network
+
+    @cached_property
+    def architecture(self) -> Backbone:
+        """Its network without weights; built on first use."""
+        return build_architecture(self.config.backbone, self.config.cache.expert_blocks)
+
+    def known_spec(self) -> FeatureSpec | None:
+        """What its features are, if they were extracted with these settings before; needs no weights."""
+        link = read_json(self.link_path)
+        if link is None or link.get("asked") != self.asked():
+            return None
+        return FeatureSpec.from_dict(link["spec"])
+
+    def spec(self) -> FeatureSpec:
+        """What its features are; loads the backbone where that is not known yet."""
+        cache = self.config.cache
+        return self.known_spec() or self.loaded.feature_spec(cache.dtype, cache.patches)
+
+    def link(self, spec: FeatureSpec, caches: dict[str, FeatureCache]) -> None:
+        """Remember which caches its sets are in."""
+        sets = {
+            entry.name: {"images": entry.images, "path": self._place(caches[entry.name].path)}
+            for entry in self.config.sets
+        }
+        link = {"asked": self.asked(), "spec": spec.to_dict(), "sets": sets}
+        if read_json(self.link_path) != json.loads(json.dumps(link)):
+            write_json(self.link_path, link)
+
+    def _place(self, path: Path) -> str:
+        """Where a cache is; relative to ``work`` where it stands below, so that a study may be moved."""
+        path, work = path.resolve(), self.config.work.resolve()
+        return str(path.relative_to(work) if path.is_relative_to(work) else path)
+
+    def cache(self, entry: SetConfig) -> FeatureCache:
+        """The sealed cache of one set; opens no image and no weights.
+
+        Raises:
+            InputError: not extracted yet.
+            CacheNotFoundError: the cache is gone.
+            CacheMismatchError: extracted with other settings or from other images.
+        """
+        link = read_json(self.link_path)
+        if link is None:
+            raise InputError(
+                f"the {self.name} features are not extracted yet ({self.link_path} is missing): run make extract"
+            )
+        if difference := first_difference(link["asked"], self.asked()):
+            raise CacheMismatchError(f"{self.link_path}: extracted with other settings: {difference}: run make extract")
+        stored = link["sets"].get(entry.name)
+        if stored is None:
+            raise InputError(f"set {entry.name!r} is not extracted yet: run make extract")
+        if stored["images"] != entry.images:
+            raise CacheMismatchError(
+                f"set {entry.name!r} was extracted from {stored['images']}, this run gives {entry.images}: "
+                "run make extract"
+            )
+        try:
+            return FeatureCache.open(self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"]))
+        except CacheNotFoundError as error:
+            raise CacheNotFoundError(f"set {entry.name!r}: {error}: run make extract") from error
+
+    def caches(self) -> dict[str, FeatureCache]:
+        """Sealed caches of all sets by name; see `cache`."""
+        return {entry.name: self.cache(entry) for entry in self.config.sets}
+
+    def id_data(self, cross_fit: bool | None = None) -> IdData:
+        """ID features with the study's split; a fine-tuned backbone has seen its training rows, so no cross-fitting."""
+        (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
+        return id_data(
+            self.cache(train),
+            self.cache(val[0]) if val else None,
+            self.config.split.val,
+            self.seed is None if cross_fit is None else cross_fit,
+        )
+
+
+def legs(config: RunConfig) -> list[Leg]:
+    """All backbones of a study, the pre-trained one first."""
+    finetuned = [Leg(config, "finetuned", seed) for seed in config.seeds] if config.finetune else []
+    return [Leg(config, "pretrained"), *finetuned]

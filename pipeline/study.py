@@ -1,0 +1,485 @@
+"""A study: its stages in order, which of them are fresh, and what each says when it is done."""
+
+import csv
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, fingerprint
+from pipeline.config import RunConfig, RunOptions, SetConfig
+from pipeline.engine import SerialEngine, engine_for
+from pipeline.legs import Leg, legs
+from pipeline.progress import TqdmProgress
+from pipeline.record import RunRecord
+from stages.artifacts import read_json
+from stages.backbone import stored_grid
+from stages.errors import InputError, StageError
+from stages.extract import Mapper, extract_set, find_fresh, repair_set
+from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
+from stages.images import SampleTable, list_images
+from stages.score import SCORE_SEMANTICS, BackboneSource, MixtureFolder, Prediction, Predictor, TestSet, score
+from stages.table import compact, read_summary
+from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mofe, train_probe
+
+Lines = list[Any]  # what a verb says: text, or tables of rich
+
+_SCORE_FILES = ("table.csv", "table.json", "summary.csv", "summary.md", "summary.tex", "id.json", "thresholds.json")
+_GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
+
+
+class Study:
+    """The verbs of one experiment file.
+
+    Args:
+        config: the study.
+        options: how to run it.
+
+    Raises:
+        InputError: a file stands where a folder is to be.
+    """
+
+    def __init__(self, config: RunConfig, options: RunOptions) -> None:
+        for key, folder in (("work", config.work), ("cache.root", config.cache.root)):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{key}: {folder} is a file, a folder is needed")
+        self.config = config
+        self.options = options
+        self.progress = TqdmProgress()
+        self.record = RunRecord(config.work / "record.json", config)
+        self._legs = legs(config)
+        self._samples: dict[str, SampleTable] = {}
+
+    # ------------------------------------------------------------------------------------------------ stage one
+
+    def extract(self, backbone: str = "all") -> Lines:
+        """Fill the caches of all sets; says what was done."""
+        return [line for leg in self._existing(backbone) for line in self._extract(leg)]
+
+    def _extract(self, leg: Leg) -> Lines:
+        self._check_sets()
+        spec = leg.spec()
+        with self.record.running(f"extract {leg.name}", spec.fingerprint) as stage:
+            caches = {
+                entry.name: cache
+                for entry in self.config.sets
+                if (cache := find_fresh(entry.name, self._table(entry), spec, self.config.cache.root))
+            }
+            missing = [entry for entry in self.config.sets if entry.name not in caches]
+            stage.fresh = not missing
+            if missing:
+                with engine_for(self.options.scheduler, self.options.workers) as engine:
+                    mapper: Mapper | None = None if isinstance(engine, SerialEngine) else engine.map
+                    for entry in missing:
+                        caches[entry.name] = extract_set(
+                            entry.name,
+                            self._table(entry),
+                            spec,
+                            self.config.cache.root,
+                            lambda: leg.loaded,
+                            max_failures=self.options.max_failures,
+                            mapper=mapper,
+                            progress=self.progress,
+                        )
+            leg.link(spec, caches)
+        rows = sum(cache.n_rows for cache in caches.values())
+        failures = sum(cache.manifest.n_failures for cache in caches.values())
+        done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
+        return [f"extract {leg.name}: {done}; {rows} rows + {failures} failures in {self.config.cache.root}"]
+
+    # ------------------------------------------------------------------------------------------------ stage two
+
+    def train(self, backbone: str = "all") -> Lines:
+        """Fit probe and mixtures on cached features."""
+        return [line for leg in self._existing(backbone) for line in self._train(leg)]
+
+    def _train(self, leg: Leg) -> Lines:
+        data = leg.id_data()
+        lines: Lines = []
+        with self.record.running(f"train {leg.name}", fingerprint(data.identity)) as stage:
+            stage.fresh = True
+            probe = train_probe(data, leg.probe_folder)
+            lines.append(f"train {leg.name}: probe with strength {probe.strength:g} ({data.split.rule})")
+            for variant, config in self.config.variant_configs().items():
+                for seed in leg.train_seeds:
+                    folder = leg.mixture_folder(variant, seed)
+                    done = train_mofe(data, config, lambda: leg.loaded.end(), seed, folder, self.progress)
+                    stage.fresh &= not done
+                    about = read_json(folder / "mofe.json") or {}
+                    lines.append(
+                        f"train {leg.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "
+                        f"{about['settings']['experts']} experts, epoch {about['best_epoch']} kept, {folder}"
+                    )
+        return lines
+
+    def finetune(self) -> Lines:
+        """Fine-tune the whole backbone on images, once a seed."""
+        assert self.config.finetune is not None
+        pretrained = self._legs[0]
+        data = pretrained.id_data(cross_fit=False)
+        (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
+        lines: Lines = []
+        for leg in self._legs[1:]:
+            assert leg.seed is not None
+            with self.record.running(f"finetune seed {leg.seed}", fingerprint(data.identity)) as stage:
+                done = finetune(
+                    self.config.backbone,
+                    data,
+                    self._table(train),
+                    self._table(val[0] if val else train),
+                    self.config.finetune,
+                    leg.seed,
+                    leg.finetune_folder,
+                    leg.device,
+                    self.progress,
+                )
+                stage.fresh = not done
+            about = read_json(leg.finetune_folder / "finetune.json") or {}
+            lines.append(
+                f"finetune seed {leg.seed}: {'done' if done else 'fresh'}, epoch {about['best_epoch']} kept, "
+                f"held-out ID accuracy {100 * about['select_accuracy']:.1f} %, {leg.finetune_folder}"
+            )
+        return lines
+
+    # ---------------------------------------------------------------------------------------------- stage three
+
+    def score(self, backbone: str = "all") -> Lines:
+        """Score every set with every detector; ends in the table."""
+        sources = self._sources(backbone)
+        folder = self.config.work / "scores"
+        lines: Lines = []
+        if not self._is_scored(sources):
+            with self.record.running("score", self._score_identity(sources)):
+                result = score(sources, self.config.score, folder, self.progress)
+            lines += result.notes
+        return [*lines, *table_lines(folder)]
+
+    def _sources(self, backbone: str) -> list[BackboneSource]:
+        sources = [self._source(leg) for leg in self._existing(backbone)]
+        if sources[0].name != "pretrained":
+            # The frozen kNN of the pre-trained backbone is the baseline of every table.
+            sources.insert(0, self._source(self._legs[0]))
+        return sources
+
+    def _is_scored(self, sources: Sequence[BackboneSource]) -> bool:
+        folder = self.config.work / "scores"
+        whole = all((folder / name).is_file() for name in _SCORE_FILES) and (folder / "samples").is_dir()
+        return whole and self.record.is_fresh("score", self._score_identity(sources))
+
+    def _source(self, leg: Leg) -> BackboneSource:
+        caches = leg.caches()
+        data = leg.id_data()
+        mixtures = [
+            MixtureFolder(variant, seed, self._trained(leg, data, variant, seed))
+            for variant in self.config.variant_configs()
+            for seed in leg.train_seeds
+        ]
+        tests = [
+            TestSet(entry.name, _GROUP_OF_ROLE[entry.role], caches[entry.name])
+            for entry in self.config.sets_of(*_GROUP_OF_ROLE)
+        ]
+        return BackboneSource(
+            name=leg.backbone,
+            seed=leg.seed,
+            data=data,
+            probe=train_probe(data, leg.probe_folder),
+            finetuned_head=None if leg.seed is None else read_finetuned_head(leg.finetune_folder),
+            mixtures=tuple(mixtures),
+            tests=tuple(tests),
+            architecture=lambda: leg.architecture,
+        )
+
+    def _trained(self, leg: Leg, data: Any, variant: str, seed: int) -> Path:
+        """Folder of a mixture that was trained with the settings of now."""
+        folder = leg.mixture_folder(variant, seed)
+        about = read_json(folder / "mofe.json")
+        settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes)
+        if about is None:
+            raise InputError(f"{folder} holds no trained mixture: run make train")
+        if not mixture_is_fresh(folder, mixture_identity(data, settings, seed), data):
+            raise InputError(
+                f"{folder}: trained with other settings or features than this run's, or not whole: run make train"
+            )
+        return folder
+
+    def _score_identity(self, sources: Sequence[BackboneSource]) -> str:
+        return fingerprint(
+            {
+                "semantics": SCORE_SEMANTICS,
+                "config": self.config.score.model_dump(),
+                "sources": [
+                    {
+                        "name": [source.name, source.seed],
+                        "data": source.data.identity,
+                        "tests": [[test.name, test.group, test.cache.identity] for test in source.tests],
+                        "mixtures": [
+                            [m.variant, m.seed, (read_json(m.path / "mofe.json") or {})["identity"]]
+                            for m in source.mixtures
+                        ],
+                    }
+                    for source in sources
+                ],
+            }
+        )
+
+    def report(self) -> Lines:
+        """Write ``report/index.html``."""
+        from pipeline.report import write_report
+
+        with self.record.running("report", ""):
+            path = write_report(self.config.work, self.progress)
+        return [f"report: {path}"]
+
+    def run(self) -> Lines:
+        """Every stage that is not fresh, in order."""
+        self._say(self._extract(self._legs[0]))
+        self._say(self._train(self._legs[0]))
+        if self.config.finetune is not None:
+            self._say(self.finetune())
+            for leg in self._legs[1:]:
+                self._say(self._extract(leg))
+                self._say(self._train(leg))
+        lines = self.score()
+        return [*lines, *self.report()]
+
+    # ------------------------------------------------------------------------------------------------ other verbs
+
+    def predict(self, paths: Sequence[str], score_name: str | None = None) -> Lines:
+        """Score new images with the fitted detector of the study; CSV."""
+        leg = self._legs[0]
+        tables = [list_images(path) for path in paths]
+        predictor = Predictor(self._source(leg), self.config.score, score_name, self.progress)
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [field.name for field in fields(Prediction)], lineterminator="\n")
+        writer.writeheader()
+        scratch = Path(tempfile.mkdtemp(prefix="predict-"))
+        n_rows = 0
+        try:
+            for number, (path, table) in enumerate(zip(paths, tables, strict=True)):
+                # A cache of its own, thrown away: new images take the same way as those that the detector knows.
+                cache = extract_set(
+                    f"predict-{number}", table, leg.spec(), scratch, lambda: leg.loaded, max_failures=1.0
+                )
+                # One image file is its own name; of a folder, tar or list, each image adds its own.
+                one = table.ids == (Path(path).name,) and Path(path).is_file()
+                names = {id_: path if one else f"{path}/{id_}" for id_ in table.ids}
+                for failure in cache.failures():
+                    print(f"{names[failure.id]}: cannot be used: {failure.reason}", file=sys.stderr)
+                found = predictor.predict([names[id_] for id_ in cache.ids], cache)
+                writer.writerows(asdict(prediction) for prediction in found)
+                n_rows += cache.n_rows
+        finally:
+            shutil.rmtree(scratch)
+        if not n_rows:
+            raise InputError("none of the given images can be used")
+        return [out.getvalue().rstrip("\n")]
+
+    def verify(self, repair: bool = False) -> Lines:
+        """Compare every byte of every cache with its manifest; repair makes damaged shards again."""
+        broken = 0
+        for leg in self._legs:
+            if leg.seed is None or leg.link_path.is_file():  # a fine-tuned backbone is extracted later than the other
+                for entry in self.config.sets:
+                    broken += self._verify(leg, entry, repair)
+        if broken:
+            hint = "delete these caches, run make extract" if repair else "verify --repair makes damaged shards again"
+            raise StageError(f"{broken} damaged files: {hint}")
+        return []
+
+    def _verify(self, leg: Leg, entry: SetConfig, repair: bool) -> int:
+        try:
+            cache = leg.cache(entry)
+        except (CacheDamagedError, CacheInvalidError) as error:  # its manifest; the other caches are looked at as well
+            self._say([str(error)])
+            return 1
+        damages = cache.verify()
+        self._say(f"{cache.path / damage.file}: {damage.what}" for damage in damages)
+        if not damages:
+            self._say([f"{cache.path}: whole, {cache.n_rows} rows"])
+        elif repair:
+            files = [damage.file for damage in damages]
+            repair_set(cache, files, self._table(entry), lambda: leg.loaded, progress=self.progress)
+            damages = FeatureCache.open(cache.path).verify()
+            self._say([f"{cache.path}: {'still damaged' if damages else 'repaired'}"])
+        return len(damages)
+
+    def info(self) -> Lines:
+        """What the study has on disk."""
+        from pipeline.cli import cache_lines
+
+        lines: Lines = [f"study      {self.config.name}, work in {self.config.work}"]
+        for leg in self._legs:
+            for entry in self.config.sets:
+                try:
+                    cache = leg.cache(entry)
+                except (InputError, CacheError) as error:
+                    lines.append(f"{leg.name:10} {entry.name}: {error}")
+                    continue
+                lines += ["", *cache_lines(cache)]
+            for variant in self.config.variant_configs():
+                for seed in leg.train_seeds:
+                    folder = leg.mixture_folder(variant, seed)
+                    about = read_json(folder / "mofe.json")
+                    state = (
+                        f"{about['settings']['experts']} experts, {about['parameters']:,} parameters"
+                        if about
+                        else "not trained"
+                    )
+                    lines.append(f"model      {leg.name} {variant} seed {seed}: {state}")
+        return lines
+
+    def plan(self, verb: str, backbone: str = "all") -> Lines:
+        """What a verb would do: what is fresh, what would run, and the bytes that it would write."""
+        lines: Lines = []
+        asked = [leg for leg in self._legs if backbone in (leg.backbone, "all")]
+        if verb in ("extract", "run"):
+            for leg in asked:
+                lines += self._plan_extract(leg)
+        if verb in ("train", "run"):
+            lines += [line for leg in asked for line in self._plan_train(leg)]
+        if verb in ("finetune", "run"):
+            for leg in self._legs[1:]:
+                state = f"fresh, {leg.finetune_folder}" if self._is_finetuned(leg) else "would run"
+                lines.append(f"finetune seed {leg.seed}: {state}")
+        if verb in ("score", "run"):
+            lines.append(self._plan_score(asked, backbone))
+        if verb in ("report", "run"):
+            lines.append(f"report: would write {self.config.work / 'report' / 'index.html'}")
+        return lines
+
+    def _plan_extract(self, leg: Leg) -> Lines:
+        spec = leg.known_spec()
+        if spec is None:
+            shape = leg.architecture
+            cache = self.config.cache
+            height, width = stored_grid(shape.grid, cache.patches)
+            item = 2 if cache.dtype == "float16" else 4
+            row_bytes = item * (shape.dim + shape.tap_dim * (1 + shape.n_registers + height * width))
+        else:
+            row_bytes = spec.row_bytes
+        lines: Lines = []
+        for entry in self.config.sets:
+            table = self._table(entry)
+            fresh = spec and find_fresh(entry.name, table, spec, self.config.cache.root)
+            state = f"fresh, {fresh.path}" if fresh else f"would write {len(table) * row_bytes / 2**20:.1f} MiB"
+            lines.append(f"extract {leg.name} {entry.name}: {len(table)} images, {state}")
+        return lines
+
+    def _plan_train(self, leg: Leg) -> Lines:
+        lines: Lines = []
+        for variant in self.config.variant_configs():
+            for seed in leg.train_seeds:
+                try:
+                    self._trained(leg, leg.id_data(), variant, seed)
+                    state = "fresh"
+                except (InputError, CacheError):
+                    state = "would run"
+                lines.append(f"train {leg.name} {variant} seed {seed}: {state}")
+        return lines
+
+    def _plan_score(self, asked: Sequence[Leg], backbone: str) -> str:
+        folder = self.config.work / "scores"
+        try:
+            fresh = all(map(self._is_finetuned, asked)) and self._is_scored(self._sources(backbone))
+        except (InputError, CacheError):  # what it reads is not there yet
+            fresh = False
+        return f"score: fresh, {folder}" if fresh else f"score: would read caches and models, write {folder}"
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _existing(self, backbone: str) -> Iterator[Leg]:
+        """Legs that a verb works on, each looked for when it is its turn: the one before may make what it needs."""
+        found = False
+        for leg in self._legs:
+            if backbone not in (leg.backbone, "all") or not leg.exists:
+                continue
+            if not self._is_finetuned(leg):
+                stale = f"{leg.finetune_folder} was made with other settings or features: run make finetune"
+                if backbone != "all":
+                    raise InputError(stale)
+                self.progress.note(f"{leg.name} is left out: {stale}")
+                continue
+            found = True
+            yield leg
+        if not found:
+            raise InputError(f"there is no {backbone} backbone yet: run make finetune")
+
+    def _is_finetuned(self, leg: Leg) -> bool:
+        """Whether the leg's backbone is there, made with the settings of now; that of the pre-trained leg always is."""
+        if leg.seed is None:
+            return True
+        assert self.config.finetune is not None
+        try:
+            data = self._legs[0].id_data(cross_fit=False)
+        except (InputError, CacheError):  # what it was made from is gone, so it is no longer what it says
+            return False
+        return finetune_is_fresh(leg.finetune_folder, finetune_identity(data, self.config.finetune, leg.seed))
+
+    def _check_sets(self) -> None:
+        """Refuse sets that are not there or cannot be scored before hours of extraction rather than after."""
+        (train,) = self.config.sets_of("id-train")
+        known = set(self._table(train).class_names)
+        for entry in self.config.sets:
+            table = self._table(entry)
+            if entry not in self.config.sets_of("id-train", "id-val", "id-test"):
+                continue
+            if unlabelled := int((table.labels < 0).sum()):
+                raise InputError(
+                    f"set {entry.name!r}: {unlabelled} of {len(table)} images have no label: give a folder per class, "
+                    "or a list with labels"
+                )
+            if unknown := [name for name in table.class_names if name not in known]:
+                more = ", …" if len(unknown) > 5 else ""
+                raise InputError(
+                    f"set {entry.name!r} has classes that id-train does not have: {', '.join(unknown[:5])}{more}"
+                )
+
+    def _table(self, entry: SetConfig) -> SampleTable:
+        if entry.name not in self._samples:
+            assert entry.images is not None
+            try:
+                self._samples[entry.name] = list_images(entry.images)
+            except InputError as error:
+                raise InputError(f"sets.{entry.name}.images: {error}") from error
+        return self._samples[entry.name]
+
+    def _say(self, lines: Iterable[Any]) -> None:
+        from pipeline.cli import show
+
+        show(lines)
+
+
+def table_lines(folder: Path) -> Lines:
+    """The summary as a table for the terminal, without the calibrated scores, and where the files are."""
+    summary = read_summary(folder)
+    header, body = compact([line for line in summary if not line["calibrated"]])
+    table = Table(
+        title="per cent; FPR95 with ID positive (admit 95 % of ID, report the OOD admitted)", title_style="dim"
+    )
+    names = header.index("score") + 1
+    for index, column in enumerate(header):
+        table.add_column(column, justify="left" if index < names else "right", no_wrap=True)
+    best = [_best(header[index], [row[index] for row in body]) for index in range(len(header))]
+    for row in body:
+        table.add_row(
+            *(
+                Text(cell, style="bold" if index >= names and cell == best[index] else "")
+                for index, cell in enumerate(row)
+            )
+        )
+    calibrated = sum(line["calibrated"] and line["ood"] == "average" and line["group"] == "all" for line in summary)
+    more = f" (with {calibrated} rows calibrated over experts)" if calibrated else ""
+    return [table, f"scores: {folder / 'summary.md'}{more}, {folder / 'table.csv'}, {folder / 'thresholds.json'}"]
+
+
+def _best(column: str, cells: Sequence[str]) -> str | None:
+    values = {cell: float(cell.split()[0]) for cell in cells if cell[:1].isdigit()}
+    choose: Callable[..., str] = max if column.endswith("↑") else min
+    return choose(values, key=lambda cell: values[cell]) if values else None

@@ -1,0 +1,21 @@
+"""How the C library's allocator treats the large, short-lived blocks of a network on the CPU."""
+
+import ctypes
+from functools import cache
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next batch, where it would give each back to the kernel.
+
+    Every layer's output is a block of megabytes; by default each is mapped, filled with zeros page by page, and
+    unmapped. A forward pass of 16 images of 224 px through EfficientNet-Lite0 costs half as much CPU time without
+    that. What a process holds is then its peak. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)

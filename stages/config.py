@@ -1,0 +1,77 @@
+"""Settings of every stage: typed, frozen, unknown keys refused.
+
+They stand in one light module, and not beside what they configure, so that an experiment file is checked in
+milliseconds, before torch is imported.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class StageConfig(BaseModel):
+    """Settings of one stage; strict types, so that ``epochs = "20"`` is an error and not a guess."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BackboneConfig(StageConfig):
+    """Which network, with which weights, at which image size."""
+
+    name: str = "vit_small_patch14_dinov2.lvd142m"
+    weights: str = "hub"  # "hub", "embedded" or a path to .safetensors / .pth
+    image_size: int = Field(default=224, ge=16)
+
+
+class TrainConfig(StageConfig):
+    """How the Mixture of Feature Experts is trained; ``None`` means: as the preset has it."""
+
+    experts: PositiveInt | Literal["auto"] = "auto"
+    grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
+    mixup: Literal["dynamic", "static", "none"] = "dynamic"
+    epochs: PositiveInt = 20
+    preset: Literal["default", "paper"] = "default"
+    batch_size: PositiveInt | None = None
+    lr: float | None = Field(default=None, gt=0)
+    head_lr: float | None = Field(default=None, gt=0)
+    router_lr: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
+    other_weight: float | None = Field(default=None, ge=0)
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    alpha_min: float | None = Field(default=None, ge=0)
+    alpha_max: float | None = Field(default=None, ge=0)
+    alpha_power: float | None = Field(default=None, gt=0)
+
+
+class FinetuneConfig(StageConfig):
+    """How the backbone and a linear head are trained; ``None`` means: as the preset has it."""
+
+    epochs: PositiveInt = 10
+    preset: Literal["auto", "small", "paper"] = "auto"
+    batch_size: PositiveInt | None = None
+    lr: float | None = Field(default=None, gt=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+    warmup_epochs: int | None = Field(default=None, ge=0)
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
+    rand_augment: str | None = None
+    random_erasing: float | None = Field(default=None, ge=0, le=1)
+    crop_scale: float | None = Field(default=None, gt=0, le=1)  # smallest share of the image that a crop keeps
+    hflip: float | None = Field(default=None, ge=0, le=1)  # 0 for images whose mirror image is another class
+    mixup: float | None = Field(default=None, ge=0)
+    cutmix: float | None = Field(default=None, ge=0)
+    drop_path: float | None = Field(default=None, ge=0, lt=1)
+
+
+SCORE_NAMES = ("msp", "energy", "knn", "knn+energy")  # what [score] scores may name
+
+
+class ScoreConfig(StageConfig):
+    """Which scores, with which settings."""
+
+    scores: list[str] = list(SCORE_NAMES)
+    k: PositiveInt | Literal["auto"] = "auto"
+    profile: Literal["paper"] = "paper"
+    temperature: float = Field(default=1.0, gt=0)
+    bootstrap: int = Field(default=1000, ge=100)

@@ -1,0 +1,14 @@
+"""Errors of the stages.
+
+StageError                 a stage failed (exit status 1)
+└── InputError             what the user gave is wrong (exit status 2)
+    └── stages.images.ImageError   one image cannot be used; listed, never raised to the user
+"""
+
+
+class StageError(Exception):
+    """A stage could not do its work; what it had finished is kept."""
+
+
+class InputError(StageError):
+    """What the user gave cannot be used; the message says what, where and what to do."""

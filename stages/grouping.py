@@ -1,0 +1,114 @@
+"""Classes to groups: (balanced) k-means on class prototypes, or the user's file."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+
+from stages.errors import InputError
+
+
+def experts_for(n_classes: int) -> int:
+    """E for ``experts = "auto"``.
+
+    The paper takes 4 groups for 100 classes and 7 for 1,000, a line in log₁₀ C; at least two classes an expert.
+    """
+    return max(1, min(max(2, round(3 * np.log10(n_classes) - 2)), n_classes // 2))
+
+
+def class_prototypes(features: NDArray[np.float32], labels: NDArray[np.int32], n_classes: int) -> NDArray[np.float64]:
+    """Mean feature of each class, ``[C, D]``; ``features`` are the training rows' ``cls [N, D]``."""
+    sums = np.zeros((n_classes, features.shape[1]))
+    np.add.at(sums, labels, features)
+    return sums / np.maximum(np.bincount(labels, minlength=n_classes), 1)[:, None]
+
+
+def group_classes(
+    prototypes: NDArray[np.floating], n_groups: int, method: str, class_names: tuple[str, ...], seed: int
+) -> list[int]:
+    """Group of each class, 0 to E − 1, numbered by first appearance; deterministic for a seed.
+
+    Args:
+        prototypes: ``[C, D]``.
+        n_groups: E; with a file its own number of groups counts.
+        method: ``"balanced"``, ``"kmeans"`` or the path of a JSON file ``{class: group}``.
+        class_names: of the C classes.
+        seed: of the k-means initialisation.
+
+    Raises:
+        InputError: more groups than classes; a file that cannot be read, misses a class or names an unknown one.
+    """
+    if method not in ("balanced", "kmeans"):
+        return _renumber(_from_file(Path(method), class_names))
+    if n_groups > len(class_names):
+        raise InputError(
+            f"train.experts: {n_groups} experts for {len(class_names)} classes: give at most {len(class_names)}"
+        )
+    with warnings.catch_warnings():
+        # Prototypes of fewer than E places make fewer clusters; balanced groups are filled all the same.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        clusters = KMeans(n_groups, n_init=10, random_state=seed).fit(prototypes)
+    if method == "kmeans":
+        return _renumber(clusters.labels_.tolist())
+    return _renumber(_balance(prototypes, clusters.cluster_centers_).tolist())
+
+
+def _balance(points: NDArray[np.floating], centers: NDArray[np.floating], rounds: int = 50) -> NDArray[np.int64]:
+    """Balanced k-means: each round assigns points to ⌈C/E⌉ or ⌊C/E⌋ seats a centre at least total squared distance."""
+    n, k = len(points), len(centers)
+    seats = np.arange(n) % k  # the first n mod k centres have one seat more
+    assignment = np.full(n, -1)
+    for _ in range(rounds):
+        cost = ((points[:, None] - centers[None]) ** 2).sum(-1)
+        updated = seats[linear_sum_assignment(cost[:, seats])[1]]
+        if (updated == assignment).all():
+            break
+        assignment = updated
+        centers = np.stack([points[assignment == group].mean(0) for group in range(k)])
+    return assignment
+
+
+def _from_file(path: Path, class_names: tuple[str, ...]) -> list[object]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"train.grouping: {path} cannot be read as JSON {{class: group}}: {error}") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"train.grouping: {path} must hold an object {{class: group}}")
+    missing = [name for name in class_names if name not in stored]
+    unknown = [name for name in stored if name not in class_names]
+    if missing or unknown:
+        raise InputError(
+            f"train.grouping: {path}: "
+            + "; ".join(
+                f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+                for names, what in ((missing, "classes without a group"), (unknown, "names that are no class"))
+                if names
+            )
+        )
+    for name, group in stored.items():
+        if not isinstance(group, str | int):
+            raise InputError(
+                f"train.grouping: {path}: {name!r} has the group {json.dumps(group)}: give a name or a number"
+            )
+    return [stored[name] for name in class_names]
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; one that names a class twice is an error, not its last word."""
+    stored: dict[str, object] = {}
+    for name, group in pairs:
+        if name in stored:
+            raise ValueError(f"{name!r} is named twice")
+        stored[name] = group
+    return stored
+
+
+def _renumber(groups: list[object]) -> list[int]:
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(str(group), len(numbers)) for group in groups]

@@ -1,0 +1,153 @@
+"""What a source holds (`SampleTable`) and how its bytes are read (`ImageReader`)."""
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from stages.errors import InputError
+from stages.images.decode import IMAGE_SUFFIXES, ImageError
+
+MAX_FILE_BYTES = 2**30  # larger than any image within the limit on pixels needs, smaller than a worker's memory
+
+
+class FileRange(NamedTuple):
+    """Bytes of a file: all of it, or a member of a tar."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None  # None: to the end
+
+    def read(self) -> bytes:
+        """Read the bytes; the file is opened here and now, so a range may travel to any process.
+
+        Raises:
+            ImageError: The file is gone, unreadable, too large or shorter than it was.
+        """
+        try:
+            now = os.stat(self.path)
+            if not stat.S_ISREG(now.st_mode):  # opening a pipe would wait for ever
+                raise ImageError("not a regular file")
+            if (now.st_size if self.size is None else self.size) > MAX_FILE_BYTES:
+                raise ImageError(f"too large: more than {MAX_FILE_BYTES >> 20} MiB")
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(-1 if self.size is None else self.size)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror}") from error
+        if self.size is not None and len(data) != self.size:
+            raise ImageError("truncated: the tar ends before the image does")
+        return data
+
+
+class Sample(NamedTuple):
+    """One image as a source lists it."""
+
+    id: str  # relative path, class folder included
+    class_name: str | None  # None: unknown
+    size: int
+    mtime_ns: int
+    content: FileRange | bytes
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Bytes of samples by index. Holds no open file: pickles, forks and threads are safe."""
+
+    contents: tuple[FileRange | bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def read(self, i: int) -> bytes:
+        """Bytes of sample `i`, exactly as stored; raises `ImageError` where they cannot be had."""
+        content = self.contents[i]
+        return content if isinstance(content, bytes) else content.read()
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """The images of one source, sorted by the UTF-8 bytes of their ids; row i of every column is sample i."""
+
+    source: str
+    ids: tuple[str, ...]  # unique
+    labels: np.ndarray  # [n] int32, index into class_names; -1: unknown
+    class_names: tuple[str, ...]  # sorted: whole numbers by value, other names by UTF-8 bytes
+    sizes: np.ndarray  # [n] int64, bytes
+    mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images
+    ignored: int  # files seen that are not images
+    contents: tuple[FileRange | bytes, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def reader(self, start: int = 0, stop: int | None = None) -> ImageReader:
+        """Reader of samples start … stop - 1, whose index 0 is `start`: a worker is sent only its part."""
+        return ImageReader(self.contents[start:stop])
+
+
+def make_table(source: str, samples: Iterable[Sample], ignored: int = 0) -> SampleTable:
+    """Sort, check and number what a source listed.
+
+    Raises:
+        InputError: There is no sample, or two have the same id.
+    """
+    # Code points and UTF-8 bytes sort alike.
+    rows = sorted((sample._replace(id=_utf8(sample.id)) for sample in samples), key=lambda sample: sample.id)
+    if not rows:
+        others = f" ({ignored} other files)" if ignored else ""
+        raise InputError(f"{source}: no images found{others}; image files end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    for one, other in pairwise(rows):
+        if one.id == other.id:
+            raise InputError(f"{source}: {one.id!r} is listed twice; name every image once")
+    classes = [None if row.class_name is None else _utf8(row.class_name) for row in rows]
+    class_names = _class_order({name for name in classes if name is not None})
+    index: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(class_names)}
+    return SampleTable(
+        source=source,
+        ids=tuple(row.id for row in rows),
+        labels=np.array([index[name] for name in classes], np.int32),
+        class_names=class_names,
+        sizes=np.array([row.size for row in rows], np.int64),
+        mtimes_ns=np.array([row.mtime_ns for row in rows], np.int64),
+        ignored=ignored,
+        contents=tuple(row.content for row in rows),
+    )
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by extension, and not hidden."""
+    name = name.rpartition("/")[2]
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def first_folder(sample_id: str) -> str | None:
+    """Class of an image in a tree of folders.
+
+    >>> first_folder("cat/black/1.jpg"), first_folder("1.jpg")
+    ('cat', None)
+    """
+    folder, slash, _ = sample_id.partition("/")
+    return folder if slash else None
+
+
+def given_class(label: str) -> str | None:
+    """Class of a label written by hand: empty and -1 stand for unknown."""
+    label = label.strip()
+    return None if label in ("", "-1") else label
+
+
+def _utf8(name: str) -> str:
+    """Name that can be stored: what is not UTF-8 (lone surrogates in a str) and zero bytes are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
+
+
+def _class_order(names: set[str]) -> tuple[str, ...]:
+    """Names in order; numbers by value, so that complete labels 0 … C - 1 keep their number."""
+    if all(name.isascii() and name.isdigit() and len(name) < 19 for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))

@@ -1,0 +1,227 @@
+"""Metrics of out-of-distribution detection, from the scores of an ID and an OOD set.
+
+Higher score = more OOD, everywhere. Ties are whole: no threshold separates equal scores, and they count half in AUROC.
+
+| metric | positive | what it says |
+|---|---|---|
+| `auroc` | | P(OOD scores higher than ID), ties half |
+| `fpr95` | ID | OOD admitted by the threshold that admits 95 % of ID (the paper, its code, most papers) |
+| `fpr95_ood` | OOD | ID flagged by the threshold that flags 95 % of OOD (OpenOOD v1.5, pytorch-ood) |
+| `aupr_in`, `aupr_out` | ID / OOD | area under precision-recall by trapezoid (not scikit-learn's average precision) |
+
+The bootstrap works on *counts*, how often each row was drawn: the same counts given to two methods make their
+replicates paired, so that the interval of a difference is the interval of ``a["auroc"] - b["auroc"]``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stages.errors import InputError
+
+_CHUNK = 1 << 22  # counts held at once as int64 while bootstrapping: 32 MiB an array
+
+
+@dataclass(frozen=True)
+class OODMetrics:
+    """Metrics of one ID set against one OOD set; fractions, not per cent."""
+
+    n_id: int
+    n_ood: int
+    auroc: float
+    fpr95: float
+    fpr95_ood: float
+    aupr_in: float
+    aupr_out: float
+
+
+def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> OODMetrics:
+    """All metrics of the table.
+
+    Args:
+        id_scores: scores of the ID test rows, [n_id].
+        ood_scores: scores of the OOD rows, [n_ood]; higher = more OOD.
+
+    Raises:
+        InputError: a side is empty, not one-dimensional, or holds NaN or inf.
+
+    >>> ood_metrics([0.1, 0.2, 0.3], [0.25, 0.9])
+    OODMetrics(n_id=3, n_ood=2, auroc=0.8333333333333334, fpr95=0.5, fpr95_ood=0.3333333333333333, \
+aupr_in=0.9027777777777777, aupr_out=0.7916666666666666)
+    """
+    ids, oods = checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OOD")
+    return OODMetrics(
+        n_id=len(ids),
+        n_ood=len(oods),
+        auroc=auroc(ids, oods),
+        fpr95=fpr95(ids, oods),
+        fpr95_ood=fpr95_ood(ids, oods),
+        aupr_in=aupr_in(ids, oods),
+        aupr_out=aupr_out(ids, oods),
+    )
+
+
+def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """Probability that an OOD row scores higher than an ID row; ties count half. Higher is better.
+
+    >>> auroc([1, 2, 2], [2, 3])
+    0.8333333333333334
+    """
+    ids, oods = np.sort(checked_scores(id_scores, "ID")), checked_scores(ood_scores, "OOD")
+    below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
+    return float((below + not_above).sum() / (2 * len(ids) * len(oods)))
+
+
+def fpr95(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """FPR95, **ID positive**: the fraction of OOD that the threshold admitting 95 % of ID admits. Lower is better."""
+    return fpr_at_tpr(id_scores, ood_scores, 0.95)
+
+
+def fpr95_ood(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """FPR95, **OOD positive**: the fraction of ID that the threshold flagging 95 % of OOD flags. Lower is better."""
+    ids, oods = checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OOD")
+    return fpr_at_tpr(-oods, -ids, 0.95)
+
+
+def fpr_at_tpr(positive: ArrayLike, negative: ArrayLike, tpr: float = 0.95) -> float:
+    """Fraction of ``negative`` at or below the smallest positive score t with P_positive(s ≤ t) ≥ ``tpr``.
+
+    Positives score *low* here, as ID rows do; whoever wants OOD positive negates both sides.
+
+    >>> fpr_at_tpr([1, 2, 3, 3], [3, 3, 4], tpr=0.75)  # ties are whole: t = 3 admits both OOD rows at 3
+    0.6666666666666666
+    """
+    negatives = checked_scores(negative, "negative")
+    return float(np.mean(negatives <= admitting_threshold(positive, tpr)))
+
+
+def admitting_threshold(scores: ArrayLike, admit: float) -> float:
+    """Smallest observed t with P(s ≤ t) ≥ ``admit``.
+
+    Raises:
+        InputError: no scores, NaN or inf among them, or ``admit`` outside (0, 1].
+
+    >>> admitting_threshold([4, 1, 3, 2], 0.75)
+    3.0
+    """
+    if not 0 < admit <= 1:
+        raise InputError(f"admit = {admit} is not a fraction in (0, 1]")
+    ordered = np.sort(checked_scores(scores, "positive"))
+    # A division rounds correctly, so 19 / 20 >= 0.95 holds; 0.95 * n >= rank would fail for some n.
+    share = np.arange(1, len(ordered) + 1) / len(ordered)
+    return float(ordered[np.argmax(share >= admit)])
+
+
+def aupr_in(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """Area under the precision-recall curve, **ID positive**. Higher is better."""
+    return _aupr(-checked_scores(id_scores, "ID"), -checked_scores(ood_scores, "OOD"))
+
+
+def aupr_out(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """Area under the precision-recall curve, **OOD positive**. Higher is better."""
+    return _aupr(checked_scores(ood_scores, "OOD"), checked_scores(id_scores, "ID"))
+
+
+def _aupr(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
+    """Trapezoid over one point a distinct score, from (recall 0, precision 1); positives score high."""
+    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
+    true = len(positive) - np.searchsorted(np.sort(positive), thresholds)
+    false = len(negative) - np.searchsorted(np.sort(negative), thresholds)
+    recall = np.concatenate([[0.0], true / len(positive)])
+    precision = np.concatenate([[1.0], true / (true + false)])
+    return float(np.trapezoid(precision, recall))
+
+
+def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint16]:
+    """How often each of ``n`` rows is drawn in each bootstrap replicate.
+
+    Args:
+        n: rows to draw from; each replicate draws n of them with replacement.
+        replicates: R.
+        seed: the same seed gives the same counts, whatever else was drawn before.
+
+    Returns:
+        [R, n] uint16; each row sums to n.
+
+    >>> resample_counts(4, replicates=2, seed=0).sum(axis=1).tolist()
+    [4, 4]
+    """
+    if n < 1 or replicates < 1:
+        raise InputError(f"{replicates} bootstrap replicates of {n} rows asked; both must be at least 1")
+    rng = np.random.default_rng(seed)
+    counts = np.empty((replicates, n), dtype=np.uint16)  # a row drawn 65536 times does not happen
+    for row in counts:
+        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
+    return counts
+
+
+def bootstrap_metrics(
+    id_scores: ArrayLike, ood_scores: ArrayLike, id_counts: NDArray[np.integer], ood_counts: NDArray[np.integer]
+) -> dict[str, NDArray[np.float64]]:
+    """AUROC and FPR95 (ID positive) of every bootstrap replicate, from one sort.
+
+    Args:
+        id_scores: [n_id].
+        ood_scores: [n_ood].
+        id_counts: [R, n_id] from `resample_counts`; the same array for every method to be compared.
+        ood_counts: [R, n_ood].
+
+    Returns:
+        ``{"auroc": [R], "fpr95": [R]}``, what `auroc` and `fpr95` give on the repeated rows.
+
+    Raises:
+        InputError: scores as in `ood_metrics`, or counts that do not fit them.
+    """
+    ids, oods = checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OOD")
+    if id_counts.shape[1:] != ids.shape or ood_counts.shape[1:] != oods.shape or len(id_counts) != len(ood_counts):
+        raise InputError(
+            f"bootstrap counts of shape {id_counts.shape} and {ood_counts.shape} do not fit "
+            f"{len(ids)} ID and {len(oods)} OOD scores"
+        )
+    id_order, ood_order = np.argsort(ids, kind="stable"), np.argsort(oods, kind="stable")
+    ids, oods = ids[id_order], oods[ood_order]
+    below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
+    admitted = np.searchsorted(oods, ids, "right")  # OOD rows at or below each ID row's score
+
+    areas, rates = [], []
+    step = max(1, _CHUNK // (len(ids) + len(oods)))
+    for start in range(0, len(id_counts), step):
+        rows = slice(start, start + step)
+        ood_weight = ood_counts[rows][:, ood_order].astype(np.int64)
+        id_sum, ood_sum = _running_sum(id_counts[rows][:, id_order]), _running_sum(ood_weight)
+        n_id, n_ood = id_sum[:, -1], ood_sum[:, -1]
+        wins = np.einsum("rn,rn->r", ood_weight, id_sum[:, below] + id_sum[:, not_above])
+        areas.append(wins / (2 * n_id * n_ood))
+        threshold = np.argmax(id_sum[:, 1:] / n_id[:, None] >= 0.95, axis=1)  # the ID row whose score it is
+        rates.append(np.take_along_axis(ood_sum, admitted[threshold][:, None], axis=1)[:, 0] / n_ood)
+    return {"auroc": np.concatenate(areas), "fpr95": np.concatenate(rates)}
+
+
+def _running_sum(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Sums of the first 0, 1, …, n counts of each row: [r, n] -> [r, n + 1]."""
+    sums = np.zeros((counts.shape[0], counts.shape[1] + 1), dtype=np.int64)
+    np.cumsum(counts, axis=1, out=sums[:, 1:])
+    return sums
+
+
+def percentile_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Interval that holds the middle ``level`` of bootstrap replicates.
+
+    >>> percentile_interval(range(101), level=0.5)
+    (25.0, 75.0)
+    """
+    low, high = np.quantile(checked_scores(values, "bootstrap"), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def checked_scores(scores: ArrayLike, which: str) -> NDArray[np.float64]:
+    """``scores`` as float64 [n], or an `InputError` that says what is wrong with the ``which`` scores."""
+    array = np.asarray(scores, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(
+            f"the {which} scores have shape {array.shape}; one score for each of at least one row expected"
+        )
+    if bad := int(np.count_nonzero(~np.isfinite(array))):
+        raise InputError(f"{bad} of {len(array)} {which} scores are NaN or inf; look at the features they come from")
+    return array

@@ -1,0 +1,84 @@
+"""Dynamic-β Mixup in feature space (Zhao et al., ICCV 2025): harder classes are mixed more.
+
+λ_i ~ Beta(α_i, α_i), α_i = α_min + d_i^p · (α_max − α_min), d_c = 1 − (acc_c − min acc) / (max acc − min acc).
+α → 0 leaves λ at 0 or 1 (no mixing), α = 1 is uniform, a larger α moves λ towards ½.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.backbone import Tokens
+
+
+class Mixed(NamedTuple):
+    """A mixed batch."""
+
+    tokens: Tokens
+    targets: Tensor  # (B, outputs)
+    lam: Tensor  # (B,) share of the row itself; 1 − λ is its partner's
+    partner: Tensor  # (B,) row that it was mixed with
+
+
+def class_difficulty(accuracy: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Accuracy per class ``[C]`` to difficulty in [0, 1]; all equal gives 0 for all.
+
+    >>> class_difficulty(np.array([0.5, 0.75, 1.0])).tolist()
+    [1.0, 0.5, 0.0]
+    """
+    accuracy = np.asarray(accuracy, dtype=np.float64)
+    span = accuracy.max() - accuracy.min()
+    return np.zeros_like(accuracy) if span == 0 else 1 - (accuracy - accuracy.min()) / span
+
+
+def class_alpha(
+    accuracy: NDArray[np.floating], alpha_min: float, alpha_max: float, power: float = 1.0
+) -> NDArray[np.float64]:
+    """Beta parameter per class ``[C]``: α_min for the easiest, α_max for the hardest.
+
+    >>> class_alpha(np.array([0.5, 0.75, 1.0]), alpha_min=0.1, alpha_max=1.1).tolist()
+    [1.1, 0.6, 0.1]
+    """
+    return alpha_min + class_difficulty(accuracy) ** power * (alpha_max - alpha_min)
+
+
+def running_accuracy(
+    previous: NDArray[np.float64] | None,
+    correct: NDArray[np.integer],
+    count: NDArray[np.integer],
+    momentum: float = 0.7,
+) -> NDArray[np.float64]:
+    """Exponential moving average of the smoothed accuracy per class, (correct + 1) / (n + 2).
+
+    Args:
+        previous: ``[C]`` of the epoch before; None at the first.
+        correct: ``[C]`` rows of each class that were classified right.
+        count: ``[C]`` rows of each class.
+        momentum: weight of the past.
+    """
+    now = (correct + 1) / (count + 2)
+    return now if previous is None else momentum * previous + (1 - momentum) * now
+
+
+def mix_features(tokens: Tokens, targets: Tensor, alpha: NDArray[np.floating], rng: np.random.Generator) -> Mixed:
+    """Interpolate token sequences and soft targets of a batch with a permutation of itself.
+
+    Args:
+        tokens: of B rows that go to one expert; never mixes across experts.
+        targets: ``[B, outputs]`` soft targets.
+        alpha: ``[B]`` Beta parameter of each row; a pair takes its first row's. 0 leaves a row as it is.
+        rng: draws λ and the partners.
+    """
+    alpha = np.asarray(alpha, dtype=np.float64)
+    lam = np.where(alpha > 0, rng.beta(np.maximum(alpha, 1e-8), np.maximum(alpha, 1e-8)), 1.0)
+    partner = torch.from_numpy(rng.permutation(len(tokens)))
+    weight = torch.from_numpy(lam.astype(np.float32))
+
+    def mix(x: Tensor) -> Tensor:
+        w = weight.view(-1, *[1] * (x.ndim - 1))
+        return w * x + (1 - w) * x[partner]
+
+    return Mixed(tokens.map(mix), mix(targets), weight, partner)

@@ -1,0 +1,513 @@
+"""Verb: stage three. From sealed caches and trained models to scores, thresholds and the table.
+
+No image is opened and no backbone runs. The mixture's refined features are computed once per set and kept, so that
+another k, temperature or score costs a search and some arithmetic.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cache import CacheMismatchError, FeatureCache
+from stages.artifacts import read_json, write_json
+from stages.backbone import Backbone
+from stages.config import ScoreConfig
+from stages.dataset import IdData, Labels, labels_in
+from stages.detectors import NO_HEAD, Detector, DetectorFactory, Run, SetRows, Subject, SubjectKey, recommended
+from stages.errors import InputError
+from stages.experts import MixtureOfFeatureExperts, load_mixture
+from stages.heads import FittedHeads, LinearHead, load_heads
+from stages.progress import NullProgress, Progress
+from stages.refine import Refined, load_refined, refine, refined_path, save_refined
+from stages.scorers import threshold_at
+from stages.split import Rows
+from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
+
+SCORE_SEMANTICS = 1  # raise it when the same caches, models and settings would give another table
+ADMIT = (0.95, 0.99)
+_FINETUNE_HEAD = "finetune"
+_TAKEN = {"id", "average"}  # names that the table uses itself
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A set to score: its cache, and ``id``, ``near`` or ``far``."""
+
+    name: str
+    group: str
+    cache: FeatureCache
+
+
+@dataclass(frozen=True)
+class MixtureFolder:
+    """A trained mixture on disk."""
+
+    variant: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """All that stage three needs of one backbone.
+
+    Attributes:
+        name: ``pretrained`` or ``finetuned``.
+        seed: of the fine-tune; None for the pre-trained backbone.
+        data: ID features and split.
+        probe: the linear probe.
+        finetuned_head: weight ``[C, D]`` and bias ``[C]`` that were trained with the backbone, if it was.
+        mixtures: trained on its cache.
+        tests: the ID test set and the OOD sets, as this backbone sees them.
+        architecture: gives the untrained network, whose end stored experts are loaded into.
+    """
+
+    name: str
+    seed: int | None
+    data: IdData
+    probe: FittedHeads
+    finetuned_head: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+    mixtures: tuple[MixtureFolder, ...]
+    tests: tuple[TestSet, ...]
+    architecture: Callable[[], Backbone]
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What stage three says: the table, its summary over seeds, and lines worth saying."""
+
+    rows: list[OODRow]
+    summary: list[dict[str, Any]]
+    notes: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------- subjects
+
+
+class FrozenFeatures:
+    """The backbone's own class embedding."""
+
+    def __init__(self, source: BackboneSource) -> None:
+        self.source = source
+        heads = {"probe": source.probe}
+        if source.finetuned_head is not None:
+            weight, bias = source.finetuned_head
+            plain = np.zeros(weight.shape[1], np.float32), np.ones(1, np.float32)
+            head = LinearHead(*plain, weight, bias)
+            heads[_FINETUNE_HEAD] = FittedHeads((head,) * len(source.data.split.folds), head, 0.0, {})
+        self._heads = heads
+
+    def subject(self) -> Subject:
+        """Banks and held-out rows of every fold."""
+        data = self.source.data
+        train = _features(data.train)
+        held = train if data.held_out is data.train else _features(data.held_out)
+        runs = tuple(
+            Run(
+                SetRows(train[fold.train], data.train_labels[fold.train]),
+                self._rows(held[fold.select], data.held_out_labels[fold.select], index),
+                self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+            )
+            for index, fold in enumerate(data.split.folds)
+        )
+        final = data.split.final_train
+        key = SubjectKey(self.source.name, "cls", "", self.source.seed)
+        return Subject(key, tuple(self._heads), runs, SetRows(train[final], data.train_labels[final]))
+
+    def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
+        """A set's rows for the final model."""
+        return self._rows(_features(cache), labels, None)
+
+    def _rows(self, features: NDArray[np.float32], labels: Labels, fold: int | None) -> SetRows:
+        logits = {
+            name: (heads.final if fold is None else heads.folds[fold]).logits(features)
+            for name, heads in self._heads.items()
+        }
+        return SetRows(features, labels, logits)
+
+
+class RefinedFeatures:
+    """A trained mixture's refined class embedding, in the routed expert's subspace."""
+
+    def __init__(self, source: BackboneSource, folder: MixtureFolder, progress: Progress) -> None:
+        self.source = source
+        self.folder = folder
+        self._progress = progress
+        about = read_json(folder.path / "mofe.json")
+        if about is None:
+            raise InputError(f"{folder.path} holds no trained mixture: run make train")
+        self.identity: str = about["identity"]
+        if about["data"] != source.data.identity:
+            raise CacheMismatchError(
+                f"{folder.path}: the mixture was trained on other features or another split: run make train"
+            )
+        heads = load_heads(folder.path, "heads", self.identity)
+        if heads is None:
+            raise InputError(f"{folder.path} holds no whole heads.safetensors: run make train")
+        self._refit = heads.pop("refit")
+        self._group_heads = [heads[f"refit-group-{expert}"] for expert in range(len(heads))]
+        self.group = np.asarray([about["groups"][name] for name in source.data.class_names])
+        self._mixtures: dict[str, MixtureOfFeatureExperts] = {}
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return len(self._group_heads)
+
+    def subject(self) -> Subject:
+        """Banks (training rows through their own expert) and held-out rows (routed) of every fold."""
+        data = self.source.data
+        runs = []
+        for index, (name, fold) in enumerate(data.runs()):
+            bank = self.bank(name)
+            held = bank if data.held_out is data.train else self.refined(name, "id-val", data.held_out)
+            runs.append(
+                Run(
+                    self._bank_rows(bank, fold.train),
+                    self._rows(held[fold.select], data.held_out_labels[fold.select], index),
+                    self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+                )
+            )
+        key = SubjectKey(self.source.name, "mofe", self.folder.variant, self.folder.seed)
+        final = self._bank_rows(self.bank("final"), data.split.final_train)
+        return Subject(key, ("trained", "refit", "refit-group"), tuple(runs), final, self.n_experts)
+
+    def rows(self, name: str, cache: FeatureCache, labels: Labels, oracle: bool = False) -> SetRows:
+        """A set's rows for the final model, routed by the router, or by the true label where `oracle` is asked."""
+        expert = self.group[labels].astype(np.int64) if oracle else None
+        # Folders of their own: a set may be called id-train, as the bank's file is.
+        refined = self.refined("final", f"oracle/{name}" if oracle else f"sets/{name}", cache, expert)
+        return self._rows(refined, labels, None)
+
+    def bank(self, run: str) -> Refined:
+        """Refined id-train rows of one run, as training left them."""
+        path = refined_path(self.folder.path, run, "id-train")
+        refined = load_refined(path, self._identity_of(self.source.data.train))
+        if refined is None:
+            raise InputError(f"{path} is missing or damaged: delete {self.folder.path / 'mofe.json'}, run make train")
+        return refined
+
+    def refined(self, run: str, name: str, cache: FeatureCache, expert: NDArray[np.int64] | None = None) -> Refined:
+        """Refined rows of a set, computed where they are not kept yet."""
+        path = refined_path(self.folder.path, run, name)
+        stored = load_refined(path, self._identity_of(cache))
+        if stored is None:
+            stored = refine(self.mixture(run), cache, expert, self._progress)
+            save_refined(path, stored, self._identity_of(cache))
+        return stored
+
+    def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:
+        """The trained network of one run, loaded once."""
+        if run not in self._mixtures:
+            spec = self.source.data.train.spec
+            folder = self.folder.path if run == "final" else self.folder.path / run
+            end = self.source.architecture().end
+            self._mixtures[run] = load_mixture(folder, end, spec.cls_dim, spec.tap_dim)
+        return self._mixtures[run]
+
+    def _identity_of(self, cache: FeatureCache) -> dict[str, str]:
+        return {"mixture": self.identity, "features": cache.identity}
+
+    def _bank_rows(self, refined: Refined, rows: Rows) -> SetRows:
+        own = refined[rows]
+        return SetRows(own.features, self.source.data.train_labels[rows], {}, own.expert)
+
+    def _rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
+        def pick(heads: FittedHeads) -> LinearHead:
+            return heads.final if fold is None else heads.folds[fold]
+
+        group_logits = np.full_like(refined.logits, -np.inf)
+        for expert, heads in enumerate(self._group_heads):
+            own = np.flatnonzero(refined.expert == expert)
+            group_logits[own] = pick(heads).logits(refined.features[own])
+        logits = {
+            "trained": refined.logits,
+            "refit": pick(self._refit).logits(refined.features),
+            "refit-group": group_logits,
+        }
+        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence)
+
+
+def _features(cache: FeatureCache) -> NDArray[np.float32]:
+    return np.asarray(cache.read("cls"), dtype=np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- verb
+
+
+def score(
+    sources: Sequence[BackboneSource], config: ScoreConfig, folder: Path, progress: Progress | None = None
+) -> ScoreResult:
+    """Score every test set with every detector and write all of ``scores/``.
+
+    Args:
+        sources: the pre-trained backbone first: its frozen kNN is the baseline, and the first row of the table.
+        config: scores, k, temperature.
+        folder: ``<work>/scores``.
+        progress: counts detectors.
+
+    Raises:
+        InputError: no ID test set or no OOD set, empty sets, labels that id-train lacks, non-finite features.
+        CacheMismatchError: sets whose features are not of one kind.
+    """
+    progress = progress or NullProgress()
+    tests = sources[0].tests
+    _check(sources)
+    oods = [(test.name, test.group) for test in tests if test.group != "id"]
+    sizes = {"id" if test.group == "id" else test.name: test.cache.n_rows for test in tests}
+    evaluator = Evaluator(oods, sizes, config.bootstrap)
+    rows: list[tuple[OODRow, Replicates]] = []
+    thresholds: list[dict[str, Any]] = []
+    written: set[Path] = set()
+    id_record: dict[str, Any] = {"accuracy": [], "router": [], "k": [], "split": {}}
+    for source in sources:
+        id_record["split"][_label(source.name, source.seed)] = source.data.split.rule
+        for made in _subjects(source, config, progress):
+            subject, sets, oracle = made.factory.subject, made.sets, made.oracle
+            detectors = made.factory.detectors()
+            progress.start(len(detectors), "detector", f"score {'-'.join(_slug(subject.key))}")
+            scored: dict[str, list[tuple[Detector, dict[str, NDArray[np.float32]]]]] = {}
+            for detector in detectors:
+                scores = {name: detector.score_rows(set_rows) for name, set_rows in sets.items()}
+                routing = "predicted" if subject.n_experts else "none"
+                for route, id_scores in [(routing, scores["id"])] + (
+                    [("oracle", detector.score_rows(oracle))] if oracle is not None else []
+                ):
+                    name = _columns(detector, route, config)
+                    ood_scores = {ood: scores[ood] for ood, _ in oods}
+                    rows += evaluator.rows(name, id_scores, ood_scores)
+                    scored.setdefault(route, []).append((detector, scores | {"id": id_scores}))
+                thresholds += _thresholds(detector, _columns(detector, routing, config))
+                progress.advance()
+            progress.close()
+            id_record["accuracy"] += _accuracy(subject, sets["id"])
+            if any(part.scorer.name == "knn" for detector in detectors for part in detector.parts):
+                id_record["k"].append(asdict(subject.key) | made.factory.k_record | {"k": made.factory.k})
+            if subject.n_experts:
+                id_record["router"].append(_router_record(subject, sets, made.group))
+            for route, results in scored.items():
+                shown = sets if oracle is None or route != "oracle" else sets | {"id": oracle}
+                written |= _write_samples(folder / "samples", subject, route, results, shown, source)
+    id_record["overlap_with_id_train"] = overlap = _overlap(sources[0])
+    summary = summarise(rows)
+    table = [row for row, _ in rows]
+    write_json(folder / "id.json", id_record)
+    write_json(folder / "thresholds.json", thresholds)
+    for left in set((folder / "samples").glob("*.parquet")) - written:  # of variants and seeds that are no more
+        left.unlink()
+    write_table(folder, table, summary)
+    notes = [
+        f"{count} images of {name} are in the id-train set as well (same bytes)" for name, count in overlap.items()
+    ]
+    return ScoreResult(table, summary, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    factory: DetectorFactory
+    sets: dict[str, SetRows]  # the ID test set under "id"
+    oracle: SetRows | None
+    group: NDArray[np.int64] | None
+
+
+def _subjects(source: BackboneSource, config: ScoreConfig, progress: Progress) -> Iterator[_Made]:
+    """Every choice of features of one backbone, one at a time: only one is in memory."""
+    names = source.data.class_names
+    labels = {
+        test.name: labels_in(test.cache, names) if test.group == "id" else np.full(test.cache.n_rows, -1, np.int32)
+        for test in source.tests
+    }
+    frozen = FrozenFeatures(source)
+    # The frozen kNN is what everything is compared with, asked for or not.
+    asked = config.scores if "knn" in config.scores else ["knn", *config.scores]
+    first = sorted(asked, key=lambda score: score != "knn")
+    sets = {_key(test): frozen.rows(test.cache, labels[test.name]) for test in source.tests}
+    yield _Made(DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first})), sets, None, None)
+    for folder in source.mixtures:
+        refined = RefinedFeatures(source, folder, progress)
+        sets = {_key(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
+        id_test = next(test for test in source.tests if test.group == "id")
+        oracle = refined.rows(id_test.name, id_test.cache, labels[id_test.name], oracle=True)
+        yield _Made(DetectorFactory(refined.subject(), config), sets, oracle, refined.group)
+
+
+def _check(sources: Sequence[BackboneSource]) -> None:
+    for source in sources:
+        groups = [test.group for test in source.tests]
+        if groups.count("id") != 1 or len(groups) < 2:
+            raise InputError("score needs one set with role id-test and at least one with role near-ood or far-ood")
+        for test in source.tests:
+            if test.group != "id" and test.name in _TAKEN:
+                raise InputError(f"an OOD set is called {test.name!r}, a word of the table's own: give it another name")
+            if test.cache.n_rows == 0:
+                raise InputError(f"set {test.name!r} has no usable image: see {test.cache.path / 'failures.jsonl'}")
+        train = source.data.train
+        for cache in (source.data.held_out, *(test.cache for test in source.tests)):
+            if difference := cache.spec.first_difference(train.spec):
+                raise CacheMismatchError(f"{cache.path}: its features are not those of {train.path}: {difference}")
+
+
+def _columns(detector: Detector, routing: str, config: ScoreConfig) -> dict[str, Any]:
+    return {
+        **asdict(detector.subject.key),
+        "head": detector.head,
+        "routing": routing,
+        "score": detector.score,
+        "params": json.dumps(detector.params, sort_keys=True),
+        "profile": config.profile,
+        "calibrated": detector.calibrated,
+    }
+
+
+def _thresholds(detector: Detector, name: dict[str, Any]) -> list[dict[str, Any]]:
+    return [name | asdict(threshold_at(detector.calibration_scores, admit)) for admit in ADMIT]
+
+
+def _accuracy(subject: Subject, rows: SetRows) -> list[dict[str, Any]]:
+    return [
+        asdict(subject.key)
+        | {"head": head, "accuracy": float((logits.argmax(1) == rows.labels).mean()), "n": len(rows)}
+        for head, logits in rows.logits.items()
+    ]
+
+
+def _router_record(subject: Subject, sets: dict[str, SetRows], group: NDArray[np.int64] | None) -> dict[str, Any]:
+    test = sets["id"]
+    assert group is not None
+    assert test.expert is not None
+    loads = {
+        name: np.bincount(rows.expert, minlength=subject.n_experts).tolist()
+        for name, rows in sets.items()
+        if rows.expert is not None
+    }
+    return asdict(subject.key) | {
+        "experts": subject.n_experts,
+        "accuracy": float((test.expert == group[test.labels]).mean()),
+        "load": loads,
+    }
+
+
+def _overlap(source: BackboneSource) -> dict[str, int]:
+    """Images of a test set whose bytes are in id-train as well."""
+    known = {row.tobytes() for row in source.data.train.image_hashes}
+    counts = {test.name: sum(row.tobytes() in known for row in test.cache.image_hashes) for test in source.tests}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _write_samples(
+    folder: Path,
+    subject: Subject,
+    routing: str,
+    results: list[tuple[Detector, dict[str, NDArray[np.float32]]]],
+    sets: dict[str, SetRows],
+    source: BackboneSource,
+) -> set[Path]:
+    """A Parquet file per head: a row per image, a float32 column per score. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = np.asarray([*source.data.class_names, ""])
+    written = set()
+    for head in dict.fromkeys(detector.head for detector, _ in results):
+        own = [(detector, scores) for detector, scores in results if detector.head in (head, NO_HEAD)]
+        columns: dict[str, Any] = {"set": [], "id": [], "label": [], "prediction": [], "expert": [], "confidence": []}
+        for test in source.tests:
+            rows = sets[_key(test)]
+            predicted = rows.logits[head].argmax(1) if head in rows.logits else np.full(len(rows), -1)
+            columns["set"] += [test.name] * len(rows)
+            columns["id"] += test.cache.ids.tolist()
+            columns["label"] += names[rows.labels].tolist()
+            columns["prediction"] += names[predicted].tolist()
+            columns["expert"] += [None] * len(rows) if rows.expert is None else rows.expert.tolist()
+            columns["confidence"] += [None] * len(rows) if rows.confidence is None else rows.confidence.tolist()
+        for detector, scores in own:
+            column = detector.score + (" (calibrated)" if detector.calibrated else "")
+            columns[column] = pa.array(np.concatenate([scores[_key(test)] for test in source.tests]), pa.float32())
+        backbone, features, variant, seed = _slug(subject.key)
+        path = folder / f"{backbone}-{features}-{head}-{variant}-{seed}-{routing}.parquet"
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(pa.table(columns), temporary)
+        temporary.replace(path)
+        written.add(path)
+    return written
+
+
+def _key(test: TestSet) -> str:
+    return "id" if test.group == "id" else test.name
+
+
+def _slug(key: SubjectKey) -> tuple[str, str, str, str]:
+    return key.backbone, key.features, key.variant or "none", "none" if key.seed is None else str(key.seed)
+
+
+def _label(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}/seed-{seed}"
+
+
+# -------------------------------------------------------------------------------------------------------- predict
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a fitted detector says of one new image."""
+
+    path: str
+    score: float
+    threshold: float
+    decision: str  # "ID" or "OOD"
+    prediction: str  # class name
+    expert: int | None
+
+
+class Predictor:
+    """The fitted detector of a study, for new images: thresholds come from the calibration rows alone.
+
+    Args:
+        source: a backbone with its trained mixtures; the first one is used, or the frozen features where there is none.
+        config: scores, k, temperature.
+        score: name; None takes the recommended one.
+        progress: of what has to be refined first.
+
+    Raises:
+        InputError: an unknown score.
+    """
+
+    def __init__(
+        self, source: BackboneSource, config: ScoreConfig, score: str | None = None, progress: Progress | None = None
+    ) -> None:
+        self._refined: RefinedFeatures | None = None
+        self._frozen = FrozenFeatures(source)
+        if source.mixtures:
+            self._refined = RefinedFeatures(source, source.mixtures[0], progress or NullProgress())
+        self._factory = DetectorFactory((self._refined or self._frozen).subject(), config)
+        head = "refit" if self._refined else "probe"
+        self.detector = recommended(self._factory) if score is None else self._factory.detector(head, score)
+        self.threshold = threshold_at(self.detector.calibration_scores, ADMIT[0])
+        self._class_names = source.data.class_names
+
+    def predict(self, paths: Sequence[str], cache: FeatureCache) -> list[Prediction]:
+        """Decisions for the rows of a cache of new images."""
+        labels = np.full(cache.n_rows, -1, dtype=np.int32)
+        if self._refined is not None:
+            refined = refine(self._refined.mixture(), cache)
+            rows = self._refined._rows(refined, labels, None)
+        else:
+            rows = self._frozen.rows(cache, labels)
+        scores = self.detector.score_rows(rows)
+        predicted = rows.logits[self.detector.head].argmax(1)
+        return [
+            Prediction(
+                path=path,
+                score=float(scores[index]),
+                threshold=self.threshold.threshold,
+                decision="ID" if scores[index] <= self.threshold.threshold else "OOD",
+                prediction=self._class_names[predicted[index]],
+                expert=None if rows.expert is None else int(rows.expert[index]),
+            )
+            for index, path in enumerate(paths)
+        ]

@@ -1,0 +1,53 @@
+"""Energy of the logits."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+
+from stages.scorers.base import ScoreInputs, scaled_logits
+
+
+def energy_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.float32]:
+    """−T · logsumexp(l / T); higher = more OOD.
+
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
+
+    Args:
+        logits: [n, C]; −inf for classes that do not apply.
+        temperature: T > 0.
+
+    Returns:
+        [n] float32, between −max l − T·log C and −max l.
+
+    Raises:
+        InputError: as `scaled_logits`.
+
+    >>> energy_score([[0.0, 0.0], [10.0, 0.0], [10.0, -np.inf]]).round(4).tolist()
+    [-0.6930999755859375, -10.0, -10.0]
+    """
+    return np.asarray(-temperature * logsumexp(scaled_logits(logits, temperature), axis=1), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class EnergyScorer:
+    """`energy_score` with its temperature; nothing to fit."""
+
+    temperature: float = 1.0
+
+    name: ClassVar[str] = "energy"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def params(self) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": self.temperature}
+
+    def fit(self, train: ScoreInputs) -> Self:
+        """Nothing to remember."""
+        return self
+
+    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
+        """Energy a row, [n] float32."""
+        return energy_score(x.need("logits", self.name), self.temperature)

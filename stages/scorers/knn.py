@@ -1,0 +1,130 @@
+"""Distance to the k-th nearest ID training feature, in the routed expert's subspace where there are experts."""
+
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stages.bank import FeatureBank
+from stages.errors import InputError, StageError
+from stages.scorers.base import ScoreInputs
+
+
+def knn_score(features: ArrayLike, bank: FeatureBank, k: int, exclude_self: bool = False) -> NDArray[np.float32]:
+    """√(2 − 2·cos) to the k-th nearest feature of the bank, clipped at 0; higher = more OOD.
+
+    Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022.
+
+    Args:
+        features: [n, D], any float type; normalised by the bank.
+        bank: ID training features.
+        k: which neighbour counts.
+        exclude_self: leave-one-out, where ``features`` are the bank's own rows, in order.
+
+    Returns:
+        [n] float32 in [0, 2].
+
+    Raises:
+        InputError: as `FeatureBank.search`.
+
+    >>> knn_score([[2.0, 0.0]], FeatureBank([[1.0, 0.0], [0.0, 1.0]]), k=2).round(3).tolist()
+    [1.4140000343322754]
+    """
+    return bank.search(features, k, exclude_self)[0][:, -1]
+
+
+class ExpertBanks:
+    """One `FeatureBank` for each expert of the training rows; a single one where they name no expert.
+
+    Args:
+        train: ID training rows with ``features``, and ``expert`` where each expert has a subspace of its own.
+        device: as in `FeatureBank`.
+
+    Raises:
+        InputError: no rows, no features, or NaN or inf in one.
+    """
+
+    def __init__(self, train: ScoreInputs, device: Literal["auto", "cpu"] = "auto") -> None:
+        if not len(train):
+            raise InputError("a bank needs ID training rows, none given")
+        features = train.need("features", "a bank")
+        self._routed = train.expert is not None
+        expert = np.zeros(len(train), dtype=int) if train.expert is None else train.expert
+        self.banks = {int(e): FeatureBank(features[expert == e], device) for e in np.unique(expert)}
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Rows of each expert's bank."""
+        return {expert: len(bank) for expert, bank in self.banks.items()}
+
+    def distances(self, x: ScoreInputs, k_max: int) -> NDArray[np.float32]:
+        """Distances to the ``k_max`` nearest rows of each row's own bank: a score for every k is a column.
+
+        Args:
+            x: rows with ``features``, and ``expert`` exactly where the bank has it.
+            k_max: neighbours. Where a bank has fewer rows, its farthest fills the columns beyond.
+
+        Returns:
+            [n, k_max] float32, ascending.
+
+        Raises:
+            InputError: ``expert`` on one side alone, or an expert without training rows.
+        """
+        features = x.need("features", "kNN")
+        if self._routed != (x.expert is not None):
+            raise InputError(
+                "rows that name an expert need a bank that does, and the reverse: "
+                f"the bank has {len(self.banks)} expert(s), the rows {'none' if x.expert is None else 'name theirs'}"
+            )
+        expert = np.zeros(len(x), dtype=int) if x.expert is None else x.expert
+        if unknown := sorted(set(np.unique(expert).tolist()) - self.banks.keys()):
+            raise InputError(f"rows are routed to experts {unknown}, which have no training rows in the bank")
+        if k_max < 1:
+            raise InputError(f"k = {k_max} given, must be at least 1")
+        distances = np.empty((len(x), k_max), dtype=np.float32)
+        for e, bank in self.banks.items():
+            rows = np.flatnonzero(expert == e)
+            k = min(k_max, len(bank))
+            found, _ = bank.search(features[rows], k)
+            distances[rows, :k] = found
+            distances[rows, k:] = found[:, -1:]
+        return distances
+
+
+class KNNScorer:
+    """`knn_score` with its k and the banks that it was fitted on.
+
+    Args:
+        k: which neighbour counts; clipped to a bank's size, and ``params()`` says so. The default is OpenOOD's and
+            pytorch-ood's; the paper takes 50 for CIFAR-10, 1000 for ImageNet. `choose_k` chooses one from ID rows.
+        device: as in `FeatureBank`.
+
+    Raises:
+        InputError: ``k`` < 1.
+    """
+
+    name: ClassVar[str] = "knn"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+
+    def __init__(self, k: int = 50, device: Literal["auto", "cpu"] = "auto") -> None:
+        if k < 1:
+            raise InputError(f"k = {k} given, must be at least 1")
+        self.k = k
+        self.device = device
+        self._banks: ExpertBanks | None = None
+
+    def params(self) -> dict[str, Any]:
+        """k; once fitted, ``k_used`` as well: expert -> k, where a bank has fewer than k rows."""
+        clipped = {e: n for e, n in self._banks.sizes.items() if n < self.k} if self._banks else {}
+        return {"k": self.k} | ({"k_used": {str(e): n for e, n in clipped.items()}} if clipped else {})
+
+    def fit(self, train: ScoreInputs) -> Self:
+        """Builds the banks: one for each expert, or one for all rows where ``train`` names no expert."""
+        self._banks = ExpertBanks(train, self.device)
+        return self
+
+    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
+        """Distance to the k-th neighbour in each row's own bank, [n] float32."""
+        if self._banks is None:
+            raise StageError("kNN has no bank yet: call fit() with the ID training rows first")
+        return self._banks.distances(x, self.k)[:, -1]

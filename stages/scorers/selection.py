@@ -1,0 +1,90 @@
+"""k for kNN from ID rows alone: one rule for all features, so that no method is tuned more than another."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stages.errors import InputError
+from stages.metrics import auroc
+from stages.scorers.base import ScoreInputs
+from stages.scorers.knn import ExpertBanks
+
+K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_MAX_CLASS_GROUPS = 5
+
+
+class Fold(NamedTuple):
+    """ID rows to search in and ID rows to search for; both with ``features`` and ``labels``, ``expert`` or not."""
+
+    bank: ScoreInputs
+    queries: ScoreInputs
+
+
+def choose_k(folds: Sequence[Fold], grid: Sequence[int] = K_GRID) -> tuple[int, dict[str, Any]]:
+    """The k that best tells left-out ID classes from the others.
+
+    The classes are dealt, in sorted order, into min(5, C // 2) groups, at least 2. Each group in turn plays OOD: its
+    rows leave the bank, its queries are pseudo-OOD and the other queries pseudo-ID. The k with the best AUROC, averaged
+    over groups and folds, wins; the smallest among equals. No OOD row is ever looked at.
+
+    Args:
+        folds: one for a held-out set; several where cross-fitting replaces it.
+        grid: candidates; those above half of the smallest bank are dropped, for they would be clipped.
+
+    Returns:
+        k, and the record: the rule, the grid, mean AUROC for each k, how many classes, groups, folds and rows.
+
+    Raises:
+        InputError: no folds, fewer than 2 classes, unknown labels (negative), or nothing left to compare.
+    """
+    if not folds or min(grid, default=0) < 1:
+        raise InputError(f"choosing k needs a fold and candidates of at least 1, got {len(folds)} and {tuple(grid)}")
+    classes = np.unique(np.concatenate([fold.bank.need("labels", "choosing k") for fold in folds]))
+    if len(classes) < 2 or classes[0] < 0:
+        raise InputError(
+            f"choosing k needs 2 known ID classes or more, got labels {classes[:5].tolist()}; give a number"
+        )
+    smallest = min(_smallest_bank(fold.bank) for fold in folds)
+    candidates = sorted({k for k in grid if k <= smallest // 2} or {min(grid)})
+    groups = max(2, min(_MAX_CLASS_GROUPS, len(classes) // 2))
+
+    curves, skipped = [], 0
+    for fold in folds:
+        for group in range(groups):
+            curve, dropped = _pseudo_ood_auroc(fold, classes[group::groups], candidates)
+            skipped += dropped
+            if curve is not None:
+                curves.append(curve)
+    if not curves:
+        raise InputError("choosing k: no fold has queries both of left-out and of other classes; give a number")
+    means = np.mean(curves, axis=0)
+    k = candidates[int(np.argmax(means))]  # argmax takes the first, the smallest k, among equals
+    return k, {
+        "rule": "best mean AUROC of left-out ID classes against the others",
+        "k": k,
+        "auroc": {str(candidate): float(mean) for candidate, mean in zip(candidates, means, strict=True)},
+        "classes": len(classes),
+        "class_groups": groups,
+        "folds": len(folds),
+        "queries": sum(len(fold.queries) for fold in folds),
+        "queries_without_bank": skipped,
+    }
+
+
+def _smallest_bank(train: ScoreInputs) -> int:
+    return len(train) if train.expert is None else int(np.unique(train.expert, return_counts=True)[1].min())
+
+
+def _pseudo_ood_auroc(fold: Fold, left_out: np.ndarray, candidates: Sequence[int]) -> tuple[list[float] | None, int]:
+    """AUROC for each candidate, from one search; and how many queries an emptied expert's bank could not answer."""
+    bank = fold.bank.take(~np.isin(fold.bank.need("labels", "choosing k"), left_out))
+    queries = fold.queries
+    if queries.expert is not None and bank.expert is not None:  # an expert may have lost all its classes
+        queries = queries.take(np.isin(queries.expert, bank.expert))
+    dropped = len(fold.queries) - len(queries)
+    pseudo_ood = np.isin(queries.need("labels", "choosing k"), left_out)
+    if not len(bank) or pseudo_ood.all() or not pseudo_ood.any():
+        return None, dropped
+    distances = ExpertBanks(bank).distances(queries, candidates[-1])
+    return [auroc(distances[~pseudo_ood, k - 1], distances[pseudo_ood, k - 1]) for k in candidates], dropped

@@ -1,0 +1,275 @@
+"""The table: a row per detector and OOD set, averages per group, summary over seeds with paired differences."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.artifacts import write_text
+from stages.metrics import bootstrap_metrics, ood_metrics, percentile_interval, resample_counts
+
+METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
+GROUPS = ("near", "far", "all")
+_HIGHER_IS_BETTER = {"auroc", "aupr_in", "aupr_out"}
+
+
+@dataclass(frozen=True)
+class OODRow:
+    """A row of ``table.csv``; metrics are fractions, see `stages.metrics`; intervals are 95 % bootstrap intervals."""
+
+    backbone: str
+    features: str
+    head: str
+    variant: str
+    seed: int | None
+    routing: str
+    score: str
+    params: str
+    profile: str
+    calibrated: bool
+    ood: str
+    group: str
+    n_id: int
+    n_ood: int
+    auroc: float
+    fpr95: float
+    fpr95_ood: float
+    aupr_in: float
+    aupr_out: float
+    auroc_lo: float
+    auroc_hi: float
+    fpr95_lo: float
+    fpr95_hi: float
+
+    @property
+    def method(self) -> tuple[str, ...]:
+        """All that names a method, seed aside."""
+        return (self.backbone, self.features, self.head, self.variant, self.routing, self.score, str(self.calibrated))
+
+
+@dataclass(frozen=True, eq=False)
+class Replicates:
+    """Bootstrap replicates of a row's metrics, ``[R]`` each; the same resamples for every method, so they pair."""
+
+    auroc: NDArray[np.float64]
+    fpr95: NDArray[np.float64]
+
+
+class Evaluator:
+    """Metrics and paired bootstrap of one study's sets.
+
+    Args:
+        oods: name and group (``near`` or ``far``) of each OOD set, in order.
+        sizes: rows of each set, the ID test set's under ``"id"``.
+        replicates: R.
+    """
+
+    def __init__(self, oods: Sequence[tuple[str, str]], sizes: dict[str, int], replicates: int) -> None:
+        self.oods = list(oods)
+        # Seeds by position: the same study gives the same resamples, and every method gets the same.
+        self.counts = {
+            name: resample_counts(sizes[name], replicates, seed)
+            for seed, name in enumerate(["id", *(ood for ood, _ in oods)])
+        }
+
+    def rows(
+        self, name: dict[str, Any], id_scores: NDArray[np.float32], ood_scores: dict[str, NDArray[np.float32]]
+    ) -> list[tuple[OODRow, Replicates]]:
+        """Rows of one detector: each OOD set, then the averages (none for oracle routing, a diagnostic).
+
+        Args:
+            name: the columns that name the detector.
+            id_scores: ``[n_id]``, higher = more OOD.
+            ood_scores: ``[n_ood]`` of each OOD set.
+        """
+        result: list[tuple[OODRow, Replicates]] = []
+        for ood, group in self.oods:
+            metrics = asdict(ood_metrics(id_scores, ood_scores[ood]))
+            drawn = bootstrap_metrics(id_scores, ood_scores[ood], self.counts["id"], self.counts[ood])
+            replicates = Replicates(drawn["auroc"], drawn["fpr95"])
+            result.append((OODRow(**name, ood=ood, group=group, **metrics, **_intervals(replicates)), replicates))
+        if name["routing"] == "oracle":
+            return result
+        averages = []
+        for group in GROUPS:
+            members = [pair for pair in result if group in ("all", pair[0].group)]
+            if not members:
+                continue
+            replicates = Replicates(
+                np.mean([drawn.auroc for _, drawn in members], axis=0),
+                np.mean([drawn.fpr95 for _, drawn in members], axis=0),
+            )
+            means: dict[str, Any] = {
+                metric: float(np.mean([getattr(row, metric) for row, _ in members])) for metric in METRICS
+            }
+            sizes: dict[str, Any] = {"n_id": members[0][0].n_id, "n_ood": sum(row.n_ood for row, _ in members)}
+            averages.append(
+                (OODRow(**name, ood="average", group=group, **sizes, **means, **_intervals(replicates)), replicates)
+            )
+        return result + averages
+
+
+def _intervals(replicates: Replicates) -> dict[str, Any]:
+    auroc, fpr95 = percentile_interval(replicates.auroc), percentile_interval(replicates.fpr95)
+    return {"auroc_lo": auroc[0], "auroc_hi": auroc[1], "fpr95_lo": fpr95[0], "fpr95_hi": fpr95[1]}
+
+
+# Methods that every other one is compared with: (backbone, features, head, variant, routing, score, calibrated).
+BASELINES = {
+    "knn": ("pretrained", "cls", "none", "", "none", "knn", "False"),
+    "knn+energy": ("pretrained", "cls", "probe", "", "none", "knn+energy", "False"),
+}
+
+
+def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]:
+    """One line per method and OOD set over seeds: mean, standard deviation, n, and paired differences.
+
+    The difference of a method to a baseline is that of the means over seeds; its interval resamples ID and OOD images
+    alike for both. A gain is a gain where the interval excludes 0.
+    """
+    by_cell: dict[tuple[Any, ...], list[tuple[OODRow, Replicates]]] = {}
+    for row, drawn in rows:
+        by_cell.setdefault((row.method, row.ood, row.group), []).append((row, drawn))
+    lines = []
+    for (method, ood, group), members in by_cell.items():
+        first = members[0][0]
+        line: dict[str, Any] = {
+            "backbone": first.backbone,
+            "features": first.features,
+            "head": first.head,
+            "variant": first.variant,
+            "routing": first.routing,
+            "score": first.score,
+            "calibrated": first.calibrated,
+            "ood": ood,
+            "group": group,
+            "n_seeds": len(members),
+        }
+        for metric in METRICS:
+            values = [getattr(row, metric) for row, _ in members]
+            line[f"{metric}_mean"] = float(np.mean(values))
+            line[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        for label, baseline in BASELINES.items():
+            reference = by_cell.get((baseline, ood, group))
+            for metric in ("auroc", "fpr95"):
+                column = f"{metric}_minus_{label}"
+                line |= {column: None, f"{column}_lo": None, f"{column}_hi": None}
+                if reference is None or method == baseline:
+                    continue
+                difference = _mean(members, metric) - _mean(reference, metric)
+                own = np.mean([getattr(drawn, metric) for _, drawn in members], axis=0)
+                theirs = np.mean([getattr(drawn, metric) for _, drawn in reference], axis=0)
+                lo, hi = percentile_interval(own - theirs)
+                line |= {column: difference, f"{column}_lo": lo, f"{column}_hi": hi}
+        lines.append(line)
+    return lines
+
+
+def _mean(members: Iterable[tuple[OODRow, Replicates]], metric: str) -> float:
+    return float(np.mean([getattr(row, metric) for row, _ in members]))
+
+
+# ------------------------------------------------------------------------------------------------------- exports
+
+
+def write_table(folder: Path, rows: Sequence[OODRow], summary: Sequence[dict[str, Any]]) -> None:
+    """Write ``table.csv``, ``table.json`` and ``summary.csv``, ``.md``, ``.tex``."""
+    table = [asdict(row) for row in rows]
+    write_text(folder / "table.csv", _csv(table, [field.name for field in fields(OODRow)]))
+    write_text(folder / "table.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "summary.csv", _csv(summary, list(summary[0]) if summary else []))
+    header, body = compact(summary)
+    write_text(folder / "summary.md", _markdown(header, body))
+    write_text(folder / "summary.tex", _latex(header, body))
+
+
+def read_summary(folder: Path) -> list[dict[str, Any]]:
+    """Read ``summary.csv`` back as `summarise` gave it."""
+    with (folder / "summary.csv").open(encoding="utf-8", newline="") as file:
+        return [{column: _parse(column, text) for column, text in line.items()} for line in csv.DictReader(file)]
+
+
+def _parse(column: str, text: str) -> Any:
+    if column == "calibrated":
+        return text == "true"
+    if column == "n_seeds":
+        return int(text)
+    if column.startswith(METRICS):
+        return float(text) if text else None
+    return text
+
+
+def _csv(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: _cell(v) for k, v in line.items()} for line in lines])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else value
+
+
+def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The averages as a table for people: a line per method, per cent, near, far and all side by side.
+
+    Returns:
+        Header and cells. FPR95 has ID positive, as in the paper.
+    """
+    header = ["backbone", "features", "head", "variant", "routing", "score"]
+    metrics = [(group, metric) for group in GROUPS for metric in ("auroc", "fpr95")]
+    header += [f"{group} {metric.upper()} {'↑' if metric in _HIGHER_IS_BETTER else '↓'}" for group, metric in metrics]
+    averages = [line for line in summary if line["ood"] == "average"]
+    body = []
+    naming = ("backbone", "features", "head", "variant", "routing", "score", "calibrated")
+    for _, members in groupby(averages, key=lambda line: tuple(line[name] for name in naming)):
+        cells = {line["group"]: line for line in members}
+        first = next(iter(cells.values()))
+        names = [str(first[name]) for name in naming[:-1]]
+        names[-1] += " (calibrated)" if first["calibrated"] else ""
+        body.append(names + [per_cent(cells.get(group), metric) for group, metric in metrics])
+    return header, body
+
+
+def per_cent(line: dict[str, Any] | None, metric: str) -> str:
+    """``"93.1"``, with the deviation over seeds where there is one: ``"93.1 ± 0.4"``."""
+    if line is None or math.isnan(line[f"{metric}_mean"]):
+        return "–"
+    mean, deviation = line[f"{metric}_mean"], line[f"{metric}_std"]
+    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _latex(header: list[str], body: list[list[str]]) -> str:
+    escape = str.maketrans(
+        {"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    )
+    rows = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in (header, *body)]
+    columns = "l" * 6 + "r" * (len(header) - 6)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            rows[0],
+            r"\midrule",
+            *rows[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )

@@ -1,0 +1,93 @@
+"""Fixtures that several test modules share: real weights, real images, small enough for seconds.
+
+    backbone   tf_efficientnet_lite0 with its embedded ImageNet weights, at 48 px
+    caches     sealed caches of its features: "train", "test" (digits 0 to 3), "near" (7 and 8), "far" (photographs)
+    data       the ID side of a study on them: 4 classes, a fifth of id-train held out
+    few        the same of 12 images a class: too few to halve a held-out share, so it is cross-fitted
+    few_images the images of `few`
+    mixture    folder of a mixture of 2 experts trained on `data`, 2 epochs, seed 0
+    probe      the linear probe on `data`
+
+All are made once a session and belong to everybody: copy what you change.
+"""
+
+import os
+
+# One thread a process: the nets are tiny, and threads that wait for one another cost more than they do on busy cores.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from stages.backbone import load_backbone
+from stages.config import BackboneConfig, TrainConfig
+from stages.dataset import id_data
+from stages.extract import extract_set
+from stages.images import list_images
+from stages.train import train_mofe, train_probe
+
+torch.set_num_threads(1)
+
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
+
+SOURCES = {
+    "train": "sklearn:digits[0-3]/train",
+    "test": "sklearn:digits[0-3]/test",
+    "near": "sklearn:digits[7-8]/test",
+    "far": "sklearn:photos",
+}
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    return load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48))
+
+
+@pytest.fixture(scope="session")
+def caches(backbone, tmp_path_factory):
+    root, spec = tmp_path_factory.mktemp("caches"), backbone.feature_spec("float16", "full")
+    return {
+        name: extract_set(name, list_images(source), spec, root, lambda: backbone) for name, source in SOURCES.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def data(caches):
+    return id_data(caches["train"], None, val_share=0.2)
+
+
+@pytest.fixture(scope="session")
+def few_images():
+    table = list_images(SOURCES["train"])
+    rows = np.sort(np.concatenate([np.flatnonzero(table.labels == label)[:12] for label in range(4)]))
+    return replace(
+        table,
+        ids=tuple(table.ids[row] for row in rows),
+        labels=table.labels[rows],
+        sizes=table.sizes[rows],
+        mtimes_ns=table.mtimes_ns[rows],
+        contents=tuple(table.contents[row] for row in rows),
+    )
+
+
+@pytest.fixture(scope="session")
+def few(backbone, few_images, tmp_path_factory):
+    root, spec = tmp_path_factory.mktemp("few"), backbone.feature_spec("float16", "full")
+    return id_data(extract_set("few", few_images, spec, root, lambda: backbone), None, val_share=0.2)
+
+
+@pytest.fixture(scope="session")
+def mixture(backbone, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    assert train_mofe(data, TrainConfig(experts=2, epochs=2), backbone.end, seed=0, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def probe(data, tmp_path_factory):
+    return train_probe(data, tmp_path_factory.mktemp("probe"))

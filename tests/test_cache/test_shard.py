@@ -1,0 +1,154 @@
+"""One shard: what any HDF5 tool sees, the same bytes every time, and nothing that is not a number."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import CacheDamagedError, CacheError, CacheInvalidError, file_sha256
+from cache.shard import ShardReader, write_shard
+from tests.test_cache.toy import make_spec
+
+ROOT = Path(__file__).parents[2]
+SPECS = st.builds(
+    lambda patches, **fields: make_spec(patches=patches[0], grid=patches[1], **fields),
+    patches=st.sampled_from([("none", (0, 0)), ("full", (1, 1)), ("full", (3, 2)), ("pool:2", (2, 2))]),
+    dtype=st.sampled_from(["float16", "float32"]),
+    cls_dim=st.integers(1, 9),
+    tap_dim=st.integers(1, 9),
+    n_registers=st.integers(0, 3),
+)
+
+
+def shard_arguments(spec, n, seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.standard_normal((n, *shape), np.float32) for name, (shape, _) in spec.datasets().items()}
+    hashes = rng.integers(0, 256, (n, 32)).astype(np.uint8)
+    return arrays, np.arange(n, dtype=np.int32) - 1, [f"類/{'x' * (i % 5)}{i}.png" for i in range(n)], hashes
+
+
+@settings(max_examples=40, deadline=None)
+@given(spec=SPECS, n=st.integers(0, 7))
+def test_what_is_written_is_what_h5py_and_the_memory_map_read(tmp_path_factory, spec, n):
+    path = tmp_path_factory.mktemp("shard") / "shard-00000.h5"
+    arrays, labels, ids, hashes = shard_arguments(spec, n)
+    written = write_shard(path, spec, arrays, labels, ids, hashes)
+    assert (written.rows, written.nbytes, written.sha256) == (n, path.stat().st_size, file_sha256(path))
+    expected = {name: array.astype(spec.dtype) for name, array in arrays.items()}
+    expected |= {"label": labels, "image_hash": hashes}
+    reader = ShardReader(path)
+    with h5py.File(path) as file:
+        assert set(file) == {*expected, "id"}
+        assert file["id"].asstr()[:].tolist() == ids
+        for name, array in expected.items():
+            assert file[name].chunks is None
+            assert file[name].compression is None
+            for read in (file[name][:], reader.array(name)):
+                assert read.dtype == array.dtype
+                np.testing.assert_array_equal(read, array)
+
+
+def test_reader_gives_read_only_memory_maps_at_cache_line_offsets(tmp_path):
+    path = tmp_path / "shard.h5"
+    write_shard(path, make_spec(), *shard_arguments(make_spec(), 5))
+    array = ShardReader(path).array("patches")
+    assert isinstance(array, np.memmap)
+    assert not array.flags.writeable
+    assert array.ctypes.data % 64 == 0
+
+
+def test_reader_can_be_pickled_after_use(tmp_path):
+    path = tmp_path / "shard.h5"
+    arguments = shard_arguments(make_spec(), 5)
+    write_shard(path, make_spec(), *arguments)
+    reader = ShardReader(path)
+    reader.array("cls")
+    again = pickle.loads(pickle.dumps(reader))
+    np.testing.assert_array_equal(again.array("cls"), arguments[0]["cls"].astype(np.float16))
+
+
+def test_bytes_depend_on_the_arguments_alone(tmp_path):
+    """Another process, later, with its fresh memory full of rubbish, writes the same file."""
+    write = (
+        "import sys; from pathlib import Path; from tests.test_cache.test_shard import *\n"
+        "write_shard(Path(sys.argv[1]), make_spec(), *shard_arguments(make_spec(), 7))"
+    )
+    written = []
+    for name, rubbish in (("a", "0"), ("b", "165")):
+        environment = {**os.environ, "MALLOC_PERTURB_": rubbish}
+        subprocess.run([sys.executable, "-c", write, str(tmp_path / name)], env=environment, cwd=ROOT, check=True)
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("patches", np.nan, r"patches of '類/xx2.png': nan is not a feature"),
+        ("cls", -np.inf, r"cls of '類/xx2.png': -inf is not a feature"),
+        ("registers", 7e4, r'registers of \'類/xx2.png\': 70000 does not fit float16; set cache.dtype = "float32"'),
+    ],
+)
+def test_what_is_no_finite_number_is_refused_by_name(tmp_path, name, value, message):
+    arguments = shard_arguments(make_spec(), 5)
+    arguments[0][name][2, ..., 1] = value
+    with pytest.raises(CacheError, match=message):
+        write_shard(tmp_path / "shard.h5", make_spec(), *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_values_fit_float32(tmp_path):
+    spec = make_spec(dtype="float32")
+    arguments = shard_arguments(spec, 5)
+    arguments[0]["cls"][2, 1] = 7e4
+    write_shard(tmp_path / "shard.h5", spec, *arguments)
+    assert ShardReader(tmp_path / "shard.h5").array("cls")[2, 1] == 7e4
+
+
+def test_arrays_that_do_not_fit_the_spec_are_refused(tmp_path):
+    arrays, *rest = shard_arguments(make_spec(), 5)
+    with pytest.raises(CacheInvalidError, match="the spec says"):
+        write_shard(tmp_path / "s.h5", make_spec(), {"cls": arrays["cls"]}, *rest)
+    with pytest.raises(CacheInvalidError, match=r"cls is \(5, 5\), must be \(5, 6\)"):
+        write_shard(tmp_path / "s.h5", make_spec(), arrays | {"cls": arrays["cls"][:, :5]}, *rest)
+
+
+def test_disk_full_is_a_clear_error_and_leaves_nothing(tmp_path):
+    """The file-size limit of the process plays the full disk: real writes fail after some bytes."""
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from pathlib import Path; from tests.test_cache.test_shard import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        f"write_shard(Path({str(tmp_path)!r}) / 's.h5', make_spec(), *shard_arguments(make_spec(), 50))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "CacheError" in run.stderr
+    assert "s.h5: cannot be written: File too large; what was finished is kept" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_shards_are_damage(tmp_path):
+    text, chunked = tmp_path / "text.h5", tmp_path / "chunked.h5"
+    text.write_text("not HDF5")
+    with h5py.File(chunked, "w") as file:
+        file.create_dataset("cls", data=np.zeros((4, 4)), chunks=(1, 4))
+    for path in (text, chunked, tmp_path / "missing.h5"):
+        with pytest.raises(CacheDamagedError, match="run verify"):
+            ShardReader(path).array("cls")
+
+
+def test_a_truncated_shard_is_damage_and_not_a_crash(tmp_path):
+    path = tmp_path / "shard.h5"
+    write_shard(path, make_spec(), *shard_arguments(make_spec(), 50))
+    reader = ShardReader(path)
+    reader._layout = reader._read_layout()  # known from before the file was cut
+    os.truncate(path, 4096)
+    with pytest.raises(CacheDamagedError, match="ends inside 'patches'"):
+        reader.array("patches")

@@ -1,0 +1,227 @@
+"""A sealed cache: reading, order, batches, places, and what it refuses."""
+
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import (
+    CacheDamagedError,
+    CacheError,
+    CacheInvalidError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    Failure,
+    FeatureCache,
+    Manifest,
+    commit_shard,
+    find_caches,
+    next_cache_path,
+    store,
+)
+from cache.files import read_document, write_document
+from tests.test_cache.toy import CLASSES, begin, fails, features, files, fill, make_inputs, make_spec
+
+USED = [i for i in range(23) if not fails(i)]
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("cache") / "pets")
+
+
+def expected(name):
+    return np.array([features(make_spec(), i)[name] for i in USED]).astype(np.float16)
+
+
+def test_round_trip(sealed):
+    inputs = make_inputs()
+    assert (sealed.n_rows, len(sealed), sealed.dim, sealed.class_names) == (len(USED), len(USED), 6, CLASSES)
+    assert sealed.spec == make_spec()
+    assert sealed.fingerprint == make_spec().fingerprint
+    for name in make_spec().datasets():
+        np.testing.assert_array_equal(sealed.read(name), expected(name))
+    assert sealed.labels.tolist() == [i % 3 for i in USED]
+    assert sealed.labels.dtype == np.int32
+    assert sealed.ids.tolist() == [inputs.ids[i] for i in USED]
+    assert sealed.image_hashes.shape == (len(USED), 32)
+    assert sealed.inputs().same_listing(inputs)
+    assert [failure.id for failure in sealed.failures()] == [inputs.ids[i] for i in range(23) if fails(i)]
+    assert sealed.failures()[0].reason == "truncated after 3 bytes"
+    assert sealed.manifest.n_rows + sealed.manifest.n_failures == sealed.manifest.n_inputs == 23
+    assert sealed.verify() == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, len(USED) - 1), max_size=40))
+def test_rows_come_in_the_order_asked(sealed, rows):
+    rows = np.array(rows, np.int64)
+    np.testing.assert_array_equal(sealed.read("patches", rows), expected("patches")[rows])
+
+
+@pytest.mark.parametrize("large_row", [1, 10**9])
+def test_both_ways_to_gather_give_the_same(sealed, monkeypatch, large_row):
+    monkeypatch.setattr(store, "_LARGE_ROW", large_row)
+    rows = np.random.default_rng(0).permutation(len(USED))
+    np.testing.assert_array_equal(sealed.read("registers", rows), expected("registers")[rows])
+
+
+@given(st.slices(len(USED)))
+def test_slices_and_masks_mean_what_they_mean_to_numpy(sealed, rows):
+    mask = np.zeros(len(USED), bool)
+    mask[rows] = True
+    np.testing.assert_array_equal(sealed.read("cls", rows), expected("cls")[rows])
+    np.testing.assert_array_equal(sealed.read("cls", mask), expected("cls")[mask])
+
+
+def test_more_shards_than_may_be_mapped_at_once(sealed, monkeypatch):
+    monkeypatch.setattr(store, "_MAPPED", 2)
+    cache = FeatureCache.open(sealed.path)
+    before = len(os.listdir("/proc/self/fd"))
+    np.testing.assert_array_equal(cache.read("cls"), expected("cls"))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+@pytest.mark.parametrize("rows", [np.array([len(USED)]), np.array([-1]), np.array([0.5]), np.zeros((2, 2), int)])
+def test_rows_that_do_not_exist_are_refused(sealed, rows):
+    with pytest.raises(CacheError, match="rows"):
+        sealed.read("cls", rows)
+
+
+def test_unknown_dataset_is_refused_with_those_that_exist(sealed):
+    with pytest.raises(CacheError, match="'logits' is not cached; there are cls, tap_cls, registers, patches"):
+        sealed.read("logits")
+
+
+def test_batches_cover_all_rows_once_and_a_seed_fixes_their_order(sealed):
+    plain = list(sealed.batches(["cls"], batch_size=4))
+    assert np.concatenate([batch["row"] for batch in plain]).tolist() == list(range(len(USED)))
+    np.testing.assert_array_equal(np.concatenate([batch["cls"] for batch in plain]), expected("cls"))
+    orders = [np.concatenate([b["row"] for b in sealed.batches([], batch_size=4, seed=seed)]) for seed in (0, 0, 1)]
+    assert sorted(orders[0]) == list(range(len(USED)))
+    assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
+    for batch in sealed.batches(["cls", "patches"], rows=np.array([5, 1, 3]), batch_size=2, seed=3):
+        np.testing.assert_array_equal(batch["patches"], expected("patches")[batch["row"]])
+
+
+def test_work_on_class_embeddings_needs_no_patches(sealed, tmp_path):
+    """Cut every file off where its patches begin: cls, which lies before them, still reads."""
+    cache = FeatureCache.open(shutil.copytree(sealed.path, tmp_path / "cut"))
+    cache.read("tap_cls")  # learns where the datasets lie
+    for index, reader in cache._readers.items():
+        reader.close()
+        os.truncate(cache.path / cache.manifest.shards[index].name, reader._layout["patches"][0])
+    np.testing.assert_array_equal(cache.read("cls"), expected("cls"))
+    with pytest.raises(CacheDamagedError, match="ends inside 'patches'"):
+        cache.read("patches")
+
+
+def test_a_cache_can_be_pickled_and_moved(sealed, tmp_path):
+    moved = FeatureCache.open(shutil.copytree(sealed.path, tmp_path / "elsewhere"))
+    again = pickle.loads(pickle.dumps(moved))
+    np.testing.assert_array_equal(again.read("cls"), expected("cls"))
+    assert again.identity == sealed.identity
+
+
+def test_the_same_inputs_give_the_same_bytes(sealed, tmp_path):
+    assert files(fill(tmp_path / "again").path) == files(sealed.path)
+
+
+def test_identity_is_content_and_spec_without_times(sealed, tmp_path):
+    touched = make_inputs()
+    touched = type(touched).listing(touched.ids, touched.labels, touched.sizes, touched.mtimes_ns + 1)
+    assert fill(tmp_path / "a", inputs=touched).identity == sealed.identity
+    assert fill(tmp_path / "b", spec=make_spec(semantics=2)).identity != sealed.identity
+
+
+def test_a_set_without_a_usable_input_is_a_cache_without_rows(tmp_path):
+    all_fail = make_inputs(12)[8:12]
+    with begin(tmp_path / "none", inputs=all_fail) as builder:
+        (plan,) = builder.pending()
+        rows = all_fail.with_results(all_fail.sha256, ~all_fail.failed)
+        commit_shard(builder.path, plan, {}, rows, [Failure(id_, "no image") for id_ in rows.ids])
+        cache = builder.seal()
+    assert cache.read("patches").shape == (0, 6, 4)
+    assert (cache.n_rows, len(cache.failures()), list(cache.batches(["cls"]))) == (0, 4, [])
+    assert cache.verify() == []
+
+
+def test_open_says_what_does_not_fit(sealed, tmp_path):
+    assert FeatureCache.open(sealed.path, make_spec()).n_rows == len(USED)
+    with pytest.raises(CacheMismatchError, match="image_size: 28 in the cache, 56 asked"):
+        FeatureCache.open(sealed.path, make_spec(image_size=56))
+    with pytest.raises(CacheNotFoundError, match="no cache stands there"):
+        FeatureCache.open(tmp_path / "nowhere")
+    with begin(tmp_path / "begun"), pytest.raises(CacheNotFoundError, match="not finished"):
+        FeatureCache.open(tmp_path / "begun")
+
+
+def test_caches_are_found_by_set_and_fingerprint(tmp_path):
+    spec, other = make_spec(), make_spec(semantics=2)
+    first = next_cache_path(tmp_path, "pets", spec)
+    assert first.name == f"pets-{spec.fingerprint:.8}"
+    assert find_caches(tmp_path / "nowhere", "pets", spec) == []
+    first.mkdir()  # a process killed between making the folder and its plan
+    assert find_caches(tmp_path, "pets", spec) == []
+    assert next_cache_path(tmp_path, "pets", spec) == first
+    fill(first)
+    paths = [first]
+    for _ in range(10):
+        paths.append(next_cache_path(tmp_path, "pets", spec))
+        begin(paths[-1]).close()
+    assert paths[1].name.endswith("-2")
+    assert find_caches(tmp_path, "pets", spec) == paths
+    assert find_caches(tmp_path, "pets", other) == find_caches(tmp_path, "pet", spec) == []
+    with pytest.raises(CacheInvalidError, match="set name"):
+        next_cache_path(tmp_path, "../pets", spec)
+
+
+HOSTILE = {
+    "path traversal": lambda body: body["shards"][0].update(name="../../etc/passwd"),
+    "another shard's name": lambda body: body["shards"][0].update(name="shard-00001.h5"),
+    "rows that lie": lambda body: body["shards"][0].update(rows=10**9),
+    "one row too many": lambda body: body.update(n_rows=body["n_rows"] + 1),
+    "a negative count": lambda body: body["shards"][0].update(rows=-1),
+    "a shape that lies": lambda body: body["spec"].update(cls_dim=10**7),
+    "a shape of another kind": lambda body: body["spec"].update(grid=["2", 3]),
+    "a shard twice": lambda body: body["shards"].append(body["shards"][-1]),
+    "no shard": lambda body: body["shards"].clear(),
+    "shards of another kind": lambda body: body.update(shards={}),
+    "a shard of another kind": lambda body: body["shards"].insert(0, 3),
+    "a boolean count": lambda body: body["shards"][0].update(start=False),
+    "a digest of another kind": lambda body: body.update(inputs_sha256="x"),
+    "an unknown key": lambda body: body.update(run="rm"),
+    "a missing key": lambda body: body.pop("dataset"),
+    "a set name with a path": lambda body: body.update(dataset="../x"),
+    "class names of another kind": lambda body: body.update(class_names=[1]),
+    "another schema": lambda body: body.update(schema=2),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_manifest_is_refused(sealed, tmp_path, change):
+    body = read_document(sealed.path / "manifest.json")
+    change(body)
+    write_document(tmp_path / "manifest.json", body)  # with a digest that fits
+    with pytest.raises(CacheInvalidError):
+        FeatureCache.open(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[" * 10**5, b'{"digest": "00"}', b"\xff\xfe", b"null"])
+def test_a_manifest_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(CacheInvalidError):
+        Manifest.read(tmp_path)
+
+
+def test_shards_of_another_cache_are_refused(sealed, tmp_path):
+    """A manifest and shards that do not belong together: shapes are compared before a byte is used."""
+    cache = FeatureCache.open(shutil.copytree(sealed.path, tmp_path / "mixed"))
+    other = fill(tmp_path / "other", spec=make_spec(dtype="float32"))
+    shutil.copy(other.path / "shard-00000.h5", cache.path)
+    with pytest.raises(CacheDamagedError, match=r"cls is float32 \(3, 6\), not as sealed"):
+        cache.read("cls")

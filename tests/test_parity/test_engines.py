@@ -1,0 +1,35 @@
+"""One process, or many: the same cache, byte for byte."""
+
+import pytest
+import torch
+
+from pipeline.engine import DaskEngine
+from tests.test_stages.slow_extraction import small_shards
+
+
+@pytest.fixture
+def images(few_images, tmp_path):
+    reader = few_images.reader()
+    for index, name in enumerate(few_images.ids):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(reader.read(index))
+    (tmp_path / "images" / "0" / "notes.png").write_bytes(b"no image at all")
+    return tmp_path / "images"
+
+
+@pytest.mark.dask
+def test_workers_make_the_cache_that_one_process_makes(images, backbone, tmp_path):
+    """Here with two threads, there in two processes of one thread each, which finish in an order of their own."""
+    torch.set_num_threads(2)
+    try:
+        serial = small_shards(backbone, images, tmp_path / "serial", max_failures=1.0)
+    finally:
+        torch.set_num_threads(1)
+    with DaskEngine(workers=2) as engine:
+        parallel = small_shards(backbone, images, tmp_path / "dask", max_failures=1.0, mapper=engine.map)
+    assert len(serial.manifest.shards) == 4
+    assert len(serial.failures()) == 1
+    for file in serial.path.iterdir():
+        assert (parallel.path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len(list(parallel.path.iterdir())) == len(list(serial.path.iterdir()))

@@ -1,0 +1,245 @@
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import ConfigError, load_config
+
+STUDY = """
+name = "toy"
+work = "runs/toy"
+
+[[sets]]
+name = "train"
+role = "id-train"
+images = "data/train"
+
+[[sets]]
+name = "textures.v2"
+role = "far-ood"
+images = "sklearn:photos"
+
+[[variants]]
+name = "dense"
+set = { "train.experts" = 1, "train.grouping" = "groups.json" }
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Write an experiment file: the toy study, or the toy study with more at its end."""
+
+    def write(more: str = "", text: str = STUDY) -> Path:
+        path = tmp_path / "toy.toml"
+        path.write_text(text + more, "utf-8")
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(f"{path.parent}{os.sep}", "")
+
+
+def test_defaults_and_absolute_paths(study, tmp_path):
+    config = load_config(study())
+    assert config.work == tmp_path / "runs/toy"
+    assert config.cache.root == tmp_path / "runs/toy/cache"
+    assert [entry.images for entry in config.sets] == [str(tmp_path / "data/train"), "sklearn:photos"]
+    assert config.seeds == (0,)
+    assert config.backbone.weights == "hub"
+    assert config.finetune is None
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_variants_change_train_and_nothing_else(study, tmp_path):
+    variants = load_config(study(), ["train.epochs=3"]).variant_configs()
+    assert list(variants) == ["default", "dense"]
+    assert variants["default"].experts == "auto"
+    assert variants["dense"].experts == 1
+    assert variants["dense"].epochs == 3
+    assert variants["dense"].grouping == str(tmp_path / "groups.json")
+
+
+def test_variant_keys_without_quotes_mean_the_same(study):
+    path = study("\n[[variants]]\nname = 'two'\nset = { train.experts = 2 }\n")
+    assert load_config(path).variant_configs()["two"].experts == 2
+
+
+def test_set_takes_literals_text_and_names_of_entries(study, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = load_config(
+        study(),
+        [
+            "train.epochs=5",
+            "seeds=[0, 1]",
+            "train.mixup=static",
+            "sets.textures.v2.images=b.tar",  # a name with a dot; the path is relative to the current folder
+            "variants.dense.set.train.experts=2",
+            "finetune.epochs=1",
+            'score.scores=["knn"]',
+        ],
+    )
+    assert (config.train.epochs, config.seeds, config.train.mixup) == (5, (0, 1), "static")
+    assert config.sets[1].images == str(elsewhere / "b.tar")
+    assert config.variant_configs()["dense"].experts == 2
+    assert config.finetune is not None
+    assert config.score.scores == ["knn"]
+
+
+@settings(deadline=None)  # two busy cores
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+    | st.just("a#b")
+    | st.just("1, x = 2")
+    | st.just("2024-01-01")
+)
+def test_any_text_can_be_given_in_quotes(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "quoted.toml"
+    path.write_text(STUDY, "utf-8")
+    quoted = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON text is TOML text, but for this
+    assert load_config(path, [f"name={quoted}"]).name == text
+
+
+@settings(deadline=None)  # two busy cores
+@given(st.text(st.characters(codec="utf-8")))
+def test_any_override_is_taken_or_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_text(STUDY, "utf-8")
+    for override in (text, f"train.lr={text}", f"sets.{text}=1"):
+        with suppress(ConfigError):
+            load_config(path, [override])
+
+
+@pytest.mark.parametrize("text", ["a#1", "1, x = 2", "2024-01-01", "1 # comment", "runs/x", "5}, y = {"])
+def test_what_is_no_literal_is_text(study, text):
+    assert load_config(study(), [f"name={text}"]).name == text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=0", "--set train.epochs: 0 given, must be greater than 0"),
+        ('train.epochs="20"', '--set train.epochs: "20" given, must be a valid integer'),
+        ("train.epochs=true", "--set train.epochs: true given, must be a valid integer"),
+        ("train.experts=0", "--set train.experts: 0 given, must be greater than 0 or 'auto'"),
+        ("train.lr=nan", "--set train.lr: NaN given, must be greater than 0"),
+        ("train.mixup=strong", "--set train.mixup: \"strong\" given, must be 'dynamic', 'static' or 'none'"),
+        ("train.epoch=3", "--set train.epoch: unknown key; did you mean 'epochs'?"),
+        ("trian.epochs=3", "--set trian: unknown key; did you mean 'train'?"),
+        ("split.q=3", "--set split.q: unknown key; known: val"),
+        ("split.val=1", "--set split.val: 1 given, must be less than 1"),
+        ("train=3", "--set train: 3 given, must be a table"),
+        ("sets=3", "--set sets: 3 given, must be a list"),
+        ("seeds=[]", "--set seeds: [] given, must be one or more different numbers"),
+        ("seeds=[1, 1]", "--set seeds: [1, 1] given, must be one or more different numbers"),
+        ("seeds=[0, -1]", "--set seeds #2: -1 given, must be greater than or equal to 0"),
+        ("work=", '--set work: "" given, must be a path'),
+        ("cache.expert_blocks=0", "--set cache.expert_blocks: 0 given, must be greater than 0"),
+        (
+            "cache.patches=pool:0",
+            "--set cache.patches: \"pool:0\" given, must be 'full', 'none' or 'pool:G' with G at least 1",
+        ),
+        ("score.k=0", "--set score.k: 0 given, must be greater than 0 or 'auto'"),
+        ('score.scores=["kn"]', "--set score.scores: \"kn\" is not a known score; did you mean 'knn'?"),
+        ("score.scores=[]", "--set score.scores: [] given, must be one or more different names"),
+        ("train.epochs", "--set train.epochs: must be key=value, such as train.epochs=5"),
+        ("work.x=1", "--set work.x: work is a single value, it has no keys"),
+        (
+            "sets.tran.images=a",
+            "--set sets.tran.images: must be <list>.<name>.<key> with the name of an entry; did you mean 'train'?",
+        ),
+        (
+            "variants.dense.set.train.expert=1",
+            "--set variants.dense.set.train.expert: unknown key; did you mean 'experts'?",
+        ),
+    ],
+)
+def test_override_refused(study, override, message):
+    assert refusal(study(), override) == message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("[train]\nepochs = 0", "toy.toml: train.epochs: 0 given, must be greater than 0"),
+        ("[train]\nepochs = 0\nlr = 0\nx = 1", "toy.toml: train.x: unknown key; known: experts, "),
+        ("[[sets]]\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets #3.name: missing"),
+        ("[[sets]]\nname = 'a/b'\nrole = 'id-test'\nimages = 'a'", 'toy.toml: sets.a/b.name: "a/b" given, must be '),
+        ("[[sets]]\nname = 'average'\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets.average: this name is taken"),
+        ("[[sets]]\nname = 'train'\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets.train: two sets have this name"),
+        ("[[sets]]\nname = 'a'\nrole = 'id-train'\nimages = 'a'", "toy.toml: sets: 2 sets have role id-train, must be"),
+        (
+            "[[sets]]\nname = 'a'\nrole = 'ood'\nimages = 'a'",
+            "toy.toml: sets.a.role: \"ood\" given, must be 'id-train'",
+        ),
+        ("[[sets]]\nname = 'a'\nrole = 'id-test'", "toy.toml: sets.a.images: missing"),
+        (
+            "[[sets]]\nname = 'a'\nrole = 'id-test'\nfeatures = 'a.npz'",
+            "toy.toml: sets.a.features: not supported yet; give images",
+        ),
+        (
+            "[[variants]]\nname = 'default'\nset = {}",
+            "toy.toml: variants.default: two variants have this name (default",
+        ),
+        (
+            "[[variants]]\nname = 'k'\nset = { score.k = 1 }",
+            "toy.toml: variants.k.set.score.k: a variant changes [train] alone",
+        ),
+        (
+            "[[variants]]\nname = 'k'\nset = { train.experts = 0 }",
+            "toy.toml: variants.k.set.train.experts: 0 given, must be greater than 0 or 'auto'",
+        ),
+        (
+            "[train]\nalpha_min = 0.5\nalpha_max = 0.5",
+            "toy.toml: train.alpha_min: 0.5 given, must be less than alpha_max = 0.5 for mixup = 'dynamic'",
+        ),
+        ("x = [}", "toy.toml: not valid TOML: Invalid value (at line "),
+    ],
+)
+def test_file_refused(study, more, message):
+    assert refusal(study(more)).startswith(message)
+
+
+def test_all_problems_are_counted(study):
+    assert refusal(study("[train]\nepochs = 0\nlr = 0\nx = 1")).endswith("(and 2 more)")
+
+
+def test_no_train_set(study):
+    text = 'name = "toy"\nwork = "runs"\nsets = []\n'
+    assert refusal(study(text=text)) == "toy.toml: sets: 0 sets have role id-train, must be exactly one"
+
+
+def test_what_is_missing_at_the_top(study):
+    assert refusal(study(text="")) == "toy.toml: name: missing (and 2 more)"
+
+
+def test_unreadable_files(tmp_path):
+    assert refusal(tmp_path / "no.toml") == "no.toml: No such file or directory; give the experiment's TOML file"
+    assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "image.toml").write_bytes(b"\xff\xd8\xff\xe0")
+    assert refusal(tmp_path / "image.toml") == "image.toml: not a text file in UTF-8; give the experiment's TOML file"
+
+
+def test_file_with_byte_order_mark(tmp_path):
+    (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf" + STUDY.encode())
+    assert load_config(tmp_path / "bom.toml").name == "toy"
+
+
+def test_scoring_needs_test_sets(study):
+    config = load_config(study())
+    config.require_roles("extract")
+    with pytest.raises(ConfigError, match=r"score needs a set with role id-test; add one"):
+        config.require_roles("score")
+    test_set = "[[sets]]\nname = 'test'\nrole = 'id-test'\nimages = 'a'"
+    load_config(study(test_set)).require_roles("score")

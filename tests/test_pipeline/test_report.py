@@ -1,0 +1,348 @@
+"""The report page, made from work folders that the real functions wrote."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import load_config
+from pipeline.figures import admitted
+from pipeline.record import RunRecord
+from pipeline.report import METRICS, duration, percent, points, verdict, write_report
+from stages.artifacts import write_json, write_text
+from stages.errors import InputError
+from stages.metrics import auroc
+from stages.scorers import threshold_at
+from stages.table import Evaluator, read_summary, summarise, write_table
+from stages.train import EpochRecord
+
+OODS = [("near-birds", "near"), ("far-noise", "far")]
+N_ID, N_OOD = 80, 60
+CLASSES = ["<b>cat</b> & $dog$", "fox", "owl", "<img src=http://x.test/y>"]
+STUDY = "a <script>alert(1)</script> study"
+EXPERIMENT = f"""
+name = "{STUDY}"
+seeds = [0]
+sets = [
+  {{ name = "train", role = "id-train", images = "sklearn:digits[0-6]/train" }},
+  {{ name = "animals", role = "id-test", images = "sklearn:digits[0-6]/test" }},
+  {{ name = "near-birds", role = "near-ood", images = "sklearn:digits[7-9]" }},
+  {{ name = "far-noise", role = "far-ood", images = "sklearn:photos" }},
+]
+"""
+
+
+def method(backbone, features, head, variant, seed, routing, score, calibrated=False):
+    names = {"backbone": backbone, "features": features, "head": head, "variant": variant, "seed": seed}
+    settings = {"params": "{}", "profile": "paper", "calibrated": calibrated}
+    return names | {"routing": routing, "score": score} | settings
+
+
+FROZEN = [
+    (method("pretrained", "cls", "probe", "", None, "none", "energy"), 0.6),
+    (method("pretrained", "cls", "none", "", None, "none", "knn"), 1.0),
+    (method("pretrained", "cls", "probe", "", None, "none", "knn+energy"), 1.2),
+]
+
+
+def mixture(seed):
+    """Methods of one seed, with how far their OOD scores lie above the ID scores."""
+    return [
+        (method("pretrained", "mofe", "none", "default", seed, "predicted", "knn"), 1.4),
+        (method("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy"), 2.0),
+        (method("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy", calibrated=True), 1.9),
+        (method("pretrained", "mofe", "none", "default", seed, "oracle", "knn"), 5.0),
+    ]
+
+
+def make_study(work, seeds=(0,)):
+    """A scored study with well-separated answers: the mixture's raw sum is best, the oracle would be better still."""
+    rng = np.random.default_rng(7)
+    methods = FROZEN + [pair for seed in seeds for pair in mixture(seed)]
+    evaluator = Evaluator(OODS, {"id": N_ID, **{name: N_OOD for name, _ in OODS}}, replicates=100)
+    rows, thresholds = [], []
+    samples = {}
+    for name, distance in methods:
+        id_scores = rng.normal(size=N_ID).astype(np.float32)
+        ood_scores = {ood: rng.normal(distance, size=N_OOD).astype(np.float32) for ood, _ in OODS}
+        rows += evaluator.rows(name, id_scores, ood_scores)
+        if name["routing"] != "oracle":
+            thresholds += [name | asdict(threshold_at(id_scores, admit)) for admit in (0.95, 0.99)]
+        slug = [name["variant"] or "none", "none" if name["seed"] is None else str(name["seed"]), name["routing"]]
+        file = "-".join([name["backbone"], name["features"], name["head"], *slug])
+        column = name["score"] + (" (calibrated)" if name["calibrated"] else "")
+        samples.setdefault(file, {})[column] = np.concatenate([id_scores, *ood_scores.values()])
+    scores = work / "scores"
+    write_table(scores, [row for row, _ in rows], summarise(rows))
+    write_json(scores / "thresholds.json", thresholds)
+    (scores / "samples").mkdir()
+    sets = ["animals"] * N_ID + [name for name, _ in OODS for _ in range(N_OOD)]
+    for file, columns in samples.items():
+        pq.write_table(pa.table({"set": sets, **columns}), scores / "samples" / f"{file}.parquet")
+
+    frozen = {"backbone": "pretrained", "features": "cls", "variant": "", "seed": None}
+    mofe = [frozen | {"features": "mofe", "variant": "default", "seed": seed} for seed in seeds]
+    load = {"id": [30, 50], "near-birds": [10, 50], "far-noise": [60, 0]}
+    record = {
+        "accuracy": [frozen | {"head": "probe", "accuracy": 0.9, "n": N_ID}]
+        + [key | {"head": "refit", "accuracy": 0.95, "n": N_ID} for key in mofe],
+        "router": [key | {"experts": 2, "accuracy": 0.875, "load": load} for key in mofe],
+        "k": [key | {"rule": "given", "k": 5} for key in (frozen, *mofe)],
+        "split": {"pretrained": "held-out split"},
+        "overlap_with_id_train": {"near-birds": 3},
+    }
+    write_json(scores / "id.json", record)
+
+    for seed in seeds:
+        folder = work / "model" / "pretrained" / "default" / f"seed-{seed}"
+        lines = [
+            {"run": "final"}
+            | asdict(
+                EpochRecord(epoch, 2.0 - epoch, 1.0, 1.0, 1e-4, [30, 50], 1.5 - epoch, 0.8, 0.9, [0.9] * 4, [0.1, 0.8])
+            )
+            for epoch in range(2)
+        ]
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        groups = {name: index % 2 for index, name in enumerate(CLASSES)}
+        write_json(folder / "mofe.json", {"groups": groups, "best_epoch": 1})
+
+    (work / "study.toml").write_text(EXPERIMENT)
+    config = load_config(str(work / "study.toml"), [f"work={work}"])
+    with RunRecord(work / "record.json", config).running("score", "fingerprint"):
+        pass
+    return work
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def page(work):
+    return Page(write_report(work).read_text("utf-8"))
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, text, and table rows by the id of their section."""
+
+    VOID = ("meta", "br", "img", "input", "link", "hr")
+
+    def __init__(self, html):
+        super().__init__()
+        self.html = html
+        self.elements, self.open, self.rows, self.text, self.section = [], [], {}, "", None
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.elements.append((tag, found))
+        if tag == "section" and "id" in found:
+            self.section = found["id"]
+            self.rows[self.section] = []
+        if tag == "tr" and self.section:
+            self.rows[self.section].append({"class": found.get("class", ""), "name": "", "cells": [], "bold": []})
+        if tag == "td":
+            row = self.rows[self.section][-1]
+            row["cells"].append("")
+            row["bold"].append(False)
+        if tag == "b":
+            self.rows[self.section][-1]["bold"][-1] = True
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if "tr" in self.open:
+            row = self.rows[self.section][-1]
+            if "th" in self.open:
+                row["name"] += data.strip()
+            elif "td" in self.open:
+                row["cells"][-1] += data.strip()
+
+    def body(self, section):
+        return [row for row in self.rows[section] if row["cells"]]
+
+
+def test_the_page_opens_from_disk_and_asks_for_nothing(page, work):
+    assert (work / "report" / "index.html").is_file()
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "xlink:href", "srcset"):
+            assert attributes.get(name, "#").startswith("#"), (tag, attributes)
+    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", page.html))
+    assert "@import" not in page.html
+    assert "default-src 'none'" in page.html  # and the browser would refuse
+    linked = {attributes["href"][1:] for _, attributes in page.elements if "href" in attributes}
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert linked <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_it_names_the_study_and_what_was_compared(page):
+    head = page.text[: page.text.index("Per cent, averaged")]
+    for said in (STUDY, "80", "near-birds", "near, 60", "far-noise", "far, 60", "vit_small_patch14_dinov2.lvd142m"):
+        assert said in head
+    assert "3 images of near-birds stand in the id-train set as well" in " ".join(page.text.split())
+
+
+def test_names_are_escaped(page):
+    assert "<script" not in page.html
+    assert "<b>cat" not in page.html
+    assert "<img" not in page.html
+    for name in CLASSES:
+        assert name in page.text
+
+
+def test_the_frozen_knn_stands_first_wherever_it_was_scored(page):
+    for section in ("table", "sets", "thresholds"):
+        assert page.body(section)[0]["class"] == "baseline"
+    first = page.body("table")[0]
+    assert first["name"] == "kNNbaseline"
+    assert first["cells"][-2:] == ["–", "–"]  # it is not compared with itself
+
+
+def test_bold_is_the_best_of_each_column_and_nothing_else(page, work):
+    averages = [line for line in read_summary(work / "scores") if line["ood"] == "average"]
+    rows = page.body("table")
+    columns = [(group, metric) for group in ("near", "far", "all") for metric in METRICS]
+    for index, (group, metric) in enumerate(columns, start=1):
+        values = [line[f"{metric.column}_mean"] for line in averages if line["group"] == group]
+        best = percent(max(values) if metric.column == "auroc" else min(values))
+        assert [row["cells"][index] for row in rows if row["bold"][index]] == [best] * sum(
+            percent(value) == best for value in values
+        )
+    assert not any(any(row["bold"][len(columns) + 1 :]) for row in rows)
+
+
+def test_routing_by_the_true_label_is_shown_apart_and_never_best(page, work):
+    lines = read_summary(work / "scores")
+    oracle = [line for line in lines if line["routing"] == "oracle"]
+    assert min(line["auroc_mean"] for line in oracle) > max(
+        line["auroc_mean"] for line in lines if line["routing"] != "oracle" and line["ood"] != "average"
+    )
+    shown = [row for row in page.rows["routing"] if row["class"] == "oracle"]
+    assert [row["name"] for row in shown] == ["kNN"]
+    assert shown[0]["cells"][1].startswith(percent(oracle[0]["auroc_mean"]))
+    assert not any(shown[0]["bold"])
+    n_methods = len({tuple(line[name] for name in ("head", "features", "score", "calibrated")) for line in lines})
+    assert len(page.body("table")) == n_methods  # the oracle's kNN has the same names as the routed one: no row more
+
+
+def test_differences_come_with_their_interval_and_whether_it_excludes_0(page, work):
+    averages = [line for line in read_summary(work / "scores") if (line["ood"], line["group"]) == ("average", "all")]
+    sum_of_mixture = next(line for line in averages if line["features"] == "mofe" and line["score"] == "knn+energy")
+    row = next(row for row in page.body("table") if row["class"] == "recommended")
+    lo, hi = sum_of_mixture["auroc_minus_knn_lo"], sum_of_mixture["auroc_minus_knn_hi"]
+    assert row["cells"][-2] == f"▲ {points(sum_of_mixture['auroc_minus_knn'])}[{points(lo)}, {points(hi)}]"
+    assert row["cells"][-1].startswith("▼" if verdict(sum_of_mixture, METRICS[1]) == "worse" else "▲")
+
+
+@pytest.mark.parametrize(
+    ("metric", "interval", "expected"),
+    [
+        ("auroc", (0.01, 0.02, 0.03), "better"),
+        ("auroc", (-0.03, -0.02, -0.01), "worse"),
+        ("fpr95", (-0.03, -0.02, -0.01), "better"),
+        ("fpr95", (0.01, 0.02, 0.03), "worse"),
+        ("fpr95", (-0.01, 0.02, 0.05), "open"),
+        ("auroc", (0.0, 0.02, 0.05), "open"),
+    ],
+)
+def test_verdict_knows_which_direction_is_good(metric, interval, expected):
+    column = f"{metric}_minus_knn"
+    line = dict(zip((f"{column}_lo", column, f"{column}_hi"), interval, strict=True))
+    assert verdict(line, next(m for m in METRICS if m.column == metric)) == expected
+
+
+def test_every_set_has_histograms_and_a_roc_of_both_methods(page):
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if "aria-label" in attributes]
+    for ood, _ in OODS:
+        assert f"Frozen kNN: scores of ID and {ood}" in labels
+        assert f"MoFE kNN+energy (refit): scores of ID and {ood}" in labels
+        assert f"ROC of ID against {ood}" in labels
+    assert "MoFE · default · pretrained backbone: Mixup α" in labels
+
+
+def test_the_drawn_roc_has_the_area_of_the_table():
+    rng = np.random.default_rng(0)
+    id_scores, ood_scores = rng.integers(0, 9, 200).astype(np.float32), rng.integers(3, 12, 90).astype(np.float32)
+    x, y = admitted(id_scores, ood_scores)
+    assert np.trapezoid(y, x) == pytest.approx(auroc(id_scores, ood_scores))  # ties, too
+    many = rng.normal(size=5000).astype(np.float32), rng.normal(1, size=5000).astype(np.float32)
+    x, y = admitted(*many)
+    assert len(x) <= 301
+    assert np.trapezoid(y, x) == pytest.approx(auroc(*many), abs=1e-4)
+
+
+def test_the_same_files_give_the_same_bytes(work, tmp_path):
+    copy = shutil.copytree(work, tmp_path / "elsewhere")
+    assert write_report(copy).read_bytes() == write_report(work).read_bytes()
+
+
+def test_several_seeds_give_deviations(tmp_path):
+    page = Page(write_report(make_study(tmp_path, seeds=(3, 5))).read_text("utf-8"))
+    row = next(row for row in page.body("table") if row["class"] == "recommended")
+    assert all("±" in cell for cell in row["cells"][1:10])
+    assert "±" not in page.body("table")[0]["cells"][1]  # nothing of the frozen kNN is random
+    assert "Seed 3." in page.text
+
+
+def test_what_a_study_does_not_have_is_left_out(tmp_path):
+    work = make_study(tmp_path, seeds=())
+    page = Page(write_report(work).read_text("utf-8"))
+    assert "routing" not in page.rows
+    assert "training" not in page.rows
+    assert page.body("table")[0]["class"] == "baseline"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scores/table.json",
+        "scores/summary.csv",
+        "scores/id.json",
+        "scores/thresholds.json",
+        "scores/samples/pretrained-cls-none-none-none-none.parquet",
+        "record.json",
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(work, tmp_path, name):
+    copy = shutil.copytree(work, tmp_path / "copy")
+    for content in ("", "{}", '[{"ood": "a"}]'):
+        (copy / name).write_text(content)
+        if (name, content) != ("record.json", "{}"):
+            with pytest.raises(InputError, match="run make score"):
+                write_report(copy)
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=f"{re.escape(name)} is missing: run make score"):
+        write_report(copy)
+
+
+def test_an_empty_folder_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="run make score"):
+        write_report(tmp_path / "nothing")
+
+
+def test_numbers_are_written_for_people():
+    assert [percent(0.9312), percent(None), percent(float("nan"))] == ["93.1", "–", "–"]
+    assert [points(0.012), points(-0.5), points(-0.0001)] == ["+1.2", "−50.0", "0.0"]
+    assert [duration(5.42), duration(59.99), duration(192), duration(7290)] == [
+        "5.4 s",
+        "1 min 0 s",
+        "3 min 12 s",
+        "2 h 2 min",
+    ]

@@ -1,0 +1,561 @@
+"""Studies of a few small images, from the command line: order of verbs, freshness, sources, bad input."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from cache import FeatureCache
+from stages.backbone import build_model
+from stages.config import BackboneConfig
+from stages.images import decode_image, list_images
+from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
+
+STUDY = """
+name = "tiny"
+work = "work"
+
+[backbone]
+name = "tf_efficientnet_lite0"
+weights = "embedded"
+image_size = 32
+
+[cache]
+root = "caches"
+
+[[sets]]
+name = "train"
+role = "id-train"
+images = "images/train"
+
+[[sets]]
+name = "test"
+role = "id-test"
+images = "images/test"
+
+[[sets]]
+name = "threes"
+role = "near-ood"
+images = "images/threes"
+
+[[sets]]
+name = "photos"
+role = "far-ood"
+images = "images/photos.tar"
+
+[train]
+experts = 2
+epochs = 1
+
+[score]
+bootstrap = 100
+"""
+VARIANT = """
+[[variants]]
+name = "dense"
+set = { "train.experts" = 1 }
+"""
+VALIDATION = """
+[[sets]]
+name = "val"
+role = "id-val"
+images = "images/val"
+"""
+FINETUNE = """
+[finetune]
+epochs = 1
+hflip = 0.0
+"""
+
+
+def draw(folder, source, per_class, start=0, nested=True):
+    """Write some images of an embedded set as PNG files, in a folder for each class or in one."""
+    table = list_images(source)
+    reader = table.reader()
+    for label, name in enumerate(table.class_names):
+        for row in np.flatnonzero(table.labels == label)[start : start + per_class]:
+            path = folder / f"digit {name}" if nested else folder
+            path.mkdir(parents=True, exist_ok=True)
+            decode_image(reader.read(row)).save(path / f"{row:04d}.png")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with images and experiment files, and the study ``tiny`` run once; everybody's, so copy what you change.
+
+    Three digits with 32 images each to train on, so that a fifth of them can be held out and halved.
+    """
+    home = tmp_path_factory.mktemp("home")
+    draw(home / "images" / "train", "sklearn:digits[0-2]/train", 32)
+    draw(home / "images" / "test", "sklearn:digits[0-2]/test", 8)
+    draw(home / "images" / "val", "sklearn:digits[0-2]/train", 8, start=32)
+    draw(home / "images" / "threes", "sklearn:digits[3]/test", 16, nested=False)
+    draw(home / "images" / "photos", "sklearn:photos", 8)
+    with tarfile.open(home / "images" / "photos.tar", "w") as tar:
+        tar.add(home / "images" / "photos", arcname=".")
+    for name, more in {"tiny": "", "variant": VARIANT, "validation": VALIDATION, "finetune": FINETUNE}.items():
+        (home / f"{name}.toml").write_text(STUDY + more)
+    done("run", home / "tiny.toml")
+    return home
+
+
+@pytest.fixture
+def tiny(home, tmp_path):
+    """Arguments that name a copy of the finished study: its work folder may be changed, its caches are shared."""
+    shutil.copytree(home / "work", tmp_path / "work")
+    return [home / "tiny.toml", *settings(f"work={tmp_path / 'work'}")]
+
+
+@pytest.fixture
+def caches(home, tmp_path):
+    """A copy of the study's caches, to be damaged and added to."""
+    return Path(shutil.copytree(home / "caches", tmp_path / "caches"))
+
+
+@pytest.fixture
+def nothing(home, tmp_path):
+    """Arguments that name the same study where nothing was done yet."""
+    return [home / "tiny.toml", *settings(f"work={tmp_path / 'new'}", f"cache.root={tmp_path / 'caches'}")]
+
+
+def table_of(work):
+    return list(csv.DictReader(io.StringIO((work / "scores" / "table.csv").read_text())))
+
+
+# --------------------------------------------------------------------------------------------------- order of verbs
+
+
+@pytest.mark.parametrize("verb", ["train", "score", "verify"])
+def test_before_extract(verb, nothing, tmp_path):
+    assert "the pretrained features are not extracted yet" in refused(verb, *nothing)
+    assert "run make extract" in refused(verb, *nothing)
+    assert not (tmp_path / "new").exists()
+
+
+def test_predict_before_extract(nothing, home):
+    assert "run make extract" in refused("predict", *nothing, home / "images" / "photos.tar")
+
+
+def test_score_before_train(tiny, tmp_path):
+    shutil.rmtree(tmp_path / "work" / "model")
+    assert refused("score", *tiny).endswith("holds no trained mixture: run make train")
+
+
+def test_report_before_score(tiny, tmp_path):
+    shutil.rmtree(tmp_path / "work" / "scores")
+    assert refused("report", *tiny).endswith("table.json is missing: run make score")
+
+
+def test_info_at_any_time(nothing):
+    out = done("info", *nothing).out
+    assert out.count("not extracted yet") == 4
+    assert "model      pretrained default seed 0: not trained" in out
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("backbone.image_size=64", "image_size: 32 in the cache, 64 asked"),
+        ("backbone.name=mobilenetv3_small_100", "backbone: "),
+        ("backbone.weights=hub", "weights: "),
+        ("cache.dtype=float32", "dtype: "),
+        ("cache.patches=none", "patches: "),
+        ("cache.expert_blocks=2", "expert_blocks: 1 in the cache, 2 asked"),
+        ("sets.train.images=sklearn:digits", "set 'train' was extracted from "),
+    ],
+)
+def test_other_features_than_those_extracted(setting, said, tiny):
+    line = refused("train", *tiny, "--set", setting)
+    assert said in line
+    assert line.endswith("run make extract")
+
+
+@pytest.mark.parametrize("setting", ["train.epochs=2", "train.experts=1", "seeds=[5]", "split.val=0.4"])
+def test_other_settings_than_those_trained_with(setting, tiny):
+    assert refused("score", *tiny, "--set", setting).endswith("run make train")
+
+
+def test_training_again_with_other_settings_gives_other_models(tiny, tmp_path):
+    weights = tmp_path / "work" / "model" / "pretrained" / "default" / "seed-0" / "mofe.safetensors"
+    before = weights.read_bytes()
+    assert "default seed 0: fresh" in done("train", *tiny).out
+    assert weights.read_bytes() == before
+    assert "default seed 0: done, 2 experts" in done("train", *tiny, "--set", "train.lr=0.001").out
+    assert weights.read_bytes() != before
+    assert "run make train" in refused("score", *tiny)  # the models are now others than the file asks for
+
+
+# ------------------------------------------------------------------------------------------------------- freshness
+
+
+def test_dry_run_of_a_new_study(nothing, tmp_path):
+    lines = done("run", *nothing, "--dry-run").out.splitlines()
+    row_bytes = 2 * (1280 + 192 + 192)
+    assert lines[0] == f"extract pretrained train: 96 images, would write {96 * row_bytes / 2**20:.1f} MiB"
+    assert lines[4] == "train pretrained default seed 0: would run"
+    assert lines[5].startswith("score: would read caches and models")
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "caches").exists()
+
+
+def test_dry_run_follows_the_settings(tiny):
+    lines = done("run", *tiny, "--set", "train.epochs=2", "--dry-run").out.splitlines()
+    assert [line.split(": ")[1].split(",")[0] for line in lines[4:6]] == ["would run", "would read caches and models"]
+    assert all(", fresh, " in line for line in lines[:4])
+    assert done("score", *tiny, "--dry-run").out.startswith("score: fresh, ")
+    assert done("score", *tiny, "--set", "score.k=2", "--dry-run").out.startswith("score: would")
+
+
+@pytest.mark.parametrize("lost", ["summary.csv", "table.csv", "id.json", "thresholds.json", "samples"])
+def test_lost_results_are_made_again(lost, tiny, home, tmp_path):
+    path = tmp_path / "work" / "scores" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert done("score", *tiny, "--dry-run").out.startswith("score: would")
+    done("score", *tiny)
+    original = home / "work" / "scores" / lost
+    if path.is_dir():
+        assert {file.name for file in path.iterdir()} == {file.name for file in original.iterdir()}
+    else:
+        assert path.read_bytes() == original.read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["mofe.safetensors", "heads.safetensors", "refined/final/id-train.safetensors"])
+def test_lost_models_are_made_again(lost, tiny, home, tmp_path):
+    path = Path("model", "pretrained", "default", "seed-0", lost)
+    (tmp_path / "work" / path).unlink()
+    assert refused("score", *tiny).endswith("or not whole: run make train")
+    assert "default seed 0: done" in done("train", *tiny).out
+    assert (tmp_path / "work" / path).read_bytes() == (home / "work" / path).read_bytes()
+    done("score", *tiny)
+
+
+def test_lost_cache_is_made_again(nothing, tmp_path):
+    done("extract", *nothing)
+    before = {path: path.read_bytes() for path in (tmp_path / "caches").rglob("*") if path.is_file()}
+    (gone,) = (tmp_path / "caches").glob("train-*")
+    shutil.rmtree(gone)
+    assert refused("train", *nothing).endswith("run make extract")
+    assert "extract pretrained: 1 of 4 sets extracted" in done("extract", *nothing).out
+    assert {path: path.read_bytes() for path in (tmp_path / "caches").rglob("*") if path.is_file()} == before
+
+
+def test_caches_are_shared_by_studies(home, tmp_path):
+    answer = done("extract", home / "tiny.toml", *settings(f"work={tmp_path / 'other'}"))
+    assert answer.out.startswith("extract pretrained: fresh; ")
+
+
+def test_same_seed_same_table(home, tmp_path):
+    answer = done("run", home / "tiny.toml", *settings(f"work={tmp_path / 'again'}"))
+    assert "train pretrained default seed 0: done" in answer.out
+    for name in ("table.csv", "summary.csv", "id.json", "thresholds.json"):
+        assert (tmp_path / "again" / "scores" / name).read_bytes() == (home / "work" / "scores" / name).read_bytes()
+
+
+def test_moved_study_stays_whole(home, tmp_path):
+    """Caches below ``work`` are found relative to it."""
+    arguments = settings(f"cache.root={tmp_path / 'one' / 'cache'}", f"work={tmp_path / 'one'}")
+    done("extract", home / "tiny.toml", *arguments)
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = settings(f"cache.root={tmp_path / 'two' / 'cache'}", f"work={tmp_path / 'two'}")
+    assert done("verify", home / "tiny.toml", *moved).out.count("/two/cache/") == 4
+
+
+def test_weights_that_change_under_their_name(home, tmp_path):
+    """Same path, size and time, other weights: features of both never meet."""
+    config = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=32)
+    state = build_model(config).state_dict()
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    stat = path.stat()
+    study = [home / "tiny.toml", *settings(f"work={tmp_path / 'work'}", f"backbone.weights={path}")]
+    assert done("extract", *study).out.startswith("extract pretrained: fresh; ")  # the embedded weights, from a file
+    save_file({name: tensor * 2 if name == "conv_stem.weight" else tensor for name, tensor in state.items()}, path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    line = refused("train", *study)
+    assert "gives other weights now than those that the pretrained features were extracted with" in line
+
+
+# ------------------------------------------------------------------------------------------- variants, seeds, id-val
+
+
+def test_variants_and_seeds(home, tmp_path):
+    work = tmp_path / "work"
+    done("run", home / "variant.toml", *settings(f"work={work}", "seeds=[0, 1]"))
+    rows = table_of(work)
+    own = {(row["variant"], row["seed"]) for row in rows if row["features"] == "mofe"}
+    assert own == {("default", "0"), ("default", "1"), ("dense", "0"), ("dense", "1")}
+    assert {(row["variant"], row["seed"]) for row in rows if row["features"] == "cls"} == {("", "")}
+    assert {row["calibrated"] for row in rows if row["variant"] == "dense"} == {"false"}  # one expert: one scale
+    dense = json.loads((work / "model" / "pretrained" / "dense" / "seed-1" / "mofe.json").read_text())
+    assert dense["settings"]["experts"] == 1
+    assert dense["seed"] == 1
+
+    summary = list(csv.DictReader(io.StringIO((work / "scores" / "summary.csv").read_text())))
+    named = {"features": "mofe", "variant": "default", "head": "none", "score": "knn", "calibrated": "false"}
+    named |= {"routing": "predicted", "ood": "threes"}
+    (line,) = (line for line in summary if all(line[name] == value for name, value in named.items()))
+    values = [float(row["auroc"]) for row in rows if all(row[name] == value for name, value in named.items())]
+    assert line["n_seeds"] == "2"
+    assert float(line["auroc_mean"]) == pytest.approx(np.mean(values))
+    assert float(line["auroc_std"]) == pytest.approx(np.std(values, ddof=1))
+    assert " ± " in (work / "scores" / "summary.md").read_text()
+    frozen = [line for line in summary if line["features"] == "cls"]
+    assert {line["n_seeds"] for line in frozen} == {"1"}
+    assert {line["auroc_std"] for line in frozen} == {""}
+
+    # Without the variant and the second seed nothing of them stays in the results.
+    done("score", home / "tiny.toml", *settings(f"work={work}"))
+    assert (work / "scores" / "table.csv").read_bytes() == (home / "work" / "scores" / "table.csv").read_bytes()
+    assert {path.name for path in (work / "scores" / "samples").iterdir()} == {
+        path.name for path in (home / "work" / "scores" / "samples").iterdir()
+    }
+
+
+def test_validation_set(home, tmp_path):
+    work = tmp_path / "work"
+    out = done("run", home / "validation.toml", *settings(f"work={work}")).out
+    assert "probe with strength" in out
+    assert "id-val, halved into select and calibrate" in out
+    thresholds = json.loads((work / "scores" / "thresholds.json").read_text())
+    assert {line["n"] for line in thresholds} == {12}  # half of 3 classes of 8
+    assert {row["ood"] for row in table_of(work)} == {"threes", "photos", "average"}
+
+
+def test_class_without_enough_rows_is_cross_fitted(home, tmp_path):
+    draw(tmp_path / "few", "sklearn:digits[0-2]/train", 9)
+    arguments = settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")
+    few = settings(f"sets.train.images={tmp_path / 'few'}")
+    assert "cross-fitting: 3 folds" in done("run", home / "tiny.toml", *arguments, *few).out
+    shutil.rmtree(tmp_path / "few" / "digit 0")
+    (tmp_path / "few" / "digit 0").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "few" / "digit 0" / "only.png")
+    done("extract", home / "tiny.toml", *arguments, *few)
+    assert "class 'digit 0' has 1 image(s), too few" in refused("train", home / "tiny.toml", *arguments, *few)
+
+
+# -------------------------------------------------------------------------------------------------------- fine-tune
+
+
+def test_finetune_in_verbs(home, caches, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(home / "work", work)
+    study = [home / "finetune.toml", *settings(f"work={work}", f"cache.root={caches}")]
+    for verb in ("extract", "train", "score"):
+        line = refused(verb, *study, "--backbone", "finetuned")
+        assert line == "there is no finetuned backbone yet: run make finetune"
+    assert "finetune seed 0: would run" in done("run", *study, "--dry-run").out
+    assert "finetune seed 0: done, epoch 0 kept" in done("finetune", *study).out
+    assert done("verify", *study).out.count(": whole, ") == 4  # those of the pre-trained backbone; no others yet
+    assert "finetuned-seed-0 features are not extracted yet" in refused("score", *study)
+    assert "run make extract" in refused("train", *study, "--backbone", "finetuned")
+    out = done("extract", *study).out.splitlines()
+    assert [line.split(";")[0] for line in out] == [
+        "extract pretrained: fresh",
+        "extract finetuned-seed-0: 4 of 4 sets extracted",
+    ]
+    assert "run make train" in refused("score", *study, "--backbone", "finetuned")
+    out = done("train", *study, "--backbone", "finetuned").out
+    assert "train pretrained" not in out
+    assert "train finetuned-seed-0 default seed 0: done" in out
+    done("score", *study)
+    assert {row["backbone"] for row in table_of(work)} == {"pretrained", "finetuned"}
+    assert "finetune seed 0: fresh" in done("finetune", *study).out
+
+    # A fine-tune with other settings than those of now is not taken for theirs.
+    other = settings("finetune.lr=0.001")
+    assert refused("score", *study, *other, "--backbone", "finetuned").endswith("run make finetune")
+    answer = done("score", *study, *other)
+    assert "finetuned-seed-0 is left out: " in answer.err
+    assert {row["backbone"] for row in table_of(work)} == {"pretrained"}
+    (work / "finetune" / "seed-0" / "backbone.safetensors").unlink()
+    assert "finetune seed 0: done" in done("finetune", *study).out
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def test_folder_tar_and_lists_are_the_same_images(home, caches, tmp_path):
+    """A tar with the names and bytes of a folder is the folder; lists name the same images by their paths."""
+    train, test = home / "images" / "train", home / "images" / "test"
+    files = sorted(train.rglob("*.png"))
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(train, arcname=".")
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *((path, path.parent.name) for path in files)])
+    for name, folder in (("train", train), ("test", test)):  # in OpenOOD's lists classes are numbers, in every set
+        lines = (f"{path} {path.parent.name.split()[-1]}\n" for path in sorted(folder.rglob("*.png")))
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    study = [home / "tiny.toml", *settings(f"cache.root={caches}", f"work={tmp_path / 'work'}")]
+
+    answer = done("extract", *study, "--set", f"sets.train.images={tmp_path / 'train.tar'}")
+    assert answer.out.startswith("extract pretrained: fresh; ")
+    for lists in (["train.csv"], ["train.txt", "test.txt"]):
+        given = settings(*(f"sets.{name.split('.')[0]}.images={tmp_path / name}" for name in lists))
+        assert f": {len(lists)} of 4 sets extracted" in done("extract", *study, *given).out
+    one, *others = (FeatureCache.open(path) for path in sorted(caches.glob("train-*")))
+    assert len(others) == 2
+    for other in others:
+        assert np.array_equal(other.read("patches"), one.read("patches"))
+        assert np.array_equal(other.image_hashes, one.image_hashes)
+        assert np.array_equal(other.labels, one.labels)
+    assert [cache.class_names[1] for cache in (one, *others)] == ["digit 1", "digit 1", "1"]
+
+
+def test_ood_sets_need_no_classes_and_have_no_say_in_them(home, caches, tmp_path):
+    """Folders of an OOD set that are called like ID classes: they are what the set's role says."""
+    draw(tmp_path / "near", "sklearn:digits[0-2]/test", 4)
+    study = [home / "tiny.toml", *settings(f"work={tmp_path / 'work'}", f"sets.threes.images={tmp_path / 'near'}")]
+    done("run", *study, *settings(f"cache.root={caches}"))
+    row = next(row for row in table_of(tmp_path / "work") if row["ood"] == "threes")
+    assert row["n_ood"] == "12"
+    assert 0.2 < float(row["auroc"]) < 0.8  # the same kind of images as the ID test set
+
+
+def test_images_that_cannot_be_used(home, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(home / "images" / "test", images)
+    (images / "digit 1" / "broken.png").write_bytes(b"no image")
+    (images / "digit 1" / "notes.md").write_text("no image either, and it does not say that it is one")
+    given = settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}", f"sets.test.images={images}")
+    answer = pipeline("extract", home / "tiny.toml", *given)
+    assert answer.status == 1
+    last = answer.err.splitlines()[-1]
+    assert last.startswith("error: test: 1 of 25 images cannot be used, more than --max-failures 0.01 allows")
+    assert "digit 1/broken.png: " in last
+    answer = done("extract", home / "tiny.toml", *given, "--max-failures", "0.1")
+    assert "150" not in answer.err
+    (cache,) = (tmp_path / "caches").glob("test-*")
+    assert f"test: 24 rows + 1 failures = 25 inputs, sealed in {cache}" in answer.err
+    (failure,) = map(json.loads, (cache / "failures.jsonl").read_text().splitlines())
+    assert failure["id"] == "digit 1/broken.png"
+    assert failure["reason"]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("sets.photos.images=nowhere", "sets.photos.images: '{cwd}/nowhere': no such file or folder"),
+        ("sets.photos.images={tmp}/empty", "sets.photos.images: {tmp}/empty: no images found"),
+        ("sets.photos.images={tmp}/a.zip", "sets.photos.images: {tmp}/a.zip: not a source of images"),
+        ("sets.photos.images=sklearn:faces", "sets.photos.images: sklearn:faces: no such embedded set"),
+        ("sets.train.images={home}/images/threes", "set 'train': 16 of 16 images have no label"),
+        ("sets.test.images={home}/images/threes", "set 'test': 16 of 16 images have no label"),
+        ("sets.test.images=sklearn:digits[7]", "set 'test' has classes that id-train does not have: 7"),
+        ("backbone.name=resnet1", "backbone.name: timm has no model 'resnet1'"),
+        ("backbone.name=vit_tiny_patch16_224", 'backbone.weights: "embedded" weights exist for'),
+        ("backbone.weights={tmp}/no.safetensors", "backbone.weights: no file {tmp}/no.safetensors"),
+        ("backbone.weights={tmp}/a.zip", "backbone.weights: {tmp}/a.zip does not hold weights"),
+        ("cache.expert_blocks=7", "cache.expert_blocks: 7 given, tf_efficientnet_lite0 has 7: give at most 6"),
+        ("score.k=0", "--set score.k: 0 given, must be greater than 0 or 'auto'"),
+        ("score.scores=['knm']", "--set score.scores: \"knm\" is not a known score; did you mean 'knn'?"),
+        ("work={tmp}/a.zip", "work: {tmp}/a.zip is a file, a folder is needed"),
+        ("cache.root={tmp}/a.zip", "cache.root: {tmp}/a.zip is a file, a folder is needed"),
+    ],
+)
+def test_refused_before_anything_is_done(setting, said, home, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    places = {"tmp": tmp_path, "home": home, "cwd": os.getcwd()}
+    study = settings(f"work={tmp_path / 'new'}", f"cache.root={tmp_path / 'caches'}", setting.format(**places))
+    line = refused("run", home / "tiny.toml", *study)
+    assert line.startswith(said.format(**places))
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "caches").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.experts=4", "train.experts: 4 experts for 3 classes: give at most 3"),
+        ("train.grouping={tmp}/no.json", "train.grouping: {tmp}/no.json cannot be read"),
+        ("train.grouping={tmp}/groups.json", "train.grouping: {tmp}/groups.json: 2 classes without a group"),
+        ("train.alpha_min=0.9", "train.alpha_min: 0.9 given, must be below alpha_max = 0.8"),
+    ],
+)
+def test_training_settings_that_do_not_fit_the_data(setting, said, tiny, tmp_path):
+    (tmp_path / "groups.json").write_text('{"digit 0": 0}')
+    line = refused("train", *tiny, "--set", setting.format(tmp=tmp_path))
+    assert line.startswith(said.format(tmp=tmp_path))
+
+
+# --------------------------------------------------------------------------------------------- damage and interrupts
+
+
+def test_verify_says_all_that_is_damaged_and_what_repair_cannot_heal(nothing, caches):
+    done("extract", *nothing)
+    train, test = (next(caches.glob(f"{name}-*")) for name in ("train", "test"))
+    (train / "manifest.json").write_text("{}")
+    shard = test / "shard-00000.h5"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    answer = pipeline("verify", *nothing)
+    assert answer.status == 1
+    assert f"{train}" in answer.out
+    assert f"{shard}: has {len(whole) - 1} bytes, must have {len(whole)}" in answer.out
+    assert answer.out.count(": whole, ") == 2
+    assert answer.err == "error: 2 damaged files: verify --repair makes damaged shards again\n"
+    answer = pipeline("verify", *nothing, "--repair")
+    assert answer.status == 1
+    assert shard.read_bytes() == whole
+    assert answer.err.endswith("error: 1 damaged files: delete these caches, run make extract\n")
+    shutil.rmtree(train)
+    done("extract", *nothing)
+    assert done("verify", *nothing).out.count(": whole, ") == 4
+
+
+def test_repair_of_images_that_have_changed(home, tmp_path):
+    shutil.copytree(home / "images" / "train", tmp_path / "images")
+    study = [
+        home / "tiny.toml",
+        *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'c'}", f"sets.train.images={tmp_path}/images"),
+    ]
+    done("extract", *study)
+    shard = next((tmp_path / "c").glob("train-*")) / "shard-00000.h5"
+    damaged = shard.read_bytes()[:-1]
+    shard.write_bytes(damaged)
+    next((tmp_path / "images").rglob("*.png")).unlink()
+    answer = pipeline("verify", *study, "--repair")
+    assert answer.status == 2
+    assert "does not hold the images any more that it was made from" in answer.err
+    assert shard.read_bytes() == damaged
+    assert "extract pretrained: 1 of 4 sets extracted" in done("extract", *study).out
+    assert done("verify", *study).out.count(": whole, ") == 4
+
+
+def test_interrupted_extract_goes_on(home, tmp_path):
+    """SIGINT while the second set is being made: 130, one line, and the first set is kept."""
+    study = [str(home / "tiny.toml"), *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")]
+    study += settings("sets.train.images=sklearn:digits[0-2]", "sets.test.images=sklearn:digits[0-2]")
+    command = [sys.executable, "-u", "-m", "pipeline", "extract", *study]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("extract test: "):
+                process.send_signal(signal.SIGINT)
+                break
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted; what is finished is kept: the same command goes on where it was"
+    assert "Traceback" not in err
+    record = json.loads((tmp_path / "work" / "record.json").read_text())
+    assert record["stages"]["extract pretrained"]["status"] == "interrupted"
+    kept = snapshot(next((tmp_path / "caches").glob("train-*")))
+    assert kept
+    answer = done("extract", *study)
+    assert "extract pretrained: 3 of 4 sets extracted" in answer.out
+    assert snapshot(next((tmp_path / "caches").glob("train-*"))) == kept
+    assert done("verify", *study).out.count(": whole, ") == 4

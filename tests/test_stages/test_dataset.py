@@ -1,0 +1,124 @@
+"""The ID side of a study: labels in the study's classes, rows of every model, tokens as they were cached."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from cache import CacheBuilder, FeatureCache, InputTable, commit_shard, plan_shards
+from stages.dataset import id_data, labels_in, read_tokens
+from stages.errors import InputError
+from stages.split import split_rows
+from tests.test_cache.toy import features, make_spec
+
+
+@pytest.fixture
+def cache_of(tmp_path):
+    """Makes a sealed cache of toy features: ``cache_of("train", labels, names)``."""
+
+    def make(name: str, labels, class_names, **changes) -> FeatureCache:
+        spec, n = make_spec(**changes), len(labels)
+        ids = [f"{row:04d}.png" for row in range(n)]
+        inputs = InputTable.listing(ids, np.array(labels), np.full(n, 9), np.zeros(n, int))
+        plans = plan_shards(n, spec.row_bytes, max_rows=16, multiple=2)
+        with CacheBuilder.begin(tmp_path / name, name, spec, inputs, tuple(class_names), plans, {}) as builder:
+            for plan in builder.pending():
+                rows = range(plan.start, plan.stop)
+                digests = [hashlib.sha256(f"{name} {row}".encode()).digest() for row in rows]
+                hashes = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+                of_rows = [features(spec, row) for row in rows]
+                arrays = {key: np.stack([row[key] for row in of_rows]) for key in spec.datasets()}
+                part = inputs[plan.start : plan.stop].with_results(hashes, np.zeros(len(rows), bool))
+                commit_shard(builder.path, plan, arrays, part, [])
+            return builder.seal()
+
+    return make
+
+
+def test_study_on_a_share_of_id_train(caches, data):
+    """Four digits, a fifth of each held out."""
+    assert (data.n_classes, data.class_names) == (4, ("0", "1", "2", "3"))
+    assert data.held_out is data.train is caches["train"]
+    assert np.array_equal(data.train_labels, caches["train"].labels)
+    reference = split_rows(data.train_labels, caches["train"].image_hashes, 0.2)
+    assert data.split.rule == reference.rule
+    ((name, fold),) = data.runs()
+    assert name == "final"
+    assert np.array_equal(fold.train, reference.folds[0].train)
+    assert list(data.train_rows()) == ["final"]
+    assert np.array_equal(data.train_rows()["final"], fold.train)
+
+
+def test_cross_fitted_study_has_a_model_for_each_fold_and_a_final_one(few):
+    assert [name for name, _ in few.runs()] == ["fold-0", "fold-1", "fold-2"]
+    rows = few.train_rows()
+    assert list(rows) == ["fold-0", "fold-1", "fold-2", "final"]
+    assert np.array_equal(rows["final"], np.arange(48))
+    assert all(len(rows[name]) < 48 for name, _ in few.runs())
+
+
+def test_study_with_a_validation_set_matches_classes_by_name(cache_of):
+    train = cache_of("train", np.arange(12) % 3, ("ant", "bee", "cat"))
+    val = cache_of("val", [0, 1, 0, 1, 0, 1], ("cat", "ant"))
+    data = id_data(train, val, val_share=0.2)
+    assert data.held_out is val
+    assert data.held_out_labels.tolist() == [2, 0, 2, 0, 2, 0]
+    assert np.array_equal(data.train_rows()["final"], np.arange(12))
+    assert data.split.held_out == "id-val"
+
+
+def test_classes_without_an_image_are_no_classes(cache_of):
+    """Folders that hold nothing usable; the others are numbered anew."""
+    train = cache_of("train", np.array([1, 3])[np.arange(60) % 2], ("void", "ant", "empty", "bee", "none"))
+    data = id_data(train, None, val_share=0.2)
+    assert data.class_names == ("ant", "bee")
+    assert data.train_labels.tolist() == [0, 1] * 30
+    assert labels_in(cache_of("test", [1, 0], ("bee", "ant")), data.class_names).tolist() == [0, 1]
+
+
+def test_identity_tells_features_and_split_apart(caches, data):
+    assert id_data(caches["train"], None, 0.2).identity == data.identity
+    for other in (id_data(caches["train"], None, 0.3), id_data(caches["train"], caches["test"], 0.2)):
+        assert other.identity != data.identity
+    assert id_data(caches["test"], None, 0.2).identity != data.identity
+
+
+def test_rows_without_a_label_are_refused(cache_of):
+    with pytest.raises(InputError, match="'train': 2 of 4 images have no label: give a folder per class, or a list"):
+        id_data(cache_of("train", [0, -1, 1, -1], ("ant", "bee")), None, 0.2)
+
+
+def test_one_class_is_refused(cache_of):
+    with pytest.raises(InputError, match="'train' has 1 class with images: at least 2 are needed"):
+        id_data(cache_of("train", [1] * 9, ("ant", "bee")), None, 0.2)
+
+
+def test_class_of_one_image_is_refused_by_name(cache_of):
+    with pytest.raises(InputError, match=r"class 'cat' has 1 image\(s\), too few to hold some out \(1 such class"):
+        id_data(cache_of("train", [0, 1] * 20 + [2], ("ant", "bee", "cat")), None, 0.2)
+
+
+def test_labels_that_id_train_does_not_have_are_refused(cache_of):
+    with pytest.raises(InputError, match="'test': 1 of 3 images have classes that id-train does not have: newt"):
+        labels_in(cache_of("test", [0, 1, 0], ("ant", "newt")), ("ant", "bee"))
+    with pytest.raises(InputError, match="'flat': 2 of 2 images have no label"):
+        labels_in(cache_of("flat", [-1, -1], ()), ("ant", "bee"))
+
+
+def test_tokens_are_what_was_cached(cache_of):
+    cache = cache_of("train", np.arange(40) % 2, ("ant", "bee"))
+    rows = np.array([33, 2, 17])
+    tokens = read_tokens(cache, rows)
+    for name in ("cls", "tap_cls", "registers", "patches"):
+        ours = getattr(tokens, name)
+        expected = np.stack([features(cache.spec, row)[name] for row in rows]).astype(np.float16)
+        assert ours.dtype == torch.float32
+        assert np.array_equal(ours.numpy(), expected.astype(np.float32))
+    assert torch.equal(read_tokens(cache, slice(0, 3)).cls, read_tokens(cache, np.arange(3)).cls)
+
+
+def test_tokens_that_the_cache_does_not_hold_have_length_zero(cache_of):
+    cache = cache_of("train", [0, 1, 0], ("ant", "bee"), n_registers=0, patches="none", grid=(0, 0))
+    tokens = read_tokens(cache, slice(0, 3))
+    assert (tokens.registers.shape, tokens.patches.shape) == ((3, 0, 4), (3, 0, 4))

@@ -1,0 +1,178 @@
+"""Detectors against their formulas written out plainly, on small drawn features."""
+
+import numpy as np
+import pytest
+
+from stages.config import SCORE_NAMES, ScoreConfig
+from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, needs_logits, recommended
+from stages.errors import InputError
+from stages.scorers import Fold, choose_k
+
+CLASSES, DIM = 4, 6
+GROUP = np.array([0, 1, 0, 1])
+
+
+def draw(n: int, seed: int, experts: int = 0, ood: bool = False) -> SetRows:
+    """Rows of four classes; a routed row has logits for its expert's classes only, and the experts' scales differ."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) % CLASSES).astype(np.int32)
+    features = rng.normal(scale=0.4, size=(n, DIM)) + (0 if ood else np.eye(CLASSES, DIM)[labels])
+    logits = rng.normal(size=(n, CLASSES)) + (0 if ood else 5 * np.eye(CLASSES)[labels])
+    if not experts:
+        return SetRows(np.float32(features), labels, {"probe": np.float32(logits)})
+    expert = GROUP[labels].astype(np.int64)
+    logits *= 1 + 3 * expert[:, None]
+    logits[expert[:, None] != GROUP] = -np.inf
+    heads = {"trained": np.float32(logits), "refit": np.float32(logits / 2)}
+    return SetRows(np.float32(features), labels, heads, expert, np.ones(n, np.float32))
+
+
+def subject(experts: int = 0, folds: int = 1) -> Subject:
+    runs = tuple(
+        Run(draw(80, 10 * fold, experts), draw(24, 10 * fold + 1, experts), draw(40, 10 * fold + 2, experts))
+        for fold in range(folds)
+    )
+    bank = runs[0].bank if folds == 1 else draw(120, 99, experts)
+    key = SubjectKey("pretrained", "mofe" if experts else "cls", "", None)
+    return Subject(key, ("trained", "refit") if experts else ("probe",), runs, bank, experts)
+
+
+def plain_knn(x: SetRows, bank: SetRows, k: int) -> np.ndarray:
+    unit = [rows.features / np.linalg.norm(rows.features, axis=1, keepdims=True) for rows in (x, bank)]
+    distances = np.sqrt(np.maximum(0, 2 - 2 * unit[0].astype(np.float64) @ unit[1].T.astype(np.float64)))
+    if x.expert is not None:
+        distances[x.expert[:, None] != bank.expert] = np.inf
+    return np.sort(distances, axis=1)[:, k - 1]
+
+
+def plain_energy(x: SetRows, head: str) -> np.ndarray:
+    return -np.log(np.exp(x.logits[head].astype(np.float64)).sum(1))
+
+
+def make(subject: Subject, **config) -> DetectorFactory:
+    return DetectorFactory(subject, ScoreConfig(**{"k": 3} | config))
+
+
+@pytest.fixture(params=[1, 3], ids=["held out", "cross-fitted"])
+def folds(request):
+    return request.param
+
+
+def test_single_scores_are_the_scorers_own(folds):
+    frozen, test = subject(folds=folds), draw(30, 7)
+    factory = make(frozen)
+    knn = factory.detector("none", "knn").score_rows(test)
+    np.testing.assert_allclose(knn, plain_knn(test, frozen.bank, 3), atol=1e-5)
+    energy = factory.detector("probe", "energy").score_rows(test)
+    np.testing.assert_allclose(energy, plain_energy(test, "probe"), atol=1e-5)
+
+
+def test_calibration_rows_are_scored_by_the_model_that_did_not_see_them(folds):
+    frozen = subject(folds=folds)
+    expected = np.concatenate([plain_knn(run.calibrate, run.bank, 3) for run in frozen.runs])
+    np.testing.assert_allclose(make(frozen).detector("none", "knn").calibration_scores, expected, atol=1e-5)
+
+
+def test_a_sum_adds_z_scores_on_the_calibration_rows(folds):
+    frozen, test = subject(folds=folds), draw(30, 7, ood=True)
+    detector = make(frozen).detector("probe", "knn+energy")
+    knn = np.concatenate([plain_knn(run.calibrate, run.bank, 3) for run in frozen.runs])
+    energy = np.concatenate([plain_energy(run.calibrate, "probe") for run in frozen.runs])
+
+    def sum_of(k, e):
+        return (k - knn.mean()) / knn.std() + (e - energy.mean()) / energy.std()
+
+    expected = sum_of(plain_knn(test, frozen.bank, 3), plain_energy(test, "probe"))
+    np.testing.assert_allclose(detector.score_rows(test), expected, atol=1e-4)
+    np.testing.assert_allclose(detector.calibration_scores, sum_of(knn, energy), atol=1e-4)
+    assert detector.params == {"knn": {"k": 3}, "energy": {"temperature": 1.0}}
+
+
+def on_the_experts_scale(scores, expert, calibration, calibration_expert):
+    """Median and 1.4826 MAD of the expert's calibration rows, drawn towards everybody's with the weight of 10 rows."""
+
+    def centre_and_scale(values):
+        centre = np.median(values)
+        return np.array([centre, 1.4826 * np.median(np.abs(values - centre))])
+
+    scaled = np.empty(len(scores))
+    for e in range(2):
+        own = calibration[calibration_expert == e]
+        weight = len(own) / (len(own) + 10)
+        centre, scale = weight * centre_and_scale(own) + (1 - weight) * centre_and_scale(calibration)
+        scaled[expert == e] = (scores[expert == e] - centre) / scale
+    return scaled
+
+
+@pytest.mark.parametrize("score", ["knn", "energy", "knn+energy"])
+def test_calibrated_scores_stand_on_their_experts_scale(score, folds):
+    routed, test = subject(experts=2, folds=folds), draw(30, 7, experts=2)
+    detector = make(routed).detector("refit", score, calibrated=True)
+    calibration_expert = np.concatenate([run.calibrate.expert for run in routed.runs])
+    parts = []
+    for name in score.split("+"):
+        plain = plain_knn if name == "knn" else lambda x, bank, k: plain_energy(x, "refit")
+        calibration = np.concatenate([plain(run.calibrate, run.bank, 3) for run in routed.runs])
+        raw = plain(test, routed.bank, 3)
+        scaled = on_the_experts_scale(raw, test.expert, calibration, calibration_expert)
+        if "+" in score:  # z-scores come after the experts' scales
+            own = on_the_experts_scale(calibration, calibration_expert, calibration, calibration_expert)
+            scaled = (scaled - own.mean()) / own.std()
+        parts.append(scaled)
+    np.testing.assert_allclose(detector.score_rows(test), np.sum(parts, axis=0), atol=1e-4)
+
+
+def test_rows_without_experts_cannot_be_calibrated_over_them():
+    with pytest.raises(InputError, match="these rows were not routed"):
+        make(subject()).detector("probe", "energy", calibrated=True)
+
+
+def test_every_score_on_every_head_that_it_reads():
+    def listed(subject, **config):
+        return [(d.score, d.head, d.calibrated) for d in make(subject, **config).detectors()]
+
+    assert listed(subject()) == [
+        ("msp", "probe", False),
+        ("energy", "probe", False),
+        ("knn", "none", False),
+        ("knn+energy", "probe", False),
+    ]
+    assert listed(subject(experts=2), scores=["knn", "energy"]) == [
+        ("knn", "none", False),
+        ("knn", "none", True),
+        ("energy", "trained", False),
+        ("energy", "trained", True),
+        ("energy", "refit", False),
+        ("energy", "refit", True),
+    ]
+    assert listed(subject(experts=1), scores=["knn"]) == [("knn", "none", False)]  # one scale: nothing to calibrate
+
+
+def test_what_needs_logits():
+    assert [name for name in SCORE_NAMES if needs_logits(name)] == ["msp", "energy", "knn+energy"]
+    with pytest.raises(InputError, match="did you mean 'energy'"):
+        needs_logits("knn+enrgy")
+
+
+def test_k_is_given_or_chosen_from_bank_and_select_rows_alone(folds):
+    given = make(subject(folds=folds), k=7)
+    assert given.detector("none", "knn").params == {"k": 7}
+    assert given.k_record == {"rule": "given"}
+    frozen = subject(folds=folds)
+    auto = make(frozen, k="auto")
+    expected, record = choose_k([Fold(run.bank.inputs("none"), run.select.inputs("none")) for run in frozen.runs])
+    assert auto.detector("none", "knn").params == {"k": expected}
+    assert (auto.k, auto.k_record) == (expected, record)
+
+
+def test_temperature_reaches_the_scorer():
+    frozen, test = subject(), draw(30, 7)
+    warm = make(frozen, temperature=10.0).detector("probe", "energy")
+    expected = -10 * np.log(np.exp(test.logits["probe"].astype(np.float64) / 10).sum(1))
+    np.testing.assert_allclose(warm.score_rows(test), expected, rtol=1e-5)
+    assert warm.params == {"temperature": 10.0}
+
+
+def test_nothing_asked_means_the_sum_on_the_best_head():
+    assert (recommended(make(subject())).head, recommended(make(subject())).score) == ("probe", "knn+energy")
+    assert recommended(make(subject(experts=2))).head == "refit"

@@ -1,0 +1,343 @@
+"""The mixture: experts that start as the frozen backbone, a router that decides, rows that go where they are sent."""
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from stages.backbone import Backbone, Tokens, load_backbone
+from stages.config import BackboneConfig
+from stages.errors import InputError
+from stages.experts import MixtureOfFeatureExperts, load_mixture, save_mixture, soft_cross_entropy
+from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, dinov2, photos
+
+GROUPS = [1, 0, 1, 2, 0, 1, 1]  # group of each of seven classes
+
+
+@cache
+def lite0(expert_blocks: int = 1) -> Backbone:
+    return load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48), expert_blocks)
+
+
+@cache
+def encoded(source, *arguments) -> Tokens:
+    backbone = source(*arguments)
+    return backbone.encode(photos(backbone, 6)).map(torch.clone)  # ordinary tensors, as a cache gives them
+
+
+def mixture_of(backbone: Backbone, groups=GROUPS) -> MixtureOfFeatureExperts:
+    return MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups).eval()
+
+
+class MeanEnd(nn.Module):
+    """The smallest end that learns: for tests of what stands around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.patches.mean(1) * self.scale
+
+
+def small_tokens(n: int, seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Tokens(draw(n, 5), draw(n, 3), draw(n, 0, 5), draw(n, 4, 5))
+
+
+def small_mixture(groups=GROUPS, seed: int = 0) -> MixtureOfFeatureExperts:
+    mixture = MixtureOfFeatureExperts(MeanEnd, 5, 3, groups)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return mixture.eval()
+
+
+# ------------------------------------------------------------------------------------------------ the start
+
+
+BACKBONES = [(dinov2, DINOV2, 1), (dinov2, DINOV2, 2), (dinov2, DINOV2_REGISTERS, 1), (dinov2, DINOV2_REGISTERS, 2)]
+BACKBONES += [(lite0, 1), (lite0, 2)]
+
+
+@pytest.mark.parametrize("source", BACKBONES, ids=lambda source: "-".join([source[0].__name__, *map(str, source[1:])]))
+def test_experts_start_as_the_frozen_backbone(source):
+    """From the cached tokens every expert gives the class embedding: up to rounding, stored float16 included."""
+    make, *arguments = source
+    tokens = encoded(make, *arguments)
+    mixture = mixture_of(make(*arguments))
+    every_expert = torch.arange(len(tokens)) % mixture.n_experts
+    with torch.inference_mode():
+        refined = mixture(tokens, every_expert).features
+        stored = mixture(tokens.map(lambda x: x.half().float()), every_expert).features
+    assert tokens.cls.abs().max() > 1
+    assert (refined - tokens.cls).abs().max() <= 1e-5
+    assert (stored - tokens.cls).abs().max() <= 5e-3
+
+
+def test_experts_need_the_registers():
+    """Registers are no patches, but the last block attends to them: without them the start would be missed."""
+    tokens = encoded(dinov2, DINOV2_REGISTERS, 1)
+    without = Tokens(tokens.cls, tokens.tap_cls, tokens.registers[:, :0], tokens.patches)
+    with torch.inference_mode():
+        refined = mixture_of(dinov2(DINOV2_REGISTERS, 1))(without).features
+    assert (refined - tokens.cls).abs().max() > 1e-2
+
+
+def test_experts_of_a_convolutional_net_can_run_on_pooled_patches():
+    tokens = encoded(lite0)
+    for patches in (tokens.patches.mean(1, keepdim=True), tokens.patches[:, :0]):
+        pooled = Tokens(tokens.cls, tokens.tap_cls, tokens.registers, patches)
+        with torch.inference_mode():
+            assert mixture_of(lite0())(pooled).features.shape == tokens.cls.shape
+
+
+def test_experts_do_not_share_weights():
+    mixture = mixture_of(lite0())
+    first, second, _ = (list(expert.parameters()) for expert in mixture.experts)
+    assert not {p.data_ptr() for p in first} & {p.data_ptr() for p in second}
+    assert all(parameter.requires_grad for parameter in mixture.parameters())
+
+
+def test_training_moves_weights_but_never_batch_norm_statistics():
+    tokens = encoded(lite0)
+    mixture = mixture_of(lite0())
+    frozen = {name: b.clone() for name, b in mixture.named_buffers() if "running" in name or "num_batches" in name}
+    assert len(frozen) > 10
+    mixture.train()
+    assert not any(m.training for expert in mixture.experts for m in expert.end.modules())
+    optimiser = torch.optim.SGD(mixture.parameters(), lr=0.1)
+    for _ in range(2):  # heads start at zero: the end's gradient comes with the second step
+        optimiser.zero_grad()
+        _, outputs = mixture.experts[0](tokens)
+        soft_cross_entropy(outputs, mixture.class_targets(torch.tensor([1, 4, 1, 4, 0, 0]), 0)).backward()
+        optimiser.step()
+    buffers = dict(mixture.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in frozen.items())
+    with torch.inference_mode():
+        moved, kept = (mixture.eval()(tokens, torch.full((6,), e)).features - tokens.cls for e in (0, 1))
+    assert moved.abs().max() > 1e-3
+    assert kept.abs().max() <= 1e-5
+
+
+# ----------------------------------------------------------------------------------------------- the router
+
+
+def test_group_probability_is_the_sum_over_its_classes():
+    mixture, tokens = small_mixture(), small_tokens(200)
+    out = mixture(tokens)
+    plain = torch.stack(
+        [out.class_probability[:, [c for c, g in enumerate(GROUPS) if g == e]].sum(1) for e in range(3)]
+    )
+    assert torch.allclose(out.gate, plain.T)
+    assert torch.allclose(out.gate.sum(1), torch.ones(200))
+    assert torch.equal(out.class_probability, mixture.router(tokens.tap_cls).softmax(1))
+    # The most probable class need not be in the most probable group, and the group decides.
+    assert torch.equal(out.expert, out.gate.argmax(1))
+    assert (mixture.group[out.class_probability.argmax(1)] != out.expert).any()
+
+
+def test_router_standardises_and_stays_linear():
+    mixture = small_mixture()
+    tap_cls = 100 + 7 * small_tokens(50).tap_cls
+    tap_cls[:, 2] = 3  # a channel that never varies must not divide by zero
+    mixture.router.standardise(tap_cls)
+    weight, bias = mixture.router.linear.weight, mixture.router.linear.bias
+    scaled = (tap_cls - tap_cls.mean(0)) / torch.tensor([*tap_cls.std(0, correction=0)[:2], 1e-6])
+    assert torch.allclose(mixture.router(tap_cls), scaled @ weight.T + bias, atol=1e-4)
+    assert torch.isfinite(mixture.router(tap_cls)).all()
+
+
+def test_untrained_router_prefers_no_class():
+    tokens = encoded(lite0)
+    gate, probability = mixture_of(lite0()).route(tokens.tap_cls)
+    assert torch.allclose(probability, torch.full((6, 7), 1 / 7))
+    assert torch.allclose(gate, torch.tensor([2 / 7, 4 / 7, 1 / 7]).expand(6, 3))
+
+
+# ------------------------------------------------------------------------------------------------ the mixture
+
+
+def test_only_routed_rows_are_computed():
+    mixture, tokens = small_mixture(), small_tokens(40)
+    seen = {}
+    for index, expert in enumerate(mixture.experts):
+        expert.register_forward_pre_hook(lambda _, args, index=index: seen.update({index: len(args[0])}))
+    out = mixture(tokens)
+    assert seen == {expert: n for expert, n in enumerate(out.load.tolist()) if n}
+    assert sum(seen.values()) == 40
+    seen.clear()
+    mixture(tokens, torch.full((40,), 2))
+    assert seen == {2: 40}
+
+
+def test_every_row_gets_its_own_experts_answer():
+    """Row by row, expert by expert, with nothing clever."""
+    mixture, tokens = small_mixture(), small_tokens(30)
+    out = mixture(tokens)
+    assert len(out.load[out.load > 0]) > 1
+    for row in range(30):
+        expert = int(out.gate[row].argmax())
+        features, outputs = mixture.experts[expert](tokens[row : row + 1])
+        logits = torch.full((7,), -torch.inf)
+        for output, label in enumerate([c for c, g in enumerate(GROUPS) if g == expert]):
+            logits[label] = outputs[0, output]
+        assert out.expert[row] == expert
+        assert torch.allclose(out.features[row], features[0])
+        assert torch.allclose(out.logits[row], logits)
+        assert torch.allclose(out.other[row], outputs[0, -1])
+
+
+def test_oracle_sends_rows_where_it_is_told_and_leaves_the_gate_alone():
+    mixture, tokens = small_mixture(), small_tokens(6)
+    told = torch.tensor([2, 1, 0, 0, 1, 2])
+    out, own = mixture(tokens, told), mixture(tokens)
+    assert torch.equal(out.expert, told)
+    assert torch.equal(out.gate, own.gate)
+    finite = torch.isfinite(out.logits)
+    assert torch.equal(finite, mixture.group[None] == told[:, None])  # a head knows its own group alone
+    assert torch.equal(out.load, torch.tensor([2, 2, 2]))
+    same = told == own.expert
+    assert torch.equal(out.features[same], own.features[same])
+
+
+def test_one_expert_is_the_dense_control_and_has_no_other():
+    mixture, tokens = small_mixture([0] * 7), small_tokens(5)
+    assert mixture.experts[0].head.out_features == 7
+    out = mixture(tokens)
+    assert torch.isfinite(out.logits).all()
+    assert (out.other == -torch.inf).all()
+    assert torch.allclose(out.gate, torch.ones(5, 1))
+    assert torch.equal(mixture.class_targets(torch.arange(7), 0), torch.eye(7))
+
+
+def test_no_rows_are_no_error():
+    out = small_mixture()(small_tokens(0))
+    assert (out.features.shape, out.logits.shape, out.load.tolist()) == ((0, 5), (0, 7), [0, 0, 0])
+
+
+def test_gradients_reach_the_routed_expert_alone():
+    mixture = small_mixture()
+    mixture(small_tokens(4), torch.ones(4, dtype=torch.int64)).features.sum().backward()
+    assert [expert.end.scale.grad is not None for expert in mixture.experts] == [False, True, False]
+
+
+@given(
+    groups=st.integers(1, 4).flatmap(
+        lambda e: st.lists(st.integers(0, e - 1), min_size=e, max_size=12).filter(lambda g: set(g) == set(range(e)))
+    ),
+    smoothing=st.sampled_from([0.0, 0.1]),
+)
+def test_targets_stand_where_the_logits_are(groups, smoothing):
+    """For every class and every expert: its own column, or "other", the last."""
+    mixture = small_mixture(groups)
+    labels = torch.arange(len(groups))
+    for expert in range(mixture.n_experts):
+        targets = mixture.class_targets(labels, expert, smoothing)
+        assert torch.allclose(targets.sum(1), torch.ones(len(groups)))
+        own = mixture.classes_of(expert).tolist()
+        assert own == [c for c, g in enumerate(groups) if g == expert]
+        place = [own.index(c) if c in own else targets.shape[1] - 1 for c in labels.tolist()]
+        assert targets.argmax(1).tolist() == place
+        assert targets.max(1).values.min() >= 1 - smoothing
+
+
+def test_soft_cross_entropy_is_torchs_for_hard_targets():
+    logits, labels = small_tokens(8).cls, torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    ours = soft_cross_entropy(logits, nn.functional.one_hot(labels, 5).float())
+    assert torch.allclose(ours, nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    soft = small_tokens(8, seed=1).cls.softmax(1)
+    assert torch.allclose(soft_cross_entropy(logits, soft), nn.functional.cross_entropy(logits, soft, reduction="sum"))
+
+
+def test_group_without_a_class_is_refused():
+    with pytest.raises(InputError, match=r"train\.grouping: group 1 has no class"):
+        small_mixture([0, 2, 0])
+
+
+# ------------------------------------------------------------------------------------------------- save, load
+
+
+NAMES = {f"class {index}": group for index, group in enumerate(GROUPS)}
+
+
+def saved(folder):
+    mixture = small_mixture()
+    mixture.router.standardise(small_tokens(20).tap_cls)
+    save_mixture(folder, mixture, {"groups": NAMES, "seed": 3})
+    return mixture
+
+
+def test_saved_mixture_comes_back_bit_for_bit(tmp_path):
+    mixture, tokens = saved(tmp_path), small_tokens(10)
+    loaded = load_mixture(tmp_path, MeanEnd, 5, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mofe.json", "mofe.safetensors"]
+    assert json.loads((tmp_path / "mofe.json").read_text()) == {"groups": NAMES, "seed": 3}
+    assert not loaded.training
+    for ours, theirs in zip(vars(mixture(tokens)).values(), vars(loaded(tokens)).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_saved_mixture_of_a_real_backbone_comes_back(tmp_path):
+    backbone, tokens = lite0(), encoded(lite0)
+    save_mixture(tmp_path, mixture_of(backbone), {"groups": NAMES})
+    with torch.inference_mode():
+        features = load_mixture(tmp_path, backbone.end, backbone.dim, backbone.tap_dim)(tokens).features
+    assert (features - tokens.cls).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("mofe.safetensors", None),
+        ("mofe.safetensors", lambda content: content[:-1]),
+        ("mofe.safetensors", lambda content: content[:20]),
+        ("mofe.safetensors", lambda content: b""),
+        ("mofe.json", None),
+        ("mofe.json", lambda content: content[:-5]),
+        ("mofe.json", lambda content: b"[1, 2]"),
+        ("mofe.json", lambda content: b"\xff\xfe"),
+        ("mofe.json", lambda content: b"[" * 100_000),
+        ("mofe.json", lambda content: b"{}"),
+        ("mofe.json", lambda content: b'{"groups": [0, 1]}'),
+        ("mofe.json", lambda content: b'{"groups": {}}'),
+        ("mofe.json", lambda content: b'{"groups": {"a": "b"}}'),
+        ("mofe.json", lambda content: b'{"groups": {"a": -1, "b": 0}}'),
+        ("mofe.json", lambda content: b'{"groups": {"a": 0.5, "b": 1}}'),
+        ("mofe.json", lambda content: b'{"groups": {"a": 1000000000000, "b": 0}}'),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, file, damage):
+    saved(tmp_path)
+    if damage is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
+    with pytest.raises(InputError, match=r"holds no whole mofe\.json and mofe\.safetensors: run make train"):
+        load_mixture(tmp_path, MeanEnd, 5, 3)
+
+
+def test_mixture_of_another_architecture_is_refused(tmp_path):
+    saved(tmp_path)
+    for arguments in ((lambda: nn.Linear(1, 1), 5, 3), (MeanEnd, 6, 3), (MeanEnd, 5, 4)):
+        with pytest.raises(InputError, match="of another architecture: run make train"):
+            load_mixture(tmp_path, *arguments)
+    description = json.loads((tmp_path / "mofe.json").read_text())
+    description["groups"]["class 0"] = 0
+    (tmp_path / "mofe.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="of another architecture: run make train"):
+        load_mixture(tmp_path, MeanEnd, 5, 3)
+
+
+def test_groups_may_be_numpys():
+    assert small_mixture(np.array(GROUPS)).sizes == [2, 4, 1]

@@ -1,0 +1,272 @@
+"""Stage one: every image is a row or a listed failure, nothing is done twice, and the bits depend on nothing else."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import CacheMismatchError, FeatureCache
+from stages import extract as extract_module
+from stages.backbone import Backbone
+from stages.errors import StageError
+from stages.extract import extract_set, find_fresh, repair_set
+from stages.images import ImageReader, decode_image, list_images
+from stages.progress import NullProgress
+from tests.test_stages.slow_extraction import small_shards
+
+BROKEN = {"0/0000-notes.png": b"no image at all", "1/cut.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "1/empty.jpg": b""}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """37 digits and three files that are no images: two whole batches and a part of one."""
+    folder = tmp_path_factory.mktemp("images")
+    table = list_images("sklearn:digits[0,1]")
+    reader = table.reader()
+    for index in [*range(20), *range(len(table) - 17, len(table))]:
+        write(folder / table.ids[index], reader.read(index))
+    for name, content in BROKEN.items():
+        write(folder / name, content)
+    return folder
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def extract(images, root, backbone, **options) -> FeatureCache:
+    spec = options.pop("spec", None) or backbone.feature_spec("float16", "full")
+    options = {"max_failures": 1.0} | options
+    return extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, **options)
+
+
+def not_needed() -> Backbone:
+    raise AssertionError("a backbone is loaded where nothing is to be done")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(images, backbone, tmp_path_factory):
+    return extract(images, tmp_path_factory.mktemp("whole"), backbone)
+
+
+@pytest.fixture(scope="module")
+def sharded(images, backbone, tmp_path_factory):
+    return small_shards(backbone, images, tmp_path_factory.mktemp("sharded"), max_failures=1.0)
+
+
+def test_every_input_is_a_row_or_a_listed_failure(images, whole):
+    names = sorted(str(path.relative_to(images)) for path in images.glob("*/*"))
+    assert whole.inputs().ids == tuple(names)
+    assert whole.ids.tolist() == [name for name in names if name not in BROKEN]
+    assert [failure.id for failure in whole.failures()] == sorted(BROKEN)
+    assert all(failure.reason for failure in whole.failures())
+    assert whole.n_rows + len(whole.failures()) == len(names)
+    assert (whole.path / "failures.jsonl").read_text().count("\n") == 3
+    assert [whole.class_names[label] for label in whole.labels] == [name[0] for name in whole.ids]
+    digests = [hashlib.sha256((images / name).read_bytes()).digest() for name in whole.ids]
+    assert [row.tobytes() for row in whole.image_hashes] == digests
+    assert whole.verify() == []
+
+
+def test_cached_rows_are_what_the_backbone_says_of_each_image(images, whole, backbone):
+    """Image by image, without batches, padding and shards."""
+    for row in range(0, whole.n_rows, 5):
+        image = decode_image((images / str(whole.ids[row])).read_bytes())
+        live = backbone.encode(backbone.transform(image)[None])
+        for name in ("cls", "tap_cls", "patches"):
+            expected = getattr(live, name)[0].numpy()
+            cached = whole.read(name, np.array([row]))[0]
+            assert cached.dtype == np.float16
+            np.testing.assert_allclose(cached, expected, rtol=2**-11, atol=1e-4, err_msg=f"{name} of row {row}")
+
+
+def test_a_second_run_does_nothing(images, whole, backbone, monkeypatch):
+    monkeypatch.setattr(ImageReader, "read", None)  # no image is opened
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.path.iterdir()}
+    spec = backbone.feature_spec("float16", "full")
+    again = extract_set("digits", list_images(str(images)), spec, whole.path.parent, not_needed, max_failures=0.0)
+    assert again.path == whole.path
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.path.iterdir()} == before
+
+
+def test_features_do_not_depend_on_shards_or_on_what_fills_a_batch(images, whole, sharded, backbone, tmp_path):
+    assert len(sharded.manifest.shards) == 3
+    for name in ("cls", "tap_cls", "patches"):
+        np.testing.assert_array_equal(sharded.read(name), whole.read(name))
+    few = tmp_path / "few"  # 5 images in a batch of 16, the rest padded
+    for name in whole.ids[-5:]:
+        write(few / name, (images / name).read_bytes())
+    np.testing.assert_array_equal(extract(few, tmp_path, backbone).read("patches"), whole.read("patches")[-5:])
+
+
+def test_images_decoded_ahead_stay_in_order(images, whole, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract_module, "_READ_AHEAD", 3)
+    assert files(extract(images, tmp_path, backbone).path) == files(whole.path)
+
+
+def test_killed_and_resumed_gives_the_same_bytes(images, sharded, backbone, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "tests.test_stages.slow_extraction", str(images), str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for _ in range(2):  # it has begun; the first shard is done
+            assert process.stdout.readline()
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.stdout.readline()  # a batch: now it stands in the midst of the second shard
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    (unfinished,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert not (unfinished / "manifest.json").exists()
+    assert [path.name for path in unfinished.glob("shard-*.h5")] == ["shard-00000.h5"]
+
+    batches = []
+    encode = backbone.encode
+    monkeypatch.setattr(backbone, "encode", lambda x: batches.append(len(x)) or encode(x))
+    resumed = small_shards(backbone, images, tmp_path, max_failures=1.0)
+    assert len(batches) == 2  # what was done is not done again
+    assert resumed.path == unfinished
+    assert files(resumed.path) == files(sharded.path)
+
+
+def test_too_many_failures_keep_the_work(images, whole, backbone, tmp_path):
+    with pytest.raises(
+        StageError, match=r"digits: 3 of 40 images cannot be used.*--max-failures 0.05.*0/0000-notes\.png"
+    ):
+        extract(images, tmp_path, backbone, max_failures=0.05)
+    assert find_fresh("digits", list_images(str(images)), whole.spec, tmp_path) is None
+    samples = list_images(str(images))
+    sealed = extract_set("digits", samples, whole.spec, tmp_path, not_needed, max_failures=0.075)  # 3 of 40 is allowed
+    assert files(sealed.path) == files(whole.path)
+
+
+def test_a_changed_image_makes_a_new_version_beside_the_old_one(images, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "images")
+    old = extract(mine, tmp_path, backbone)
+    before = files(old.path)
+    changed, other = (mine / str(old.ids[row]) for row in (0, -1))
+    kept = changed.read_bytes()
+    changed.write_bytes(other.read_bytes())
+    new = extract(mine, tmp_path, backbone)
+    assert new.path.name == f"{old.path.name}-2"
+    assert files(old.path) == before
+    np.testing.assert_array_equal(new.read("cls")[0], new.read("cls")[-1])
+    np.testing.assert_array_equal(new.read("cls")[1:], old.read("cls")[1:])
+    assert new.identity != old.identity
+    changed.write_bytes(kept)  # and back again: the old version is fresh
+    samples = list_images(str(mine))
+    assert extract_set("digits", samples, old.spec, tmp_path, not_needed).path == old.path
+
+
+def test_an_image_that_was_only_touched_is_the_same_image(images, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "images")
+    cache = extract(mine, tmp_path, backbone)
+    for name in (*cache.ids[:2], "0/0000-notes.png"):
+        os.utime(mine / name, ns=(1, 1))
+    assert extract_set("digits", list_images(str(mine)), cache.spec, tmp_path, not_needed).path == cache.path
+
+
+def test_an_image_that_can_be_read_after_all_is_looked_at_again(images, backbone, tmp_path):
+    """Permissions and mounts come back without touching the file."""
+    mine = shutil.copytree(images, tmp_path / "images")
+    samples = list_images(str(mine))
+    hidden = (mine / samples.ids[1]).rename(tmp_path / "hidden")
+    spec = backbone.feature_spec("float16", "full")
+    without = extract_set("digits", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    assert without.failures()[1].reason == "cannot be read: No such file or directory"
+    assert find_fresh("digits", samples, spec, tmp_path) is not None
+    hidden.rename(mine / samples.ids[1])
+    assert find_fresh("digits", samples, spec, tmp_path) is None
+    assert extract(mine, tmp_path, backbone).n_rows == without.n_rows + 1
+
+
+class StopsAfter(NullProgress):
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def advance(self, n=1, **fields):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_images_that_change_while_a_cache_is_unfinished_begin_another(images, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "images")
+    with pytest.raises(KeyboardInterrupt):
+        small_shards(backbone, mine, tmp_path, progress=StopsAfter(3))
+    (mine / "0/0000-notes.png").unlink()
+    cache = small_shards(backbone, mine, tmp_path, max_failures=1.0)
+    assert cache.path.name.endswith("-2")
+    assert len(cache.failures()) == 2
+
+
+@pytest.mark.parametrize("damaged", ["shard-00000.h5", "shard-00002.h5", "inputs.parquet", "failures.jsonl"])
+@pytest.mark.parametrize("how", ["a bit is flipped", "it is gone"])
+def test_tampering_is_found_and_repaired_to_the_same_bytes(images, sharded, backbone, tmp_path, damaged, how):
+    cache = FeatureCache.open(shutil.copytree(sharded.path, tmp_path / sharded.path.name))
+    path = cache.path / damaged
+    if how == "it is gone":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert [damage.file for damage in cache.verify()] == [damaged]
+    repaired = repair_set(cache, [damaged], list_images(str(images)), lambda: backbone)
+    assert repaired.verify() == []
+    assert files(repaired.path) == files(sharded.path)
+
+
+def test_other_images_repair_nothing(images, sharded, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "images")
+    cache = FeatureCache.open(shutil.copytree(sharded.path, tmp_path / sharded.path.name))
+    (cache.path / "inputs.parquet").unlink()
+    (mine / "0/0000-notes.png").unlink()
+    with pytest.raises(CacheMismatchError, match="made from 40 inputs, 39 are listed now"):
+        repair_set(cache, ["inputs.parquet"], list_images(str(mine)), lambda: backbone)
+
+
+@pytest.mark.parametrize(("patches", "kept"), [("none", 0), ("pool:1", 1)])
+def test_fewer_patches_leave_the_rest_as_it_is(images, whole, backbone, tmp_path, patches, kept):
+    cache = extract(images, tmp_path, backbone, spec=backbone.feature_spec("float16", patches))
+    np.testing.assert_array_equal(cache.read("cls"), whole.read("cls"))
+    if kept:
+        expected = whole.read("patches").astype(np.float32).mean(1)
+        np.testing.assert_allclose(cache.read("patches")[:, 0], expected, rtol=1e-2, atol=1e-3)
+    assert ("patches" in cache.spec.datasets()) == bool(kept)
+
+
+def test_shards_may_be_made_by_other_processes_in_any_order(images, sharded, backbone, tmp_path):
+    def backwards(fn, tasks):
+        return (fn(task) for task in reversed(list(tasks)))
+
+    cache = small_shards(backbone, images, tmp_path, max_failures=1.0, mapper=backwards)
+    assert files(cache.path) == files(sharded.path)
+
+
+def test_a_worker_with_other_weights_is_refused(images, backbone, tmp_path):
+    def elsewhere(fn, tasks):
+        return (fn(replace(task, weights_sha="0a1b")) for task in tasks)
+
+    with pytest.raises(StageError, match="a worker reads other weights than this process under embedded"):
+        extract(images, tmp_path, backbone, mapper=elsewhere)
+
+
+def test_a_set_without_a_usable_image_is_sealed_where_that_is_allowed(images, backbone, tmp_path):
+    only = tmp_path / "only"
+    write(only / "0" / "notes.png", b"no image at all")
+    cache = extract(only, tmp_path, backbone)
+    assert (cache.n_rows, len(cache.failures())) == (0, 1)
+    assert cache.read("cls").shape == (0, backbone.dim)

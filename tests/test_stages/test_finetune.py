@@ -1,0 +1,301 @@
+"""End-to-end fine-tune: a seeded, resumable run whose checkpoint is a plain timm backbone."""
+
+import json
+import random
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from stages import finetune as finetune_module
+from stages.backbone import load_backbone
+from stages.config import BackboneConfig, FinetuneConfig
+from stages.dataset import id_data
+from stages.errors import InputError, StageError
+from stages.extract import extract_set
+from stages.finetune import finetune, read_finetuned_head, resolve_settings
+from stages.images import decode_image
+from stages.progress import NullProgress
+
+EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
+TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0)
+
+
+@pytest.fixture(scope="module")
+def small(few):
+    """`few` with its held-out share used for both purposes: one model, no cross-fitting."""
+    return id_data(few.train, None, val_share=0.25, cross_fit=False)
+
+
+@pytest.fixture(scope="module")
+def tune(small, few_images, tmp_path_factory):
+    """Fine-tune into a new folder, or the one given."""
+
+    def tune(config=TWO, data=small, images=few_images, seed=0, folder=None, progress=None):
+        folder = folder or tmp_path_factory.mktemp("finetune")
+        return folder, finetune(EMBEDDED, data, images, images, config, seed, folder, progress=progress)
+
+    return tune
+
+
+@pytest.fixture(scope="module")
+def tuned(tune):
+    folder, done = tune()
+    assert done
+    return folder
+
+
+def files(folder) -> list[bytes]:
+    return [
+        (folder / name).read_bytes()
+        for name in ("backbone.safetensors", "head.safetensors", "metrics.jsonl", "finetune.json")
+    ]
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class StopsIn(NullProgress):
+    """Interrupts after the first batch of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def advance(self, n=1, **fields):
+        if fields.get("epoch") == self.epoch:
+            raise KeyboardInterrupt
+
+
+def test_it_learns(tuned):
+    first, last = metrics(tuned)
+    assert last["loss"] < first["loss"]
+    assert last["select_loss"] < first["select_loss"]
+    about = json.loads((tuned / "finetune.json").read_text())
+    assert about["best_epoch"] == 1
+    assert about["select_accuracy"] == last["select_accuracy"] > 0.5
+
+
+def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(tune, monkeypatch):
+    losses, heads = iter([0.4, 0.4, 0.9]), []
+
+    def judged(model, *arguments):
+        heads.append(model.get_classifier().weight.detach().clone().numpy())
+        return {"select_loss": next(losses), "select_accuracy": 0.5}
+
+    monkeypatch.setattr(finetune_module, "_evaluate", judged)
+    folder, _ = tune(TWO.model_copy(update={"epochs": 3}))
+    np.testing.assert_array_equal(read_finetuned_head(folder)[0], heads[0])
+    assert not np.array_equal(heads[0], heads[1])
+    assert json.loads((folder / "finetune.json").read_text())["best_epoch"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- the checkpoint
+
+
+def test_plain_timm_loads_the_checkpoint(tuned, few_images):
+    """Every key, none missing; and it gives the features that our extraction caches."""
+    state = load_file(tuned / "backbone.safetensors")
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    model.load_state_dict(state, strict=True)
+    ours = load_backbone(EMBEDDED.model_copy(update={"weights": str(tuned / "backbone.safetensors")}))
+    reader = few_images.reader()
+    images = torch.stack([ours.transform(decode_image(reader.read(index))) for index in range(8)])
+    with torch.inference_mode():
+        expected = model.eval()(images)
+    torch.testing.assert_close(ours.encode(images).cls, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_its_features_are_others_and_go_to_another_cache(tuned, backbone, few, few_images, tmp_path):
+    ours = load_backbone(EMBEDDED.model_copy(update={"weights": str(tuned / "backbone.safetensors")}))
+    spec = ours.feature_spec("float16", "full")
+    assert spec.fingerprint != few.train.fingerprint
+    assert few.train.spec.first_difference(spec).startswith("weights_sha")
+    cache = extract_set("few", few_images, spec, tmp_path, lambda: ours)
+    assert not np.allclose(cache.read("cls"), few.train.read("cls"), atol=1e-2)
+
+
+def test_the_stored_head_gives_the_logits_of_the_trained_model(tuned, small, few_images):
+    """Seen from outside: it must reach the held-out loss and accuracy that training wrote down."""
+    ours = load_backbone(EMBEDDED.model_copy(update={"weights": str(tuned / "backbone.safetensors")}))
+    weight, bias = read_finetuned_head(tuned)
+    assert weight.shape == (4, ours.dim)
+    rows, reader = small.split.folds[0].select, few_images.reader()
+    images = torch.stack([ours.transform(decode_image(reader.read(int(row)))) for row in rows])
+    logits = ours.encode(images).cls @ torch.from_numpy(weight).T + torch.from_numpy(bias)
+    truth = torch.from_numpy(small.train_labels[rows]).long()
+    best = metrics(tuned)[1]
+    loss = torch.nn.functional.cross_entropy(logits, truth)
+    assert float(loss) == pytest.approx(best["select_loss"], abs=1e-4)
+    assert float((logits.argmax(1) == truth).float().mean()) == pytest.approx(best["select_accuracy"], abs=1e-6)
+
+
+def test_batch_norm_statistics_stay_and_weights_move(tuned, backbone):
+    state, before = load_file(tuned / "backbone.safetensors"), backbone.model.state_dict()
+    assert state.keys() == before.keys()
+    for name, tensor in state.items():
+        if "running_" in name or "num_batches" in name:
+            assert torch.equal(tensor, before[name]), name
+        elif tensor.ndim > 1:
+            assert not torch.equal(tensor, before[name]), name
+
+
+# -------------------------------------------------------------------------------------------------- seeds and resume
+
+
+def test_same_seed_same_bits_other_seed_others(tune, tuned):
+    assert files(tune()[0]) == files(tuned)
+    assert files(tune(seed=1)[0])[:2] != files(tuned)[:2]
+
+
+def test_stopped_and_resumed_is_the_run_that_was_not_stopped(tune, tuned, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tune(folder=tmp_path, progress=StopsIn(1))
+    (checkpoint,) = tmp_path.glob("*.checkpoint")
+    trained = []
+
+    class Counts(NullProgress):
+        def advance(self, n=1, **fields):
+            trained.append(fields.get("epoch"))
+
+    tune(folder=tmp_path, progress=Counts())
+    assert 0 not in trained  # the first epoch was not done again
+    assert files(tmp_path) == files(tuned)
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "drop_path": 0.1}, {"rand_augment": "rand-m9-mstd0.5-inc1"}],
+)
+def test_every_augmentation_is_drawn_from_the_seed(tune, tmp_path, recipe):
+    """Whatever the process has drawn before, and whether it was stopped."""
+    config = TWO.model_copy(update=recipe)
+    whole, _ = tune(config)
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    with pytest.raises(KeyboardInterrupt):
+        tune(config, folder=tmp_path, progress=StopsIn(1))
+    tune(config, folder=tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_each_image_is_augmented_on_its_own_and_anew_each_epoch(small, few_images, backbone):
+    settings = resolve_settings(TWO.model_copy(update={"crop_scale": 0.3}), len(small.train))
+    transform, _ = finetune_module._transforms(backbone.model, EMBEDDED, settings)
+    same = replace(few_images, contents=few_images.contents[:1] * 48)  # one picture under 48 names
+    images = finetune_module._Images(same, small.train.ids, np.arange(48), small.train_labels, transform)
+
+    def drawn(order, epoch):
+        return torch.cat([batch for batch, _ in images.batches(4, np.array(order), (0, epoch))])
+
+    one = drawn(range(12), 0)
+    assert len({image.numpy().tobytes() for image in one}) > 6  # of a picture of 8 x 8 some crops are the same
+    assert not torch.equal(drawn(range(12), 1), one)
+    assert torch.equal(drawn([7, 3], 0), one[[7, 3]])  # whatever else is in the batch
+
+
+def test_the_callers_random_numbers_are_left_alone(tune):
+    def drawn():
+        return random.random(), np.random.random(), float(torch.rand(1))
+
+    def seed():
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    seed()
+    expected = drawn()
+    for progress in (None, StopsIn(0)):
+        seed()
+        with suppress(KeyboardInterrupt):
+            tune(TWO.model_copy(update={"epochs": 1}), progress=progress)
+        assert drawn() == expected
+
+
+def test_held_out_images_teach_nothing(tune, small, few_images):
+    """Their pictures and labels are changed: the weights after an epoch stay; those of training rows move them."""
+    one, fold, numbers = TWO.model_copy(update={"epochs": 1}), small.split.folds[0], count()
+
+    def spoilt(rows):
+        contents, labels = list(few_images.contents), small.train_labels.copy()
+        for row in rows:
+            contents[row] = contents[(row + 24) % 48]  # a digit of another class
+            labels[row] = (labels[row] + 2 + next(numbers) % 2) % 4
+        data = replace(small, train_labels=labels, held_out_labels=labels)
+        return files(tune(one, data, replace(few_images, contents=tuple(contents)))[0])[0]
+
+    weights = spoilt([])
+    assert spoilt(fold.select) == weights
+    assert spoilt(fold.train[:1]) != weights
+
+
+# ------------------------------------------------------------------------------------------------------ what is fresh
+
+
+def test_a_fresh_folder_is_left_alone(tune, tuned):
+    before = {path: path.stat().st_mtime_ns for path in tuned.iterdir()}
+    assert tune(folder=tuned)[1] is False
+    assert {path: path.stat().st_mtime_ns for path in tuned.iterdir()} == before
+
+
+def test_nothing_of_other_settings_is_gone_on_from(tune, tuned, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tune(TWO.model_copy(update={"lr": 1e-5}), folder=tmp_path, progress=StopsIn(1))
+    (tmp_path / "finetune.json").write_text('{"identity": "of other settings"}')
+    tune(folder=tmp_path)
+    assert files(tmp_path) == files(tuned)
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_killed_while_writing_it_is_not_whole(tune, tmp_path, monkeypatch):
+    one = TWO.model_copy(update={"epochs": 1})
+    tune(one, folder=tmp_path)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_module, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(one, seed=1, folder=tmp_path)
+    assert not (tmp_path / "finetune.json").exists()  # the new weights do not pass for those of seed 0
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+@pytest.mark.parametrize(("lr", "epochs"), [(1e20, 1), (1e20, 2)])
+def test_a_loss_that_is_not_finite_stops_the_run(tune, lr, epochs):
+    with pytest.raises(StageError, match=r"loss is not finite in epoch 0.*lower finetune\.lr \(now 1e\+20\)"):
+        tune(TWO.model_copy(update={"lr": lr, "epochs": epochs}))
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_it_too(tune):
+    with pytest.raises(StageError, match="the held-out loss is not finite in epoch 0"):  # after the only batch
+        tune(TWO.model_copy(update={"lr": 1e20, "epochs": 1, "batch_size": 64}))
+
+
+def test_images_that_are_gone_are_named(tune, few_images):
+    kept = slice(1, None)
+    fewer = replace(few_images, ids=few_images.ids[kept], contents=few_images.contents[kept])
+    with pytest.raises(InputError, match=r"1 images of the cache are gone \(0/\d+\.pgm first\): run make extract"):
+        tune(images=fewer)
+
+
+def test_a_folder_without_a_head_is_said(tmp_path):
+    with pytest.raises(InputError, match="holds no fine-tuned head: run make finetune"):
+        read_finetuned_head(tmp_path)
+
+
+def test_recipes_by_the_number_of_images():
+    small, paper = resolve_settings(FinetuneConfig(), 49_999), resolve_settings(FinetuneConfig(), 50_000)
+    assert (small.mixup, small.rand_augment, small.layer_decay) == (0.0, "", 0.75)
+    assert (paper.mixup, paper.cutmix, paper.warmup_epochs) == (0.8, 1.0, 10)
+    assert resolve_settings(FinetuneConfig(preset="paper", mixup=0.0), 10).mixup == 0.0
+    assert resolve_settings(FinetuneConfig(preset="small"), 10**6) == small

@@ -1,0 +1,107 @@
+"""Refined features: each row through the expert that it is sent to, kept under what they are made of."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stages import refine as refine_module
+from stages.dataset import read_tokens
+from stages.experts import load_mixture
+from stages.extract import extract_set
+from stages.images import list_images
+from stages.refine import load_refined, refine, refined_path, save_refined
+
+
+@pytest.fixture(scope="module")
+def network(mixture, backbone):
+    return load_mixture(mixture, backbone.end, backbone.dim, backbone.tap_dim)
+
+
+@pytest.fixture(scope="module")
+def routed(network, caches):
+    return refine(network, caches["test"])
+
+
+def test_the_router_sends_each_row_to_its_likeliest_group(network, routed, caches):
+    tokens = read_tokens(caches["test"], slice(None))
+    with torch.inference_mode():
+        probability = network.router(tokens.tap_cls).softmax(1).numpy()
+    group = network.group.numpy()
+    gate = np.stack([probability[:, group == expert].sum(1) for expert in range(2)], axis=1)
+    np.testing.assert_array_equal(routed.expert, gate.argmax(1))
+    np.testing.assert_allclose(routed.confidence, gate.max(1), rtol=1e-5)
+    np.testing.assert_array_equal(routed.router_class, probability.argmax(1))
+    assert len(np.unique(routed.expert)) == 2
+
+
+def test_each_row_is_what_its_expert_makes_of_it(network, routed, caches):
+    for row in range(0, len(routed.expert), 40):
+        expert = int(routed.expert[row])
+        with torch.inference_mode():
+            features, outputs = network.experts[expert](read_tokens(caches["test"], np.array([row])))
+        np.testing.assert_allclose(routed.features[row], features[0], rtol=1e-4, atol=1e-5)
+        classes = network.classes_of(expert).numpy()
+        np.testing.assert_allclose(routed.logits[row, classes], outputs[0, :-1], rtol=1e-4, atol=1e-5)
+        assert np.isneginf(np.delete(routed.logits[row], classes)).all()
+        assert routed.other[row] == pytest.approx(float(outputs[0, -1]), abs=1e-4)
+
+
+def test_rows_can_be_sent_to_an_expert(network, routed, caches):
+    asked = np.arange(caches["test"].n_rows) % 3 - 1  # by the router, to 0, to 1, …
+    refined = refine(network, caches["test"], asked)
+    np.testing.assert_array_equal(refined.expert, np.where(asked < 0, routed.expert, asked))
+    same = np.flatnonzero(refined.expert == routed.expert)
+    np.testing.assert_allclose(refined.features[same], routed.features[same], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(refined.confidence, routed.confidence)  # what the router said stays what it said
+
+
+def test_the_size_of_a_batch_does_not_matter(network, routed, caches, monkeypatch):
+    monkeypatch.setattr(refine_module, "REFINE_BATCH", 100)
+    again = refine(network, caches["test"])
+    np.testing.assert_array_equal(again.expert, routed.expert)
+    np.testing.assert_allclose(again.features, routed.features, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_without_rows(network, backbone, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    spec, samples = backbone.feature_spec("float16", "full"), list_images(str(tmp_path / "images"))
+    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    refined = refine(network, empty)
+    assert refined.features.shape == (0, backbone.dim)
+    assert refined.logits.shape == (0, 4)
+    assert len(refined.expert) == 0
+
+
+def test_kept_and_read_back(routed, tmp_path):
+    path, identity = refined_path(tmp_path, "final", "test"), {"mixture": "a", "features": "b"}
+    assert load_refined(path, identity) is None
+    save_refined(path, routed, identity)
+    stored = load_refined(path, identity)
+    for name, array in vars(routed).items():
+        np.testing.assert_array_equal(getattr(stored, name), array)
+        assert getattr(stored, name).dtype == array.dtype
+    np.testing.assert_array_equal(stored[np.array([3, 1])].features, routed.features[[3, 1]])
+    assert load_refined(path, {"mixture": "a", "features": "c"}) is None
+
+
+def test_damaged_files_are_computed_again_and_not_believed(routed, tmp_path):
+    path, identity = refined_path(tmp_path, "final", "test"), {"mixture": "a"}
+    save_refined(path, routed, identity)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert load_refined(path, identity) is None
+    path.unlink()
+    assert load_refined(path, identity) is None
+
+
+def test_killed_while_writing_the_new_rows_do_not_pass_for_the_old(routed, tmp_path, monkeypatch):
+    path = refined_path(tmp_path, "final", "test")
+    save_refined(path, routed, {"mixture": "old"})
+    monkeypatch.setattr(json, "dumps", None)  # dies between the arrays and what says whose they are
+    with pytest.raises(TypeError):
+        save_refined(path, routed, {"mixture": "new"})
+    monkeypatch.undo()
+    assert load_refined(path, {"mixture": "old"}) is None
+    assert load_refined(path, {"mixture": "new"}) is None

@@ -1,0 +1,501 @@
+"""Stage three on real caches and a trained mixture: the table follows from the samples, and costs no image."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from sklearn.metrics import roc_auc_score
+
+from cache import CacheMismatchError, FeatureCache
+from stages import backbone as backbone_module
+from stages.config import ScoreConfig, TrainConfig
+from stages.dataset import read_tokens
+from stages.errors import InputError
+from stages.experts import load_mixture
+from stages.extract import extract_set
+from stages.images import ImageReader, list_images
+from stages.images.table import FileRange
+from stages.refine import load_refined, refined_path
+from stages.score import BackboneSource, MixtureFolder, Predictor, score
+from stages.score import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+from stages.train import train_mofe, train_probe
+
+CONFIG = ScoreConfig(k=5, bootstrap=100)
+GROUP_OF = {"test": "id", "near": "near", "far": "far"}
+SET_COLUMNS = ["set", "id", "label", "prediction", "expert", "confidence"]
+
+
+@pytest.fixture(scope="module")
+def source(caches, data, probe, mixture, backbone, tmp_path_factory):
+    folder = shutil.copytree(mixture, tmp_path_factory.mktemp("score") / "seed-0")
+    return BackboneSource(
+        name="pretrained",
+        seed=None,
+        data=data,
+        probe=probe,
+        finetuned_head=None,
+        mixtures=(MixtureFolder("default", 0, folder),),
+        tests=tuple(ScoredSet(name, group, caches[name]) for name, group in GROUP_OF.items()),
+        architecture=lambda: backbone,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work") / "scores"
+    score([source], CONFIG, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    return json.loads((folder / "table.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def frozen(source):
+    """Frozen features as float64, each row of length 1: all that kNN looks at."""
+
+    def unit(cache: FeatureCache) -> np.ndarray:
+        features = cache.read("cls").astype(np.float64)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    return {"train": unit(source.data.train)} | {test.name: unit(test.cache) for test in source.tests}
+
+
+def samples_of(folder: Path, row: dict) -> dict[str, np.ndarray]:
+    """Columns of the file that a row of the table was made from."""
+    variant, seed = row["variant"] or "none", "none" if row["seed"] is None else row["seed"]
+    name = f"{row['backbone']}-{row['features']}-{row['head']}-{variant}-{seed}-{row['routing']}.parquet"
+    read = pq.read_table(folder / "samples" / name)
+    return {column: read[column].to_numpy(zero_copy_only=False) for column in read.column_names}
+
+
+def column_of(row: dict) -> str:
+    return row["score"] + (" (calibrated)" if row["calibrated"] else "")
+
+
+def plain_fpr95(positive: np.ndarray, negative: np.ndarray) -> float:
+    threshold = min(t for t in positive if np.mean(positive <= t) >= 0.95)
+    return float(np.mean(negative <= threshold))
+
+
+# -------------------------------------------------------------------------------------------------------- the table
+
+
+def test_the_baseline_stands_first(table):
+    names = ("backbone", "features", "head", "routing", "score", "ood")
+    assert [table[0][name] for name in names] == ["pretrained", "cls", "none", "none", "knn", "near"]
+
+
+def test_the_baseline_is_the_distance_to_the_fifth_neighbour(source, frozen, folder, table):
+    bank = frozen["train"][source.data.split.final_train]
+    samples = samples_of(folder, table[0])
+    for name in GROUP_OF:
+        plain = np.sort(np.sqrt(np.maximum(0, 2 - 2 * frozen[name] @ bank.T)), axis=1)[:, 4]
+        np.testing.assert_allclose(samples["knn"][samples["set"] == name], plain, atol=1e-5)
+
+
+def test_every_method_is_there(table):
+    methods = {(row["features"], row["head"], row["routing"], column_of(row)) for row in table}
+    frozen = {("cls", "none", "none", "knn")} | {
+        ("cls", "probe", "none", name) for name in ("msp", "energy", "knn+energy")
+    }
+    mofe = {
+        ("mofe", head, routing, name + calibrated)
+        for head, names in (
+            ("none", ["knn"]),
+            *((head, ["msp", "energy", "knn+energy"]) for head in ("trained", "refit", "refit-group")),
+        )
+        for name in names
+        for routing in ("predicted", "oracle")
+        for calibrated in ("", " (calibrated)")
+    }
+    assert methods == frozen | mofe
+    assert len({json.dumps(row, sort_keys=True) for row in table}) == len(table)
+
+
+def test_every_row_can_be_recomputed_from_the_samples(folder, table):
+    for row in (row for row in table if row["ood"] != "average"):
+        samples = samples_of(folder, row)
+        scores = samples[column_of(row)].astype(np.float64)
+        ids, oods = scores[samples["set"] == "test"], scores[samples["set"] == row["ood"]]
+        assert (row["n_id"], row["n_ood"]) == (len(ids), len(oods))
+        truth = np.repeat([0, 1], [len(ids), len(oods)])
+        assert row["auroc"] == pytest.approx(roc_auc_score(truth, np.concatenate([ids, oods])), abs=1e-9)
+        assert row["fpr95"] == pytest.approx(plain_fpr95(ids, oods), abs=1e-9)
+        assert row["fpr95_ood"] == pytest.approx(plain_fpr95(-oods, -ids), abs=1e-9)
+        assert row["auroc_lo"] <= row["auroc"] <= row["auroc_hi"]
+
+
+def test_averages_are_means_of_sets_and_never_of_oracle_rows(table):
+    for average in (row for row in table if row["ood"] == "average"):
+        assert average["routing"] in ("none", "predicted")
+        same = {name: average[name] for name in ("features", "head", "routing", "score", "calibrated")}
+        members = [row for row in table if row["ood"] != "average" and same.items() <= row.items()]
+        members = [row for row in members if average["group"] in (row["group"], "all")]
+        assert average["fpr95"] == pytest.approx(np.mean([row["fpr95"] for row in members]))
+        assert average["auroc"] == pytest.approx(np.mean([row["auroc"] for row in members]))
+
+
+def test_real_features_tell_digits_from_photographs(table):
+    for row in table:
+        if row["ood"] == "far" and row["score"] == "knn" and row["routing"] != "oracle":
+            assert row["auroc"] > 0.95
+
+
+def test_the_same_again_gives_the_same_bytes(source, folder, tmp_path):
+    score([source], CONFIG, tmp_path)
+    for name in ("table.csv", "table.json", "summary.csv", "thresholds.json", "id.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    for file in (folder / "samples").iterdir():
+        assert pq.read_table(tmp_path / "samples" / file.name).equals(pq.read_table(file))
+
+
+# -------------------------------------------------------------------------------------------------------- routing
+
+
+@pytest.fixture(scope="module")
+def network(source):
+    spec = source.data.train.spec
+    return load_mixture(source.mixtures[0].path, source.architecture().end, spec.cls_dim, spec.tap_dim)
+
+
+def test_the_router_decides_for_id_and_ood_alike(source, folder, table, network):
+    row = next(row for row in table if row["routing"] == "predicted" and row["head"] == "refit")
+    samples = samples_of(folder, row)
+    for test in source.tests:
+        gate, _ = network.route(read_tokens(test.cache, slice(None)).tap_cls)
+        own = samples["set"] == test.name
+        np.testing.assert_array_equal(samples["expert"][own], gate.argmax(1).numpy())
+        np.testing.assert_allclose(samples["confidence"][own], gate.amax(1).detach().numpy(), rtol=1e-5)
+
+
+def test_only_oracle_rows_know_the_true_group_and_only_of_id(source, folder, table, network):
+    row = next(row for row in table if row["routing"] == "oracle" and row["head"] == "refit")
+    oracle, routed = samples_of(folder, row), samples_of(folder, row | {"routing": "predicted"})
+    ids = oracle["set"] == "test"
+    truth = network.group.numpy()[np.array([int(label) for label in oracle["label"][ids]])]
+    np.testing.assert_array_equal(oracle["expert"][ids], truth)
+    assert (routed["expert"][ids] != truth).any()
+    for column in ("expert", *(name for name in oracle if name not in SET_COLUMNS)):
+        np.testing.assert_array_equal(oracle[column][~ids], routed[column][~ids])
+
+
+def test_a_row_is_searched_in_its_experts_bank_and_judged_by_its_experts_head(source, folder, table, network):
+    row = next(row for row in table if row["routing"] == "predicted" and row["head"] == "refit-group")
+    samples = samples_of(folder, row)
+    train, labels = source.data.split.final_train, source.data.train_labels
+    group = network.group.numpy()
+    with torch.inference_mode():
+        bank = [
+            network.experts[expert](read_tokens(source.data.train, train[group[labels[train]] == expert]))[0].double()
+            for expert in range(2)
+        ]
+        tokens = read_tokens(source.tests[1].cache, slice(None))  # "near"
+        own = samples["set"] == "near"
+        for expert in range(2):
+            rows = samples["expert"][own] == expert
+            refined = network.experts[expert](tokens[torch.from_numpy(np.flatnonzero(rows))])[0].double()
+            unit = [x / x.norm(dim=1, keepdim=True) for x in (refined, bank[expert])]
+            plain = (2 - 2 * unit[0] @ unit[1].T).clamp_min(0).sqrt().sort(dim=1).values[:, 4]
+            np.testing.assert_allclose(samples["knn"][own][rows], plain, atol=1e-4)
+    predicted = np.array([int(name) for name in samples["prediction"]])
+    np.testing.assert_array_equal(group[predicted], samples["expert"])
+
+
+def test_a_set_may_have_the_name_of_the_bank(source, tmp_path):
+    """ "id-train" names the bank's file as well; a test set of that name must not stand in for it."""
+    tests = (*source.tests[:1], replace(source.tests[1], name="id-train"), source.tests[2])
+    config = CONFIG.model_copy(update={"scores": ["knn"]})
+    mixtures = (replace(source.mixtures[0], path=shutil.copytree(source.mixtures[0].path, tmp_path / "seed-0")),)
+    bank = (tmp_path / "seed-0" / "refined" / "final" / "id-train.safetensors").read_bytes()
+    named = score([replace(source, tests=tests, mixtures=mixtures)], config, tmp_path / "scores").rows
+    plain = score([source], config, tmp_path / "plain").rows
+    assert [row.auroc for row in named] == [row.auroc for row in plain]
+    assert (tmp_path / "seed-0" / "refined" / "final" / "id-train.safetensors").read_bytes() == bank
+
+
+# ------------------------------------------------------------------------------------------- thresholds and id.json
+
+
+def test_thresholds_are_quantiles_of_the_calibration_rows(source, frozen, folder):
+    thresholds = json.loads((folder / "thresholds.json").read_text())
+    data, fold = source.data, source.data.split.folds[0]
+    assert {entry["n"] for entry in thresholds} == {len(fold.calibrate)}
+    assert all(entry["routing"] != "oracle" for entry in thresholds)
+    bank, queries = frozen["train"][fold.train], frozen["train"][fold.calibrate]
+    knn = np.sort(np.sqrt(np.maximum(0, 2 - 2 * queries @ bank.T)), axis=1)[:, 4]
+    logits = source.probe.final.logits(np.float32(data.train.read("cls", fold.calibrate))).astype(np.float64)
+    energy = -np.log(np.exp(logits).sum(1))
+    z = (knn - knn.mean()) / knn.std() + (energy - energy.mean()) / energy.std()
+    for name, scores in (("knn", knn), ("energy", energy), ("knn+energy", z)):
+        for admit in (0.95, 0.99):
+            (entry,) = (
+                entry
+                for entry in thresholds
+                if (entry["features"], entry["score"], entry["admit"]) == ("cls", name, admit)
+            )
+            expected = min(t for t in scores if np.mean(scores <= t) >= admit)
+            assert entry["threshold"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder):
+    fold, path = source.data.split.folds[0], source.mixtures[0].path
+    identity = json.loads((path / "mofe.json").read_text())["identity"]
+    made_of = {"mixture": identity, "features": source.data.train.identity}
+    refined = load_refined(refined_path(path, "final", "id-train"), made_of)
+    unit = refined.features.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    distances = np.sqrt(np.maximum(0, 2 - 2 * unit[fold.calibrate] @ unit[fold.train].T))
+    distances[refined.expert[fold.calibrate][:, None] != refined.expert[fold.train]] = np.inf
+    knn = np.sort(distances, axis=1)[:, 4]
+    (entry,) = (
+        entry
+        for entry in json.loads((folder / "thresholds.json").read_text())
+        if (entry["features"], entry["score"], entry["calibrated"], entry["admit"]) == ("mofe", "knn", False, 0.95)
+    )
+    assert entry["threshold"] == pytest.approx(min(t for t in knn if np.mean(knn <= t) >= 0.95), abs=1e-4)
+
+
+def test_under_cross_fitting_folds_calibrate_and_the_final_model_scores(source, few, backbone, tmp_path):
+    folder = tmp_path / "seed-0"
+    train_mofe(few, TrainConfig(experts=2, epochs=1, batch_size=16), backbone.end, seed=0, folder=folder)
+    crossed = replace(
+        source,
+        data=few,
+        probe=train_probe(few, tmp_path / "probe"),
+        mixtures=(MixtureFolder("default", 0, folder),),
+        tests=(source.tests[0], source.tests[2]),
+    )
+    rows = score([crossed], CONFIG, tmp_path / "scores").rows
+    assert {row.features for row in rows} == {"cls", "mofe"}
+    thresholds = json.loads((tmp_path / "scores" / "thresholds.json").read_text())
+    assert {entry["n"] for entry in thresholds} == {48}  # every row, by the model that did not see it
+
+    def fifth(queries, bank):
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, bank)]
+        return np.sort(np.sqrt(np.maximum(0, 2 - 2 * unit[0] @ unit[1].T)), axis=1)[:, 4]
+
+    train = few.train.read("cls").astype(np.float64)
+    calibration = np.concatenate([fifth(train[fold.calibrate], train[fold.train]) for fold in few.split.folds])
+    expected = min(t for t in calibration if np.mean(calibration <= t) >= 0.95)
+    assert (thresholds[0]["score"], thresholds[0]["admit"]) == ("knn", 0.95)
+    assert thresholds[0]["threshold"] == pytest.approx(expected, abs=1e-4)
+    samples = pq.read_table(tmp_path / "scores" / "samples" / "pretrained-cls-none-none-none-none.parquet")
+    test = source.tests[0].cache.read("cls").astype(np.float64)
+    np.testing.assert_allclose(samples["knn"].to_numpy()[: len(test)], fifth(test, train), atol=1e-5)
+    predictor = Predictor(crossed, CONFIG)
+    assert len(predictor.predict(["one"], source.tests[0].cache)) == 1
+
+
+def test_id_json_counts_what_the_samples_hold(source, folder, table):
+    record = json.loads((folder / "id.json").read_text())
+    assert record["split"] == {"pretrained": source.data.split.rule}
+    for entry in record["accuracy"]:
+        row = next(row for row in table if (row["features"], row["head"]) == (entry["features"], entry["head"]))
+        samples = samples_of(folder, row | {"routing": "none" if entry["features"] == "cls" else "predicted"})
+        ids = samples["set"] == "test"
+        assert entry["n"] == ids.sum()
+        assert entry["accuracy"] == pytest.approx(np.mean(samples["label"][ids] == samples["prediction"][ids]))
+        assert entry["accuracy"] > 0.7  # chance is a quarter
+    (router,) = record["router"]
+    assert router["accuracy"] > 0.8
+    loads = {"id" if name == "test" else name: len(test.cache) for test in source.tests for name in [test.name]}
+    assert {name: sum(load) for name, load in router["load"].items()} == loads
+    assert [(entry["features"], entry["k"], entry["rule"]) for entry in record["k"]] == [
+        ("cls", 5, "given"),
+        ("mofe", 5, "given"),
+    ]
+
+
+def test_images_of_id_train_in_an_ood_set_are_counted(source, caches, folder, tmp_path):
+    assert json.loads((folder / "id.json").read_text())["overlap_with_id_train"] == {}
+    mixed = (*source.tests[:2], ScoredSet("leak", "far", caches["train"]))
+    result = score([replace(source, tests=mixed, mixtures=())], CONFIG, tmp_path)
+    distinct = len(caches["train"])
+    assert json.loads((tmp_path / "id.json").read_text())["overlap_with_id_train"] == {"leak": distinct}
+    assert result.notes == [f"{distinct} images of leak are in the id-train set as well (same bytes)"]
+
+
+def test_a_fine_tuned_backbone_adds_its_own_head(source, probe, tmp_path):
+    head = (probe.final.weight / probe.final.scale, np.zeros(4, np.float32))
+    finetuned = replace(source, name="finetuned", seed=3, finetuned_head=head, mixtures=())
+    result = score([replace(source, mixtures=()), finetuned], CONFIG, tmp_path)
+    assert result.rows[0].method[:3] == ("pretrained", "cls", "none")
+    heads = {(row.backbone, row.head, row.seed) for row in result.rows if row.score == "energy"}
+    assert heads == {("pretrained", "probe", None), ("finetuned", "probe", 3), ("finetuned", "finetune", 3)}
+    samples = pq.read_table(tmp_path / "samples" / "finetuned-cls-finetune-none-3-none.parquet")
+    logits = np.float64(source.tests[0].cache.read("cls")) @ head[0].T
+    energy = samples["energy"].to_numpy()[: len(logits)]
+    np.testing.assert_allclose(energy, -np.log(np.exp(logits).sum(1)), rtol=1e-3, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- scoring again
+
+
+def test_another_k_opens_no_image_and_no_backbone(source, folder, table, tmp_path, monkeypatch):
+    def forbidden(*arguments, **options):
+        raise AssertionError("scoring again must not need this")
+
+    for owner, name in (
+        (ImageReader, "read"),
+        (FileRange, "read"),
+        (timm, "create_model"),
+        (backbone_module, "load_backbone"),
+        (backbone_module.Backbone, "encode"),
+        (torch.nn.Module, "__call__"),
+    ):
+        monkeypatch.setattr(owner, name, forbidden)
+    again = replace(source, architecture=forbidden)
+    rows = score([again], CONFIG.model_copy(update={"k": 1, "temperature": 2.0}), tmp_path).rows
+    assert len(rows) == len(table)
+    assert rows[0].params == '{"k": 1}'
+    changed = [row.auroc != before["auroc"] for row, before in zip(rows, table, strict=True) if row.score == "knn"]
+    assert np.mean(changed) > 0.5
+
+
+def test_the_baseline_is_scored_where_nobody_asks_for_it(source, tmp_path):
+    rows = score([source], CONFIG.model_copy(update={"scores": ["energy"], "k": "auto"}), tmp_path).rows
+    assert (rows[0].features, rows[0].score) == ("cls", "knn")
+    assert {row.score for row in rows if row.features == "mofe"} == {"energy"}
+    record = json.loads((tmp_path / "id.json").read_text())["k"]
+    assert [entry["features"] for entry in record] == ["cls"]  # no k where no neighbour was sought
+    assert record[0]["rule"].startswith("best mean AUROC")
+
+
+def test_samples_of_methods_that_are_no_more_go(source, tmp_path):
+    config = CONFIG.model_copy(update={"scores": ["knn"]})
+    score([source], config, tmp_path)
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+    score([replace(source, mixtures=())], config, tmp_path)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["pretrained-cls-none-none-none-none.parquet"]
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_sets_of_other_features_are_refused_by_the_field_that_differs(source, backbone, few_images, tmp_path):
+    spec = backbone.feature_spec("float32", "full")
+    other = extract_set("other", few_images, spec, tmp_path, lambda: backbone)
+    tests = (*source.tests[:2], ScoredSet("other", "far", other))
+    with pytest.raises(CacheMismatchError, match='dtype: "float32" in the cache, "float16" asked'):
+        score([replace(source, tests=tests)], CONFIG, tmp_path / "scores")
+    mixed = replace(source.data, held_out=other)
+    with pytest.raises(CacheMismatchError, match="dtype"):
+        score([replace(source, data=mixed)], CONFIG, tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_mixture_of_another_split_is_refused(source, tmp_path):
+    other = replace(source.data, split=replace(source.data.split, rule="another"))
+    with pytest.raises(CacheMismatchError, match="trained on other features or another split: run make train"):
+        score([replace(source, data=other)], CONFIG, tmp_path)
+
+
+def test_an_empty_ood_set_is_refused(source, backbone, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    spec, samples = source.data.train.spec, list_images(str(tmp_path / "images"))
+    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    tests = (*source.tests[:2], ScoredSet("empty", "far", empty))
+    with pytest.raises(InputError, match=r"set 'empty' has no usable image: see .*failures\.jsonl"):
+        score([replace(source, tests=tests)], CONFIG, tmp_path / "scores")
+
+
+def test_id_labels_outside_the_classes_are_refused(source, caches, tmp_path):
+    tests = (ScoredSet("near", "id", caches["near"]), *source.tests[2:])
+    with pytest.raises(
+        InputError, match=r"set 'near': 142 of 142 images have classes that id-train does not have: 7, 8"
+    ):
+        score([replace(source, tests=tests)], CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("kept", [slice(0, 1), slice(1, 3), slice(0, 0)])
+def test_an_id_and_an_ood_set_are_needed(source, tmp_path, kept):
+    with pytest.raises(InputError, match="one set with role id-test and at least one with role near-ood or far-ood"):
+        score([replace(source, tests=source.tests[kept])], CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["id", "average"])
+def test_an_ood_set_with_a_word_of_the_table_is_refused(source, tmp_path, name):
+    tests = (source.tests[0], replace(source.tests[1], name=name))
+    with pytest.raises(InputError, match=f"an OOD set is called '{name}'"):
+        score([replace(source, tests=tests)], CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["mofe.json", "heads.safetensors", "refined/final/id-train.safetensors"])
+def test_a_mixture_without_one_of_its_files_says_what_to_do(source, tmp_path, lost):
+    path = shutil.copytree(source.mixtures[0].path, tmp_path / "seed-0")
+    (path / lost).unlink()
+    broken = replace(source, mixtures=(MixtureFolder("default", 0, path),))
+    with pytest.raises(InputError, match="run make train"):
+        score([broken], CONFIG, tmp_path / "scores")
+
+
+# --------------------------------------------------------------------------------------------------------- predict
+
+
+@pytest.mark.parametrize("name", [None, "knn", "energy"])
+def test_predict_says_of_an_image_what_the_table_was_made_of(source, folder, table, name):
+    head, score_name = "refit", name or "knn+energy"
+    predictor = Predictor(source, CONFIG, name)
+    samples = samples_of(folder, next(row for row in table if row["head"] == head and row["routing"] == "predicted"))
+    for test in source.tests:
+        own, cache = samples["set"] == test.name, test.cache
+        found = predictor.predict(cache.ids.tolist(), cache)
+        assert [one.path for one in found] == samples["id"][own].tolist()
+        np.testing.assert_allclose([one.score for one in found], samples[score_name][own], rtol=1e-4, atol=1e-4)
+        assert [one.prediction for one in found] == samples["prediction"][own].tolist()
+        assert [one.expert for one in found] == samples["expert"][own].tolist()
+        admitted = [one.decision == "ID" for one in found]
+        assert admitted == [one.score <= one.threshold for one in found]
+        if test.name == "test":
+            assert np.mean(admitted) > 0.8
+        if test.name == "far":
+            assert np.mean(admitted) < 0.5
+    thresholds = json.loads((folder / "thresholds.json").read_text())
+    (entry,) = (
+        entry
+        for entry in thresholds
+        if (entry["features"], entry["score"], entry["admit"], entry["calibrated"]) == ("mofe", score_name, 0.95, False)
+        and entry["head"] == ("none" if score_name == "knn" else head)
+    )
+    assert predictor.threshold.threshold == pytest.approx(entry["threshold"])
+
+
+def test_predict_without_a_mixture_uses_the_frozen_features(source, folder, table):
+    predictor = Predictor(replace(source, mixtures=()), CONFIG)
+    samples = samples_of(folder, next(row for row in table if row["head"] == "probe"))
+    found = predictor.predict(source.tests[0].cache.ids.tolist(), source.tests[0].cache)
+    ids = samples["set"] == "test"
+    np.testing.assert_allclose([one.score for one in found], samples["knn+energy"][ids], rtol=1e-5)
+    assert {one.expert for one in found} == {None}
+
+
+def test_predict_of_nothing_usable_is_empty(source, backbone, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    spec, samples = source.data.train.spec, list_images(str(tmp_path / "images"))
+    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    assert Predictor(source, CONFIG).predict([], empty) == []
+
+
+def test_predict_with_an_unknown_score_names_the_nearest(source):
+    with pytest.raises(InputError, match="did you mean 'energy'"):
+        Predictor(source, CONFIG, "enrgy")
+
+
+def test_table_csv_has_the_columns_that_users_script_against(folder):
+    with (folder / "table.csv").open(newline="") as file:
+        header = next(csv.reader(file))
+    naming = ["backbone", "features", "head", "variant", "seed", "routing", "score", "params", "profile", "calibrated"]
+    metrics = ["n_id", "n_ood", "auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out"]
+    assert header == [*naming, "ood", "group", *metrics, "auroc_lo", "auroc_hi", "fpr95_lo", "fpr95_hi"]

@@ -1,0 +1,171 @@
+"""The held-out split: by image, per class, the same whatever the order of the rows, the other classes or the seed."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.split import CROSS_FITTING_FOLDS, MIN_ROWS, split_rows, split_with_validation_set
+
+
+def hashes(names) -> np.ndarray:
+    """SHA-256 of each image, as a cache holds them."""
+    return np.frombuffer(b"".join(hashlib.sha256(str(name).encode()).digest() for name in names), np.uint8).reshape(
+        -1, 32
+    )
+
+
+def id_set(per_class: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
+    return labels, hashes(range(len(labels)))
+
+
+def images(rows, image_hashes) -> set[bytes]:
+    return {image_hashes[row].tobytes() for row in rows}
+
+
+def parts(split) -> list[np.ndarray]:
+    (fold,) = split.folds
+    return [fold.train, fold.select, fold.calibrate]
+
+
+def test_a_share_of_each_class_is_held_out_and_halved():
+    labels, image_hashes = id_set(40)
+    split = split_rows(labels, image_hashes, val=0.2)
+    assert not split.cross_fitted
+    assert split.held_out == "id-train"
+    assert np.array_equal(np.sort(np.concatenate(parts(split))), np.arange(120))  # every row has one part
+    assert [np.bincount(labels[rows]).tolist() for rows in parts(split)] == [[32] * 3, [4] * 3, [4] * 3]
+    assert np.array_equal(split.final_train, split.folds[0].train)
+    assert split.rule == "held-out split: 0.2 of id-train per class by image hash, halved into select and calibrate"
+
+
+@given(
+    image=st.lists(st.integers(0, 25), min_size=2, max_size=80),
+    label=st.randoms(use_true_random=False),
+    val=st.floats(0.05, 0.6),
+    cross_fit=st.booleans(),
+)
+def test_no_image_stands_in_two_parts(image, label, val, cross_fit):
+    """Copies of an image are one image, under whatever label."""
+    labels = np.array([label.randrange(3) for _ in image], np.int32)
+    image_hashes = hashes(image)
+    split = split_rows(labels, image_hashes, val, cross_fit)
+    for fold in split.folds:
+        assert not images(fold.train, image_hashes) & images(
+            np.concatenate([fold.select, fold.calibrate]), image_hashes
+        )
+        assert np.array_equal(
+            np.unique(np.concatenate([fold.train, fold.select, fold.calibrate])), np.arange(len(image))
+        )
+        if not np.array_equal(fold.select, fold.calibrate):
+            assert not images(fold.select, image_hashes) & images(fold.calibrate, image_hashes)
+
+
+@pytest.mark.parametrize("per_class", [10, 40])
+def test_split_follows_the_images_and_not_their_order(per_class):
+    labels, image_hashes = id_set(per_class)
+    order = np.random.default_rng(0).permutation(len(labels))
+    here, there = split_rows(labels, image_hashes, 0.2), split_rows(labels[order], image_hashes[order], 0.2)
+    assert here.rule == there.rule
+    for ours, theirs in zip(here.folds, there.folds, strict=True):
+        for name in ("train", "select", "calibrate"):
+            assert images(getattr(ours, name), image_hashes) == images(getattr(theirs, name), image_hashes[order])
+
+
+def test_other_classes_change_nothing():
+    labels, image_hashes = id_set(40, classes=5)
+    first = labels < 2
+    for some, every in zip(
+        parts(split_rows(labels[first], image_hashes[first], 0.2)),
+        parts(split_rows(labels, image_hashes, 0.2)),
+        strict=True,
+    ):
+        assert np.array_equal(some, every[labels[every] < 2])
+
+
+def test_numbers_of_the_classes_change_nothing():
+    """Renaming classes reorders them; images that stand in two classes must not change sides."""
+    labels, image_hashes = np.repeat(np.arange(3, dtype=np.int32), 40), hashes(np.arange(120) % 70)
+    for here, there in zip(
+        parts(split_rows(labels, image_hashes, 0.2)), parts(split_rows(2 - labels, image_hashes, 0.2)), strict=True
+    ):
+        assert np.array_equal(here, there)
+
+
+def test_new_images_of_a_class_move_few_rows():
+    """The hash decides: with a tenth more images, nearly every old one stays on its side."""
+    labels, image_hashes = id_set(440, classes=1)
+    before, after = (parts(split_rows(labels[:n], image_hashes[:n], 0.2))[0] for n in (400, 440))
+    assert len(np.setxor1d(before, after[after < 400])) < 20
+
+
+def test_split_depends_on_nothing_random():
+    """It takes no seed; every method, variant and seed of a study sees the same rows."""
+    labels, image_hashes = id_set(40)
+    first = parts(split_rows(labels, image_hashes, 0.2))
+    np.random.seed(1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, parts(split_rows(labels, image_hashes, 0.2)), strict=True))
+    assert first[1].tolist() == [22, 24, 25, 38, 48, 63, 68, 75, 103, 106, 108, 110]
+
+
+# ----------------------------------------------------------------------------------------------- small classes
+
+
+@pytest.mark.parametrize(("per_class", "cross_fitted"), [(29, False), (26, False), (25, True), (10, True)])
+def test_cross_fitting_where_a_class_has_too_few_rows(per_class, cross_fitted):
+    """A fifth of 26 rows is 6, two halves of 3; a fifth of 25 is 5, too few. One small class is enough."""
+    labels, image_hashes = id_set(60)
+    kept = np.concatenate([np.flatnonzero(labels != 1), np.flatnonzero(labels == 1)[:per_class]])
+    split = split_rows(labels[kept], image_hashes[kept], 0.2)
+    assert split.cross_fitted == cross_fitted
+    if not cross_fitted:
+        counts = [np.bincount(labels[kept][rows]).min() for rows in parts(split)[1:]]
+        assert min(counts) >= MIN_ROWS
+
+
+def test_cross_fitting_judges_every_row_by_a_model_that_did_not_see_it():
+    labels, image_hashes = id_set(10)
+    split = split_rows(labels, image_hashes, 0.2)
+    assert len(split.folds) == CROSS_FITTING_FOLDS
+    for fold in split.folds:
+        assert np.array_equal(fold.select, fold.calibrate)
+        assert np.array_equal(np.sort(np.concatenate([fold.train, fold.select])), np.arange(30))
+        assert set(np.bincount(labels[fold.select])) <= {3, 4}  # every class, evenly
+    assert np.array_equal(np.sort(np.concatenate([fold.select for fold in split.folds])), np.arange(30))
+    assert np.array_equal(split.final_train, np.arange(30))
+    assert split.rule.startswith("cross-fitting: 3 folds of id-train per class by image hash (a held-out share of 0.2")
+
+
+def test_one_model_cannot_be_cross_fitted_and_uses_its_held_out_rows_twice():
+    labels, image_hashes = id_set(10)
+    split = split_rows(labels, image_hashes, 0.2, cross_fit=False)
+    train, select, calibrate = parts(split)
+    assert np.array_equal(select, calibrate)
+    assert np.bincount(labels[select]).tolist() == [2, 2, 2]
+    assert np.array_equal(np.sort(np.concatenate([train, select])), np.arange(30))
+    assert split.rule.endswith("too few to halve, used for both purposes")
+    large = id_set(40)
+    assert split_rows(*large, 0.2, cross_fit=False).rule == split_rows(*large, 0.2).rule
+
+
+# ------------------------------------------------------------------------------------------------- a set of its own
+
+
+def test_validation_set_is_halved_and_id_train_trains_whole():
+    labels, image_hashes = id_set(9)
+    split = split_with_validation_set(100, labels, image_hashes)
+    train, select, calibrate = parts(split)
+    assert split.held_out == "id-val"
+    assert np.array_equal(train, np.arange(100))
+    assert np.array_equal(split.final_train, train)
+    assert np.array_equal(np.sort(np.concatenate([select, calibrate])), np.arange(27))
+    assert np.bincount(labels[select]).tolist() == [5, 5, 5]
+
+
+def test_copies_in_a_validation_set_stay_together():
+    labels, image_hashes = np.repeat(np.arange(2, dtype=np.int32), 20), hashes(np.arange(40) % 10)
+    _, select, calibrate = parts(split_with_validation_set(1, labels, image_hashes))
+    assert not images(select, image_hashes) & images(calibrate, image_hashes)

@@ -1,0 +1,389 @@
+"""Stage two: seeded to the bit, resumable to the bit, blind to the rows that judge it; and it learns."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import count
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from cache import FeatureCache
+from stages import train as train_module
+from stages.config import TrainConfig
+from stages.dataset import read_tokens
+from stages.errors import InputError, StageError
+from stages.experts import load_mixture
+from stages.mixup import class_alpha
+from stages.progress import NullProgress
+from stages.refine import load_refined, refined_path
+from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mixture, train_mofe, train_probe
+
+ONE, TWO = (TrainConfig(experts=2, epochs=epochs) for epochs in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def fit(data, backbone, tmp_path_factory):
+    """Train one mixture without its heads, on `data` and for two epochs unless told otherwise."""
+    numbers, folder = count(), tmp_path_factory.mktemp("fit")
+
+    def fit(data=data, groups=(0, 0, 1, 1), seed=0, progress=None, checkpoint=None, **settings):
+        fold = data.split.folds[0]
+        chosen = resolve_settings(TwoEpochs(**settings), data.n_classes)
+        checkpoint = checkpoint or folder / f"{next(numbers)}.checkpoint"
+        return train_mixture(data, fold.train, fold.select, groups, chosen, backbone.end, seed, checkpoint, progress)
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def plain(fit):
+    return fit()
+
+
+class TwoEpochs(TrainConfig):
+    experts: int = 2
+    epochs: int = 2
+
+
+def bits(trained) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in trained.mixture.state_dict().items()}
+
+
+def files(folder, *names) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in names]
+
+
+class StopsIn(NullProgress):
+    """Interrupts after the first batch of an epoch; of the n-th task where several are trained."""
+
+    def __init__(self, epoch: int, task: str = "") -> None:
+        self.epoch, self.task, self.now = epoch, task, ""
+
+    def start(self, total, unit, description):
+        self.now = description
+
+    def advance(self, n=1, **fields):
+        if fields.get("epoch") == self.epoch and self.now.startswith(self.task):
+            raise KeyboardInterrupt
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns(fit, data):
+    trained = fit(epochs=4, seed=3)
+    losses = [record.select_loss for record in trained.history]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * losses[0]
+    assert trained.best_epoch == 3
+    last = trained.history[-1]
+    assert last.router_accuracy >= 0.85  # chance is one half
+    assert last.select_accuracy >= 0.8  # chance is a quarter
+    assert sum(last.load) == len(data.split.final_train)
+    assert not trained.mixture.training
+
+
+def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(fit, monkeypatch):
+    evaluate, after = train_module._evaluate, []
+
+    def judged(mixture, data, select, accuracy, record):
+        running = evaluate(mixture, data, select, accuracy, record)
+        record.select_loss = [0.9, 0.4, 0.4][record.epoch]
+        after.append({name: tensor.numpy().tobytes() for name, tensor in mixture.state_dict().items()})
+        return running
+
+    monkeypatch.setattr(train_module, "_evaluate", judged)
+    trained = fit(epochs=3)
+    assert trained.best_epoch == 1
+    assert bits(trained) == after[1] != after[2]
+
+
+def test_the_held_out_loss_is_that_of_the_unmixed_rows(fit, data):
+    """Written out: the right expert's cross-entropy and the router's, without mixing, in evaluation mode."""
+    trained = fit(epochs=1)
+    select, mixture = data.split.folds[0].select, trained.mixture
+    truth = torch.from_numpy(data.train_labels[select]).long()
+    tokens = read_tokens(data.train, select)
+    with torch.inference_mode():
+        out = mixture(tokens, mixture.group[truth])
+        expected = functional.cross_entropy(out.logits, truth) + functional.cross_entropy(
+            mixture.router(tokens.tap_cls), truth
+        )
+    record = trained.history[0]
+    assert record.select_loss == pytest.approx(float(expected), abs=1e-4)
+    arrived = (mixture.route(tokens.tap_cls)[0].argmax(1) == mixture.group[truth]).float().mean()
+    assert record.router_accuracy == pytest.approx(float(arrived), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- seeds and resume
+
+
+def test_same_seed_same_bits_other_seed_others(fit, plain):
+    again = fit()
+    assert bits(again) == bits(plain)
+    assert again.history == plain.history
+    assert bits(fit(seed=1)) != bits(plain)
+
+
+def test_the_callers_random_numbers_are_left_alone(fit):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fit(epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_stopped_and_resumed_is_the_run_that_was_not_stopped(fit, tmp_path):
+    whole = fit(epochs=3)
+    checkpoint = tmp_path / "mine.checkpoint"
+    for epoch in (1, 2):  # twice, the second time in a resumed run
+        with pytest.raises(KeyboardInterrupt):
+            fit(epochs=3, checkpoint=checkpoint, progress=StopsIn(epoch))
+    resumed = fit(epochs=3, checkpoint=checkpoint)
+    assert len({tuple(record.alpha) for record in whole.history}) == 3  # difficulty, too, went on where it was
+    assert resumed.history == whole.history
+    assert bits(resumed) == bits(whole)
+
+
+# ----------------------------------------------------------------------------------------------- who teaches whom
+
+
+@pytest.fixture
+def spoilt(data, tmp_path):
+    """A copy of `data` in which some rows of id-train hold noise and a wrong label."""
+    numbers = count()
+
+    def spoilt(rows):
+        path = shutil.copytree(data.train.path, tmp_path / f"spoilt-{next(numbers)}")
+        rng = np.random.default_rng(0)
+        (shard,) = path.glob("shard-*.h5")
+        with h5py.File(shard, "r+") as file:
+            for name in ("cls", "tap_cls", "patches"):
+                array = file[name][:]
+                array[rows] = rng.normal(size=array[rows].shape)
+                file[name][:] = array
+        cache, labels = FeatureCache.open(path), data.train_labels.copy()
+        labels[rows] = (labels[rows] + 1) % 4
+        return replace(data, train=cache, train_labels=labels, held_out=cache, held_out_labels=labels)
+
+    return spoilt
+
+
+def test_held_out_rows_teach_nothing(fit, data, spoilt):
+    fold = data.split.folds[0]
+    without = bits(fit(epochs=1))
+    assert bits(fit(data=spoilt(np.concatenate([fold.select, fold.calibrate])), epochs=1)) == without
+    assert bits(fit(data=spoilt(fold.train[:1]), epochs=1)) != without
+
+
+def test_calibration_rows_have_no_say_in_anything(data, spoilt, mixture, backbone, probe, tmp_path):
+    """Neither in weights, nor in when to stop, nor in groups and heads."""
+    other = spoilt(data.split.folds[0].calibrate)
+    assert train_mofe(other, TWO, backbone.end, seed=0, folder=tmp_path / "mofe")
+    names = ("mofe.safetensors", "heads.safetensors", "heads.json", "metrics.jsonl", "mofe.json")
+    assert files(tmp_path / "mofe", *names) == files(mixture, *names)
+    again = train_probe(other, tmp_path / "probe").final
+    np.testing.assert_array_equal(again.weight, probe.final.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------- mixup
+
+
+def test_dynamic_alpha_follows_the_accuracy_of_the_epoch_before(fit):
+    trained = fit(epochs=3, alpha_min=0.2, alpha_max=0.9)
+    assert trained.history[0].alpha == [0.2] * 4  # nothing is known yet
+    for before, record in zip(trained.history, trained.history[1:], strict=False):
+        expected = class_alpha(np.array(before.accuracy), 0.2, 0.9)
+        np.testing.assert_allclose(record.alpha, expected, atol=1e-6)
+        assert max(record.alpha) == 0.9
+        assert np.argmax(record.alpha) == np.argmin(before.accuracy)
+
+
+@pytest.mark.parametrize(("mixup", "alpha"), [("static", 0.3), ("none", 0.0)])
+def test_static_and_no_mixup_keep_alpha(fit, mixup, alpha):
+    trained = fit(mixup=mixup, alpha_min=0.3)
+    assert [record.alpha for record in trained.history] == [[alpha] * 4] * 2
+
+
+def test_difficulty_and_the_other_class_change_the_model(fit, plain):
+    assert bits(fit(mixup="static")) != bits(plain)
+    assert bits(fit(other_weight=0.0)) != bits(plain)
+
+
+# ------------------------------------------------------------------------------------------------- other settings
+
+
+def test_one_expert_has_nothing_other(fit, data):
+    trained = fit(groups=[0] * 4, experts=1, epochs=1)
+    assert trained.mixture.experts[0].head.out_features == 4
+    out = trained.mixture(read_tokens(data.train, np.arange(5)))
+    assert torch.isinf(out.other).all()
+    assert torch.isfinite(out.logits).all()
+
+
+def test_settings_are_resolved():
+    default = resolve_settings(TrainConfig(), n_classes=100)
+    assert (default.experts, default.lr, default.alpha_min, default.alpha_max) == (4, 3e-5, 0.1, 0.8)
+    paper = resolve_settings(TrainConfig(preset="paper", head_lr=1e-2), n_classes=1000)
+    assert (paper.experts, paper.lr, paper.head_lr, paper.label_smoothing) == (7, 3.5e-5, 1e-2, 0.1)
+    assert paper.alpha_min < paper.alpha_max
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.9, None)])
+def test_equal_alphas_are_not_dynamic(low, high):
+    with pytest.raises(InputError, match=r'train\.alpha_min: 0\.\d given, must be below alpha_max.*mixup = "static"'):
+        resolve_settings(TrainConfig(alpha_min=low, alpha_max=high), 4)
+    static = resolve_settings(TrainConfig(mixup="static", alpha_min=low, alpha_max=high), 4)
+    assert static.alpha_max == static.alpha_min == low
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run(fit, epochs):
+    with pytest.raises(StageError, match=r"loss is not finite .*lower train\.lr"):
+        fit(lr=1e30, epochs=epochs)
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_it_too(fit, data):
+    """One batch: its own loss is that of the weights before the step that ruins them."""
+    with pytest.raises(StageError, match="the held-out loss is not finite after epoch 0"):
+        fit(head_lr=1e37, epochs=1, batch_size=len(data.train), warmup_epochs=0.0)
+
+
+# --------------------------------------------------------------------------------------------- what stands on disk
+
+
+def test_what_a_trained_folder_holds(data, mixture, backbone):
+    about = json.loads((mixture / "mofe.json").read_text())
+    assert about["classes"] == ["0", "1", "2", "3"]
+    assert sorted(about["groups"].values()) == [0, 0, 1, 1]
+    assert about["features"] == data.train.fingerprint
+    lines = [json.loads(line) for line in (mixture / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["run"], line["epoch"]) for line in lines] == [("final", 0), ("final", 1)]
+    assert len(lines[1]["alpha"]) == 4
+    assert not list(mixture.glob("*.checkpoint"))
+    loaded = load_mixture(mixture, backbone.end, backbone.dim, backbone.tap_dim)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == about["parameters"]
+    bank = load_refined(
+        refined_path(mixture, "final", "id-train"),
+        {"mixture": about["identity"], "features": data.train.identity},
+    )
+    own_group = np.array([about["groups"][name] for name in data.class_names])[data.train_labels]
+    train = data.split.final_train
+    np.testing.assert_array_equal(bank.expert[train], own_group[train])
+    held = np.setdiff1d(np.arange(len(data.train)), train)
+    routed = loaded.route(read_tokens(data.train, held).tap_cls)[0].argmax(1)
+    np.testing.assert_array_equal(bank.expert[held], routed)  # by the router, not by the label
+
+
+def test_a_fresh_folder_is_left_alone(data, mixture):
+    def make_end():
+        raise AssertionError("nothing is to be trained")
+
+    before = {path: path.stat().st_mtime_ns for path in mixture.rglob("*")}
+    assert not train_mofe(data, TWO, make_end, seed=0, folder=mixture)
+    assert {path: path.stat().st_mtime_ns for path in mixture.rglob("*")} == before
+
+
+def test_other_settings_seeds_and_grouping_files_are_other_models(data, tmp_path):
+    grouping = tmp_path / "groups.json"
+    config = TrainConfig(experts=2, epochs=2, grouping=str(grouping))
+
+    def identity(config=TWO, seed=0):
+        return mixture_identity(data, resolve_settings(config, 4), seed)
+
+    grouping.write_text('{"0": "a", "1": "b", "2": "a", "3": "b"}')
+    first = identity(config)
+    grouping.write_text('{"0": "a", "1": "b", "2": "b", "3": "a"}')
+    assert len({first, identity(config), identity(), identity(seed=1), identity(TrainConfig(experts=2, epochs=3))}) == 5
+
+
+def test_nothing_of_other_settings_is_gone_on_from(data, backbone, mixture, tmp_path):
+    """Neither a checkpoint nor a whole model: the folder ends as a new one does."""
+    folder = shutil.copytree(mixture, tmp_path / "mixture")
+    (folder / "mofe.json").write_text(json.dumps({"identity": "of other settings"}))
+    with pytest.raises(KeyboardInterrupt):
+        train_mofe(data, TWO.model_copy(update={"lr": 1e-4}), backbone.end, seed=0, folder=folder, progress=StopsIn(1))
+    assert len(list(folder.glob("*.checkpoint"))) == 1
+    assert train_mofe(data, TWO, backbone.end, seed=0, folder=folder)
+    names = [str(path.relative_to(mixture)) for path in mixture.rglob("*") if path.is_file()]
+    assert files(folder, *names) == files(mixture, *names)
+    assert not list(folder.glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize("killed_in", ["save_refined", "save_heads", "save_mixture"])
+def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
+    killed_in, data, backbone, mixture, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(mixture, tmp_path / "mixture")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, killed_in, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_mofe(data, ONE, backbone.end, seed=1, folder=folder)
+    for config, seed in ((TWO, 0), (ONE, 1)):
+        assert not mixture_is_fresh(folder, mixture_identity(data, resolve_settings(config, 4), seed), data)
+
+
+@pytest.mark.parametrize("lost", ["heads.safetensors", "mofe.safetensors", "refined/final/id-train.safetensors"])
+def test_a_folder_without_one_of_its_files_is_trained_again(lost, data, mixture, tmp_path):
+    folder = shutil.copytree(mixture, tmp_path / "mixture")
+    identity = mixture_identity(data, resolve_settings(TWO, 4), seed=0)
+    assert mixture_is_fresh(folder, identity, data)
+    (folder / lost).unlink()
+    assert not mixture_is_fresh(folder, identity, data)
+
+
+# -------------------------------------------------------------------------------------------------- cross-fitting
+
+
+def test_small_classes_are_cross_fitted(few, backbone, tmp_path):
+    """12 images a class: a model for each fold, and one of all rows with what they found; stopped once on the way."""
+    assert few.split.cross_fitted
+    config = TrainConfig(experts=2, epochs=2, batch_size=16)
+    folder = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        train_mofe(few, config, backbone.end, seed=0, folder=folder, progress=StopsIn(1, "train fold-2"))
+    tasks = StopsIn(9)
+    assert train_mofe(few, config, backbone.end, seed=0, folder=folder, progress=tasks)
+    assert train_mofe(few, config, backbone.end, seed=0, folder=tmp_path / "whole")
+    names = ["mofe.safetensors", "heads.safetensors", "metrics.jsonl"]
+    names += [f"fold-{fold}/mofe.safetensors" for fold in range(3)]
+    assert files(folder, *names) == files(tmp_path / "whole", *names)
+    assert len(set(files(folder, "mofe.safetensors", *names[3:]))) == 4
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    of = {run: [line for line in lines if line["run"] == run] for run in ("fold-0", "fold-1", "fold-2", "final")}
+    for line in of["final"]:
+        assert line["select_loss"] is None  # no row is left to judge by
+        assert sum(line["load"]) == 48
+    for fold in range(3):
+        assert sum(of[f"fold-{fold}"][0]["load"]) == 32
+    accuracy = np.mean([of[f"fold-{fold}"][0]["accuracy"] for fold in range(3)], axis=0)
+    np.testing.assert_allclose(of["final"][1]["alpha"], class_alpha(accuracy, 0.1, 0.8), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- probe
+
+
+def test_the_probe_is_fitted_once_and_tells_classes_apart(data, probe, tmp_path, monkeypatch):
+    fitted = train_probe(data, tmp_path)
+    monkeypatch.setattr(train_module, "fit_heads", None)  # and now it is read
+    read = train_probe(data, tmp_path)
+    for heads in (fitted, read):
+        np.testing.assert_array_equal(heads.final.weight, probe.final.weight)
+    calibrate = data.split.folds[0].calibrate
+    logits = probe.final.logits(np.float32(data.train.read("cls", calibrate)))
+    assert (logits.argmax(1) == data.train_labels[calibrate]).mean() > 0.8
+
+
+def test_the_probe_of_other_rows_is_another(data, few, tmp_path):
+    first, second = train_probe(data, tmp_path), train_probe(few, tmp_path)
+    assert len(first.folds) == 1
+    assert len(second.folds) == 3
+    assert not np.array_equal(second.folds[0].weight, second.final.weight)
