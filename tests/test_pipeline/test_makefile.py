@@ -41,10 +41,10 @@ def make(tmp_path):
             (tmp_path / ".venv" / ".installed-cpu").unlink()
         command = ["make", "FAISS=cpu", *arguments]
         # `make test` runs this test: a make below another one would take its flags and name its own directory.
-        environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        }
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     return run
 
