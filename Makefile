@@ -9,10 +9,11 @@ FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train finetune score report run predict verify info test lint types fmt bench clean
+.PHONY: help setup demo extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
+	bench-train bench-knn clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY) ## Create .venv with every pinned dependency (plain venv and pip, nothing global)
 
@@ -48,8 +49,16 @@ lint: $(READY) ## Check style and types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## Measure every stage against its limit (a few minutes; not a test)
-	$(BIN)/python tests/bench/bench.py
+bench: bench-extract bench-cache bench-train bench-knn ## Measure every stage against its limit (some minutes; not a test)
+bench-extract: $(READY) ## Stage one against the bare forward pass
+bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
+bench-train: $(READY) ## Stage two against the bare training of one expert
+bench-knn: $(READY) ## kNN against a bare FAISS search
+bench-extract bench-cache bench-train bench-knn:
+	$(BIN)/python -m tests.bench.$(subst -,_,$@)
+
+stress: $(READY) ## The tests of kills and damage, many times over
+	$(BIN)/python -m pytest -k 'kill or flip or mutat or damage' --kills 200 --mutants 3000 $(ARGS)
 
 fmt: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .

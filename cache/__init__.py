@@ -14,10 +14,10 @@ from cache.errors import (
 )
 from cache.fingerprint import arrays_sha256, canonical_json, file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable
-from cache.manifest import Manifest, ShardInfo
+from cache.manifest import Manifest, ShardInfo, resumed_with
 from cache.plan import ShardPlan, plan_shards
 from cache.spec import FeatureSpec
-from cache.store import Damage, FeatureCache, find_caches, next_cache_path
+from cache.store import Damage, FeatureCache, find_caches, next_cache_path, restore_manifest
 
 __all__ = [
     "CacheBuilder",
@@ -43,6 +43,8 @@ __all__ = [
     "fingerprint",
     "next_cache_path",
     "plan_shards",
+    "restore_manifest",
+    "resumed_with",
     "sha256",
     "unseal",
 ]

@@ -17,32 +17,43 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
 from cache.files import check, disk_errors, sync_folder, write_file
-from cache.fingerprint import fingerprint, sha256
+from cache.fingerprint import canonical_json, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_to_jsonl
-from cache.journal import BuildPlan, Lock, ShardRecord, file_size, is_blank, sweep
-from cache.manifest import FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo
+from cache.journal import BuildPlan, Lock, ShardRecord, file_size, is_blank, record_name, sweep
+from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, own_settings, resumed_with
 from cache.plan import ShardPlan
 from cache.shard import ShardFile, ShardReader, write_shard
 from cache.spec import FeatureSpec
-from cache.store import FeatureCache
+from cache.store import FeatureCache, read_sealed
 
 _NO_FILE = ShardFile(0, 0, sha256(b""))  # of a shard whose inputs all failed
 
 
 class CacheBuilder:
-    """Fills a cache, shard by shard, and seals it. Holds the cache's lock until it is closed, sealed or dead."""
+    """Fills a cache, shard by shard, and seals it. Holds the cache's lock until it is closed, sealed or dead.
 
-    def __init__(self, path: Path, plan: BuildPlan, inputs: InputTable, lock: Lock) -> None:
+    Attributes:
+        path: the cache's folder.
+        plan: what is to be made.
+        elsewhere: the ``made_with`` that the cache was begun with, where this process goes on with another; else None.
+    """
+
+    def __init__(
+        self, path: Path, plan: BuildPlan, inputs: InputTable, lock: Lock, made_with: Mapping[str, Any]
+    ) -> None:
         self.path = path
         self.plan = plan
+        began = own_settings(plan.made_with)
+        self.elsewhere = None if canonical_json(began) == canonical_json(own_settings(made_with)) else began
         self._inputs = inputs
         self._lock = lock
         self._records: dict[int, ShardRecord] = {}
@@ -57,6 +68,7 @@ class CacheBuilder:
         class_names: Sequence[str],
         plans: Sequence[ShardPlan],
         made_with: Mapping[str, Any],
+        adopt: bool = False,
     ) -> Self:
         """Begin a cache, or go on with the one that stands there unfinished.
 
@@ -68,7 +80,9 @@ class CacheBuilder:
             class_names: what the labels stand for.
             plans: which inputs go into which shard, from ``plan_shards``.
             made_with: versions and settings that the bits may depend on. Others than those that the cache was begun
-                with are no error; the manifest then lists them under ``resumed_with``.
+                with are no error; the manifest then lists them under ``resumed_with``. It may hold such a list itself.
+            adopt: take over what an unfinished cache of other inputs or shards has finished, where any of it fits;
+                what does not fit is removed.
 
         Raises:
             CacheBusyError: another process fills it.
@@ -82,18 +96,22 @@ class CacheBuilder:
             path.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(path)
         try:
-            return cls(path, cls._resume_or_create(path, asked), inputs, lock)
+            return cls(path, cls._resume_or_create(path, asked, inputs if adopt else None), inputs, lock, made_with)
         except BaseException:
             lock.release()
             raise
 
     @staticmethod
-    def _resume_or_create(path: Path, asked: BuildPlan) -> BuildPlan:
+    def _resume_or_create(path: Path, asked: BuildPlan, adopted: InputTable | None) -> BuildPlan:
         if (path / MANIFEST).exists():
             raise CacheError(f"{path}: is sealed already; open it, or take another folder")
         try:
             found = BuildPlan.read(path)
+        except (CacheDamagedError, CacheInvalidError) as error:
+            raise type(error)(f"{error}; delete {path} and run extract again") from error
         except CacheNotFoundError:
+            if (path / COPY).exists():
+                read_sealed(path)  # says that the manifest is lost
             if not is_blank(path):
                 raise CacheError(f"{path}: holds files but no cache; take another folder") from None
             with disk_errors(path):
@@ -102,10 +120,12 @@ class CacheBuilder:
             asked.write(path)
             return asked
         if difference := found.first_difference(asked):
-            raise CacheMismatchError(f"{path}: is being made from something else: {difference}")
+            same_but_inputs = replace(found, inputs=asked.inputs, shards=asked.shards).first_difference(asked) is None
+            if adopted is None or not same_but_inputs or not _keep_what_fits(path, asked, adopted):
+                raise CacheMismatchError(f"{path}: is being made from something else: {difference}")
         sweep(path, sealed=False)
-        resumed = found.resumed_with(asked.made_with)
-        if resumed is not found:
+        resumed = replace(asked, made_with=resumed_with(found.made_with, asked.made_with))
+        if resumed != found:
             resumed.write(path)
         return resumed
 
@@ -179,10 +199,31 @@ class CacheBuilder:
         )
         write_file(self.path / INPUTS, listing)
         write_file(self.path / FAILURES, failures)
+        manifest.write(self.path, COPY)
         manifest.write(self.path)
         sweep(self.path, sealed=True)
         self.close()
         return FeatureCache.open(self.path)
+
+
+def _keep_what_fits(path: Path, asked: BuildPlan, inputs: InputTable) -> bool:
+    """Remove all shards but those that are part of the plan asked for; False, and nothing done, where none is.
+
+    The plan that stands there stays true: a kill in between leaves it with fewer shards done.
+    """
+    kept: set[str] = set()
+    for plan in asked.shards:
+        record = ShardRecord.read(path, plan)
+        if record and record.inputs == fingerprint(inputs[plan.start : plan.stop].columns_sha256()):
+            kept |= {plan.name, record_name(plan)}
+    if kept:
+        with disk_errors(path):
+            for pattern in ("shard-*.json", "shard-*.h5"):  # records first: a shard without one is made again
+                for file in path.glob(pattern):
+                    if file.name not in kept:
+                        file.unlink()
+                sync_folder(path)
+    return bool(kept)
 
 
 def commit_shard(
@@ -197,7 +238,8 @@ def commit_shard(
     Args:
         path: the cache's folder.
         plan: one of the builder's pending shards.
-        arrays: float32 [n, ...] for each dataset of the spec; n counts the inputs that did not fail, in order.
+        arrays: [n, ...] for each dataset of the spec, of the stored dtype or a wider one; n counts the inputs that
+            did not fail, in order.
         rows: the plan's slice of the listing, with digests and failed inputs (``InputTable.with_results``).
         failures: one for each failed input, in order.
 
@@ -240,20 +282,21 @@ def unseal(
 
     Raises:
         CacheBusyError: another process works on it.
-        CacheDamagedError: ``inputs.parquet`` is damaged and no listing was given, or the manifest is.
+        CacheDamagedError: ``inputs.parquet`` is damaged and no listing was given; or the manifest is, see
+            ``restore_manifest``.
         CacheMismatchError: the listing is not the one that the cache was made from.
     """
     path = Path(path)
     lock = Lock(path)
     try:
-        cache = FeatureCache(path, Manifest.read(path))
+        cache = FeatureCache(path, read_sealed(path))
         sweep(path, sealed=True)  # records that a killed unseal left may speak of shards that are damaged by now
         manifest = cache.manifest
         plans = [ShardPlan(i, shard.input_start, shard.input_stop) for i, shard in enumerate(manifest.shards)]
         listing, records = _salvage(cache, plans, set(damaged), inputs)
         plan = BuildPlan.make(manifest.dataset, manifest.spec, listing, manifest.class_names, plans, manifest.made_with)
         if made_with is not None:
-            plan = plan.resumed_with(made_with)
+            plan = replace(plan, made_with=resumed_with(plan.made_with, made_with))
         # First all that an unfinished cache has, then away with the manifest: a kill in between changes nothing.
         plan.write(path)
         for record in records:
@@ -261,9 +304,10 @@ def unseal(
         with disk_errors(path):
             (path / MANIFEST).unlink()
             sync_folder(path)
+            (path / COPY).unlink(missing_ok=True)
             for name in {plan.name for plan in plans} - {record.plan.name for record in records}:
                 (path / name).unlink(missing_ok=True)
-        return CacheBuilder(path, plan, listing, lock)
+        return CacheBuilder(path, plan, listing, lock, plan.made_with if made_with is None else made_with)
     except BaseException:
         lock.release()
         raise

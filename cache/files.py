@@ -11,6 +11,7 @@ A document is JSON whose first line is the SHA-256 of all bytes after that line,
     }
 """
 
+import io
 import json
 import os
 import re
@@ -50,8 +51,16 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that arrives whole or not at all, and is on the disk when this returns.
+def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
+    """Write all of the data; a raw write may take fewer bytes than it was given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+@contextmanager
+def arriving(path: Path) -> Iterator[io.RawIOBase]:
+    """A file to write to that arrives whole or not at all, and is on the disk when the context ends.
 
     Raises:
         CacheError: when the disk refuses (full, read-only); nothing is left behind.
@@ -61,9 +70,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     with disk_errors(path):
         try:
             with open(temporary, "xb", buffering=0) as file:
-                view = memoryview(data)
-                while view:  # a raw write may take fewer bytes than it was given
-                    view = view[file.write(view) :]
+                yield file
                 os.fsync(file.fileno())
             os.rename(temporary, path)
         except BaseException:
@@ -71,6 +78,16 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
                 temporary.unlink()
             raise
         sync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that arrives whole or not at all, and is on the disk when this returns.
+
+    Raises:
+        CacheError: when the disk refuses (full, read-only); nothing is left behind.
+    """
+    with arriving(path) as file:
+        write_all(file, data)
 
 
 def write_document(path: Path, body: Mapping[str, Any]) -> None:
@@ -91,20 +108,28 @@ def read_document(path: Path) -> dict[str, Any]:
 
     Raises:
         CacheNotFoundError: there is no such file.
-        CacheDamagedError: its bytes do not match its digest.
+        CacheDamagedError: its bytes do not match its digest, or the disk does not give them.
         CacheInvalidError: it is no document of ours, or of another schema.
+        CacheError: it may not be read.
     """
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise CacheNotFoundError(f"{path}: no such file") from None
+    except PermissionError:
+        raise CacheError(f"{path}: cannot be read: permission denied") from None
+    except OSError as error:
+        raise CacheDamagedError(f"{path}: cannot be read: {error.strerror}") from error
     head = _DIGEST.match(data)
     if head is None:
         raise CacheInvalidError(f"{path}: does not begin with a digest; not written by this project, or damaged")
     if sha256(memoryview(data)[head.end() :]) != head[1].decode():
         raise CacheDamagedError(f"{path}: its bytes do not match its own digest: damaged, or edited by hand")
     try:
-        body = json.loads(data)
+        body = json.loads(data, object_pairs_hook=_unique_keys)
+        canonical_json(body)  # no NaN, no half characters: whatever was read can be written
+    except CacheInvalidError as error:
+        raise CacheInvalidError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CacheInvalidError(f"{path}: not JSON: {error}") from error
     del body["digest"]
@@ -113,6 +138,13 @@ def read_document(path: Path) -> dict[str, Any]:
             f"{path}: schema {schema!r}, this version reads {SCHEMA}; use the version that wrote it"
         )
     return dict(body)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]!r:.200}")
+    return body
 
 
 def check_fields(body: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ def canonical_json(value: Any) -> bytes:
 def sha256(data: bytes | memoryview) -> str:
     """SHA-256 of bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def pieces_sha256(pieces: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of bytes that come in pieces, in hex."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint(value: Any) -> str:

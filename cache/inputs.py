@@ -110,10 +110,6 @@ class InputTable:
         }
         return {name: arrays_sha256({name: column}) for name, column in columns.items()}
 
-    def same_listing(self, other: "InputTable") -> bool:
-        """Whether ids, labels, sizes and modification times are the same."""
-        return self.columns_sha256() == other.columns_sha256()
-
     def content_sha256(self) -> str:
         """Digest over (id, label, sha256, status): what was read, wherever and whenever it was read."""
         return arrays_sha256(

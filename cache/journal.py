@@ -9,8 +9,9 @@
     ├── shard-00000.json      … then its ShardRecord: where it stands, the shard is done
     └── .shard-00001.h5.*.tmp what a killed process left
 
-Sealing writes ``manifest.json`` and then removes plan and records, the plan last: a manifest beside a plan is a
-sealed cache whose tidying was cut short.
+Sealing writes ``manifest.copy.json``, ``manifest.json`` and then removes records and plan, the plan last: a manifest
+beside a plan is a sealed cache whose tidying was cut short. Unsealing goes the other way round: plan and records are
+written, ``manifest.json`` is removed, then its copy: a copy beside a plan, without a manifest, means nothing.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,13 +30,12 @@ from cache.errors import CacheBusyError, CacheError
 from cache.files import TEMPORARY, check, check_fields, disk_errors, read_document, sync_folder, write_document
 from cache.fingerprint import fingerprint
 from cache.inputs import Failure, InputTable
-from cache.manifest import check_dataset_name
+from cache.manifest import COPY, check_dataset_name, check_made_with
 from cache.plan import ShardPlan
 from cache.shard import ShardFile
 from cache.spec import FeatureSpec, first_difference
 
 PLAN = "plan.json"
-RESUMED = "resumed_with"  # in made_with: other machines or versions that finished what one began
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class BuildPlan:
             CacheInvalidError: ids that stand twice, labels without a class, shards that do not cover the inputs.
         """
         check_dataset_name(dataset)
+        check_made_with(made_with)
         if len(set(inputs.ids)) < len(inputs):
             seen: set[str] = set()
             twice = next(id_ for id_ in inputs.ids if id_ in seen or seen.add(id_))  # type: ignore[func-returns-value]
@@ -97,14 +98,6 @@ class BuildPlan:
             return f"{', '.join(columns)} of the inputs are not those that it was begun with"
         return first_difference(self.to_dict(), {**asked.to_dict(), "made_with": dict(self.made_with)})
 
-    def resumed_with(self, made_with: Mapping[str, Any]) -> "BuildPlan":
-        """The plan when what goes on with it is made with these versions and settings."""
-        others = list(self.made_with.get(RESUMED, []))
-        began_with = {key: value for key, value in self.made_with.items() if key != RESUMED}
-        if fingerprint(made_with) in map(fingerprint, (began_with, *others)):
-            return self
-        return replace(self, made_with={**began_with, RESUMED: [*others, dict(made_with)]})
-
     def write(self, path: Path) -> None:
         """Write ``plan.json`` into the cache's folder."""
         write_document(path / PLAN, self.to_dict())
@@ -121,6 +114,7 @@ class BuildPlan:
         pairs = body["shards"]
         plain = all(isinstance(pair, list) and [type(end) for end in pair] == [int, int] for pair in pairs)
         check(plain, f"{PLAN}: shards must be pairs of numbers")
+        check_made_with(body["made_with"])
         spec, shards = FeatureSpec.from_dict(body["spec"]), (ShardPlan(i, *pair) for i, pair in enumerate(pairs))
         return cls(**body | {"spec": spec, "class_names": tuple(body["class_names"]), "shards": tuple(shards)})
 
@@ -188,7 +182,7 @@ class ShardRecord:
         except (CacheError, ValueError, IndexError):
             return None
         file = ShardFile(body["rows"], body["nbytes"], body["sha256"])
-        whole = file.rows + failed.sum() == len(plan) == len(failures) + file.rows and file_size(path / plan.name) == (
+        whole = file.rows + int(failed.sum()) == len(plan) == len(failures) + file.rows and file_size(path / plan.name) == (
             file.nbytes if file.rows else None
         )
         if (body["start"], body["stop"]) != (plan.start, plan.stop) or not whole:
@@ -215,11 +209,16 @@ def is_blank(path: Path) -> bool:
 
 
 def sweep(path: Path, *, sealed: bool) -> None:
-    """Remove what killed processes left; from a sealed cache the records and then the plan as well."""
+    """Remove what killed processes left; from a sealed cache the records and then the plan as well.
+
+    From an unfinished one a manifest's copy that sealing or unsealing left.
+    """
     with disk_errors(path):
         for file in path.glob(f".*{TEMPORARY}"):
             file.unlink(missing_ok=True)
-        if sealed:
+        if not sealed:
+            (path / COPY).unlink(missing_ok=True)
+        else:
             for file in path.glob("shard-*.json"):
                 file.unlink(missing_ok=True)
             (path / PLAN).unlink(missing_ok=True)
@@ -253,8 +252,9 @@ class Lock:
                 raise CacheError(f"{self.path}: cannot be locked: {error.strerror}") from error
             os.close(descriptor)  # its last holder removed the file between our open and our lock: take the new one
         self._descriptor: int | None = descriptor
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: the lock is held all the same, only nobody can read by whom
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,13 @@
 """Manifest: what a sealed cache holds. It is written last: where it stands, the cache is whole.
 
+``manifest.copy.json`` has the same bytes and is written just before; from it a damaged manifest is put back.
+
 Its numbers are checked against one another when it is read, so that a manifest that was not written by ``seal`` can
 name no file outside its folder and no row that its shards have no room for.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +17,9 @@ from cache.fingerprint import fingerprint
 from cache.plan import ShardPlan
 from cache.spec import FeatureSpec
 
-MANIFEST, INPUTS, FAILURES = "manifest.json", "inputs.parquet", "failures.jsonl"
+MANIFEST, COPY, INPUTS, FAILURES = "manifest.json", "manifest.copy.json", "inputs.parquet", "failures.jsonl"
+RESUMED = "resumed_with"  # in made_with: other machines or versions that went on with what one began
+_MOST = 1 << 48  # bytes or inputs; no cache comes near, and what is computed from hostile ones cannot overflow
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a set: part of a folder's name
 
@@ -78,7 +83,8 @@ class Manifest:
         check(all(isinstance(name, str) for name in self.class_names), "manifest: class_names must be strings")
         for name in ("inputs_sha256", "failures_sha256", "content_sha256"):
             check(bool(_DIGEST.fullmatch(getattr(self, name))), f"manifest: {name} is no SHA-256")
-        row = input_ = 0
+        check_made_with(self.made_with)
+        row = input_ = nbytes = 0
         row_bytes = self.spec.row_bytes
         for index, shard in enumerate(self.shards):
             name = ShardPlan(index, 0, 0).name
@@ -90,27 +96,29 @@ class Manifest:
             room = shard.nbytes == 0 if shard.rows == 0 else shard.nbytes > shard.rows * row_bytes
             check(room, f"manifest: {shard.rows} rows cannot stand in the {shard.nbytes} bytes of {name}")
             check(bool(_DIGEST.fullmatch(shard.sha256)), f"manifest: sha256 of {name} is no SHA-256")
-            row, input_ = row + shard.rows, shard.input_stop
+            row, input_, nbytes = row + shard.rows, shard.input_stop, nbytes + shard.nbytes
         counts, added = (self.n_rows, self.n_inputs, self.n_failures), (row, input_, input_ - row)
         check(counts == added, f"manifest: (rows, inputs, failures) are {counts}, its shards add up to {added}")
+        fits = max(nbytes, input_) <= _MOST
+        check(fits, f"manifest: {nbytes} bytes of {input_} inputs are more than a cache can hold")
 
     @property
     def identity(self) -> str:
         """Digest over spec and content: equal for equal features, whatever the place and the set's name."""
         return fingerprint([self.spec.fingerprint, self.content_sha256])
 
-    def write(self, path: Path) -> None:
-        """Write ``manifest.json`` into a cache's folder; from then on the cache is sealed."""
+    def write(self, path: Path, name: str = MANIFEST) -> None:
+        """Write ``manifest.json`` into a cache's folder, and from then on the cache is sealed; or its copy."""
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         shards = [asdict(shard) for shard in self.shards]
         write_document(
-            path / MANIFEST,
+            path / name,
             body | {"spec": self.spec.to_dict(), "class_names": list(self.class_names), "shards": shards},
         )
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read and check the manifest of a cache's folder.
+    def read(cls, path: Path, name: str = MANIFEST) -> Self:
+        """Read and check the manifest of a cache's folder, or its copy.
 
         Raises:
             CacheNotFoundError: there is none.
@@ -120,11 +128,38 @@ class Manifest:
         kinds: dict[str, type] = {field.name: str for field in fields(cls)}
         kinds |= dict.fromkeys(("n_inputs", "n_rows", "n_failures"), int)
         kinds |= {"spec": dict, "made_with": dict, "class_names": list, "shards": list}
-        body = check_fields(read_document(path / MANIFEST), kinds, "manifest")
+        body = check_fields(read_document(path / name), kinds, "manifest")
         shard_kinds: dict[str, type] = {field.name: int for field in fields(ShardInfo)} | {"name": str, "sha256": str}
         shards = tuple(ShardInfo(**check_fields(shard, shard_kinds, "manifest: shard")) for shard in body["shards"])
         spec = FeatureSpec.from_dict(body["spec"])
         return cls(**body | {"spec": spec, "class_names": tuple(body["class_names"]), "shards": shards})
+
+
+def check_made_with(made_with: Mapping[str, Any]) -> None:
+    """Raise CacheInvalidError unless what stands under ``resumed_with`` is a list of other settings."""
+    others = made_with.get(RESUMED, [])
+    listed = isinstance(others, list) and all(isinstance(other, Mapping) and RESUMED not in other for other in others)
+    check(listed, f"made_with: {RESUMED} must be a list of objects")
+
+
+def resumed_with(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """``made_with`` of what was begun with some settings and goes on with others, which it lists once each.
+
+    >>> resumed_with({"torch": "2.14"}, {"torch": "2.15"})
+    {'torch': '2.14', 'resumed_with': [{'torch': '2.15'}]}
+    """
+    check_made_with(began)
+    check_made_with(now)
+    known = [own_settings(began), *began.get(RESUMED, [])]
+    for settings in (own_settings(now), *now.get(RESUMED, [])):
+        if fingerprint(settings) not in map(fingerprint, known):
+            known.append(settings)
+    return {**known[0], RESUMED: known[1:]} if known[1:] else dict(known[0])
+
+
+def own_settings(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """``made_with`` without those that it was resumed with."""
+    return {key: value for key, value in made_with.items() if key != RESUMED}
 
 
 def check_dataset_name(name: str) -> None:

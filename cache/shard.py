@@ -11,11 +11,14 @@ Layout (n rows; every dataset contiguous, little-endian, at a multiple of 64 byt
     ├── id          [n]         fixed-length UTF-8
     └── image_hash  [n, 32]     uint8                 SHA-256 of the image file
 
-Contiguous, because a reader then needs nothing but an offset: it maps the file and never touches what it does not
-use. Checksums stand in the manifest, since HDF5's own need chunks and cost most of the reading speed.
+HDF5's own structures stand before all of them, in one page. Contiguous, because a reader then needs nothing but an
+offset: it maps the file and never touches what it does not use. Checksums stand in the manifest, since HDF5's own
+need chunks and cost most of the reading speed.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,11 +29,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheDamagedError, CacheError
-from cache.files import check, write_file
-from cache.fingerprint import sha256
+from cache.files import arriving, check, write_all
+from cache.fingerprint import pieces_sha256
 from cache.spec import FeatureSpec
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every item size
+_BLOCK = 1 << 20  # bytes that are cast, checked and written together: they stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ def write_shard(
     Args:
         path: where the shard will stand.
         spec: what the features are; its dtype is the one stored.
-        arrays: one float array [n, ...] for each of ``spec.datasets()``, in a dtype no narrower than the stored one.
+        arrays: one float array [n, ...] for each of ``spec.datasets()``: of the stored dtype, which is taken as it
+            is, or of a wider one.
         labels: [n] int32.
         ids: n sample ids.
         image_hashes: [n, 32] uint8.
@@ -66,59 +71,141 @@ def write_shard(
     """
     n, datasets = len(ids), spec.datasets()
     check(arrays.keys() == datasets.keys(), f"{path.name}: has {sorted(arrays)}, the spec says {sorted(datasets)}")
-    columns: dict[str, npt.NDArray[Any]] = {}
-    for name, (shape, dtype) in datasets.items():
+    for name, (shape, _) in datasets.items():
         fits = arrays[name].shape == (n, *shape)
         check(fits, f"{path.name}: {name} is {arrays[name].shape}, must be {(n, *shape)}")
-        columns[name] = _store(arrays[name], dtype, name, ids)
     check(labels.shape == (n,), f"{path.name}: {labels.shape} labels for {n} rows")
     check(image_hashes.shape == (n, 32), f"{path.name}: image hashes are {image_hashes.shape}, must be {(n, 32)}")
     encoded = [id_.encode("utf-8") for id_ in ids]
-    columns["label"] = labels.astype("<i4")
-    columns["id"] = np.array(encoded, h5py.string_dtype("utf-8", max(map(len, encoded), default=0) or 1))
-    columns["image_hash"] = image_hashes.astype(np.uint8)
-    image = _file_image(columns)
-    write_file(path, image)
-    return ShardFile(n, len(image), sha256(image))
+    columns = [_Column(name, arrays[name], dtype) for name, (_, dtype) in datasets.items()]
+    columns.append(_Column("label", labels, np.dtype("<i4")))
+    id_type = h5py.string_dtype("utf-8", max(map(len, encoded), default=0) or 1)
+    columns.append(_Column("id", np.array(encoded, id_type), id_type))
+    columns.append(_Column("image_hash", image_hashes, np.dtype(np.uint8)))
+    header, offsets = _lay_out(columns)
+
+    def pieces(checked: bool) -> Iterator[bytes | memoryview]:
+        yield header
+        at = len(header)
+        for column in columns:
+            if offset := offsets[column.name]:  # none where there are no rows
+                yield bytes(offset - at)
+                yield from column.blocks(ids if checked and column.name in datasets else None)
+                at = offset + column.nbytes
+
+    # The digest is made beside the writing, over the same arrays: nothing is held in memory twice.
+    with ThreadPoolExecutor(1) as beside, arriving(path) as file:
+        digest = beside.submit(pieces_sha256, pieces(checked=False))
+        for piece in pieces(checked=True):
+            write_all(file, piece)
+        nbytes = file.tell()
+    return ShardFile(n, nbytes, digest.result())
 
 
-def _store(
-    array: npt.NDArray[np.floating[Any]], dtype: np.dtype[Any], name: str, ids: Sequence[str]
-) -> npt.NDArray[Any]:
-    """Cast to the stored dtype; refuse what it cannot hold, since an inf in a cache poisons every later score."""
-    with np.errstate(over="ignore"):
-        stored = array.astype(dtype)
-    if np.isfinite(stored).all():
-        return stored
-    row, *index = np.argwhere(~np.isfinite(stored))[0]
-    value = array[(row, *index)]
-    if np.isfinite(value):
-        raise CacheError(f'{name} of {ids[row]!r}: {value:g} does not fit {dtype.name}; set cache.dtype = "float32"')
-    raise CacheError(f"{name} of {ids[row]!r}: {value} is not a feature; look at the weights and at this image")
+@dataclass(frozen=True)
+class _Column:
+    """One dataset: an array, and the dtype in which it is stored."""
+
+    name: str
+    array: npt.NDArray[Any]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.size * self.dtype.itemsize
+
+    def blocks(self, ids: Sequence[str] | None) -> Iterator[memoryview]:
+        """The bytes as they are stored, a block of rows at a time; without a copy where dtype and order are right.
+
+        Args:
+            ids: of the rows, to check that every value is a finite number; None checks nothing.
+        """
+        rows = max(_BLOCK // (prod(self.array.shape[1:]) * self.dtype.itemsize), 1)
+        for start in range(0, len(self.array), rows):
+            given = self.array[start : start + rows]
+            with np.errstate(over="ignore", invalid="ignore"):
+                stored = np.ascontiguousarray(given, self.dtype)
+            if ids is not None and not _is_finite(stored):
+                self._refuse(given, stored, ids[start : start + rows])
+            yield stored.reshape(-1).view(np.uint8).data
+
+    def _refuse(self, given: npt.NDArray[Any], stored: npt.NDArray[Any], ids: Sequence[str]) -> None:
+        row, *index = np.argwhere(~np.isfinite(stored))[0]
+        value, where = given[(row, *index)], f"{self.name} of {ids[row]!r}"
+        wider = 'set cache.dtype = "float32"'
+        if np.isfinite(value):
+            raise CacheError(f"{where}: {value:g} does not fit {self.dtype.name}; {wider}")
+        if given.dtype == np.float16:
+            raise CacheError(
+                f"{where}: {value}: too large for float16, or no finite number: {wider}; "
+                "if it stays, look at the weights and at this image"
+            )
+        raise CacheError(f"{where}: {value} is not a feature; look at the weights and at this image")
 
 
-def _file_image(columns: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """The bytes of an HDF5 file with these datasets.
+def _is_finite(array: npt.NDArray[Any]) -> bool:
+    """Whether all values are finite; five times as fast as ``numpy.isfinite``, which makes an array of the answers.
 
-    Made in memory: all that reaches the disk then goes through ``write_file``, where a full disk is an error with a
-    name, and not something that HDF5 meets while it closes. Without times and in the oldest format the bytes depend
-    on the arrays alone.
+    Seen as integers, inf and NaN are the numbers from inf's bits on: of positive sign at the top of the signed
+    ones, of negative sign at the top of the unsigned ones.
     """
-    size = sum(column.nbytes + _ALIGNMENT for column in columns.values()) + (1 << 14)
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    signed, unsigned = (native.view(f"{kind}{native.itemsize}") for kind in "iu")
+    above, below = np.array([np.inf, -np.inf], native.dtype)
+    return bool(signed.max() < above.view(signed.dtype) and unsigned.max() < below.view(unsigned.dtype))
+
+
+def _lay_out(columns: Iterable[_Column]) -> tuple[bytes, dict[str, int | None]]:
+    """All that HDF5 itself writes of a file with these datasets, and where each dataset's bytes are to stand.
+
+    HDF5 sees one element of each dataset, which makes it give out the room; the rest of the file goes past it. So no
+    copy of the arrays is made, and a full disk is an error of ``write_all`` and not something that HDF5 meets
+    while it closes. Without times and in the oldest format the bytes depend on shapes and dtypes alone.
+    """
+    file = _Skeleton()
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     with h5py.File(
-        "shard.h5",
-        "w",
-        driver="core",
-        backing_store=False,
-        block_size=size,
-        libver=("earliest", "v110"),
-        alignment_threshold=1,
-        alignment_interval=_ALIGNMENT,
-    ) as file:
-        for name, column in columns.items():
-            file.create_dataset(name, data=column, dtype=column.dtype, track_times=False)
-        file.flush()
-        return bytes(file.id.get_file_image())
+        file, "w", libver=("earliest", "v110"), alignment_threshold=1, alignment_interval=_ALIGNMENT
+    ) as hdf5:
+        datasets = [
+            hdf5.create_dataset(
+                column.name, column.array.shape, column.dtype, dcpl=properties.copy(), track_times=False
+            )
+            for column in columns
+        ]
+        for dataset in datasets:  # when all are created, so that HDF5's own structures lie together, before the data
+            if dataset.size:
+                dataset[(0,) * dataset.ndim] = dataset.dtype.type()
+        offsets = {dataset.name[1:]: dataset.id.get_offset() for dataset in datasets}
+    data_start = min((offset for offset in offsets.values() if offset), default=file.size)
+    header = bytearray(data_start)
+    for address, data in file.writes:
+        if address < data_start:
+            header[address : address + len(data)] = data
+    return bytes(header), offsets
+
+
+class _Skeleton(io.RawIOBase):
+    """A file that remembers what is written to it, and where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[tuple[int, bytes]] = []
+        self.size = self._at = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (self.size if whence == io.SEEK_END else 0)
+        return self._at
+
+    def write(self, data: Any, /) -> int:
+        self.writes.append((self._at, bytes(data)))
+        self.size = max(self.size, self._at + len(data))
+        return len(data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self.size if size is None else size
+        return self.size
 
 
 class ShardReader:
@@ -131,13 +218,13 @@ class ShardReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._layout: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] | None = None  # offset, shape, dtype
-        self._bytes: np.memmap[Any, np.dtype[np.uint8]] | None = None
+        self._bytes: npt.NDArray[np.uint8] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bytes": None}
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A dataset as a read-only ``numpy.memmap`` [n, ...]; only what is indexed is read from the disk.
+        """A dataset [n, ...], mapped read-only; only what is indexed is read from the disk.
 
         Raises:
             CacheDamagedError: the shard is missing, is not HDF5, or has no such contiguous dataset.
@@ -150,7 +237,8 @@ class ShardReader:
         nbytes = prod(shape) * dtype.itemsize
         if self._bytes is None:
             try:
-                self._bytes = np.memmap(self.path, np.uint8, "r")
+                # As a plain array: a numpy.memmap makes a new one of itself, slowly, at every index.
+                self._bytes = np.asarray(np.memmap(self.path, np.uint8, "r"))
             except (OSError, ValueError) as error:
                 raise CacheDamagedError(f"{self.path}: cannot be mapped: {error}; run verify") from error
         if offset + nbytes > len(self._bytes):
@@ -168,7 +256,9 @@ class ShardReader:
                 return {
                     name: (dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
                     for name, dataset in file.items()
-                    if isinstance(dataset, h5py.Dataset) and (dataset.size == 0 or dataset.id.get_offset() is not None)
+                    if isinstance(dataset, h5py.Dataset)
+                    and not dataset.dtype.hasobject  # of variable length: addresses, not bytes
+                    and (dataset.size == 0 or dataset.id.get_offset() is not None)
                 }
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all that HDF5 makes of bad bytes
             raise CacheDamagedError(f"{self.path}: cannot be opened as HDF5: {error}; run verify") from error

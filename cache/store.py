@@ -2,25 +2,28 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
+from cache.files import TEMPORARY
 from cache.fingerprint import file_sha256, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
 from cache.journal import PLAN, Lock, file_size, is_blank, sweep
-from cache.manifest import FAILURES, INPUTS, MANIFEST, Manifest, check_dataset_name
+from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, check_dataset_name
 from cache.shard import ShardReader
 from cache.spec import FeatureSpec
 
 Rows = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | None
-_LARGE_ROW = 4096  # bytes from which a Python loop over rows costs less than a second copy
+_LARGE_ROW = 16384  # bytes from which a Python loop over rows costs less than a second copy
 _MAPPED = 256  # shards that are mapped at once: each takes a file descriptor, and a process may have only 1024
 
 
@@ -48,7 +51,7 @@ class FeatureCache:
         self._starts = np.array([shard.start for shard in manifest.shards], np.int64)
         self._datasets = manifest.spec.datasets()
         self._readers: dict[int, ShardReader] = {}  # they remember where datasets lie, mapped or not
-        self._mapped: dict[int, ShardReader] = {}  # longest mapped first
+        self._mapped: dict[int, dict[str, npt.NDArray[Any]]] = {}  # longest mapped first
 
     @classmethod
     def open(cls, path: str | Path, expected: FeatureSpec | None = None) -> Self:
@@ -61,16 +64,11 @@ class FeatureCache:
         Raises:
             CacheNotFoundError: there is none, or it is not finished.
             CacheMismatchError: its spec is not the expected one; names the first field that differs.
-            CacheDamagedError, CacheInvalidError: its manifest is not one that was sealed.
+            CacheDamagedError, CacheInvalidError: its manifest is not one that was sealed, or lost; see
+                ``restore_manifest``.
         """
         path = Path(path)
-        if not (path / MANIFEST).exists():
-            if (path / PLAN).exists():
-                raise CacheNotFoundError(
-                    f"{path}: the cache is not finished; run extract again, it goes on where it was"
-                )
-            raise CacheNotFoundError(f"{path}: no cache stands there (no {MANIFEST})")
-        manifest = Manifest.read(path)
+        manifest = read_sealed(path)
         if expected and (difference := manifest.spec.first_difference(expected)):
             raise CacheMismatchError(f"{path}: made from something else: {difference}")
         if (path / PLAN).exists():  # sealing was cut short after the manifest
@@ -170,23 +168,25 @@ class FeatureCache:
         """
         if name not in self._datasets:
             raise CacheError(f"{self.path}: {name!r} is not cached; there are {', '.join(self._datasets)}")
-        numbers = self._row_numbers(rows)
         shape, dtype = self._datasets[name]
-        out = np.empty((len(numbers), *shape), dtype)
+        with self._memory_errors():
+            numbers = self._row_numbers(rows)
+            out = np.empty((len(numbers), *shape), dtype)
         # "right": of the shards that start at a row, the last one holds it, since those before have no rows.
         shards = np.searchsorted(self._starts, numbers, "right") - 1
-        order = np.argsort(shards, kind="stable")
-        bounds = np.flatnonzero(np.diff(shards[order])) + 1
-        for places in np.split(order, bounds) if len(order) else []:
-            index = int(shards[places[0]])
-            local = numbers[places] - self._starts[index]
-            array = self._array(index, name)
-            run = _as_slice(local)
-            if isinstance(run, slice) or out[0].nbytes < _LARGE_ROW:
-                out[_as_slice(places)] = array[run]
-            else:  # straight to their places, without the copy in between that a gather makes
-                for place, row in zip(places, local, strict=True):
-                    out[place] = array[row]
+        local = numbers - self._starts[shards]
+        large = prod(shape) * dtype.itemsize >= _LARGE_ROW
+        if large and len(np.unique(shards)) <= _MAPPED:
+            order = np.arange(len(numbers))  # fresh memory is filled from its start, while its pages are in the cache
+        else:
+            order = np.argsort(shards, kind="stable")  # a shard is mapped once, and small rows are gathered in one go
+        breaks = np.diff(shards[order]) != 0
+        if large:  # straight to their places, a run at a time, without the copy in between that a gather makes
+            breaks |= (np.diff(local[order]) != 1) | (np.diff(order) != 1)
+        bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(order)]
+        for start, stop in pairwise(bounds) if len(order) else ():
+            places = order[start:stop]
+            out[_as_slice(places)] = self._array(int(shards[places[0]]), name)[_as_slice(local[places])]
         return out
 
     def batches(
@@ -205,9 +205,10 @@ class FeatureCache:
         """
         if batch_size < 1:
             raise CacheError(f"batch_size is {batch_size}, must be at least 1")
-        numbers = self._row_numbers(rows)
-        if seed is not None:
-            numbers = np.random.default_rng(seed).permutation(numbers)
+        with self._memory_errors():
+            numbers = self._row_numbers(rows)
+            if seed is not None:
+                numbers = np.random.default_rng(seed).permutation(numbers)
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             yield {name: self.read(name, batch) for name in names} | {"row": batch}
@@ -219,15 +220,16 @@ class FeatureCache:
             progress: called with the bytes that were read since the last call.
 
         Returns:
-            what is wrong, in order of files; empty for a whole cache. (A damaged manifest is found by ``open``.)
+            what is wrong, in order of files; empty for a whole cache. (A damaged manifest is found by ``open``; its
+            copy is checked here.)
         """
         shards = [shard for shard in self.manifest.shards if shard.rows]
         digests = {INPUTS: self.manifest.inputs_sha256, FAILURES: self.manifest.failures_sha256}
         digests |= {shard.name: shard.sha256 for shard in shards}
         sizes = {shard.name: shard.nbytes for shard in shards}
-        present = {file.name for file in self.path.iterdir()}
+        present = {file.name for file in self.path.iterdir() if file.suffix != TEMPORARY}
         damages = {name: "is missing" for name in digests.keys() - present}
-        damages |= {name: "is not part of the cache" for name in present - digests.keys() - {MANIFEST}}
+        damages |= {name: "is not part of the cache" for name in present - digests.keys() - {MANIFEST, COPY}}
         for name in digests.keys() & present:
             size = file_size(self.path / name)
             if size != sizes.get(name, size):
@@ -247,6 +249,8 @@ class FeatureCache:
                 damages[MANIFEST] = "has changed since the cache was opened"
         except CacheError as error:
             damages[MANIFEST] = str(error)
+        if MANIFEST not in damages and not _alike(self.path):
+            damages[COPY] = f"is missing, or not the same as {MANIFEST}"
         return [Damage(name, damages[name]) for name in sorted(damages)]
 
     def _read_file(self, name: str, digest: str) -> bytes:
@@ -257,6 +261,16 @@ class FeatureCache:
         if sha256(data) != digest:
             raise CacheDamagedError(f"{self.path / name}: its bytes are not those that were sealed; run verify")
         return data
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise CacheError(
+                f"{self.path}: {self.n_rows} rows are too many for the memory: {error}; read fewer at once, or walk "
+                "over batches. If there should be fewer, run verify"
+            ) from error
 
     def _row_numbers(self, rows: Rows) -> npt.NDArray[np.int64]:
         if rows is None or isinstance(rows, slice):
@@ -275,12 +289,20 @@ class FeatureCache:
         return numbers.astype(np.int64)
 
     def _array(self, index: int, name: str) -> npt.NDArray[Any]:
+        arrays = self._mapped.get(index)
+        if arrays is None:
+            if len(self._mapped) >= _MAPPED:
+                longest = next(iter(self._mapped))
+                del self._mapped[longest]
+                self._readers[longest].close()
+            arrays = self._mapped[index] = {}
+        if name not in arrays:
+            arrays[name] = self._map(index, name)
+        return arrays[name]
+
+    def _map(self, index: int, name: str) -> npt.NDArray[Any]:
         shard, (shape, dtype) = self.manifest.shards[index], self._datasets[name]
         reader = self._readers.setdefault(index, ShardReader(self.path / shard.name))
-        if index not in self._mapped:
-            if len(self._mapped) >= _MAPPED:
-                self._mapped.pop(next(iter(self._mapped))).close()
-            self._mapped[index] = reader
         array = reader.array(name)
         if array.shape != (shard.rows, *shape) or array.dtype != dtype:
             raise CacheDamagedError(f"{reader.path}: {name} is {array.dtype} {array.shape}, not as sealed; run verify")
@@ -294,6 +316,66 @@ def _as_slice(numbers: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
     return slice(first, last + 1) if runs else numbers
 
 
+def read_sealed(path: Path) -> Manifest:
+    """The manifest of a sealed cache.
+
+    Raises:
+        CacheNotFoundError: there is no cache, or it is not finished.
+        CacheDamagedError: the manifest is damaged or lost; says whether its copy is whole.
+        CacheInvalidError: manifest and copy, if any, are alike, and hostile or of another schema.
+    """
+    if not (path / MANIFEST).exists():
+        if (path / PLAN).exists():
+            raise CacheNotFoundError(f"{path}: the cache is not finished; run extract again, it goes on where it was")
+        if not (path / COPY).exists():
+            raise CacheNotFoundError(f"{path}: no cache stands there (no {MANIFEST})")
+    try:
+        return Manifest.read(path)
+    except (CacheNotFoundError, CacheDamagedError, CacheInvalidError) as error:
+        if not (path / COPY).exists() or _alike(path):
+            raise
+        try:
+            Manifest.read(path, COPY)
+        except CacheError:
+            raise CacheDamagedError(f"{error}; its copy is damaged, too: delete the cache, run make extract") from error
+        raise CacheDamagedError(f"{error}; verify --repair puts it back from its copy") from error
+
+
+def restore_manifest(path: str | Path) -> bool:
+    """Put a damaged or lost manifest back from its copy, or the copy from the manifest; tidy up after killed processes.
+
+    Returns:
+        whether there was anything to do.
+
+    Raises:
+        CacheBusyError: another process works on the cache.
+        CacheNotFoundError, CacheInvalidError: as ``FeatureCache.open``.
+        CacheDamagedError: both are damaged.
+    """
+    path = Path(path)
+    with Lock(path):
+        try:
+            manifest, damaged = read_sealed(path), COPY
+        except CacheDamagedError as error:
+            try:
+                manifest, damaged = Manifest.read(path, COPY), MANIFEST
+            except CacheError:
+                raise error from None
+        whole = damaged == COPY and _alike(path)
+        if not whole:
+            manifest.write(path, damaged)
+        sweep(path, sealed=True)
+        return not whole
+
+
+def _alike(path: Path) -> bool:
+    """Whether manifest and copy have the same bytes."""
+    try:
+        return (path / MANIFEST).read_bytes() == (path / COPY).read_bytes()
+    except OSError:
+        return False
+
+
 def find_caches(root: str | Path, dataset: str, spec: FeatureSpec) -> list[Path]:
     """Caches of a set under a root, sealed or not, for one spec: ``<set>-<fingerprint8>[-<version>]``, newest last.
 
@@ -301,7 +383,7 @@ def find_caches(root: str | Path, dataset: str, spec: FeatureSpec) -> list[Path]
         CacheInvalidError: the set's name cannot be part of a folder's name.
     """
     folders = (path for _, path in _versions(root, dataset, spec))
-    return [path for path in folders if (path / MANIFEST).exists() or (path / PLAN).exists()]
+    return [path for path in folders if any((path / name).exists() for name in (MANIFEST, COPY, PLAN))]
 
 
 def next_cache_path(root: str | Path, dataset: str, spec: FeatureSpec) -> Path:

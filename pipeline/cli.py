@@ -102,6 +102,9 @@ failures_option = click.option(
     show_default=True,
     help="Largest share of a set's images that may be unusable.",
 )
+rehash_option = click.option(
+    "--rehash", is_flag=True, help="Tell changed images by the bytes of all, not by size and time."
+)
 backbone_option = click.option(
     "--backbone",
     type=click.Choice(["pretrained", "finetuned", "all"]),
@@ -140,13 +143,14 @@ def _run_verb(
     scheduler: str | None,
     workers: int | None,
     max_failures: float = RunOptions.max_failures,
+    rehash: bool = False,
     **arguments: Any,
 ) -> None:
     """What all verbs that run a stage have in common; ``arguments`` go to the method of the same name."""
     if scheduler is not None and workers is not None:
         raise click.UsageError("--workers is for local processes; with --scheduler the cluster has its own: give one")
     config = _config(verb, experiment, overrides, **arguments)
-    with _study(config, RunOptions(max_failures, scheduler, workers or 1)) as study:
+    with _study(config, RunOptions(max_failures, rehash, scheduler, workers or 1)) as study:
         show(study.plan(verb, **arguments) if dry_run else getattr(study, verb)(**arguments))
 
 
@@ -154,6 +158,7 @@ def _run_verb(
 @experiment_options
 @run_options
 @failures_option
+@rehash_option
 @backbone_option
 def extract(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Stage one: images to sealed feature caches."""
@@ -198,6 +203,7 @@ def report(experiment: str, overrides: tuple[str, ...], debug: bool, **options: 
 @experiment_options
 @run_options
 @failures_option
+@rehash_option
 def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Every stage that is not fresh."""
     _run_verb("run", experiment, overrides, **options)

@@ -44,6 +44,7 @@ class RunOptions:
     """How to run, as opposed to what: options of the command line that change no result."""
 
     max_failures: float = 0.01  # largest share of a set's images that may be unusable
+    rehash: bool = False  # judge by the bytes of every image whether it is still the one that was extracted
     scheduler: str | None = None  # address of a Dask scheduler
     workers: int = 1  # local processes, where there is no scheduler
 

@@ -19,6 +19,7 @@ from pipeline.config import RunConfig, SetConfig
 from stages.artifacts import read_json, write_json
 from stages.backbone import (
     COMPUTE_BATCH,
+    COMPUTE_THREADS,
     EXTRACTION_SEMANTICS,
     Backbone,
     build_architecture,
@@ -107,13 +108,14 @@ class Leg:
         cache = self.config.cache
         return {
             "backbone": backbone.name,
-            "image_size": backbone.image_size,
+            **backbone.model_dump(mode="json", exclude={"name", "weights"}),
             **weights,
             "expert_blocks": cache.expert_blocks,
             "dtype": cache.dtype,
             "patches": cache.patches,
             "device": self.device,
             "batch": COMPUTE_BATCH,
+            "threads": COMPUTE_THREADS,
             "semantics": EXTRACTION_SEMANTICS,
         }
 
@@ -174,6 +176,17 @@ class Leg:
             CacheNotFoundError: the cache is gone.
             CacheMismatchError: extracted with other settings or from other images.
         """
+        path, spec = self._linked(entry)
+        try:
+            return FeatureCache.open(path, spec)
+        except CacheNotFoundError as error:
+            raise CacheNotFoundError(f"set {entry.name!r}: {error}: run make extract") from error
+
+    def cache_path(self, entry: SetConfig) -> Path:
+        """Folder of the cache of one set; raises as `cache` does, but for what is in the folder."""
+        return self._linked(entry)[0]
+
+    def _linked(self, entry: SetConfig) -> tuple[Path, FeatureSpec]:
         link = read_json(self.link_path)
         if link is None:
             raise InputError(
@@ -189,10 +202,7 @@ class Leg:
                 f"set {entry.name!r} was extracted from {stored['images']}, this run gives {entry.images}: "
                 "run make extract"
             )
-        try:
-            return FeatureCache.open(self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"]))
-        except CacheNotFoundError as error:
-            raise CacheNotFoundError(f"set {entry.name!r}: {error}: run make extract") from error
+        return self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"])
 
     def caches(self) -> dict[str, FeatureCache]:
         """Sealed caches of all sets by name; see `cache`."""

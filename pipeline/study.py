@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, fingerprint
+from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, fingerprint, restore_manifest
 from pipeline.config import RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
 from pipeline.legs import Leg, legs
@@ -22,9 +22,10 @@ from pipeline.record import RunRecord
 from stages.artifacts import read_json
 from stages.backbone import stored_grid
 from stages.errors import InputError, StageError
-from stages.extract import Mapper, extract_set, find_fresh, repair_set
+from stages.extract import Mapper, compare_versions, extract_set, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import SampleTable, list_images
+from stages.sanity import check_features
 from stages.score import SCORE_SEMANTICS, BackboneSource, MixtureFolder, Prediction, Predictor, TestSet, score
 from stages.table import compact, read_summary
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mofe, train_probe
@@ -67,14 +68,23 @@ class Study:
         self._check_sets()
         spec = leg.spec()
         with self.record.running(f"extract {leg.name}", spec.fingerprint) as stage:
-            caches = {
-                entry.name: cache
+            found = {
+                entry.name: compare_versions(
+                    entry.name,
+                    self._table(entry),
+                    spec,
+                    self.config.cache.root,
+                    rehash=self.options.rehash,
+                    progress=self.progress,
+                )
                 for entry in self.config.sets
-                if (cache := find_fresh(entry.name, self._table(entry), spec, self.config.cache.root))
             }
+            caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
             missing = [entry for entry in self.config.sets if entry.name not in caches]
             stage.fresh = not missing
             if missing:
+                for note in leg.loaded.transform_notes():
+                    self.progress.note(f"warning: {note}")
                 with engine_for(self.options.scheduler, self.options.workers) as engine:
                     mapper: Mapper | None = None if isinstance(engine, SerialEngine) else engine.map
                     for entry in missing:
@@ -85,9 +95,12 @@ class Study:
                             self.config.cache.root,
                             lambda: leg.loaded,
                             max_failures=self.options.max_failures,
+                            changes=found[entry.name],
                             mapper=mapper,
                             progress=self.progress,
                         )
+                        for note in check_features(caches[entry.name], by_class=entry.role == "id-train"):
+                            self.progress.note(note)
             leg.link(spec, caches)
         rows = sum(cache.n_rows for cache in caches.values())
         failures = sum(cache.manifest.n_failures for cache in caches.values())
@@ -295,6 +308,8 @@ class Study:
 
     def _verify(self, leg: Leg, entry: SetConfig, repair: bool) -> int:
         try:
+            if repair and restore_manifest(leg.cache_path(entry)):
+                self._say([f"{leg.cache_path(entry)}: the manifest was put back from its copy, or the copy from it"])
             cache = leg.cache(entry)
         except (CacheDamagedError, CacheInvalidError) as error:  # its manifest; the other caches are looked at as well
             self._say([str(error)])
@@ -367,8 +382,14 @@ class Study:
         lines: Lines = []
         for entry in self.config.sets:
             table = self._table(entry)
-            fresh = spec and find_fresh(entry.name, table, spec, self.config.cache.root)
-            state = f"fresh, {fresh.path}" if fresh else f"would write {len(table) * row_bytes / 2**20:.1f} MiB"
+            changes = spec and compare_versions(
+                entry.name, table, spec, self.config.cache.root, rehash=self.options.rehash, progress=self.progress
+            )
+            state = f"would write {len(table) * row_bytes / 2**20:.1f} MiB"
+            if changes and changes.fresh:
+                state = f"fresh, {changes.cache.path}"
+            elif changes:
+                state = f"{changes}: would extract {changes.to_extract}, take over the others, and {state[6:]}"
             lines.append(f"extract {leg.name} {entry.name}: {len(table)} images, {state}")
         return lines
 

@@ -11,10 +11,12 @@ every expert starts from.
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import huggingface_hub
@@ -31,13 +33,21 @@ from cache.fingerprint import arrays_sha256
 from stages.allocator import keep_freed_memory
 from stages.config import BackboneConfig
 from stages.errors import InputError
+from stages.images import MAX_PIXELS, ImageError
 
 # The meaning of a cached row. Raise it when the same image and weights would give other features.
-EXTRACTION_SEMANTICS = 1
+EXTRACTION_SEMANTICS = 2
 
-# Every forward pass of an extraction has exactly this many images, the last one padded: with one shape, one memory
-# format and one precision the kernels, and so the bits, do not depend on shard sizes or on the number of workers.
-COMPUTE_BATCH = 16
+# Every forward pass of an extraction has exactly this many images, by kind of device, the last one padded: with one
+# shape, one memory format, one precision and one thread a pass the kernels, and so the bits, do not depend on the sizes
+# of shards, on cores or on workers.
+COMPUTE_BATCH = {"cpu": 16, "cuda": 128}
+COMPUTE_THREADS = 1
+
+_AUTOCAST = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Of timm's transform: what an experiment may ask for otherwise than the weights have it.
+_TRANSFORM_KEYS = ("mean", "std", "interpolation", "crop_pct")
 
 # Largest difference, relative to the largest value of `cls`, at which the cut-out end counts as the backbone's own.
 END_TOLERANCE = 1e-4
@@ -159,6 +169,8 @@ class Backbone:
 
     Attributes:
         dim, tap_dim: D and D'.
+        batch: images of one forward pass of an extraction.
+        precision: what it computes in, "auto" resolved.
         n_registers: R, prefix tokens other than the class token.
         grid: ``(h, w)`` of the patch tokens.
         cut: whether the end could be cut out; if not, `end` gives a `ResidualEnd`.
@@ -171,18 +183,27 @@ class Backbone:
         self.config = config
         self.expert_blocks = expert_blocks
         self.device = torch.device(device)
+        self.batch = COMPUTE_BATCH.get(self.device.type, COMPUTE_BATCH["cuda"])
+        self.precision = config.precision
+        if config.precision == "auto":
+            self.precision = "float32" if self.device.type == "cpu" else "float16"
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         self.has_class_token = getattr(model, "cls_token", None) is not None
         self.convolutional = not hasattr(model, "patch_embed")
         if self.convolutional:
             self.model.to(memory_format=torch.channels_last)  # 3 to 4 times faster convolutions on CPU
-        self._tap_stages, self._tap = _tap_module(model, expert_blocks, config.name)
-        self._block_kwargs: dict[str, Any] = {}
+        self._tap_stages, tapped = _tap_module(model, expert_blocks, config.name)
+        self._tap = _Tap()
+        self._hook = None if tapped is None else tapped.register_forward_pre_hook(self._tap, with_kwargs=True)
+        self._block_kwargs: Mapping[str, Any] = {}
         self.data_config = timm.data.resolve_data_config(
             {"input_size": (3, config.image_size, config.image_size)}, model=model
         )
-        self.transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**self.data_config)
+        self._transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**self.data_config)
         self._describe()
+        if config.compile:
+            for part in _parts(self.model):  # what a hook sees stays outside
+                part.forward = torch.compile(part.forward, dynamic=False)
 
     def _describe(self) -> None:
         """Measure shapes, and whether the cut-out end reproduces the backbone, on two noise images."""
@@ -190,16 +211,18 @@ class Backbone:
         noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.grid: tuple[int, int] = (0, 0)
         try:
-            tokens = self.encode(noise)
+            tokens = self._encode(noise)
+            self._block_kwargs = self._tap.kwargs
         except (RuntimeError, AssertionError, ValueError) as error:  # windows or strides that do not divide the map
             raise InputError(
                 f"backbone.image_size: {self.config.name} does not run at {size} px ({_first_line(error)}): "
                 "give the size that it was trained at"
             ) from error
-        self.cut = self._tap is not None and self._end_reproduces(tokens)
-        if not self.cut and self._tap is not None:
-            self._tap = None  # read what the whole network ends in: only there does its family's layout hold
-            tokens = self.encode(noise)
+        self.cut = self._hook is not None and self._end_reproduces(tokens)
+        if not self.cut and self._hook is not None:
+            self._hook.remove()  # read what the whole network ends in: only there does its family's layout hold
+            self._hook = None
+            tokens = self._encode(noise)
         self.dim, self.tap_dim = tokens.cls.shape[1], tokens.tap_cls.shape[1]
         self.n_registers = tokens.registers.shape[1]
 
@@ -211,9 +234,41 @@ class Backbone:
             return False
         return bool(error <= END_TOLERANCE * tokens.cls.abs().max())
 
+    def transform(self, image: Image.Image) -> Tensor:
+        """The transform that the weights carry, or that the experiment asks for.
+
+        Args:
+            image: RGB, upright.
+
+        Returns:
+            ``[3, H, W]`` float32.
+
+        Raises:
+            ImageError: so elongated that resizing its short side would make it larger than any image may be.
+        """
+        short, long = sorted(image.size)
+        side = self.config.image_size / self.data_config["crop_pct"]
+        if side * side * long / short > MAX_PIXELS:
+            raise ImageError(f"too elongated: {image.width} x {image.height} pixels")
+        return self._transform(image)
+
+    def transform_notes(self) -> list[str]:
+        """What is not as the weights have it, or not known: a line each; wrong features often come from there."""
+        used = {name: self.data_config[name] for name in _TRANSFORM_KEYS}
+        cfg = _pretrained_cfg(self.config.name)
+        if cfg is None:
+            shown = ", ".join(f"{name} {value}" for name, value in used.items())
+            return [f"backbone: timm does not know the transform of {self.config.name}: {shown} is used"]
+        own = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
+        return [
+            f"backbone.{name}: {value} is asked for, the weights of {self.config.name} have {own[name]}"
+            for name, value in used.items()
+            if value != own[name]
+        ]
+
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tokens:
-        """One forward pass.
+        """One forward pass; safe in threads.
 
         Args:
             images: ``[B, 3, H, W]`` float32, transformed.
@@ -221,22 +276,20 @@ class Backbone:
         Returns:
             `Tokens` in float32 on the backbone's device.
         """
+        if self.precision == "float32":
+            return self._encode(images)
+        with torch.autocast(self.device.type, _AUTOCAST[self.precision]):
+            tokens = self._encode(images)
+        return tokens.map(Tensor.float)
+
+    @torch.inference_mode()
+    def _encode(self, images: Tensor) -> Tokens:
         if self.convolutional:
             images = images.contiguous(memory_format=torch.channels_last)
-        caught: list[Tensor] = []
-
-        def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0])
-            self._block_kwargs = kwargs
-
-        handle = self._tap.register_forward_pre_hook(catch, with_kwargs=True) if self._tap is not None else None
-        try:
-            final = self.model.forward_features(images)
-        finally:
-            if handle is not None:
-                handle.remove()
-        cls = self.model.forward_head(final, pre_logits=True)
-        return self._split(cls, caught[0] if caught else final)
+        self._tap.tokens = None
+        final = self.model.forward_features(images)
+        tap, self._tap.tokens = self._tap.tokens, None
+        return self._split(self.model.forward_head(final, pre_logits=True), final if tap is None else tap)
 
     def _split(self, cls: Tensor, tap: Any) -> Tokens:
         if not isinstance(tap, Tensor) or not isinstance(cls, Tensor):
@@ -266,13 +319,22 @@ class Backbone:
 
     def _cut_end(self) -> BackboneEnd:
         model = self.model.to("cpu")
+        end: TransformerEnd | ConvolutionalEnd
         try:
             if not self.convolutional:
-                return TransformerEnd(model, self.expert_blocks, self._block_kwargs, self.has_class_token)
-            stem, stages = self._tap_stages
-            return ConvolutionalEnd(model, stem, stages, self.expert_blocks, self.grid)
+                end = TransformerEnd(model, self.expert_blocks, self._block_kwargs, self.has_class_token)
+            else:
+                stem, stages = self._tap_stages
+                end = ConvolutionalEnd(model, stem, stages, self.expert_blocks, self.grid)
         finally:
             self.model.to(self.device)
+        for (
+            module
+        ) in end.modules():  # neither the tap nor what is compiled for the backbone's own tensors travels along
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+            module.__dict__.pop("forward", None)
+        return end
 
     def feature_spec(self, dtype: Literal["float16", "float32"], patches: str) -> FeatureSpec:
         """What a cache made with this backbone holds.
@@ -295,10 +357,12 @@ class Backbone:
             n_registers=self.n_registers,
             grid=stored_grid(self.grid, patches),
             compute={
-                "precision": "float32",
+                "precision": self.precision,
                 "device": self.device.type,
-                "batch": COMPUTE_BATCH,
+                "batch": self.batch,
+                "threads": COMPUTE_THREADS,
                 "memory_format": "channels_last" if self.convolutional else "contiguous",
+                "compiled": self.config.compile,
             },
             semantics=EXTRACTION_SEMANTICS,
         )
@@ -350,7 +414,7 @@ def build_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
         raise InputError(f'backbone.weights: no file {path}: give "hub", "embedded" or a .safetensors or .pth file')
     try:
         with _key_differences() as differences:
-            model = _create(config, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
+            model = _create(config, pretrained=True, file=str(path), **kwargs)
     except InputError:
         raise
     except Exception as error:  # pickle, safetensors and shape errors have no common base
@@ -403,8 +467,10 @@ def _pretrained_cfg(name: str) -> PretrainedCfg | None:
         raise InputError(f"backbone.name: timm has no weights {name!r}: did you mean {known}") from error
 
 
-def _create(config: BackboneConfig, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(config: BackboneConfig, pretrained: bool, file: str | None = None, **kwargs: Any) -> nn.Module:
     cfg = _pretrained_cfg(config.name)
+    asked = {name: value for name in _TRANSFORM_KEYS if (value := getattr(config, name)) is not None}
+    kwargs["pretrained_cfg_overlay"] = asked | ({"file": file} if file else {})
     if cfg is not None and cfg.fixed_input_size:
         kwargs["img_size"] = config.image_size  # timm resamples position embeddings
     model: Any = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **kwargs)
@@ -465,6 +531,27 @@ def _tap_module(
         first = numbered[-expert_blocks]
         return (_before(model, first), None), getattr(model, first)
     return ([], None), None
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """The blocks or stages that a backbone is made of."""
+    for sequence in ("blocks", "stages"):
+        if isinstance(parts := getattr(model, sequence, None), nn.Sequential | nn.ModuleList):
+            return list(parts)
+    return [module for name, module in model.named_children() if name.startswith("layer")] or [model]
+
+
+class _Tap(threading.local):
+    """Hook that keeps what entered a module in the forward pass that this thread runs."""
+
+    tokens: Tensor | None = None
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        self.tokens, self.kwargs = args[0], kwargs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
+        return self  # a copy of the module has no use for it
 
 
 def _check_depth(expert_blocks: int, depth: int, name: str) -> None:

@@ -4,7 +4,7 @@ They stand in one light module, and not beside what they configure, so that an e
 milliseconds, before torch is imported.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -15,12 +15,22 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+Positive = Annotated[float, Field(gt=0)]
+Channels = Annotated[tuple[float, float, float], Field(strict=False)]  # TOML has lists; what is inside stays strict
+
+
 class BackboneConfig(StageConfig):
-    """Which network, with which weights, at which image size."""
+    """Which network, with which weights, at which image size; ``None`` means: as the weights have it."""
 
     name: str = "vit_small_patch14_dinov2.lvd142m"
     weights: str = "hub"  # "hub", "embedded" or a path to .safetensors / .pth
     image_size: int = Field(default=224, ge=16)
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
+    compile: bool = False  # torch.compile: worth its minutes for large sets on a GPU
+    mean: Channels | None = None
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
 
 
 class TrainConfig(StageConfig):

@@ -1,74 +1,47 @@
 """Verb: stage one. Images to a sealed cache of class embeddings and tokens, each image through the backbone once.
 
-The work item is a shard: any process that can read the images makes it, alone, and the same bits come out, because
-every forward pass has the same shape. A killed extraction goes on with the shards that are missing.
+A killed extraction goes on with the shards that are missing. Where images were changed, added or taken away since a
+version of the cache was sealed, the next version takes over the rows that are still true and computes the others.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cache import (
     CacheBuilder,
     CacheDamagedError,
     CacheMismatchError,
     CacheNotFoundError,
-    Failure,
     FeatureCache,
     FeatureSpec,
     InputTable,
     ShardPlan,
-    commit_shard,
     find_caches,
     next_cache_path,
     plan_shards,
+    resumed_with,
     sha256,
     unseal,
 )
-from stages.backbone import COMPUTE_BATCH, Backbone, load_backbone, reduce_patches
-from stages.config import BackboneConfig
+from stages.backbone import Backbone
 from stages.errors import StageError
-from stages.images import ImageError, ImageReader, SampleTable, decode_image
+from stages.images import ImageError, SampleTable
 from stages.progress import NullProgress, Progress
-
-_DECODERS = 2  # threads that decode while the network computes
-_READ_AHEAD = 4 * COMPUTE_BATCH  # images decoded but not yet computed, at most
+from stages.shards import ShardDone, ShardTask, extract_shard, make_shards
 
 # Versions that the bits of a cache may depend on.
 _MADE_WITH = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard's work: plain and picklable, so that it may travel to another process or machine."""
-
-    path: str
-    plan: ShardPlan
-    backbone: BackboneConfig
-    expert_blocks: int
-    device: str
-    weights_sha: str
-    patches: str
-    inputs: InputTable
-    reader: ImageReader
-
-
-class ShardDone(NamedTuple):
-    """What a finished shard reports."""
-
-    inputs: int
-    failures: int
+_READERS = 8  # threads that read files to compare their bytes: a network disk answers slowly
 
 
 class Mapper(Protocol):
@@ -76,6 +49,41 @@ class Mapper(Protocol):
 
     def __call__(self, fn: Callable[[ShardTask], ShardDone], items: Iterable[ShardTask], /) -> Iterator[ShardDone]:
         """Map `fn` over the tasks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """How the images of now differ from those that a cache was sealed with.
+
+    Attributes:
+        cache: the sealed version.
+        rows: [n] int64, the row in `cache` of each image of now; -1 where it has none that is still true.
+        new, changed, gone, relabelled: how many images, by what happened to them.
+        same_classes: whether the classes are numbered as they were.
+    """
+
+    cache: FeatureCache
+    rows: NDArray[np.int64]
+    new: int
+    changed: int
+    gone: int
+    relabelled: int
+    same_classes: bool
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the cache is what an extraction would make."""
+        return self.same_classes and not (self.new or self.changed or self.gone or self.relabelled)
+
+    @property
+    def to_extract(self) -> int:
+        """How many images an extraction would compute."""
+        return int((self.rows < 0).sum())
+
+    def __str__(self) -> str:
+        parts = ("new", self.new), ("changed", self.changed), ("gone", self.gone), ("relabelled", self.relabelled)
+        counts = ", ".join(f"{n} {name}" for name, n in parts if n) or "other classes"
+        return f"{counts} since {self.cache.path}"
 
 
 def extract_set(
@@ -86,6 +94,8 @@ def extract_set(
     backbone: Callable[[], Backbone],
     *,
     max_failures: float = 0.01,
+    rehash: bool = False,
+    changes: Changes | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
 ) -> FeatureCache:
@@ -98,6 +108,8 @@ def extract_set(
         root: folder of all caches.
         backbone: gives the backbone; not called where nothing is to be done.
         max_failures: share of unusable images at which the set fails; what was done is kept.
+        rehash: judge freshness by the bytes of every image, not by size and time.
+        changes: what `compare_versions` said, where it was asked already.
         mapper: other processes that make the shards; by default this one does.
         progress: counts images.
 
@@ -106,13 +118,21 @@ def extract_set(
         CacheError: see `cache.CacheBuilder`.
     """
     progress = progress or NullProgress()
-    listing = InputTable.listing(samples.ids, samples.labels, samples.sizes, samples.mtimes_ns)
-    fresh = find_fresh(name, samples, spec, root)
-    if fresh is not None:
-        return fresh
-    plans = plan_shards(len(samples), spec.row_bytes, multiple=COMPUTE_BATCH)
-    with _begin(name, root, spec, listing, samples.class_names, plans, made_with()) as builder:
-        return _fill(builder, name, samples, listing, backbone, max_failures, mapper, progress)
+    changes = changes or compare_versions(name, samples, spec, root, rehash=rehash, progress=progress)
+    if changes and changes.fresh:
+        return changes.cache
+    plans = plan_shards(len(samples), spec.row_bytes, multiple=spec.compute["batch"])
+    versions = made_with()
+    if changes:
+        changes = _without_damage(changes, progress)
+        progress.note(
+            f"{name}: {changes}: {changes.to_extract} of {len(samples)} images to extract, the others are taken over"
+        )
+        if changes.to_extract < len(samples):
+            versions = resumed_with(changes.cache.manifest.made_with, versions)
+    listing = listing_of(samples)
+    with _begin(name, root, spec, listing, samples.class_names, plans, versions) as builder:
+        return _fill(builder, samples, listing, backbone, changes, max_failures, mapper, progress)
 
 
 def repair_set(
@@ -138,53 +158,66 @@ def repair_set(
         CacheMismatchError: the images are others now; the cache is left as it is.
         CacheError: the cache is in use, or damaged beyond repair.
     """
-    listing = InputTable.listing(samples.ids, samples.labels, samples.sizes, samples.mtimes_ns)
-    name = cache.manifest.dataset
+    progress = progress or NullProgress()
     with suppress(CacheDamagedError):  # a damaged listing is compared with the shards, by `unseal`
-        if not _same_inputs(cache.inputs(), listing, samples):
+        changes = _compare(cache, samples, False, {}, progress)
+        if not changes.fresh:
             raise CacheMismatchError(
-                f"{cache.path}: {samples.source} does not hold the images any more that it was made from, so it cannot "
-                "be repaired: run make extract"
+                f"{cache.path}: {samples.source} does not hold the images any more that it was made from ({changes}), "
+                "so it cannot be repaired: run make extract"
             )
     loaded = backbone()  # first of all: where there are no weights, the cache stays sealed
+    listing = listing_of(samples)
     with unseal(cache.path, damaged, listing, made_with()) as builder:
-        return _fill(builder, name, samples, listing, lambda: loaded, 1.0, mapper, progress or NullProgress())
+        return _fill(builder, samples, listing, lambda: loaded, None, 1.0, mapper, progress)
 
 
 def _fill(
     builder: CacheBuilder,
-    name: str,
     samples: SampleTable,
     listing: InputTable,
     backbone: Callable[[], Backbone],
+    changes: Changes | None,
     max_failures: float,
     mapper: Mapper | None,
     progress: Progress,
 ) -> FeatureCache:
     """Make what is pending, and seal."""
+    name, n = builder.plan.dataset, len(samples)
     done, failures = builder.counts()
     pending = builder.pending()
     if done:
-        progress.note(f"{name}: going on after {done} of {len(samples)} images")
-    progress.start(len(samples), "image", f"extract {name}")
+        progress.note(f"{name}: going on after {done} of {n} images")
+    if builder.elsewhere:
+        here, there = _different(made_with(), builder.elsewhere), _different(builder.elsewhere, made_with())
+        progress.note(
+            f"{name}: going on with {here} what was begun with {there}: features are then equal to the tolerance "
+            "that the README states, not to the bit; the manifest lists both"
+        )
+    progress.start(n, "image", f"extract {name}")
     progress.advance(done, failures=failures)
-    if pending:
-        loaded = backbone()
-        tasks = (_task(builder, plan, loaded, listing, samples) for plan in pending)
-        for result in mapper(extract_shard, tasks) if mapper else (r for task in tasks for r in _extract(task, loaded)):
-            failures += result.failures
-            progress.advance(result.inputs, failures=failures)
+    try:
+        if pending:
+            loaded = backbone()
+            tasks = (_task(builder, plan, loaded, samples, listing, changes) for plan in pending)
+            for result in mapper(extract_shard, tasks) if mapper else make_shards(tasks, loaded):
+                done, failures = done + result.inputs, failures + result.failures
+                progress.advance(result.inputs, failures=failures)
+    except KeyboardInterrupt:
+        progress.close()
+        progress.note(f"{name}: stopped after {done} of {n} images; finished shards are kept in {builder.path}")
+        raise
     progress.close()
     failed = builder.failures()
-    if len(failed) > max_failures * len(samples):
+    if len(failed) > max_failures * n:
         raise StageError(
-            f"{name}: {len(failed)} of {len(samples)} images cannot be used, more than --max-failures "
+            f"{name}: {len(failed)} of {n} images cannot be used, more than --max-failures "
             f"{max_failures:g} allows; what was done is kept. The first: {failed[0].id}: {failed[0].reason}. "
             "Put them right, or give a higher --max-failures"
         )
     cache = builder.seal()
     progress.note(
-        f"{name}: {cache.n_rows} rows + {len(failed)} failures = {len(samples)} inputs, sealed in {cache.path}"
+        f"{name}: {cache.n_rows} rows + {len(failed)} failures = {n} inputs, sealed in {cache.path}"
         + (f"; failures are listed in {cache.path / 'failures.jsonl'}" if failed else "")
     )
     return cache
@@ -195,34 +228,114 @@ def made_with() -> dict[str, Any]:
     return {package: version(package) for package in _MADE_WITH} | {"cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def find_fresh(name: str, samples: SampleTable, spec: FeatureSpec, root: Path) -> FeatureCache | None:
-    """The sealed cache of these images with these features, if there is one."""
-    listing = InputTable.listing(samples.ids, samples.labels, samples.sizes, samples.mtimes_ns)
+def _different(settings: dict[str, Any], others: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value != others.get(name))
+
+
+def listing_of(samples: SampleTable) -> InputTable:
+    """The images as a cache lists them, nothing read yet."""
+    return InputTable.listing(samples.ids, samples.labels, np.maximum(samples.sizes, 0), samples.mtimes_ns)
+
+
+def compare_versions(
+    name: str,
+    samples: SampleTable,
+    spec: FeatureSpec,
+    root: Path,
+    *,
+    rehash: bool = False,
+    progress: Progress | None = None,
+) -> Changes | None:
+    """Compare the images with the sealed versions of a set's cache.
+
+    Images of equal size and time count as equal; of others, and of all where `rehash` is set, the bytes are compared.
+
+    Returns:
+        A version that is fresh; or else how the newest one differs; None where nothing is sealed.
+    """
+    newest, digests = None, dict[int, bytes]()
     for path in reversed(find_caches(root, name, spec)):
         try:
-            cache = FeatureCache.open(path, spec)
+            changes = _compare(FeatureCache.open(path, spec), samples, rehash, digests, progress or NullProgress())
         except CacheNotFoundError:  # not finished
             continue
-        if cache.class_names == samples.class_names and _same_inputs(cache.inputs(), listing, samples):
-            return cache
-    return None
+        if changes.fresh:
+            return changes
+        newest = newest or changes
+    return newest
 
 
-def _same_inputs(sealed: InputTable, listing: InputTable, samples: SampleTable) -> bool:
-    """Whether the images are those of the cache: by size and time, and by their bytes where these differ."""
-    if sealed.ids != listing.ids or not np.array_equal(sealed.labels, listing.labels):
-        return False
-    unread = ~sealed.sha256.any(axis=1)  # a file that could not be opened may be readable now, without being touched
-    touched = np.flatnonzero((sealed.sizes != listing.sizes) | (sealed.mtimes_ns != listing.mtimes_ns) | unread)
-    reader = samples.reader()
-    for index in touched:
+def _compare(
+    cache: FeatureCache, samples: SampleTable, rehash: bool, digests: dict[int, bytes], progress: Progress
+) -> Changes:
+    """How `samples` differ from the inputs of a cache; ``digests`` remembers what was read, by index."""
+    sealed, listing = cache.inputs(), listing_of(samples)
+    if sealed.ids == listing.ids:
+        places = np.arange(len(listing))
+    else:
+        place_of = {id_: place for place, id_ in enumerate(sealed.ids)}
+        places = np.array([place_of.get(id_, -1) for id_ in listing.ids], np.int64)
+    known = places >= 0
+    suspect = known & (rehash | (samples.sizes < 0))
+    at = places[known]
+    suspect[known] |= (
+        (sealed.sizes[at] != listing.sizes[known])
+        | (sealed.mtimes_ns[at] != listing.mtimes_ns[known])
+        | ~sealed.sha256[at].any(axis=1)  # a file that could not be opened may be readable now, without being touched
+    )
+    _read_digests(samples, np.flatnonzero(suspect), digests, progress)
+    changed = np.zeros(len(listing), np.bool_)
+    for index in np.flatnonzero(suspect).tolist():
+        changed[index] = digests[index] != sealed.sha256[places[index]].tobytes()
+    numbers = np.where(sealed.failed, -1, np.cumsum(~sealed.failed) - 1)  # row of each input; what failed fails again
+    same = known & ~changed
+    rows = np.full(len(listing), -1, np.int64)
+    rows[same] = numbers[places[same]]
+    before, now = (np.array([*names, ""]) for names in (cache.class_names, samples.class_names))  # [-1]: unknown
+    return Changes(
+        cache,
+        rows,
+        new=int((~known).sum()),
+        changed=int(changed.sum()),
+        gone=len(sealed) - int(known.sum()),
+        relabelled=int((before[sealed.labels[at]] != now[listing.labels[known]]).sum()),
+        same_classes=cache.class_names == samples.class_names,
+    )
+
+
+def _without_damage(changes: Changes, progress: Progress) -> Changes:
+    """The same changes, but with what a damaged shard holds to be computed: no flipped bit is ever sealed as sound."""
+    if not (changes.rows >= 0).any():
+        return changes
+    cache, rows = changes.cache, changes.rows.copy()
+    progress.start(len(cache.manifest.shards), "shard", f"verify {cache.path.name}")
+    damaged = {damage.file for damage in cache.verify(lambda n_bytes: progress.advance())}
+    progress.close()
+    for shard in cache.manifest.shards:
+        if shard.name in damaged:
+            progress.note(f"{cache.path / shard.name} is damaged: nothing is taken over from it")
+            rows[(rows >= shard.start) & (rows < shard.start + shard.rows)] = -1
+    return replace(changes, rows=rows)
+
+
+def _read_digests(samples: SampleTable, rows: NDArray[np.int64], digests: dict[int, bytes], progress: Progress) -> None:
+    unread = [index for index in rows.tolist() if index not in digests]
+    if not unread:
+        return
+    reader, todo = samples.reader(), iter(unread)
+
+    def digest(index: int) -> tuple[int, bytes]:
         try:
-            digest = bytes.fromhex(sha256(reader.read(int(index))))
+            return index, bytes.fromhex(sha256(reader.read(index)))
         except ImageError:
-            digest = bytes(32)
-        if digest != sealed.sha256[index].tobytes():
-            return False
-    return True
+            return index, bytes(32)
+
+    progress.start(len(unread), "image", f"compare the bytes of {samples.source}")
+    with ThreadPoolExecutor(_READERS) as pool:
+        while batch := list(islice(todo, 64 * _READERS)):
+            digests |= dict(pool.map(digest, batch))
+            progress.advance(len(batch))
+    progress.close()
 
 
 def _begin(
@@ -234,111 +347,34 @@ def _begin(
     plans: tuple[ShardPlan, ...],
     versions: dict[str, Any],
 ) -> CacheBuilder:
-    """Go on with an unfinished cache of these inputs, or begin the next version."""
+    """Go on with an unfinished cache of these inputs, or of some of them, or begin the next version."""
     unfinished = [path for path in find_caches(root, name, spec) if not (path / "manifest.json").exists()]
     for path in [*reversed(unfinished), next_cache_path(root, name, spec)]:
         try:
-            return CacheBuilder.begin(path, name, spec, listing, class_names, plans, versions)
+            return CacheBuilder.begin(path, name, spec, listing, class_names, plans, versions, adopt=True)
         except CacheMismatchError:  # begun from other inputs
             continue
     raise AssertionError("a new folder cannot hold another plan")
 
 
 def _task(
-    builder: CacheBuilder, plan: ShardPlan, backbone: Backbone, listing: InputTable, samples: SampleTable
+    builder: CacheBuilder,
+    plan: ShardPlan,
+    backbone: Backbone,
+    samples: SampleTable,
+    listing: InputTable,
+    changes: Changes | None,
 ) -> ShardTask:
+    inputs = slice(plan.start, plan.stop)
     return ShardTask(
-        str(builder.path),
-        plan,
-        backbone.config,
-        backbone.expert_blocks,
-        str(backbone.device),
-        builder.plan.spec.weights_sha,
-        builder.plan.spec.patches,
-        listing[plan.start : plan.stop],
-        samples.reader(plan.start, plan.stop),
+        path=str(builder.path),
+        plan=plan,
+        spec=builder.plan.spec,
+        backbone=backbone.config,
+        expert_blocks=backbone.expert_blocks,
+        device=str(backbone.device),
+        inputs=listing[inputs],
+        reader=samples.reader(plan.start, plan.stop),
+        older=(str(changes.cache.path), changes.cache.identity) if changes else None,
+        older_rows=changes.rows[inputs] if changes else np.full(len(plan), -1, np.int64),
     )
-
-
-def extract_shard(task: ShardTask) -> ShardDone:
-    """Make one shard in whatever process this is; the backbone is loaded once a process."""
-    backbone = _backbone_of_process(task.backbone, task.expert_blocks, task.device, task.weights_sha)
-    counts = list(_extract(task, backbone))
-    return ShardDone(sum(count.inputs for count in counts), sum(count.failures for count in counts))
-
-
-@lru_cache(maxsize=1)
-def _backbone_of_process(config: BackboneConfig, expert_blocks: int, device: str, weights_sha: str) -> Backbone:
-    backbone = load_backbone(config, expert_blocks, device)
-    found = backbone.feature_spec("float32", "none").weights_sha
-    if found != weights_sha:
-        raise StageError(f"a worker reads other weights than this process under {config.weights}: copy them there")
-    return backbone
-
-
-def _extract(task: ShardTask, backbone: Backbone) -> Iterator[ShardDone]:
-    """Make one shard, reporting after every batch; the shard is on disk when this is exhausted."""
-    n = len(task.inputs)
-    digests = np.zeros((n, 32), dtype=np.uint8)
-    failed = np.zeros(n, dtype=np.bool_)
-    failures: list[Failure] = []
-    parts: list[dict[str, NDArray[np.float32]]] = []
-    batch: list[Tensor] = []
-    since_last = ShardDone(0, 0)
-    for index, loaded in enumerate(_read_ahead(task.reader, backbone.transform)):
-        digests[index] = np.frombuffer(loaded.digest, dtype=np.uint8)
-        if isinstance(loaded.image, Tensor):
-            batch.append(loaded.image)
-        else:
-            failed[index] = True
-            failures.append(Failure(task.inputs.ids[index], loaded.image))
-        since_last = ShardDone(since_last.inputs + 1, since_last.failures + int(failed[index]))
-        if len(batch) == COMPUTE_BATCH:
-            parts.append(_compute(backbone, batch, task.patches))
-            batch = []
-            yield since_last
-            since_last = ShardDone(0, 0)
-    if batch:
-        parts.append(_compute(backbone, batch, task.patches))
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    commit_shard(task.path, task.plan, arrays, task.inputs.with_results(digests, failed), failures)
-    yield since_last
-
-
-def _compute(backbone: Backbone, images: list[Tensor], patches: str) -> dict[str, NDArray[np.float32]]:
-    """One forward pass of exactly `COMPUTE_BATCH` images, padded with the last one."""
-    padded = torch.stack(images + images[-1:] * (COMPUTE_BATCH - len(images))).to(backbone.device)
-    tokens = reduce_patches(backbone.encode(padded), backbone.grid, patches)[: len(images)]
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in vars(tokens).items()}
-    return {name: array for name, array in arrays.items() if array.ndim == 2 or array.shape[1]}
-
-
-class _Loaded(NamedTuple):
-    digest: bytes
-    image: Tensor | str  # transformed, or why it cannot be used
-
-
-def _read_ahead(reader: ImageReader, transform: Callable[[Any], Tensor]) -> Iterator[_Loaded]:
-    """Decode and transform in order, a bounded number of images ahead of the network."""
-
-    def load(index: int) -> _Loaded:
-        digest = bytes(32)
-        try:
-            data = reader.read(index)
-            digest = bytes.fromhex(sha256(data))
-            return _Loaded(digest, transform(decode_image(data)))
-        except ImageError as error:
-            return _Loaded(digest, str(error))
-
-    with ThreadPoolExecutor(_DECODERS) as pool:
-        waiting: deque[Future[_Loaded]] = deque()
-        try:
-            for index in range(len(reader)):
-                waiting.append(pool.submit(load, index))
-                if len(waiting) > _READ_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -35,6 +35,13 @@ torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=30, help="how often a process that fills a cache is killed")
+    parser.addoption("--mutants", type=int, default=300, help="how many flipped bits, and damaged images, are tried")
+
+
 SOURCES = {
     "train": "sklearn:digits[0-3]/train",
     "test": "sklearn:digits[0-3]/test",

@@ -23,10 +23,23 @@ DOORS = {
     "tqdm": {"pipeline.progress"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.report"},
+    "datasets": {"stages.images.huggingface"},
 }
 # What a package may never import, whatever the module.
 CLOSED = {
-    "cache": {"stages", "pipeline", "torch", "torchvision", "timm", "sklearn", "scipy", "PIL", "pydantic", "rich"},
+    "cache": {
+        "stages",
+        "pipeline",
+        "torch",
+        "torchvision",
+        "timm",
+        "sklearn",
+        "scipy",
+        "PIL",
+        "pydantic",
+        "rich",
+        "datasets",
+    },
     "stages": {"pipeline", "click", "rich", "tqdm", "dask", "distributed"},
 }
 

@@ -1,10 +1,12 @@
 """Where images come from and how they become pixels: one file per kind of source, one for decoding.
 
-    source                                       file          class of an image
-    folder, one image file                       folder.py     its first folder, if any
-    .tar of a tree, or WebDataset pairs          tar.py        its first folder, or key.cls / key.json
-    .txt (OpenOOD: `path label`), .csv           listing.py    as listed
-    "sklearn:digits[0-6]/train", "sklearn:photos"  embedded.py   the digit, the photograph
+    source                                         file            class of an image
+    folder, one image file                         folder.py       its first folder, if any
+    .tar of a tree, or WebDataset pairs            tar.py          its first folder, or key.cls / key.json
+    .txt (OpenOOD: `path label`), .csv             listing.py      as listed
+    folder that Hugging Face `datasets` saved      huggingface.py  its ClassLabel
+    "sklearn:digits[0-6]/train", "sklearn:photos"  embedded.py     the digit, the photograph
+    `torch.utils.data.Dataset`, from Python        dataset.py      its target
 
 Every source ends in one `SampleTable`: what there is, in an order that depends on the names alone. Nothing is decoded
 while listing; a file that turns out to be no image fails later, by `ImageError`, and is never left out silently.
@@ -15,14 +17,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.errors import InputError
+from stages.images.dataset import list_dataset
 from stages.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, decode_image
 from stages.images.embedded import list_embedded
 from stages.images.folder import list_file, list_folder
+from stages.images.huggingface import is_huggingface, list_huggingface
 from stages.images.listing import list_csv, list_text
 from stages.images.table import ImageReader, SampleTable
 from stages.images.tar import list_tar
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageError", "ImageReader", "SampleTable", "decode_image", "list_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "ImageError",
+    "ImageReader",
+    "SampleTable",
+    "decode_image",
+    "list_dataset",
+    "list_images",
+]
 
 _BY_SUFFIX: dict[str, Callable[[str], SampleTable]] = {
     ".tar": list_tar,
@@ -37,7 +50,8 @@ def list_images(source: str) -> SampleTable:
     """List the images of a source without decoding any.
 
     Args:
-        source: A folder, an image file, a `.tar`, `.txt` or `.csv` file, or an embedded set, `"sklearn:…"`.
+        source: A folder of images or of Hugging Face `datasets`, an image file, a `.tar`, `.txt` or `.csv` file, or an
+            embedded set, `"sklearn:…"`.
 
     Returns:
         The samples, sorted by the UTF-8 bytes of their ids.
@@ -56,7 +70,7 @@ def list_images(source: str) -> SampleTable:
     if "\0" in source or not os.path.exists(source):
         raise InputError(f"{source!r}: no such file or folder")
     if os.path.isdir(source):
-        return list_folder(source)
+        return list_huggingface(source) if is_huggingface(source) else list_folder(source)
     suffix = Path(source).suffix.lower()
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix](source)

@@ -4,6 +4,8 @@ import io
 import logging
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
@@ -64,14 +66,35 @@ def decode_image(data: bytes) -> Image.Image:
     """
     if not data:
         raise ImageError("empty file")
+    with _reasons(), Image.open(io.BytesIO(data), formats=_available_formats()) as image:
+        return _seen(image)
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image that somebody else opened, as `decode_image` gives it; it is left as it is.
+
+    Raises:
+        ImageError: As `decode_image` does.
+    """
+    with _reasons():
+        return _seen(image)
+
+
+def _seen(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:  # before anything is decoded
+        raise Image.DecompressionBombError
+    image.load()
+    rgb = _to_rgb(image)
+    turn = _UPRIGHT.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Quiet, and whatever goes wrong is an `ImageError`."""
     try:
-        with _QUIET, Image.open(io.BytesIO(data), formats=_available_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            rgb = _to_rgb(image)
-            turn = _UPRIGHT.get(_orientation(image))
-            return rgb if turn is None else rgb.transpose(turn)
+        with _QUIET:
+            yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -79,8 +102,13 @@ def decode_image(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # decoders fail on damaged bytes in more ways than can be listed
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = short(error)
         raise ImageError(f"{'truncated' if 'truncated' in reason.lower() else 'damaged'}: {reason}") from error
+
+
+def short(error: Exception) -> str:
+    """What an error says, in one line of at most 120 characters."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _available_formats() -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cache.fingerprint import fingerprint
 from stages.errors import InputError
+from stages.images.netpbm import to_netpbm
 from stages.images.table import Sample, SampleTable, make_table
 
 TRAIN_SHARE = 0.6
@@ -77,7 +78,6 @@ def _crops() -> list[Sample]:
 
 
 def _sample(sample_id: str, class_name: str, pixels: np.ndarray) -> Sample:
-    """Sample of pixels [h, w] or [h, w, 3] uint8, as binary netpbm."""
-    kind = "P5" if pixels.ndim == 2 else "P6"
-    data = f"{kind}\n{pixels.shape[1]} {pixels.shape[0]}\n255\n".encode() + pixels.tobytes()
+    """Sample of pixels [h, w] or [h, w, 3] uint8."""
+    data = to_netpbm(pixels)
     return Sample(sample_id, class_name, len(data), 0, data)

@@ -14,8 +14,9 @@ def list_folder(source: str) -> SampleTable:
     The class of an image is its first folder below `source`; an image that lies directly in `source` has none.
     """
     root, samples, ignored = os.path.abspath(source), [], 0
+    start_of_id = len(os.path.join(root, ""))
     for path in _files(root, ()):
-        sample_id = os.path.relpath(path, root)
+        sample_id = path[start_of_id:]
         if not is_image_name(sample_id) or (sample := file_sample(sample_id, path, first_folder(sample_id))) is None:
             ignored += 1
         else:

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
@@ -15,8 +15,15 @@ from stages.images.decode import IMAGE_SUFFIXES, ImageError
 MAX_FILE_BYTES = 2**30  # larger than any image within the limit on pixels needs, smaller than a worker's memory
 
 
+class Content(Protocol):
+    """Where the bytes of an image come from. Picklable: it is read in whatever process needs it."""
+
+    def read(self) -> bytes:
+        """Bytes of an image file; raises `ImageError` where they cannot be had."""
+
+
 class FileRange(NamedTuple):
-    """Bytes of a file: all of it, or a member of a tar."""
+    """Bytes of a file: all of it, or one image among others, as in a tar."""
 
     path: str
     offset: int = 0
@@ -40,8 +47,18 @@ class FileRange(NamedTuple):
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}") from error
         if self.size is not None and len(data) != self.size:
-            raise ImageError("truncated: the tar ends before the image does")
+            raise ImageError("truncated: the file ends before the image does")
         return data
+
+
+class Unusable(NamedTuple):
+    """An image that a source lists but does not have."""
+
+    reason: str
+
+    def read(self) -> NoReturn:
+        """Raises `ImageError` with the reason."""
+        raise ImageError(self.reason)
 
 
 class Sample(NamedTuple):
@@ -51,14 +68,14 @@ class Sample(NamedTuple):
     class_name: str | None  # None: unknown
     size: int
     mtime_ns: int
-    content: FileRange | bytes
+    content: Content | bytes
 
 
 @dataclass(frozen=True)
 class ImageReader:
     """Bytes of samples by index. Holds no open file: pickles, forks and threads are safe."""
 
-    contents: tuple[FileRange | bytes, ...]
+    contents: tuple[Content | bytes, ...]
 
     def __len__(self) -> int:
         return len(self.contents)
@@ -77,10 +94,11 @@ class SampleTable:
     ids: tuple[str, ...]  # unique
     labels: np.ndarray  # [n] int32, index into class_names; -1: unknown
     class_names: tuple[str, ...]  # sorted: whole numbers by value, other names by UTF-8 bytes
+    # A size of -1 is unknown without reading the image: then neither says whether it changed, only its bytes do.
     sizes: np.ndarray  # [n] int64, bytes
-    mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images
+    mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images and where unknown
     ignored: int  # files seen that are not images
-    contents: tuple[FileRange | bytes, ...] = field(repr=False)
+    contents: tuple[Content | bytes, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)

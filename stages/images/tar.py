@@ -50,6 +50,7 @@ def _members(path: str) -> dict[str, FileRange]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined] # tarfile keeps them all; there may be a million
                 name = _name(member.name)
                 if member.size < 0:  # would be walked in circles
                     raise tarfile.ReadError("a negative size")

@@ -1,14 +1,9 @@
-"""Kills, locks, flipped bits and repair."""
+"""Building: locks, plans, going on, and what is refused."""
 
-import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cache import (
@@ -19,81 +14,23 @@ from cache import (
     CacheMismatchError,
     CacheNotFoundError,
     Failure,
-    FeatureCache,
     InputTable,
     commit_shard,
+    plan_shards,
+    resumed_with,
     unseal,
 )
-from cache import builder as builder_module
-from cache.journal import BuildPlan
-from tests.test_cache.toy import begin, commit, files, fill, make_inputs, make_spec
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return files(fill(tmp_path_factory.mktemp("whole") / "pets").path)
-
-
-def restore(path, content):
-    path.mkdir(exist_ok=True)
-    for name, data in content.items():
-        (path / name).write_bytes(data)
-    return path
-
-
-def child(path, pause_s):
-    command = [sys.executable, "-m", "tests.test_cache.toy", str(path), str(pause_s)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path, whole):
-    """SIGKILL at random moments until the work is done; what each run had finished is not done again."""
-    path, rng, kills, done = tmp_path / "pets", np.random.default_rng(0), 0, 0
-    while not (path / "manifest.json").exists():
-        with child(path, 0.05) as process:
-            time.sleep(rng.uniform(0.005, 0.08))
-            process.kill()
-        kills += process.returncode == -signal.SIGKILL
-        if (path / "plan.json").exists() and not (path / "manifest.json").exists():
-            with begin(path) as builder:
-                assert builder.counts()[0] >= done
-                done = builder.counts()[0]
-    assert kills >= 1
-    assert FeatureCache.open(path).verify() == []
-    assert files(path) == whole
-    with begin(tmp_path / "other"):
-        pass  # and no lock of a dead process stands in the way
-
-
-@pytest.mark.parametrize("step", range(26))
-def test_killed_at_every_step_of_building_and_sealing(tmp_path, whole, step):
-    """Before any one change of the disk (a file arrives or is removed); then once more, to the end."""
-    if (pid := os.fork()) == 0:
-        try:
-            steps = itertools.count()
-            for name in ("rename", "unlink"):
-                real = getattr(os, name)
-                setattr(os, name, lambda *a, real=real: os._exit(9) if next(steps) == step else real(*a))
-            fill(tmp_path / "pets")
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == (9 if step < 24 else 0)
-    sealed = (tmp_path / "pets" / "manifest.json").exists()
-    cache = FeatureCache.open(tmp_path / "pets") if sealed else fill(tmp_path / "pets")
-    assert cache.verify() == []
-    assert files(cache.path) == whole
+from tests.test_cache.toy import begin, commit, files, fill, fork, make_inputs, make_spec, wait
 
 
 def test_one_builder_at_a_time(tmp_path):
-    with child(tmp_path / "pets", 0.5) as holder:
-        while not (tmp_path / "pets" / "plan.json").exists():
-            time.sleep(0.01)
-        with pytest.raises(CacheBusyError, match=f"is being filled by process {holder.pid} on "):
-            begin(tmp_path / "pets")
-        holder.kill()
+    holder = fork(lambda: fill(tmp_path / "pets", pause_s=10))
+    while not (tmp_path / "pets" / "plan.json").exists():
+        time.sleep(0.01)
+    with pytest.raises(CacheBusyError, match=f"is being filled by process {holder} on "):
+        begin(tmp_path / "pets")
+    os.kill(holder, signal.SIGKILL)
+    wait(holder)
     with begin(tmp_path / "pets") as builder:  # its lock died with it
         assert builder.pending()
         with pytest.raises(CacheBusyError, match=f"process {os.getpid()} on"):
@@ -117,13 +54,13 @@ def test_another_plan_is_refused_with_what_differs(tmp_path):
     begin(path).close()  # and the refusals gave the lock back
 
 
-def test_begin_refuses_what_is_no_cache_or_sealed(tmp_path, whole):
+def test_begin_refuses_what_is_no_cache_or_sealed(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
     with pytest.raises(CacheError, match="holds files but no cache"):
         begin(tmp_path / "home")
     with pytest.raises(CacheError, match="sealed already"):
-        begin(restore(tmp_path / "pets", whole))
+        begin(fill(tmp_path / "pets").path)
 
 
 def test_begin_refuses_inputs_that_contradict_themselves(tmp_path):
@@ -163,7 +100,8 @@ def test_a_shard_of_other_inputs_is_not_sealed(tmp_path):
             builder.seal()
 
 
-def test_a_record_that_is_damaged_or_lost_its_shard_is_made_again(tmp_path, whole):
+def test_a_record_that_is_damaged_or_lost_its_shard_is_made_again(tmp_path):
+    whole = files(fill(tmp_path / "whole").path)
     path = tmp_path / "pets"
     with begin(path) as builder:
         for plan in builder.pending():
@@ -176,104 +114,73 @@ def test_a_record_that_is_damaged_or_lost_its_shard_is_made_again(tmp_path, whol
     assert files(fill(path).path) == whole
 
 
-def test_a_run_that_goes_on_elsewhere_is_in_the_manifest(tmp_path):
-    begin(tmp_path / "pets").close()
-    begin(tmp_path / "pets", made_with={"torch": "2.15"}).close()
-    begin(tmp_path / "pets", made_with={"torch": "2.15"}).close()
-    made_with = fill(tmp_path / "pets").manifest.made_with
-    assert made_with == {"torch": "2.14", "resumed_with": [{"torch": "2.15"}]}
-
-
-def mutations(whole, n, seed):
-    """Single flipped bits and truncations, over every file of a cache alike."""
-    rng, names = np.random.default_rng(seed), sorted(whole)
-    for i in range(n):
-        name = names[i % len(names)]
-        data = bytearray(whole[name])
-        if i % 5 == 4:
-            del data[rng.integers(len(data)) :]
-        else:
-            data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-        yield name, bytes(data)
-
-
-def test_every_flipped_bit_and_truncation_is_found(tmp_path, whole):
-    path = restore(tmp_path / "pets", whole)
-    for name, data in mutations(whole, 300, seed=0):
-        (path / name).write_bytes(data)
-        if name == "manifest.json":
-            with pytest.raises((CacheDamagedError, CacheInvalidError)):
-                FeatureCache.open(path)
-        else:
-            assert [damage.file for damage in FeatureCache.open(path).verify()] == [name]
-            if name == "inputs.parquet":
-                with pytest.raises(CacheDamagedError):
-                    FeatureCache.open(path).inputs()
-        (path / name).write_bytes(whole[name])
-    assert FeatureCache.open(path).verify() == []
-
-
-def test_verify_names_missing_and_foreign_files_and_counts_bytes(tmp_path, whole):
-    cache = FeatureCache.open(restore(tmp_path / "pets", whole))
-    read: list[int] = []
-    assert cache.verify(read.append) == []
-    assert sum(read) == sum(map(len, whole.values())) - len(whole["manifest.json"])
-    (cache.path / "shard-00000.h5").unlink()
-    (cache.path / "notes.txt").touch()
-    (cache.path / "manifest.json").write_bytes(b"{")
-    damages = {damage.file: damage.what for damage in cache.verify()}
-    assert damages.keys() == {"shard-00000.h5", "notes.txt", "manifest.json"}
-    assert damages["shard-00000.h5"] == "is missing"
-
-
-@pytest.mark.parametrize("name", ["shard-00001.h5", "inputs.parquet", "failures.jsonl"])
-def test_repair_makes_only_the_damaged_shards_again(tmp_path, whole, name):
-    path = restore(tmp_path / "pets", whole | {name: whole[name][:-1]})
-    damages = FeatureCache.open(path).verify()
-    inputs = make_inputs()
-    with unseal(path, [damage.file for damage in damages], inputs=inputs) as builder:
-        redo = [plan.index for plan in builder.pending()]
-        # 0, 2, 4 hold failures: without their list, or the list of inputs, nothing else knows of them.
-        assert redo == ([1] if name == "shard-00001.h5" else [0, 2, 4])
-        for plan in builder.pending():
-            commit(path, make_spec(), inputs, plan)
-        builder.seal()
-    assert files(path) == whole
-
-
-def test_repair_is_resumed_like_any_run(tmp_path, whole):
-    path = restore(tmp_path / "pets", whole)
-    unseal(path, ["shard-00001.h5", "shard-00005.h5"]).close()
-    with pytest.raises(CacheNotFoundError, match="not finished"):
-        FeatureCache.open(path)
+def test_a_run_that_goes_on_elsewhere_says_so_and_is_in_the_manifest(tmp_path):
+    path, newer = tmp_path / "pets", {"torch": "2.15"}
+    for made_with, elsewhere in (({"torch": "2.14"}, None), (newer, {"torch": "2.14"}), (newer, {"torch": "2.14"})):
+        with begin(path, made_with=made_with) as builder:
+            assert builder.elsewhere == elsewhere
+    assert fill(path).manifest.made_with == {"torch": "2.14", "resumed_with": [newer]}
+    with unseal(path, ["shard-00000.h5"], made_with=newer) as builder:
+        assert builder.elsewhere == {"torch": "2.14"}
     with begin(path) as builder:
-        assert [plan.index for plan in builder.pending()] == [1, 5]
-    assert files(fill(path).path) == whole
+        assert builder.elsewhere is None
 
 
-def test_repair_without_the_inputs_asks_for_them(tmp_path, whole):
-    path = restore(tmp_path / "pets", whole | {"inputs.parquet": b""})
-    with pytest.raises(CacheDamagedError, match="must be listed anew"):
-        unseal(path, ["inputs.parquet"])
-    with pytest.raises(CacheMismatchError, match="made from 23 inputs, 22 are listed now"):
-        unseal(path, [], inputs=make_inputs(22))
-    renamed = make_inputs()
-    renamed = InputTable.listing([f"x{id_}" for id_ in renamed.ids], renamed.labels, renamed.sizes, renamed.mtimes_ns)
-    with pytest.raises(CacheMismatchError, match="are not those that are listed now"):
-        unseal(path, [], inputs=renamed)
-    assert (path / "manifest.json").exists()
-    assert not (path / "plan.json").exists()
+def test_made_with_lists_each_of_the_other_settings_once(tmp_path):
+    a, b, c = {"torch": "2.14"}, {"torch": "2.15"}, {"torch": "2.16"}
+    assert resumed_with(a, a) == a
+    assert resumed_with(a, b) == resumed_with(resumed_with(a, b), b) == {**a, "resumed_with": [b]}
+    both = resumed_with({**a, "resumed_with": [b]}, {**c, "resumed_with": [b, a]})
+    assert both == {**a, "resumed_with": [b, c]}
+    # A version that was partly made of an older one's rows begins with such a list.
+    begin(tmp_path / "pets", made_with={**a, "resumed_with": [b]}).close()
+    with begin(tmp_path / "pets", made_with={**a, "resumed_with": [c]}) as builder:
+        assert builder.elsewhere is None
+        assert builder.plan.made_with == both | {"resumed_with": [b, c]}
+    with pytest.raises(CacheInvalidError, match="resumed_with must be a list of objects"):
+        begin(tmp_path / "other", made_with={**a, "resumed_with": 3})
 
 
-def test_a_kill_inside_unseal_leaves_a_sealed_cache(tmp_path, whole, monkeypatch):
-    path = restore(tmp_path / "pets", whole)
+def touch(inputs, number):
+    """The listing after one image was written anew."""
+    mtimes = inputs.mtimes_ns.copy()
+    mtimes[number] += 1
+    return InputTable.listing(inputs.ids, inputs.labels, inputs.sizes, mtimes)
 
-    def killed(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(builder_module.ShardRecord, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        unseal(path, ["shard-00001.h5"])
-    assert BuildPlan.read(path).dataset == "pets"
-    assert FeatureCache.open(path).verify() == []  # opening tidied up
-    assert files(path) == whole
+def test_an_unfinished_cache_of_nearly_the_same_inputs_is_taken_over(tmp_path):
+    path, inputs = tmp_path / "pets", make_inputs()
+    with begin(path) as builder:
+        for plan in builder.pending()[:4]:
+            commit(path, make_spec(), inputs, plan)
+    changed = touch(inputs, 5)  # in shard 1
+    with pytest.raises(CacheMismatchError, match="mtimes of the inputs"):
+        begin(path, inputs=changed)
+    with begin(path, inputs=changed, adopt=True, made_with={"torch": "2.15"}) as builder:
+        assert [plan.index for plan in builder.pending()] == [1, 4, 5]
+        assert not (path / "shard-00001.h5").exists()
+        assert builder.elsewhere == {"torch": "2.14"}
+    with begin(path, inputs=changed) as builder:  # its plan is the new one now
+        assert len(builder.pending()) == 3
+    added = make_inputs(24)  # the last shard grows, the others fit
+    with begin(path, inputs=added, adopt=True) as builder:
+        assert [plan.index for plan in builder.pending()] == [1, 4, 5]
+    assert fill(path, inputs=added).inputs().ids == added.ids
+
+
+def test_nothing_is_taken_over_where_nothing_fits(tmp_path):
+    path, inputs = tmp_path / "pets", make_inputs()
+    with begin(path) as builder:
+        for plan in builder.pending()[:1]:
+            commit(path, make_spec(), inputs, plan)
+    before = files(path)
+    for changes in (
+        {"inputs": touch(inputs, 0)},
+        {"plans": plan_shards(23, make_spec().row_bytes, max_rows=2, multiple=2)},
+        {"class_names": ("a", "b", "c")},
+        {"spec": make_spec(semantics=2)},
+        {"dataset": "other"},
+    ):
+        with pytest.raises(CacheMismatchError):
+            begin(path, adopt=True, **changes)
+    assert files(path) == before

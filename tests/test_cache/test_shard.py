@@ -59,7 +59,7 @@ def test_reader_gives_read_only_memory_maps_at_cache_line_offsets(tmp_path):
     path = tmp_path / "shard.h5"
     write_shard(path, make_spec(), *shard_arguments(make_spec(), 5))
     array = ShardReader(path).array("patches")
-    assert isinstance(array, np.memmap)
+    assert "shard.h5" in Path("/proc/self/maps").read_text()
     assert not array.flags.writeable
     assert array.ctypes.data % 64 == 0
 

@@ -1,10 +1,9 @@
-"""A small cache that any process can make: features follow from the input's number. Run it to fill one, slowly.
+"""A small cache that any process can make: features follow from the input's number."""
 
-python -m tests.test_cache.toy FOLDER [PAUSE_S]
-"""
-
-import sys
+import os
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +80,29 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
-if __name__ == "__main__":
-    print("ready", flush=True)
-    fill(Path(sys.argv[1]), pause_s=float(sys.argv[2]))
+def restore(path: Path, content: dict[str, bytes]) -> Path:
+    path.mkdir(exist_ok=True)
+    for file in path.iterdir():
+        file.unlink()
+    for name, data in content.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Do work in a process of its own; gives its number, see `wait`."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def wait(pid: int) -> int:
+    """Exit status of a forked process; the negative signal where one ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

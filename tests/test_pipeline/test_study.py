@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -496,26 +497,77 @@ def test_training_settings_that_do_not_fit_the_data(setting, said, tiny, tmp_pat
 # --------------------------------------------------------------------------------------------- damage and interrupts
 
 
-def test_verify_says_all_that_is_damaged_and_what_repair_cannot_heal(nothing, caches):
+def test_verify_says_all_that_is_damaged_and_repair_puts_it_right(nothing, caches):
     done("extract", *nothing)
     train, test = (next(caches.glob(f"{name}-*")) for name in ("train", "test"))
-    (train / "manifest.json").write_text("{}")
-    shard = test / "shard-00000.h5"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
+    manifest, shard = train / "manifest.json", test / "shard-00000.h5"
+    wholes = [path.read_bytes() for path in (manifest, shard)]
+    manifest.write_text("{}")
+    shard.write_bytes(wholes[1][:-1])
     answer = pipeline("verify", *nothing)
     assert answer.status == 1
-    assert f"{train}" in answer.out
-    assert f"{shard}: has {len(whole) - 1} bytes, must have {len(whole)}" in answer.out
+    assert f"{manifest}" in answer.out
+    assert f"{shard}: has {len(wholes[1]) - 1} bytes, must have {len(wholes[1])}" in answer.out
     assert answer.out.count(": whole, ") == 2
     assert answer.err == "error: 2 damaged files: verify --repair makes damaged shards again\n"
+    done("verify", *nothing, "--repair")
+    assert [path.read_bytes() for path in (manifest, shard)] == wholes
+    assert done("verify", *nothing).out.count(": whole, ") == 4
+
+
+def test_verify_says_what_repair_cannot_heal(nothing, caches):
+    done("extract", *nothing)
+    train = next(caches.glob("train-*"))
+    for name in ("manifest.json", "manifest.copy.json"):
+        (train / name).write_text("{}")
     answer = pipeline("verify", *nothing, "--repair")
     assert answer.status == 1
-    assert shard.read_bytes() == whole
+    assert f"{train}" in answer.out
     assert answer.err.endswith("error: 1 damaged files: delete these caches, run make extract\n")
     shutil.rmtree(train)
     done("extract", *nothing)
     assert done("verify", *nothing).out.count(": whole, ") == 4
+
+
+def test_images_that_change_are_extracted_again_and_nothing_else(home, tmp_path):
+    shutil.copytree(home / "images" / "train", tmp_path / "images")
+    study = [
+        home / "tiny.toml",
+        *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'c'}", f"sets.train.images={tmp_path}/images"),
+    ]
+    assert "train: leave-one-out 5-NN accuracy of cls" in done("extract", *study).err
+    first, *_, last = sorted((tmp_path / "images").rglob("*.png"))
+    first.write_bytes(last.read_bytes())
+    answer = done("extract", *study, "--dry-run")
+    assert "1 changed since " in answer.out
+    assert "would extract 1, take over the others" in answer.out
+    answer = done("extract", *study)
+    assert "train: 1 changed since " in answer.err
+    assert "1 of 96 images to extract, the others are taken over" in answer.err
+    assert "extract pretrained: 1 of 4 sets extracted" in answer.out
+    kept = last.stat()
+    last.write_bytes(sorted((tmp_path / "images").rglob("*.png"))[5].read_bytes().ljust(kept.st_size, b"\0"))
+    os.truncate(last, kept.st_size)
+    os.utime(last, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # behind size and time
+    assert "extract pretrained: fresh" in done("extract", *study).out
+    assert "extract pretrained: 1 of 4 sets extracted" in done("extract", *study, "--rehash", "--max-failures=1").out
+
+
+def test_two_runs_on_one_cache(home, tmp_path):
+    """The second says who fills it; when that one is killed, it goes on where it was."""
+    study = [str(home / "tiny.toml"), *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")]
+    study += settings("sets.train.images=sklearn:digits[0-2]", "sets.test.images=sklearn:digits[0-2]")
+    with subprocess.Popen([sys.executable, "-m", "pipeline", "extract", *study], stderr=subprocess.DEVNULL) as first:
+        while not list(tmp_path.glob("caches/train-*/plan.json")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
+        second = pipeline("extract", *study)
+        first.kill()
+    assert second.status == 1
+    assert f"is being filled by process {first.pid} on " in second.err
+    assert "wait for it, or stop it" in second.err
+    done("extract", *study)
 
 
 def test_repair_of_images_that_have_changed(home, tmp_path):

@@ -4,6 +4,7 @@ python -m tests.test_stages.slow_extraction IMAGES ROOT
 """
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +16,20 @@ from stages.images import list_images
 from stages.progress import NullProgress
 
 
-def small_shards(backbone: Backbone, images: Path, root: Path, **options) -> FeatureCache:
-    """`extract_set` as it is, but for the size of its shards."""
-    whole, extract.plan_shards = extract.plan_shards, partial(plan_shards, max_rows=16)
+@contextmanager
+def few_rows_a_shard(rows: int = 16):
+    whole, extract.plan_shards = extract.plan_shards, partial(plan_shards, max_rows=rows)
     try:
-        spec = backbone.feature_spec("float16", "full")
-        return extract.extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, **options)
+        yield
     finally:
         extract.plan_shards = whole
+
+
+def small_shards(backbone: Backbone, images: Path, root: Path, **options) -> FeatureCache:
+    """`extract_set` as it is, but for the size of its shards."""
+    spec = backbone.feature_spec("float16", "full")
+    with few_rows_a_shard():
+        return extract.extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, **options)
 
 
 class WaitsAfterEveryBatch(NullProgress):

@@ -1,6 +1,8 @@
 """Backbones: tokens against timm's own, the cut-out end, weights from every place, and everything that is refused."""
 
 import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from stages.backbone import (
 )
 from stages.config import BackboneConfig
 from stages.errors import InputError
+from stages.images import ImageError
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, create, dinov2, photos
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)  # as the fixture `backbone`
@@ -263,6 +266,29 @@ def test_weights_carry_their_transform(backbone):
     assert level.item() == pytest.approx((1 - 0.485) / 0.229)  # ImageNet's
 
 
+def test_another_transform_than_the_weights_have_is_told(backbone):
+    assert backbone.transform_notes() == []
+    asked = EMBEDDED.model_copy(update={"mean": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 1.0})
+    other = load_backbone(asked)
+    assert other.transform_notes() == [
+        "backbone.mean: (0.4, 0.5, 0.6) is asked for, the weights of tf_efficientnet_lite0 have (0.5, 0.5, 0.5)",
+        "backbone.interpolation: bilinear is asked for, the weights of tf_efficientnet_lite0 have bicubic",
+        "backbone.crop_pct: 1.0 is asked for, the weights of tf_efficientnet_lite0 have 0.875",
+    ]
+    white = other.transform(Image.new("RGB", (90, 70), "white"))
+    assert [channel.unique().item() for channel in white] == pytest.approx([1.2, 1.0, 0.8])
+    specs = [each.feature_spec("float16", "full") for each in (backbone, other)]
+    assert specs[0].first_difference(specs[1]) == "transform.crop_pct: 0.875 in the cache, 1.0 asked"
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
+def test_an_image_that_would_grow_beyond_all_limits_is_refused(backbone, size):
+    """Its short side is resized to 54 pixels, so its long one to 5,400,000."""
+    with pytest.raises(ImageError, match=f"too elongated: {size[0]} x {size[1]} pixels"):
+        backbone.transform(Image.new("RGB", size))
+    assert backbone.transform(Image.new("RGB", (1, 1000))).shape == (3, 48, 48)
+
+
 def test_whole_dinov2_of_518_pixels_is_read_at_another_size(tmp_path):
     """37 x 37 position embeddings become 4 x 4; everything else is the file's."""
     config = stored(tmp_path / "model.safetensors", DINOV2, img_size=518)
@@ -393,6 +419,60 @@ def test_image_size_that_the_network_cannot_run():
 def test_network_with_several_sequences_of_tokens_is_refused():
     with pytest.raises(InputError, match="crossvit_9_240 ends in several sequences of tokens at once"):
         build_architecture(BackboneConfig(name="crossvit_9_240", image_size=240))
+
+
+# ------------------------------------------------------------------------------------------------- how it computes
+
+
+def test_passes_side_by_side_do_not_mix():
+    """One backbone, several threads, another backbone on the same network."""
+    one, two = dinov2(DINOV2, 1), dinov2(DINOV2, 2)
+    images = photos(one, 8)
+    alone = {backbone: [backbone.encode(images[i : i + 1]) for i in range(8)] for backbone in (one, two)}
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [(backbone, i) for i in range(8) for backbone in (one, two)] * 4
+        for (backbone, i), tokens in zip(
+            jobs, pool.map(lambda job: job[0].encode(images[job[1] : job[1] + 1]), jobs), strict=True
+        ):
+            assert torch.equal(tokens.patches, alone[backbone][i].patches)
+            assert torch.equal(tokens.cls, alone[backbone][i].cls)
+
+
+def test_a_lower_precision_gives_nearly_the_same_features_and_another_fingerprint(backbone):
+    half = load_backbone(EMBEDDED.model_copy(update={"precision": "bfloat16"}))
+    images = photos(backbone)
+    exact, near = backbone.encode(images).cls, half.encode(images).cls
+    assert near.dtype == torch.float32
+    assert not torch.equal(near, exact)
+    assert F.cosine_similarity(near, exact).min() > 0.98
+    assert half.cut  # the end is checked, and trained, in full precision
+    difference = backbone.feature_spec("float16", "full").first_difference(half.feature_spec("float16", "full"))
+    assert difference == 'compute.precision: "float32" in the cache, "bfloat16" asked'
+    assert backbone.precision == "float32"  # "auto" on a CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU answers here")
+def test_on_a_gpu_autocast_gives_nearly_the_same_features(backbone):
+    gpu = load_backbone(EMBEDDED, device="cuda")
+    assert (gpu.precision, gpu.batch) == ("float16", 128)
+    images = photos(backbone)
+    exact, near = backbone.encode(images).cls, gpu.encode(images.cuda()).cls.cpu()
+    assert F.cosine_similarity(near, exact).min() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_it_gives_the_same_features_and_a_plain_end():
+    images = photos(dinov2(DINOV2))
+    plain = Backbone(create(DINOV2, img_size=56, **SMALL), BackboneConfig(name=DINOV2, image_size=56))
+    config = BackboneConfig(name=DINOV2, image_size=56, compile=True)
+    compiled = Backbone(create(DINOV2, img_size=56, **SMALL), config)
+    assert torch.allclose(compiled.encode(images).cls, plain.encode(images).cls, atol=1e-5)
+    assert torch.equal(compiled.encode(images).patches, compiled.encode(images).patches)
+    end = compiled.end()
+    end(plain.encode(images)).sum().backward()
+    assert all(parameter.grad is not None for name, parameter in end.named_parameters() if "blocks" in name)
 
 
 # ---------------------------------------------------------------------------------------------- what a cache will hold

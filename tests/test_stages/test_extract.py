@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from cache import CacheMismatchError, FeatureCache
-from stages import extract as extract_module
+from stages import shards as shards_module
 from stages.backbone import Backbone
 from stages.errors import StageError
-from stages.extract import extract_set, find_fresh, repair_set
+from stages.extract import compare_versions, extract_set, made_with, repair_set
 from stages.images import ImageReader, decode_image, list_images
 from stages.progress import NullProgress
 from tests.test_stages.slow_extraction import small_shards
@@ -112,7 +112,7 @@ def test_features_do_not_depend_on_shards_or_on_what_fills_a_batch(images, whole
 
 
 def test_images_decoded_ahead_stay_in_order(images, whole, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract_module, "_READ_AHEAD", 3)
+    monkeypatch.setattr(shards_module, "_AHEAD", 0)
     assert files(extract(images, tmp_path, backbone).path) == files(whole.path)
 
 
@@ -132,9 +132,7 @@ def test_killed_and_resumed_gives_the_same_bytes(images, sharded, backbone, tmp_
     assert not (unfinished / "manifest.json").exists()
     assert [path.name for path in unfinished.glob("shard-*.h5")] == ["shard-00000.h5"]
 
-    batches = []
-    encode = backbone.encode
-    monkeypatch.setattr(backbone, "encode", lambda x: batches.append(len(x)) or encode(x))
+    batches = counting(backbone, monkeypatch)
     resumed = small_shards(backbone, images, tmp_path, max_failures=1.0)
     assert len(batches) == 2  # what was done is not done again
     assert resumed.path == unfinished
@@ -146,10 +144,29 @@ def test_too_many_failures_keep_the_work(images, whole, backbone, tmp_path):
         StageError, match=r"digits: 3 of 40 images cannot be used.*--max-failures 0.05.*0/0000-notes\.png"
     ):
         extract(images, tmp_path, backbone, max_failures=0.05)
-    assert find_fresh("digits", list_images(str(images)), whole.spec, tmp_path) is None
+    assert compare_versions("digits", list_images(str(images)), whole.spec, tmp_path) is None
     samples = list_images(str(images))
     sealed = extract_set("digits", samples, whole.spec, tmp_path, not_needed, max_failures=0.075)  # 3 of 40 is allowed
     assert files(sealed.path) == files(whole.path)
+
+
+def intact(images: Path) -> list[str]:
+    return [name for name in list_images(str(images)).ids if name not in BROKEN]
+
+
+class Notes(NullProgress):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
+
+
+def counting(backbone, monkeypatch) -> list[int]:
+    """Images in each forward pass from now on."""
+    sizes, encode = [], backbone.encode
+    monkeypatch.setattr(backbone, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    return sizes
 
 
 def test_a_changed_image_makes_a_new_version_beside_the_old_one(images, backbone, tmp_path):
@@ -170,6 +187,85 @@ def test_a_changed_image_makes_a_new_version_beside_the_old_one(images, backbone
     assert extract_set("digits", samples, old.spec, tmp_path, not_needed).path == old.path
 
 
+def test_a_new_version_computes_what_changed_alone_and_has_the_bytes_of_a_new_cache(
+    images, backbone, tmp_path, monkeypatch
+):
+    """Images are changed, added, taken away and put into another class; one that failed is mended."""
+    mine = shutil.copytree(images, tmp_path / "images")
+    small_shards(backbone, mine, tmp_path / "root", max_failures=1.0)
+    names = intact(mine)
+    (mine / names[0]).write_bytes((mine / names[-1]).read_bytes())
+    (mine / names[5]).unlink()
+    (mine / "2").mkdir()
+    (mine / names[6]).rename(mine / "2" / "was-a-0.pgm")
+    (mine / "1/cut.png").write_bytes((mine / names[-2]).read_bytes())
+    write(mine / "0/0000-another.pgm", (mine / names[-3]).read_bytes())
+    batches, progress = counting(backbone, monkeypatch), Notes()
+    new = small_shards(backbone, mine, tmp_path / "root", max_failures=1.0, progress=progress)
+    assert new.path.name.endswith("-2")
+    assert progress.lines[0] == (
+        f"digits: 2 new, 2 changed, 2 gone since {str(new.path)[:-2]}: 6 of 40 images to extract, "
+        "the others are taken over"
+    )  # two images that cannot be used are tried again
+    assert len(batches) <= 3
+    again = small_shards(backbone, mine, tmp_path / "afresh", max_failures=1.0)
+    assert files(new.path) == files(again.path)
+
+
+def test_nothing_is_taken_over_from_a_damaged_shard(images, backbone, tmp_path, monkeypatch):
+    mine = shutil.copytree(images, tmp_path / "images")
+    old = small_shards(backbone, mine, tmp_path / "root", max_failures=1.0)
+    (mine / intact(mine)[0]).unlink()
+    shard = old.path / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    batches, progress = counting(backbone, monkeypatch), Notes()
+    new = small_shards(backbone, mine, tmp_path / "root", max_failures=1.0, progress=progress)
+    assert progress.lines[0] == f"{shard} is damaged: nothing is taken over from it"
+    assert sum(batches) < 4 * 16
+    afresh = small_shards(backbone, mine, tmp_path / "afresh", max_failures=1.0)
+    assert files(new.path) == files(afresh.path)
+
+
+def test_what_is_taken_over_keeps_the_versions_that_made_it(images, backbone, tmp_path, monkeypatch):
+    mine = shutil.copytree(images, tmp_path / "images")
+    old = extract(mine, tmp_path, backbone).manifest.made_with
+    (mine / intact(mine)[0]).unlink()
+    monkeypatch.setattr("stages.extract.made_with", lambda: {"torch": "9.0"})
+    assert extract(mine, tmp_path, backbone).manifest.made_with == {**old, "resumed_with": [{"torch": "9.0"}]}
+
+
+def test_rehash_finds_an_image_that_changed_behind_size_and_time(images, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "images")
+    old = extract(mine, tmp_path, backbone)
+    first, last = (mine / str(old.ids[row]) for row in (0, -1))
+    times = first.stat()
+    first.write_bytes(last.read_bytes())
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert extract(mine, tmp_path, not_needed, spec=old.spec).path == old.path
+    new = extract(mine, tmp_path, backbone, rehash=True)
+    np.testing.assert_array_equal(new.read("cls")[0], old.read("cls")[-1])
+    assert extract(mine, tmp_path, not_needed, spec=old.spec, rehash=True).path == new.path
+
+
+def test_another_class_of_an_image_needs_no_forward_pass(images, tmp_path, backbone, monkeypatch):
+    listing = tmp_path / "images.csv"
+    first, *others = intact(images)
+
+    def extract_listed(label_of_the_first: str) -> FeatureCache:
+        lines = [f"{images / name},{name[0]}" for name in others]
+        listing.write_text("\n".join(["path,label", f"{images / first},{label_of_the_first}", *lines]))
+        return extract(listing, tmp_path / "root", backbone)
+
+    old = extract_listed("0")
+    batches = counting(backbone, monkeypatch)
+    new = extract_listed("1")
+    assert batches == []
+    assert (old.labels[0], new.labels[0]) == (0, 1)
+    np.testing.assert_array_equal(new.read("patches"), old.read("patches"))
+
+
 def test_an_image_that_was_only_touched_is_the_same_image(images, backbone, tmp_path):
     mine = shutil.copytree(images, tmp_path / "images")
     cache = extract(mine, tmp_path, backbone)
@@ -186,14 +282,16 @@ def test_an_image_that_can_be_read_after_all_is_looked_at_again(images, backbone
     spec = backbone.feature_spec("float16", "full")
     without = extract_set("digits", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
     assert without.failures()[1].reason == "cannot be read: No such file or directory"
-    assert find_fresh("digits", samples, spec, tmp_path) is not None
+    assert compare_versions("digits", samples, spec, tmp_path).fresh
     hidden.rename(mine / samples.ids[1])
-    assert find_fresh("digits", samples, spec, tmp_path) is None
+    changes = compare_versions("digits", samples, spec, tmp_path)
+    assert (changes.changed, changes.fresh) == (1, False)
     assert extract(mine, tmp_path, backbone).n_rows == without.n_rows + 1
 
 
-class StopsAfter(NullProgress):
+class StopsAfter(Notes):
     def __init__(self, calls: int) -> None:
+        super().__init__()
         self.left = calls
 
     def advance(self, n=1, **fields):
@@ -205,11 +303,44 @@ class StopsAfter(NullProgress):
 def test_images_that_change_while_a_cache_is_unfinished_begin_another(images, backbone, tmp_path):
     mine = shutil.copytree(images, tmp_path / "images")
     with pytest.raises(KeyboardInterrupt):
-        small_shards(backbone, mine, tmp_path, progress=StopsAfter(3))
-    (mine / "0/0000-notes.png").unlink()
+        small_shards(backbone, mine, tmp_path, progress=StopsAfter(2))
+    (mine / "0/0000-notes.png").unlink()  # the first: every shard now has other images
     cache = small_shards(backbone, mine, tmp_path, max_failures=1.0)
     assert cache.path.name.endswith("-2")
     assert len(cache.failures()) == 2
+
+
+def test_images_that_are_put_right_after_too_many_failures_keep_what_was_done(images, backbone, tmp_path, monkeypatch):
+    mine = shutil.copytree(images, tmp_path / "images")
+    with pytest.raises(StageError, match="3 of 40 images cannot be used"):
+        small_shards(backbone, mine, tmp_path, max_failures=0.05)
+    shutil.copy(mine / intact(mine)[-1], mine / "1/cut.png")
+    batches = counting(backbone, monkeypatch)
+    cache = small_shards(backbone, mine, tmp_path, max_failures=0.05)
+    assert len(batches) == 1  # that of the shard with the image that was put right
+    assert not cache.path.name.endswith("-2")
+    assert (len(cache.manifest.shards), cache.n_rows) == (3, 38)
+
+
+def test_interrupted_it_finishes_what_it_computes_and_says_how_far_it_is(images, backbone, tmp_path):
+    progress = StopsAfter(2)
+    with pytest.raises(KeyboardInterrupt):
+        small_shards(backbone, images, tmp_path, progress=progress)
+    (path,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert progress.lines == [f"digits: stopped after 32 of 40 images; finished shards are kept in {path}"]
+    assert [file.name for file in sorted(path.glob("shard-*.h5"))] == ["shard-00000.h5", "shard-00001.h5"]
+    assert not (tmp_path / f"{path.name}.lock").exists()
+
+
+def test_going_on_with_other_versions_is_said(images, backbone, tmp_path, monkeypatch):
+    now = made_with() | {"torch": "9.0"}
+    with pytest.raises(KeyboardInterrupt):
+        small_shards(backbone, images, tmp_path, progress=StopsAfter(2))
+    monkeypatch.setattr("stages.extract.made_with", lambda: now)
+    progress = Notes()
+    cache = small_shards(backbone, images, tmp_path, progress=progress, max_failures=1.0)
+    assert progress.lines[1].startswith("digits: going on with torch 9.0 what was begun with torch 2")
+    assert cache.manifest.made_with["resumed_with"] == [now]
 
 
 @pytest.mark.parametrize("damaged", ["shard-00000.h5", "shard-00002.h5", "inputs.parquet", "failures.jsonl"])
@@ -258,7 +389,7 @@ def test_shards_may_be_made_by_other_processes_in_any_order(images, sharded, bac
 
 def test_a_worker_with_other_weights_is_refused(images, backbone, tmp_path):
     def elsewhere(fn, tasks):
-        return (fn(replace(task, weights_sha="0a1b")) for task in tasks)
+        return (fn(replace(task, spec=replace(task.spec, weights_sha="0a1b"))) for task in tasks)
 
     with pytest.raises(StageError, match="a worker reads other weights than this process under embedded"):
         extract(images, tmp_path, backbone, mapper=elsewhere)

@@ -1,0 +1,56 @@
+"""Figures of the README that follow from the code are those of the code."""
+
+import re
+from pathlib import Path
+
+import timm
+import torch
+
+from cache import FeatureSpec
+from stages.backbone import stored_grid
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+IMAGENET = 1_281_167
+FAMILY = ("vit_small_patch14", "vit_base_patch14", "vit_large_patch14", "vit_giant_patch14")
+
+
+def row_bytes(name: str, size: int, patches: str) -> int:
+    """Bytes of one image's features in float16, by the network's own shapes (nothing is computed or held in memory)."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0, img_size=size)
+    spec = FeatureSpec(
+        backbone=name,
+        weights_sha="0a1b",
+        transform={},
+        image_size=size,
+        expert_blocks=1,
+        patches=patches,
+        dtype="float16",
+        cls_dim=model.num_features,
+        tap_dim=model.embed_dim,
+        n_registers=model.num_prefix_tokens - 1,
+        grid=stored_grid(model.patch_embed.grid_size, patches),
+        compute={},
+        semantics=1,
+    )
+    return spec.row_bytes
+
+
+def bytes_table() -> str:
+    lines = [
+        "| DINOv2 | px | `full` | with 4 registers | `pool:4` | `none` | 1.28 M images, `full` |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in FAMILY:
+        for size in (224, 518):
+            full, pooled, none = (row_bytes(f"{name}_dinov2", size, patches) for patches in ("full", "pool:4", "none"))
+            registers = row_bytes(f"{name}_reg4_dinov2", size, "full")
+            cells = " | ".join(f"{n:,}" for n in (full, registers, pooled, none))
+            letter = {"giant": "g"}.get(name.split("_")[1], name.split("_")[1][0].upper())
+            lines.append(f"| ViT-{letter}/14 | {size} | {cells} | {full * IMAGENET / 1e9:,.0f} GB |")
+    return "\n".join(lines)
+
+
+def test_bytes_per_image():
+    stated = re.search(r"<!-- bytes table: begin -->\n(.*?)\n<!-- bytes table: end -->", README, re.DOTALL)
+    assert stated[1] == bytes_table()

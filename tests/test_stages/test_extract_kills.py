@@ -1,0 +1,56 @@
+"""SIGKILL at random moments of a real extraction: it goes on, and the bytes are those of a run that nobody disturbed."""
+
+import multiprocessing
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from cache import FeatureCache
+from stages.extract import compare_versions
+from stages.images import list_images
+from tests.test_stages.killed_extraction import IMAGES, extract_and_tell
+from tests.test_stages.slow_extraction import small_shards
+
+SHARD, AHEAD = 16, 3 * 16  # images of a shard; images that may be under way while a shard is written
+
+
+@pytest.fixture(scope="module")
+def forks():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_stages.killed_extraction"])
+    return context
+
+
+def test_killed_at_random_moments(forks, backbone, tmp_path, request):
+    whole = small_shards(backbone, IMAGES, tmp_path / "whole")
+    rng, kills, lost_at_most, sealed = np.random.default_rng(0), 0, 0, 0
+    root, before = tmp_path / "killed", 0
+    while kills < request.config.getoption("kills", 30):
+        listener, teller = forks.Pipe(duplex=False)
+        process = forks.Process(target=extract_and_tell, args=(str(root), teller))
+        process.start()
+        teller.close()
+        kept = listener.recv()  # what it found done: the first count that it gives
+        lost_at_most = max(lost_at_most, before - kept)
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -9
+        before = kept
+        while listener.poll():
+            try:
+                before += listener.recv()
+            except EOFError:
+                break
+        if compare_versions("digits", list_images(IMAGES), whole.spec, root):
+            (path,) = (path for path in root.iterdir() if path.is_dir())
+            assert FeatureCache.open(path).verify() == []
+            assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+                file.name: file.read_bytes() for file in whole.path.iterdir()
+            }
+            shutil.rmtree(root)
+            sealed, before = sealed + 1, 0
+    assert sealed >= 1
+    assert lost_at_most <= SHARD + AHEAD
