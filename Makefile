@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXPERIMENT ?= pipeline/experiments/demo.toml
+WORK ?= runs/results
 ARGS ?=
 BIN := $(VENV)/bin
 # faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
@@ -9,7 +10,7 @@ FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
+.PHONY: help setup demo results extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
 	bench-train bench-knn clean
 
 help: ## List the targets
@@ -28,6 +29,10 @@ $(READY): pyproject.toml .ci/constraints.txt
 
 demo: $(READY) ## All three stages on real images and weights from the package registry; prints the table
 	$(BIN)/python -m pipeline run pipeline/experiments/demo.toml --set work=runs/demo $(ARGS)
+
+results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results); pipeline/experiments/BENCHMARK.md
+	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/experiments/BENCHMARK.md))
+	$(BIN)/python -m pipeline results '$(DATA)' --work '$(WORK)' $(ARGS)
 
 extract: $(READY) ## Stage one: images to a sealed feature cache (EXPERIMENT=file.toml ARGS="--set …")
 train: $(READY) ## Stage two: probe and Mixture of Feature Experts on cached features
@@ -58,7 +63,8 @@ bench-extract bench-cache bench-train bench-knn:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@)
 
 stress: $(READY) ## The tests of kills and damage, many times over
-	$(BIN)/python -m pytest -k 'kill or flip or mutat or damage' --kills 200 --mutants 3000 $(ARGS)
+	$(BIN)/python -m pytest tests/test_cache tests/test_stages/test_extract_kills.py tests/test_stages/test_images_corpus.py \
+		--kills 200 --mutants 3000 $(ARGS)
 
 fmt: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .

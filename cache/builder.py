@@ -307,6 +307,7 @@ def unseal(
             (path / COPY).unlink(missing_ok=True)
             for name in {plan.name for plan in plans} - {record.plan.name for record in records}:
                 (path / name).unlink(missing_ok=True)
+            sync_folder(path)
         return CacheBuilder(path, plan, listing, lock, plan.made_with if made_with is None else made_with)
     except BaseException:
         lock.release()

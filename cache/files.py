@@ -60,7 +60,9 @@ def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
 
 @contextmanager
 def arriving(path: Path) -> Iterator[io.RawIOBase]:
-    """A file to write to that arrives whole or not at all, and is on the disk when the context ends.
+    """A file to write to that gets its name when the context ends, and is gone where that ends in an exception.
+
+    Whoever writes it also flushes it (``os.fsync``), and the folder then or later (``sync_folder``).
 
     Raises:
         CacheError: when the disk refuses (full, read-only); nothing is left behind.
@@ -71,13 +73,11 @@ def arriving(path: Path) -> Iterator[io.RawIOBase]:
         try:
             with open(temporary, "xb", buffering=0) as file:
                 yield file
-                os.fsync(file.fileno())
             os.rename(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        sync_folder(path.parent)
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -88,6 +88,9 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     """
     with arriving(path) as file:
         write_all(file, data)
+        os.fsync(file.fileno())
+    with disk_errors(path):
+        sync_folder(path.parent)
 
 
 def write_document(path: Path, body: Mapping[str, Any]) -> None:

@@ -182,9 +182,9 @@ class ShardRecord:
         except (CacheError, ValueError, IndexError):
             return None
         file = ShardFile(body["rows"], body["nbytes"], body["sha256"])
-        whole = file.rows + int(failed.sum()) == len(plan) == len(failures) + file.rows and file_size(path / plan.name) == (
-            file.nbytes if file.rows else None
-        )
+        whole = file.rows + int(failed.sum()) == len(plan) == len(failures) + file.rows and file_size(
+            path / plan.name
+        ) == (file.nbytes if file.rows else None)
         if (body["start"], body["stop"]) != (plan.start, plan.stop) or not whole:
             return None
         return cls(plan, file, body["inputs"], digests, failed, failures)

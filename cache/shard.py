@@ -17,6 +17,7 @@ need chunks and cost most of the reading speed.
 """
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from cache.fingerprint import pieces_sha256
 from cache.spec import FeatureSpec
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every item size
-_BLOCK = 1 << 20  # bytes that are cast, checked and written together: they stay in the cache of a core
+_BLOCK = 1 << 20  # bytes that are cast or checked together: they stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def write_shard(
     image_hashes: npt.NDArray[np.uint8],
 ) -> ShardFile:
     """Write one shard; it arrives whole or not at all. The same arguments give the same bytes.
+
+    Its bytes are on the disk when this returns, its name when the folder is synced next, as for its record.
 
     Args:
         path: where the shard will stand.
@@ -84,22 +87,26 @@ def write_shard(
     columns.append(_Column("image_hash", image_hashes, np.dtype(np.uint8)))
     header, offsets = _lay_out(columns)
 
-    def pieces(checked: bool) -> Iterator[bytes | memoryview]:
+    def pieces() -> Iterator[bytes | memoryview]:
         yield header
         at = len(header)
         for column in columns:
             if offset := offsets[column.name]:  # none where there are no rows
                 yield bytes(offset - at)
-                yield from column.blocks(ids if checked and column.name in datasets else None)
+                yield from column.blocks()
                 at = offset + column.nbytes
 
-    # The digest is made beside the writing, over the same arrays: nothing is held in memory twice.
-    with ThreadPoolExecutor(1) as beside, arriving(path) as file:
-        digest = beside.submit(pieces_sha256, pieces(checked=False))
-        for piece in pieces(checked=True):
+    # Writing, flushing and the digest each take as long as the disk or a core lets them: side by side, over the same
+    # arrays, so that nothing is held in memory twice.
+    with ThreadPoolExecutor(2) as beside, arriving(path) as file:
+        digest = beside.submit(pieces_sha256, pieces())
+        for piece in pieces():
             write_all(file, piece)
-        nbytes = file.tell()
-    return ShardFile(n, nbytes, digest.result())
+        flushed = beside.submit(os.fsync, file.fileno())
+        for column in columns[: len(datasets)]:
+            column.check_finite(ids)
+        flushed.result()
+        return ShardFile(n, file.tell(), digest.result())
 
 
 @dataclass(frozen=True)
@@ -114,33 +121,39 @@ class _Column:
     def nbytes(self) -> int:
         return self.array.size * self.dtype.itemsize
 
-    def blocks(self, ids: Sequence[str] | None) -> Iterator[memoryview]:
-        """The bytes as they are stored, a block of rows at a time; without a copy where dtype and order are right.
-
-        Args:
-            ids: of the rows, to check that every value is a finite number; None checks nothing.
-        """
-        rows = max(_BLOCK // (prod(self.array.shape[1:]) * self.dtype.itemsize), 1)
-        for start in range(0, len(self.array), rows):
-            given = self.array[start : start + rows]
-            with np.errstate(over="ignore", invalid="ignore"):
-                stored = np.ascontiguousarray(given, self.dtype)
-            if ids is not None and not _is_finite(stored):
-                self._refuse(given, stored, ids[start : start + rows])
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes as they are stored: at once where dtype and order are right, else cast a block at a time."""
+        as_stored = self.array.dtype == self.dtype and self.array.flags.c_contiguous
+        for _, stored in self._stored(len(self.array) if as_stored else self._block_rows):
             yield stored.reshape(-1).view(np.uint8).data
 
-    def _refuse(self, given: npt.NDArray[Any], stored: npt.NDArray[Any], ids: Sequence[str]) -> None:
-        row, *index = np.argwhere(~np.isfinite(stored))[0]
-        value, where = given[(row, *index)], f"{self.name} of {ids[row]!r}"
-        wider = 'set cache.dtype = "float32"'
-        if np.isfinite(value):
-            raise CacheError(f"{where}: {value:g} does not fit {self.dtype.name}; {wider}")
-        if given.dtype == np.float16:
-            raise CacheError(
-                f"{where}: {value}: too large for float16, or no finite number: {wider}; "
-                "if it stays, look at the weights and at this image"
-            )
-        raise CacheError(f"{where}: {value} is not a feature; look at the weights and at this image")
+    def check_finite(self, ids: Sequence[str]) -> None:
+        """Refuse what is no number or became none, since an inf in a cache poisons every later score."""
+        for start, stored in self._stored(self._block_rows):
+            if _is_finite(stored):
+                continue
+            row, *index = np.argwhere(~np.isfinite(stored))[0]
+            value, where = self.array[(start + row, *index)], f"{self.name} of {ids[start + row]!r}"
+            wider = 'set cache.dtype = "float32"'
+            if np.isfinite(value):
+                raise CacheError(f"{where}: {value:g} does not fit {self.dtype.name}; {wider}")
+            if self.array.dtype == np.float16:
+                raise CacheError(
+                    f"{where}: {value}: too large for float16, or no finite number: {wider}; "
+                    "if it stays, look at the weights and at this image"
+                )
+            raise CacheError(f"{where}: {value} is not a feature; look at the weights and at this image")
+
+    @property
+    def _block_rows(self) -> int:
+        return max(_BLOCK // (prod(self.array.shape[1:]) * self.dtype.itemsize), 1)
+
+    def _stored(self, rows: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Some rows at a time in the stored dtype, and where they start."""
+        for start in range(0, len(self.array), rows):
+            with np.errstate(over="ignore", invalid="ignore"):
+                stored = np.ascontiguousarray(self.array[start : start + rows], self.dtype)
+            yield start, stored
 
 
 def _is_finite(array: npt.NDArray[Any]) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -172,6 +171,8 @@ class FeatureCache:
         with self._memory_errors():
             numbers = self._row_numbers(rows)
             out = np.empty((len(numbers), *shape), dtype)
+        if not len(numbers):
+            return out
         # "right": of the shards that start at a row, the last one holds it, since those before have no rows.
         shards = np.searchsorted(self._starts, numbers, "right") - 1
         local = numbers - self._starts[shards]
@@ -179,14 +180,22 @@ class FeatureCache:
         if large and len(np.unique(shards)) <= _MAPPED:
             order = np.arange(len(numbers))  # fresh memory is filled from its start, while its pages are in the cache
         else:
-            order = np.argsort(shards, kind="stable")  # a shard is mapped once, and small rows are gathered in one go
-        breaks = np.diff(shards[order]) != 0
-        if large:  # straight to their places, a run at a time, without the copy in between that a gather makes
-            breaks |= (np.diff(local[order]) != 1) | (np.diff(order) != 1)
-        bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(order)]
-        for start, stop in pairwise(bounds) if len(order) else ():
-            places = order[start:stop]
-            out[_as_slice(places)] = self._array(int(shards[places[0]]), name)[_as_slice(local[places])]
+            order = np.argsort(shards, kind="stable")  # each shard is mapped once
+        shards, local = shards[order], local[order]
+        breaks = np.diff(shards) != 0
+        if large:
+            breaks |= (np.diff(local) != 1) | (np.diff(order) != 1)
+        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        stops = np.append(starts[1:], len(order))
+        if large:  # a run of rows at a time, straight to its place, without the copy in between that a gather makes
+            columns = (shards[starts], order[starts], local[starts], stops - starts)
+            runs = zip(*(column.tolist() for column in columns), strict=True)
+            for shard, place, row, length in runs:
+                out[place : place + length] = self._array(shard, name)[row : row + length]
+        else:
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                array = self._array(int(shards[start]), name)
+                out[_as_slice(order[start:stop])] = array[_as_slice(local[start:stop])]
         return out
 
     def batches(
@@ -353,6 +362,8 @@ def restore_manifest(path: str | Path) -> bool:
         CacheDamagedError: both are damaged.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise CacheNotFoundError(f"{path}: no cache stands there")
     with Lock(path):
         try:
             manifest, damaged = read_sealed(path), COPY

@@ -134,6 +134,12 @@ def _study(config: RunConfig, options: RunOptions) -> "Iterator[Study]":
         study.progress.close()
 
 
+def _run_options(scheduler: str | None, workers: int | None, **others: Any) -> RunOptions:
+    if scheduler is not None and workers is not None:
+        raise click.UsageError("--workers is for local processes; with --scheduler the cluster has its own: give one")
+    return RunOptions(scheduler=scheduler, workers=workers or 1, **others)
+
+
 def _run_verb(
     verb: str,
     experiment: str,
@@ -147,10 +153,9 @@ def _run_verb(
     **arguments: Any,
 ) -> None:
     """What all verbs that run a stage have in common; ``arguments`` go to the method of the same name."""
-    if scheduler is not None and workers is not None:
-        raise click.UsageError("--workers is for local processes; with --scheduler the cluster has its own: give one")
+    options = _run_options(scheduler, workers, max_failures=max_failures, rehash=rehash)
     config = _config(verb, experiment, overrides, **arguments)
-    with _study(config, RunOptions(max_failures, rehash, scheduler, workers or 1)) as study:
+    with _study(config, options) as study:
         show(study.plan(verb, **arguments) if dry_run else getattr(study, verb)(**arguments))
 
 
@@ -207,6 +212,30 @@ def report(experiment: str, overrides: tuple[str, ...], debug: bool, **options: 
 def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Every stage that is not fresh."""
     _run_verb("run", experiment, overrides, **options)
+
+
+@verbs.command()
+@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/results", show_default=True, help="Where to.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study.")
+@click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well.")
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@run_options
+def results(
+    data: Path,
+    work: Path,
+    overrides: tuple[str, ...],
+    unchecked: bool,
+    debug: bool,
+    dry_run: bool,
+    scheduler: str | None,
+    workers: int | None,
+) -> None:
+    """The benchmark's results, from the folder DATA that holds its images."""
+    from pipeline.results import run_results
+
+    options = _run_options(scheduler, workers)
+    show(run_results(data, work, overrides, options, unchecked=unchecked, dry_run=dry_run))
 
 
 @verbs.command()

@@ -93,11 +93,15 @@ class SplitConfig(StageConfig):
     val: float = Field(default=0.2, gt=0, lt=1)
 
 
+Seeds = Several[Annotated[int, Field(ge=0, lt=2**32)]]
+
+
 class VariantConfig(StageConfig):
     """The same study with other settings of ``[train]``; keys are dotted: ``{"train.experts": 1}``."""
 
     name: FolderName
     set: dict[str, Any]
+    seeds: Seeds | None = None  # some of the study's; all of them where nothing is given
 
     @field_validator("set", mode="before")
     @classmethod
@@ -111,7 +115,7 @@ class RunConfig(StageConfig):
 
     name: str = Field(min_length=1)
     work: AbsolutePath
-    seeds: Several[Annotated[int, Field(ge=0, lt=2**32)]] = (0,)
+    seeds: Seeds = (0,)
     backbone: BackboneConfig = BackboneConfig()
     cache: CacheConfig
     sets: Several[SetConfig]
@@ -128,6 +132,11 @@ class RunConfig(StageConfig):
             pydantic.ValidationError: a variant's setting is wrong; never for a config that was loaded.
         """
         return {"default": self.train} | {variant.name: self._variant(variant) for variant in self.variants}
+
+    def variant_seeds(self) -> dict[str, tuple[int, ...]]:
+        """Seeds by name of variant, in the order of `variant_configs`."""
+        own = {variant.name: variant.seeds or self.seeds for variant in self.variants}
+        return {"default": self.seeds} | own
 
     def _variant(self, variant: VariantConfig) -> TrainConfig:
         changes = {key.removeprefix("train."): value for key, value in variant.set.items()}
@@ -190,6 +199,12 @@ class RunConfig(StageConfig):
             yield f"variants.{name}: two variants have this name{always}"
 
     def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
+        seeds = variant.seeds
+        if seeds is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
+            yield (
+                f"variants.{variant.name}.seeds: {_shown(seeds)} given, must be one or more different numbers of the "
+                f"study's seeds {_shown(self.seeds)}"
+            )
         at = f"variants.{variant.name}.set"
         if others := [key for key in variant.set if not key.startswith("train.")]:
             yield f"{at}.{others[0]}: a variant changes [train] alone, its keys begin with 'train.'"

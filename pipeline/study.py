@@ -5,6 +5,7 @@ import io
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -42,17 +43,21 @@ class Study:
     Args:
         config: the study.
         options: how to run it.
+        on_trained: told the variant and the seconds of every mixture that was trained.
 
     Raises:
         InputError: a file stands where a folder is to be.
     """
 
-    def __init__(self, config: RunConfig, options: RunOptions) -> None:
+    def __init__(
+        self, config: RunConfig, options: RunOptions, on_trained: Callable[[str, float], None] | None = None
+    ) -> None:
         for key, folder in (("work", config.work), ("cache.root", config.cache.root)):
             if folder.exists() and not folder.is_dir():
                 raise InputError(f"{key}: {folder} is a file, a folder is needed")
         self.config = config
         self.options = options
+        self._on_trained = on_trained
         self.progress = TqdmProgress()
         self.record = RunRecord(config.work / "record.json", config)
         self._legs = legs(config)
@@ -120,16 +125,18 @@ class Study:
             stage.fresh = True
             probe = train_probe(data, leg.probe_folder)
             lines.append(f"train {leg.name}: probe with strength {probe.strength:g} ({data.split.rule})")
-            for variant, config in self.config.variant_configs().items():
-                for seed in leg.train_seeds:
-                    folder = leg.mixture_folder(variant, seed)
-                    done = train_mofe(data, config, lambda: leg.loaded.end(), seed, folder, self.progress)
-                    stage.fresh &= not done
-                    about = read_json(folder / "mofe.json") or {}
-                    lines.append(
-                        f"train {leg.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "
-                        f"{about['settings']['experts']} experts, epoch {about['best_epoch']} kept, {folder}"
-                    )
+            configs = self.config.variant_configs()
+            for variant, seed in self._mixtures(leg):
+                folder, started = leg.mixture_folder(variant, seed), time.monotonic()
+                done = train_mofe(data, configs[variant], lambda: leg.loaded.end(), seed, folder, self.progress)
+                stage.fresh &= not done
+                about = read_json(folder / "mofe.json") or {}
+                lines.append(
+                    f"train {leg.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "
+                    f"{about['settings']['experts']} experts, epoch {about['best_epoch']} kept, {folder}"
+                )
+                if done and self._on_trained is not None:
+                    self._on_trained(variant, time.monotonic() - started)
         return lines
 
     def finetune(self) -> Lines:
@@ -191,8 +198,7 @@ class Study:
         data = leg.id_data()
         mixtures = [
             MixtureFolder(variant, seed, self._trained(leg, data, variant, seed))
-            for variant in self.config.variant_configs()
-            for seed in leg.train_seeds
+            for variant, seed in self._mixtures(leg)
         ]
         tests = [
             TestSet(entry.name, _GROUP_OF_ROLE[entry.role], caches[entry.name])
@@ -221,6 +227,33 @@ class Study:
                 f"{folder}: trained with other settings or features than this run's, or not whole: run make train"
             )
         return folder
+
+    def _mixtures(self, leg: Leg) -> Iterator[tuple[str, int]]:
+        """Variant and seed of every mixture on a leg's features."""
+        for variant, seeds in self.config.variant_seeds().items():
+            yield from ((variant, seed) for seed in leg.train_seeds if seed in seeds)
+
+    def to_train(self, leg: Leg | None = None) -> list[tuple[str, int]]:
+        """Variant and seed of every mixture that is not fresh; by default of the pre-trained backbone's."""
+        leg = leg or self._legs[0]
+        try:
+            data = leg.id_data()
+        except (InputError, CacheError):  # not extracted yet
+            return list(self._mixtures(leg))
+        found = []
+        for variant, seed in self._mixtures(leg):
+            try:
+                self._trained(leg, data, variant, seed)
+            except InputError:
+                found.append((variant, seed))
+        return found
+
+    def training_cost(self, variant: str) -> float:
+        """What a mixture takes to train, in tokens that its epochs read; the caches must be there."""
+        data = self._legs[0].id_data()
+        height, width = data.train.spec.grid
+        rows = sum(map(len, data.train_rows().values()))
+        return float(self.config.variant_configs()[variant].epochs * rows * (1 + height * width))
 
     def _score_identity(self, sources: Sequence[BackboneSource]) -> str:
         return fingerprint(
@@ -338,17 +371,29 @@ class Study:
                     lines.append(f"{leg.name:10} {entry.name}: {error}")
                     continue
                 lines += ["", *cache_lines(cache)]
-            for variant in self.config.variant_configs():
-                for seed in leg.train_seeds:
-                    folder = leg.mixture_folder(variant, seed)
-                    about = read_json(folder / "mofe.json")
-                    state = (
-                        f"{about['settings']['experts']} experts, {about['parameters']:,} parameters"
-                        if about
-                        else "not trained"
-                    )
-                    lines.append(f"model      {leg.name} {variant} seed {seed}: {state}")
+            for variant, seed in self._mixtures(leg):
+                about = read_json(leg.mixture_folder(variant, seed) / "mofe.json")
+                state = (
+                    f"{about['settings']['experts']} experts, {about['parameters']:,} parameters"
+                    if about
+                    else "not trained"
+                )
+                lines.append(f"model      {leg.name} {variant} seed {seed}: {state}")
         return lines
+
+    def outline(self) -> str:
+        """What the study is and what of it is still to be trained, in one line.
+
+        Raises:
+            InputError: a set is not there, or cannot be scored.
+        """
+        self._check_sets()
+        n_images = sum(len(self._table(entry)) for entry in self.config.sets)
+        n_mixtures, n_left = (len(list(mixtures)) for mixtures in (self._mixtures(self._legs[0]), self.to_train()))
+        return (
+            f"{self.config.name}: {len(self.config.sets)} sets of {n_images:,} images; {n_left} of {n_mixtures} "
+            f"mixtures to train, in {1 + len(self.config.variants)} variants; {self.config.work}"
+        )
 
     def plan(self, verb: str, backbone: str = "all") -> Lines:
         """What a verb would do: what is fresh, what would run, and the bytes that it would write."""
@@ -394,16 +439,11 @@ class Study:
         return lines
 
     def _plan_train(self, leg: Leg) -> Lines:
-        lines: Lines = []
-        for variant in self.config.variant_configs():
-            for seed in leg.train_seeds:
-                try:
-                    self._trained(leg, leg.id_data(), variant, seed)
-                    state = "fresh"
-                except (InputError, CacheError):
-                    state = "would run"
-                lines.append(f"train {leg.name} {variant} seed {seed}: {state}")
-        return lines
+        to_train = set(self.to_train(leg))
+        return [
+            f"train {leg.name} {variant} seed {seed}: {'would run' if (variant, seed) in to_train else 'fresh'}"
+            for variant, seed in self._mixtures(leg)
+        ]
 
     def _plan_score(self, asked: Sequence[Leg], backbone: str) -> str:
         folder = self.config.work / "scores"

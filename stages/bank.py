@@ -20,9 +20,6 @@ _SMALL = 128
 _NEAR = 0.2
 _PAIRS = 1 << 15  # of them at once
 
-FARTHEST = 2.0
-"""The largest distance there is between two normalised features: they point in opposite directions."""
-
 
 def l2_normalise(features: ArrayLike) -> NDArray[np.float32]:
     """Every row divided by its Euclidean norm; a zero row stays zero.

@@ -36,10 +36,15 @@ class BackboneConfig(StageConfig):
 class TrainConfig(StageConfig):
     """How the Mixture of Feature Experts is trained; ``None`` means: as the preset has it."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     experts: PositiveInt | Literal["auto"] = "auto"
+    expert: Literal["end", "adapter", "frozen", "dense"] = "end"  # what an expert is made of; see stages/experts.py
+    router_input: Literal["tap_cls", "cls"] = "tap_cls"
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
     mixup: Literal["dynamic", "static", "none"] = "dynamic"
     epochs: PositiveInt = 20
+    patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
     preset: Literal["default", "paper"] = "default"
     batch_size: PositiveInt | None = None
     lr: float | None = Field(default=None, gt=0)
@@ -52,6 +57,8 @@ class TrainConfig(StageConfig):
     alpha_min: float | None = Field(default=None, ge=0)
     alpha_max: float | None = Field(default=None, ge=0)
     alpha_power: float | None = Field(default=None, gt=0)
+    gradient_clip: float | None = Field(default=None, gt=0)
+    ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
 
 
 class FinetuneConfig(StageConfig):
@@ -74,14 +81,15 @@ class FinetuneConfig(StageConfig):
     drop_path: float | None = Field(default=None, ge=0, lt=1)
 
 
-SCORE_NAMES = ("msp", "energy", "knn", "knn+energy")  # what [score] scores may name
+SCORE_NAMES = ("msp", "energy", "knn", "knn+energy", "ncm", "mos")  # what [score] scores may name
 
 
 class ScoreConfig(StageConfig):
     """Which scores, with which settings."""
 
-    scores: list[str] = list(SCORE_NAMES)
+    scores: list[str] = ["msp", "energy", "knn", "knn+energy"]
     k: PositiveInt | Literal["auto"] = "auto"
+    top2: bool = False  # rows of the router's two most probable experts as well; doubles what has to be refined
     profile: Literal["paper"] = "paper"
     temperature: float = Field(default=1.0, gt=0)
     bootstrap: int = Field(default=1000, ge=100)

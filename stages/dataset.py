@@ -1,6 +1,6 @@
 """What stage two and three know of the ID data: sealed caches, labels in the study's classes, and the split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,15 +115,78 @@ def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:
     return labels
 
 
-def read_tokens(cache: FeatureCache, rows: Rows | slice, device: str | torch.device = "cpu") -> Tokens:
-    """Rows of a cache as float32 `Tokens`; what the cache does not hold has length 0."""
+ALL_TOKENS = ("cls", "tap_cls", "registers", "patches")
+
+
+def read_tokens(
+    cache: FeatureCache,
+    rows: Rows | slice,
+    device: str | torch.device = "cpu",
+    reads: Sequence[str] = ALL_TOKENS,
+) -> Tokens:
+    """Rows of a cache as float32 `Tokens`; what the cache does not hold, or was not asked for, has length 0."""
 
     def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(cache.read(name, rows), dtype=np.float32)).to(device)
+        return torch.from_numpy(cache.read(name, rows)).to(device).float()
 
-    cls, tap_cls = read("cls"), read("tap_cls")
+    cls = read("cls")
+    known = [name for name in reads if name in cache.spec.datasets()]
+    tap_cls = read("tap_cls") if "tap_cls" in known else cls[:, :0]
     absent = tap_cls[:, None][:, :0]
-    stored = cache.spec.datasets()
-    registers = read("registers") if "registers" in stored else absent
-    patches = read("patches") if "patches" in stored else absent
+    registers = read("registers") if "registers" in known else absent
+    patches = read("patches") if "patches" in known else absent
     return Tokens(cls, tap_cls, registers, patches)
+
+
+def read_blocks(cache: FeatureCache, name: str, rows: Rows) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
+    """Walk over one feature of some rows: (row numbers, float32 values), a few thousand at a time.
+
+    Raises:
+        InputError: a value that is not finite, naming the image.
+    """
+    for block in cache.batches([name], rows, batch_size=4096):
+        values = block[name].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise not_finite(cache, block["row"], values, name)
+        yield block["row"], values
+
+
+def not_finite(cache: FeatureCache, rows: Rows, values: NDArray[np.floating], name: str) -> InputError:
+    """The error that names the first of some rows whose values are not finite."""
+    row = rows[~np.isfinite(values).reshape(len(rows), -1).all(1)][0]
+    return InputError(
+        f"set {cache.manifest.dataset!r}: {name} of image {str(cache.ids[row])!r} is not finite: "
+        f"leave the image out, or remove {cache.path} and extract again"
+    )
+
+
+WINDOW_BYTES = 1 << 30
+
+
+def epoch_windows(
+    rows: Rows, shard_starts: Sequence[int], row_bytes: int, rng: np.random.Generator, window_bytes: int = WINDOW_BYTES
+) -> list[Rows]:
+    """An epoch's order, such that a cache larger than memory is read a window at a time.
+
+    Shards are shuffled, consecutive ones make a window as long as their rows fit into it (one shard at least), and the
+    rows of each window are shuffled. Where all fits into one window, that is a permutation of all rows.
+
+    Args:
+        rows: to order, each once.
+        shard_starts: first row of each shard of the cache, ascending.
+        row_bytes: what is read for one row.
+        rng: shuffles.
+        window_bytes: size of a window.
+    """
+    shard = np.searchsorted(np.asarray(shard_starts), rows, "right") - 1
+    by_shard = [rows[shard == number] for number in rng.permutation(np.unique(shard))]
+    windows: list[list[Rows]] = [[]]
+    size = 0
+    for part in by_shard:
+        nbytes = len(part) * row_bytes
+        if windows[-1] and size + nbytes > window_bytes:
+            windows.append([])
+            size = 0
+        windows[-1].append(part)
+        size += nbytes
+    return [rng.permutation(np.concatenate(window)) for window in windows if window]

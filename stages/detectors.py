@@ -6,6 +6,9 @@ split (one where rows were simply held out) and a final bank. A *detector* is on
     part  ("none", "knn"), ("refit", "energy"), …   a fitted scorer and the raw scores of all calibration rows
     detector  one part, or the sum of several standardised on the calibration rows ("knn+energy");
               calibrated: every part first on its expert's scale
+
+With top-2 routing a row has a twin, the same row through the router's second choice. Its score is the mean of the two
+experts' scores, weighted by the gate; what the detector learnt from routed rows stays what it is.
 """
 
 from collections.abc import Sequence
@@ -30,6 +33,7 @@ from stages.scorers import Fold as KFold
 
 Floats = NDArray[np.float32]
 NO_HEAD = "none"
+_TRAINED = "trained"  # the heads that have "other"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +44,10 @@ class SetRows:
         features: ``[n, D]``.
         labels: ``[n]`` class numbers of the study; −1 for OOD rows.
         logits: ``[n, C]`` for each head.
-        expert: ``[n]`` routed expert; None without experts.
-        confidence: ``[n]`` the router's probability of its choice; None without experts.
+        expert: ``[n]`` the expert that each row went to; None without experts.
+        confidence: ``[n]`` the router's probability of its choice, or of its second one where it is that; None without
+            experts.
+        others: ``[n, E]`` each group's probability of "other"; None where the heads do not see the same features.
     """
 
     features: Floats
@@ -49,32 +55,27 @@ class SetRows:
     logits: dict[str, Floats] = field(default_factory=dict)
     expert: NDArray[np.int64] | None = None
     confidence: Floats | None = None
+    others: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def inputs(self, head: str) -> ScoreInputs:
         """What a scorer may look at."""
-        return ScoreInputs(self.features, self.logits.get(head), self.labels, self.expert)
-
-    def take(self, rows: NDArray[np.int64]) -> "SetRows":
-        """Some of the rows."""
-        return SetRows(
-            self.features[rows],
-            self.labels[rows],
-            {head: logits[rows] for head, logits in self.logits.items()},
-            None if self.expert is None else self.expert[rows],
-            None if self.confidence is None else self.confidence[rows],
-        )
+        return ScoreInputs(self.features, self.logits.get(head), self.labels, self.expert, self.others)
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One fold's model: its bank (training rows), and the rows that it did not see."""
+    """One fold's model: its bank (training rows), and the rows that it did not see.
+
+    `second` are the calibrate rows once more, through the router's second choice; None where no top-2 row is asked.
+    """
 
     bank: SetRows
     select: SetRows
     calibrate: SetRows
+    second: SetRows | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Subject:
         runs: one for each fold.
         bank: training rows of the final model.
         n_experts: E; 0 without experts.
+        has_others: whether its rows carry each group's probability of "other".
     """
 
     key: SubjectKey
@@ -104,15 +106,24 @@ class Subject:
     runs: tuple[Run, ...]
     bank: SetRows
     n_experts: int = 0
+    has_others: bool = False
+
+    @property
+    def calibration_expert(self) -> NDArray[np.int64] | None:
+        """Expert that each calibration row of every fold went to; None without experts."""
+        return np.concatenate([_known(run.calibrate.expert) for run in self.runs]) if self.n_experts else None
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A scorer fitted for the final model, and the raw scores of all calibration rows by their folds' models."""
+    """A scorer fitted for the final model, and the raw scores of all calibration rows by their folds' models.
+
+    `second`: of the same rows through the router's second choice, where top-2 rows are asked.
+    """
 
     scorer: Scorer
     calibration: Floats
-    calibration_expert: NDArray[np.int64] | None
+    second: Floats | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +162,11 @@ class Detector:
             raw = [scale.apply(scores, expert) for scale, scores in zip(self.experts, raw, strict=True)]
         return sum_scores(raw, self.standardisers) if self.standardisers else np.asarray(raw[0], dtype=np.float32)
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether its score of a row depends on the expert that the row went to."""
+        return self.subject.n_experts > 0 and any(not _reads_others(part.scorer.name) for part in self.parts)
+
     def score_rows(self, rows: SetRows) -> Floats:
         """Score of each row, ``[n]``; higher = more OOD."""
         return self.combine([part.scorer.score(rows.inputs(self.head)) for part in self.parts], rows.expert)
@@ -158,7 +174,17 @@ class Detector:
     @property
     def calibration_scores(self) -> Floats:
         """Scores of the calibration rows, which no model in question was trained or selected on."""
-        return self.combine([part.calibration for part in self.parts], self.parts[0].calibration_expert)
+        return self.combine([part.calibration for part in self.parts], self.subject.calibration_expert)
+
+    @property
+    def top2_calibration_scores(self) -> Floats:
+        """The same by the router's two choices, where top-2 rows are asked."""
+        runs = self.subject.runs
+        twins = [run.second for run in runs if run.second is not None]
+        raw = [part.second for part in self.parts if part.second is not None]
+        second = self.combine(raw, np.concatenate([_known(rows.expert) for rows in twins]))
+        share = np.concatenate([gate_share(run.calibrate, rows) for run, rows in zip(runs, twins, strict=True)])
+        return gate_weighted(self.calibration_scores, second, share)
 
 
 class DetectorFactory:
@@ -192,9 +218,15 @@ class DetectorFactory:
         return [
             self.detector(head, score, calibrated)
             for score in self.config.scores
-            for head in (self.subject.heads if needs_logits(score) else (NO_HEAD,))
-            for calibrated in ((False, True) if self.subject.n_experts > 1 else (False,))
+            for head in self.heads_of(score)
+            for calibrated in ((False, True) if self.subject.n_experts > 1 and not _reads_others(score) else (False,))
         ]
+
+    def heads_of(self, score: str) -> tuple[str, ...]:
+        """Heads that a score applies to; none where it applies to nothing that these rows have."""
+        if _reads_others(score):
+            return (_TRAINED,) if self.subject.has_others else ()
+        return self.subject.heads if needs_logits(score) else (NO_HEAD,)
 
     def detector(self, head: str, score: str, calibrated: bool = False) -> Detector:
         """One fitted detector."""
@@ -202,7 +234,7 @@ class DetectorFactory:
         experts: tuple[ExpertCalibration, ...] = ()
         if calibrated:
             experts = tuple(
-                ExpertCalibration.fit(part.calibration, _known(part.calibration_expert), self.subject.n_experts)
+                ExpertCalibration.fit(part.calibration, _known(self.subject.calibration_expert), self.subject.n_experts)
                 for part in parts
             )
         plain = Detector(self.subject, head, score, calibrated, parts, experts)
@@ -212,7 +244,7 @@ class DetectorFactory:
         for index, part in enumerate(parts):
             scores = part.calibration
             if calibrated:
-                scores = experts[index].apply(scores, _known(part.calibration_expert))
+                scores = experts[index].apply(scores, _known(self.subject.calibration_expert))
             scales.append(Standardiser.fit(scores))
         return Detector(self.subject, head, score, calibrated, parts, experts, tuple(scales))
 
@@ -220,18 +252,20 @@ class DetectorFactory:
         if (head, name) not in self._parts:
             subject = self.subject
             scorers = [self._scorer(name).fit(run.bank.inputs(head)) for run in subject.runs]
-            calibration = [
-                scorer.score(run.calibrate.inputs(head)) for scorer, run in zip(scorers, subject.runs, strict=True)
-            ]
-            expert = None
-            if subject.n_experts:
-                expert = np.concatenate([_known(run.calibrate.expert) for run in subject.runs])
+            judged = list(zip(scorers, subject.runs, strict=True))
+            calibration = [scorer.score(run.calibrate.inputs(head)) for scorer, run in judged]
+            second = [scorer.score(run.second.inputs(head)) for scorer, run in judged if run.second is not None]
             final = scorers[0] if len(scorers) == 1 else self._scorer(name).fit(subject.bank.inputs(head))
-            self._parts[head, name] = Part(final, np.concatenate(calibration), expert)
+            twice = np.concatenate(second) if second else None
+            self._parts[head, name] = Part(final, np.concatenate(calibration), twice)
         return self._parts[head, name]
 
     def _scorer(self, name: str) -> Scorer:
-        params: dict[str, Any] = {"k": self.k} if name == "knn" else {"temperature": self.config.temperature}
+        params: dict[str, Any] = {}
+        if name == "knn":
+            params = {"k": self.k}
+        elif needs_logits(name):
+            params = {"temperature": self.config.temperature}
         return get_scorer(name, **params)
 
 
@@ -240,13 +274,32 @@ def needs_logits(score: str) -> bool:
     return any("logits" in get_scorer(name).needs for name in score.split("+"))
 
 
+def gate_share(rows: SetRows, twins: SetRows) -> Floats:
+    """``[n]`` the weight of the router's first choice among its two: the gate, made to add up to 1 over them."""
+    first, second = _known(rows.confidence), _known(twins.confidence)
+    return np.asarray(first / (first + second), dtype=np.float32)
+
+
+def gate_weighted(first: Floats, second: Floats, share: Floats) -> Floats:
+    """Mean of what two experts say of the same rows, the first with weight `share`.
+
+    >>> gate_weighted(np.float32([1, 3]), np.float32([2, 7]), np.float32([0.75, 1])).tolist()
+    [1.25, 3.0]
+    """
+    return np.asarray(share * first + (1 - share) * second, dtype=np.float32)
+
+
+def _reads_others(score: str) -> bool:
+    return any("others" in get_scorer(name).needs for name in score.split("+"))
+
+
 def recommended(factory: DetectorFactory) -> Detector:
     """What `predict` takes where nothing is asked: the sum of kNN and energy; each alone fails somewhere."""
     head = "refit" if "refit" in factory.subject.heads else factory.subject.heads[0]
     return factory.detector(head, "knn+energy")
 
 
-def _known(expert: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    if expert is None:
+def _known(routed: NDArray[Any] | None) -> NDArray[Any]:
+    if routed is None:
         raise InputError("these rows were not routed: calibration over experts needs a mixture's features")
-    return expert
+    return routed

@@ -6,12 +6,26 @@ group's expert refines the tokens; OOD is scored with the refined class embeddin
 
     tap_cls (B, D') ── Router ── p(class) (B, C) ── sum over each group ── gate (B, E) ── argmax ── expert (B,)
     tokens ── Expert[expert] ── features (B, D) ── head ── logits over the group's classes + "other"
+
+What an expert is made of. All but the heads and the router start so that the features are the frozen ``cls``:
+
+    ========== =============================================================== ============ =======================
+    kind       features                                                        reads        trained, for E groups
+    ========== =============================================================== ============ =======================
+    end        a copy of the backbone's end on the tokens                      all tokens   E ends, heads, router
+    adapter    cls + W_up · GELU(W_down · LayerNorm(cls)), rank 64             cls          E adapters, heads, router
+    frozen     cls: group softmax with "other" alone, as MOS has it (below)    cls          heads, router
+    dense      a weighted sum of E copies of the backbone's end: as many       all tokens   E ends, one head
+               parameters as E experts, nothing routed, nothing "other"
+    ========== =============================================================== ============ =======================
+
+MOS: Huang and Li, "MOS: Towards Scaling Out-of-distribution Detection for Large Semantic Space", CVPR 2021.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +35,9 @@ from torch.nn import functional as F
 from stages.artifacts import read_json, read_tensors, write_described
 from stages.backbone import Tokens
 from stages.errors import InputError
+
+ExpertKind = Literal["end", "adapter", "frozen", "dense"]
+RouterInput = Literal["tap_cls", "cls"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,52 @@ class MixtureOutput:
         return torch.bincount(self.expert, minlength=self.gate.shape[1])
 
 
+class Adapter(nn.Module):
+    """``cls`` plus a bottleneck whose last layer starts at zero: few parameters, and no patches are read."""
+
+    def __init__(self, dim: int, rank: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.down = nn.Linear(dim, rank)
+        self.up = nn.Linear(rank, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """``cls`` to refined ``cls``, ``[B, D]``."""
+        return tokens.cls + self.up(F.gelu(self.down(self.norm(tokens.cls))))
+
+
+class FrozenEnd(nn.Module):
+    """No expert at all: the frozen ``cls``."""
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """``[B, D]`` as it was cached."""
+        return tokens.cls
+
+
+class DenseEnd(nn.Module):
+    """Several copies of the backbone's end, summed with fixed positive weights that add up to 1 for each feature.
+
+    The sum starts as one copy alone would. The weights differ, or all copies would have the same gradient and stay
+    one network.
+    """
+
+    share: Tensor
+
+    def __init__(self, ends: Sequence[nn.Module], dim: int) -> None:
+        super().__init__()
+        self.ends = nn.ModuleList(ends)
+        drawn = torch.rand(len(ends), dim, generator=torch.Generator().manual_seed(0)) + 0.5
+        self.register_buffer("share", drawn / drawn.sum(0))  # (copies, D)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tap tokens to refined ``cls``, ``[B, D]``."""
+        return sum(share * end(tokens) for share, end in zip(self.share, self.ends, strict=True))
+
+
 class Expert(nn.Module):
-    """A copy of the backbone's own end with a head over its group's classes and, last, "other".
+    """What refines the tokens of one group, with a head over its classes and, last, "other".
 
     At the start its features are the frozen backbone's ``cls``.
     """
@@ -75,9 +136,9 @@ class Expert(nn.Module):
 
 
 class Router(nn.Module):
-    """Linear classifier on the un-normalised class embedding at the tap.
+    """Linear classifier on the un-normalised class embedding at the tap, or on the final ``cls``.
 
-    Inputs are shifted and scaled by training statistics first: still a linear map of ``tap_cls``, better conditioned.
+    Inputs are shifted and scaled by training statistics first: still a linear map of them, better conditioned.
     """
 
     mean: Tensor
@@ -91,52 +152,100 @@ class Router(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def standardise(self, tap_cls: Tensor) -> None:
-        """Take mean and standard deviation from training rows ``[N, D']``."""
-        self.mean.copy_(tap_cls.mean(0))
-        self.scale.copy_(tap_cls.std(0, correction=0).clamp_min(1e-6))
+    def standardise(self, blocks: Iterable[Tensor]) -> None:
+        """Take mean and standard deviation from training rows, given in blocks ``[n, D']``."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        origin: Tensor | None = None
+        for block in blocks:
+            rows = block.double()
+            origin = rows.mean(0) if origin is None else origin
+            # Counted from the first block's mean: the difference of two large sums would lose a small deviation.
+            shifted = rows - origin
+            count, total, squares = count + len(rows), total + shifted.sum(0), squares + (shifted**2).sum(0)
+        if origin is None:
+            raise ValueError("no rows to standardise by")
+        mean = total / count
+        self.mean.copy_(origin + mean)
+        self.scale.copy_((squares / count - mean**2).clamp_min(0).sqrt().clamp_min(1e-6))
 
-    def forward(self, tap_cls: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``[B, D']`` to class logits ``[B, C]``."""
-        return self.linear((tap_cls - self.mean) / self.scale)
+        return self.linear((x - self.mean) / self.scale)
 
 
 class MixtureOfFeatureExperts(nn.Module):
     """E experts and their router.
 
     Args:
-        make_end: gives a fresh copy of the backbone's end, once for each expert.
+        make_end: gives a fresh copy of the backbone's end.
         dim: D, width of the refined features.
         tap_dim: D', width of the tokens at the tap.
         groups: ``[C]`` the group (= expert) of each class, 0 to E − 1, none empty.
+        kind: what the experts are made of, see the table above.
+        router_input: what the router reads.
+        copies: of the backbone's end in the one expert of kind ``"dense"``.
     """
 
     group: Tensor
     column: Tensor
 
-    def __init__(self, make_end: Callable[[], nn.Module], dim: int, tap_dim: int, groups: Sequence[int]) -> None:
+    def __init__(
+        self,
+        make_end: Callable[[], nn.Module],
+        dim: int,
+        tap_dim: int,
+        groups: Sequence[int],
+        kind: ExpertKind = "end",
+        router_input: RouterInput = "tap_cls",
+        copies: int = 1,
+    ) -> None:
         super().__init__()
         self.sizes: list[int] = np.bincount(np.asarray(groups)).tolist()
         if 0 in self.sizes:
             raise InputError(f"train.grouping: group {self.sizes.index(0)} has no class")
         self.n_experts = len(self.sizes)
         self.n_classes = len(groups)
+        self.kind = kind
+        self.router_input = router_input
+
+        def make() -> nn.Module:
+            match kind:
+                case "end":
+                    return make_end()
+                case "adapter":
+                    return Adapter(dim)
+                case "frozen":
+                    return FrozenEnd()
+                case "dense":
+                    return DenseEnd([make_end() for _ in range(copies)], dim)
+
         has_other = self.n_experts > 1  # a single expert has nothing outside its group
-        self.experts = nn.ModuleList(Expert(make_end(), dim, size + has_other) for size in self.sizes)
-        self.router = Router(tap_dim, self.n_classes)
+        self.experts = nn.ModuleList(Expert(make(), dim, size + has_other) for size in self.sizes)
+        self.router = Router(tap_dim if router_input == "tap_cls" else dim, self.n_classes)
         self.register_buffer("group", torch.as_tensor(np.asarray(groups)), persistent=False)  # (C,)
         # The output of its expert's head that stands for each class.
         column = [sum(g == groups[c] for g in groups[:c]) for c in range(len(groups))]
         self.register_buffer("column", torch.as_tensor(column), persistent=False)  # (C,)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of `Tokens` that it needs; the others may be left unread."""
+        if self.kind in ("end", "dense"):
+            return ("cls", "tap_cls", "registers", "patches")
+        return ("cls", "tap_cls") if self.router_input == "tap_cls" else ("cls",)
+
     def classes_of(self, expert: int) -> Tensor:
         """Classes of one expert's group, in the order of its head's outputs."""
         return torch.nonzero(self.group == expert).flatten()
 
-    def route(self, tap_cls: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, D']`` to (gate ``[B, E]``, class probabilities ``[B, C]``): p(group) = sum of p(class) over it."""
-        probability = self.router(tap_cls).softmax(1)
-        gate = probability.new_zeros(len(tap_cls), self.n_experts)
+    def class_logits(self, tokens: Tokens) -> Tensor:
+        """The router's logits ``[B, C]``."""
+        return self.router(getattr(tokens, self.router_input))
+
+    def route(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """B rows to (gate ``[B, E]``, class probabilities ``[B, C]``): p(group) = sum of p(class) over it."""
+        probability = self.class_logits(tokens).softmax(1)
+        gate = probability.new_zeros(len(tokens), self.n_experts)
         return gate.index_add(1, self.group, probability), probability
 
     def forward(self, tokens: Tokens, expert: Tensor | None = None) -> MixtureOutput:
@@ -146,7 +255,7 @@ class MixtureOfFeatureExperts(nn.Module):
             tokens: of B images.
             expert: ``[B]`` forces the expert of each row; by default the router decides.
         """
-        gate, probability = self.route(tokens.tap_cls)
+        gate, probability = self.route(tokens)
         chosen = gate.argmax(1) if expert is None else expert
         features = torch.zeros_like(tokens.cls)
         logits = torch.full_like(probability, -torch.inf)
@@ -177,8 +286,15 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def save_mixture(folder: Path, mixture: MixtureOfFeatureExperts, description: Mapping[str, Any]) -> None:
-    """Write ``mofe.safetensors`` and, last, ``mofe.json``: the description, with the classes and their groups."""
-    tensors = {name: tensor.numpy() for name, tensor in mixture.state_dict().items()}
+    """Write ``mofe.safetensors`` and, last, ``mofe.json``.
+
+    Args:
+        folder: where to.
+        mixture: on any device.
+        description: what ``mofe.json`` holds: ``"groups"``, the classes and their groups, and ``"settings"`` with the
+            kind of expert, what the router reads and the number of experts, where they are not the usual ones.
+    """
+    tensors = {name: tensor.cpu().numpy() for name, tensor in mixture.state_dict().items()}
     write_described(folder / "mofe.safetensors", tensors, description)
 
 
@@ -188,10 +304,11 @@ def load_mixture(folder: Path, make_end: Callable[[], nn.Module], dim: int, tap_
     Raises:
         InputError: missing or damaged files, or weights of another architecture.
     """
-    groups, tensors = _stored_groups(read_json(folder / "mofe.json")), read_tensors(folder / "mofe.safetensors")
-    if groups is None or tensors is None:
+    description, tensors = read_json(folder / "mofe.json"), read_tensors(folder / "mofe.safetensors")
+    groups, kind = _stored_groups(description), _stored_kind(description)
+    if groups is None or kind is None or tensors is None:
         raise InputError(f"{folder} holds no whole mofe.json and mofe.safetensors: run make train")
-    mixture = MixtureOfFeatureExperts(make_end, dim, tap_dim, groups)
+    mixture = MixtureOfFeatureExperts(make_end, dim, tap_dim, groups, *kind)
     try:
         mixture.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
     except RuntimeError as error:
@@ -205,3 +322,14 @@ def _stored_groups(description: dict[str, Any] | None) -> list[int] | None:
     groups = list(stored.values()) if isinstance(stored, dict) else []
     whole = groups and all(type(group) is int for group in groups)
     return groups if whole and set(groups) == set(range(len(set(groups)))) else None
+
+
+def _stored_kind(description: dict[str, Any] | None) -> tuple[ExpertKind, RouterInput, int] | None:
+    """Kind of expert, the router's input and the number of copies, or None where what is stored makes no sense."""
+    settings = (description or {}).get("settings", {})
+    if not isinstance(settings, dict):
+        return None
+    kind, reads = settings.get("expert", "end"), settings.get("router_input", "tap_cls")
+    copies = settings.get("experts", 1)
+    known = kind in get_args(ExpertKind) and reads in get_args(RouterInput) and type(copies) is int
+    return (kind, reads, copies) if known and 1 <= copies <= 2**16 else None

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from stages.errors import InputError
 
+BALANCED_STARTS = 10
+
 
 def experts_for(n_classes: int) -> int:
     """E for ``experts = "auto"``.
@@ -21,11 +24,19 @@ def experts_for(n_classes: int) -> int:
     return max(1, min(max(2, round(3 * np.log10(n_classes) - 2)), n_classes // 2))
 
 
-def class_prototypes(features: NDArray[np.float32], labels: NDArray[np.int32], n_classes: int) -> NDArray[np.float64]:
-    """Mean feature of each class, ``[C, D]``; ``features`` are the training rows' ``cls [N, D]``."""
-    sums = np.zeros((n_classes, features.shape[1]))
-    np.add.at(sums, labels, features)
-    return sums / np.maximum(np.bincount(labels, minlength=n_classes), 1)[:, None]
+def class_prototypes(
+    blocks: Iterable[tuple[NDArray[np.floating], NDArray[np.integer]]], n_classes: int
+) -> NDArray[np.float64]:
+    """Mean feature of each class, ``[C, D]``, from blocks of training rows: (features ``[n, D]``, labels ``[n]``)."""
+    sums: NDArray[np.float64] | None = None
+    counts = np.zeros(n_classes, dtype=np.int64)
+    for features, labels in blocks:
+        sums = np.zeros((n_classes, features.shape[1])) if sums is None else sums
+        np.add.at(sums, labels, features)
+        counts += np.bincount(labels, minlength=n_classes)
+    if sums is None:
+        raise ValueError("no rows to make prototypes of")
+    return sums / np.maximum(counts, 1)[:, None]
 
 
 def group_classes(
@@ -52,10 +63,20 @@ def group_classes(
     with warnings.catch_warnings():
         # Prototypes of fewer than E places make fewer clusters; balanced groups are filled all the same.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters = KMeans(n_groups, n_init=10, random_state=seed).fit(prototypes)
-    if method == "kmeans":
-        return _renumber(clusters.labels_.tolist())
-    return _renumber(_balance(prototypes, clusters.cluster_centers_).tolist())
+        if method == "kmeans":
+            return _renumber(KMeans(n_groups, n_init=10, random_state=seed).fit(prototypes).labels_.tolist())
+        # Balancing ends near where it starts, and the best unbalanced start is not the best to balance.
+        starts = np.random.default_rng(seed).integers(2**31, size=BALANCED_STARTS).tolist()
+        found = [
+            _balance(prototypes, KMeans(n_groups, n_init=1, random_state=s).fit(prototypes).cluster_centers_)
+            for s in starts
+        ]
+    return _renumber(min(found, key=lambda groups: squared_distance(prototypes, groups)).tolist())
+
+
+def squared_distance(points: NDArray[np.floating], groups: NDArray[np.integer]) -> float:
+    """Sum over all points of the squared distance to the mean of their group."""
+    return sum(float(((own - own.mean(0)) ** 2).sum()) for own in (points[groups == g] for g in np.unique(groups)))
 
 
 def _balance(points: NDArray[np.floating], centers: NDArray[np.floating], rounds: int = 50) -> NDArray[np.int64]:

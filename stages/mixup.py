@@ -74,8 +74,8 @@ def mix_features(tokens: Tokens, targets: Tensor, alpha: NDArray[np.floating], r
     """
     alpha = np.asarray(alpha, dtype=np.float64)
     lam = np.where(alpha > 0, rng.beta(np.maximum(alpha, 1e-8), np.maximum(alpha, 1e-8)), 1.0)
-    partner = torch.from_numpy(rng.permutation(len(tokens)))
-    weight = torch.from_numpy(lam.astype(np.float32))
+    partner = torch.from_numpy(rng.permutation(len(tokens))).to(targets.device)
+    weight = torch.from_numpy(lam.astype(np.float32)).to(targets.device)
 
     def mix(x: Tensor) -> Tensor:
         w = weight.view(-1, *[1] * (x.ndim - 1))

@@ -6,7 +6,7 @@ another k, temperature or score costs a search and some arithmetic.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from cache import CacheMismatchError, FeatureCache
 from stages.artifacts import read_json, write_json
 from stages.backbone import Backbone
 from stages.config import ScoreConfig
 from stages.dataset import IdData, Labels, labels_in
-from stages.detectors import NO_HEAD, Detector, DetectorFactory, Run, SetRows, Subject, SubjectKey, recommended
+from stages.detectors import (
+    NO_HEAD,
+    Detector,
+    DetectorFactory,
+    Run,
+    SetRows,
+    Subject,
+    SubjectKey,
+    gate_share,
+    gate_weighted,
+    recommended,
+)
 from stages.errors import InputError
 from stages.experts import MixtureOfFeatureExperts, load_mixture
 from stages.heads import FittedHeads, LinearHead, load_heads
@@ -30,7 +42,7 @@ from stages.scorers import threshold_at
 from stages.split import Rows
 from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
 
-SCORE_SEMANTICS = 1  # raise it when the same caches, models and settings would give another table
+SCORE_SEMANTICS = 2  # raise it when the same caches, models and settings would give another table
 ADMIT = (0.95, 0.99)
 _FINETUNE_HEAD = "finetune"
 _TAKEN = {"id", "average"}  # names that the table uses itself
@@ -154,6 +166,7 @@ class RefinedFeatures:
         self._refit = heads.pop("refit")
         self._group_heads = [heads[f"refit-group-{expert}"] for expert in range(len(heads))]
         self.group = np.asarray([about["groups"][name] for name in source.data.class_names])
+        self.about = {"kind": about["settings"]["expert"], "parameters": about["parameters"]}
         self._mixtures: dict[str, MixtureOfFeatureExperts] = {}
 
     @property
@@ -161,8 +174,12 @@ class RefinedFeatures:
         """E."""
         return len(self._group_heads)
 
-    def subject(self) -> Subject:
-        """Banks (training rows through their own expert) and held-out rows (routed) of every fold."""
+    def subject(self, top2: bool = False) -> Subject:
+        """Banks (training rows through their own expert) and held-out rows (routed) of every fold.
+
+        Args:
+            top2: whether the calibrate rows are wanted through the router's second choice as well.
+        """
         data = self.source.data
         runs = []
         for index, (name, fold) in enumerate(data.runs()):
@@ -173,11 +190,13 @@ class RefinedFeatures:
                     self._bank_rows(bank, fold.train),
                     self._rows(held[fold.select], data.held_out_labels[fold.select], index),
                     self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+                    self._second_of_fold(name, index, held) if top2 else None,
                 )
             )
         key = SubjectKey(self.source.name, "mofe", self.folder.variant, self.folder.seed)
         final = self._bank_rows(self.bank("final"), data.split.final_train)
-        return Subject(key, ("trained", "refit", "refit-group"), tuple(runs), final, self.n_experts)
+        has_others = runs[0].calibrate.others is not None
+        return Subject(key, ("trained", "refit", "refit-group"), tuple(runs), final, self.n_experts, has_others)
 
     def rows(self, name: str, cache: FeatureCache, labels: Labels, oracle: bool = False) -> SetRows:
         """A set's rows for the final model, routed by the router, or by the true label where `oracle` is asked."""
@@ -185,6 +204,21 @@ class RefinedFeatures:
         # Folders of their own: a set may be called id-train, as the bank's file is.
         refined = self.refined("final", f"oracle/{name}" if oracle else f"sets/{name}", cache, expert)
         return self._rows(refined, labels, None)
+
+    def second(self, name: str, cache: FeatureCache, labels: Labels) -> SetRows:
+        """The same rows through the router's second choice, for top-2 routing."""
+        routed = self.refined("final", f"sets/{name}", cache)
+        return self._second_rows(self.refined("final", f"top2/{name}", cache, routed.runner_up), labels, None)
+
+    def _second_of_fold(self, run: str, fold: int, held: Refined) -> SetRows:
+        data = self.source.data
+        rows = data.split.folds[fold].calibrate
+        refined = self.refined(run, "top2-calibrate", data.held_out, held[rows].runner_up, rows)
+        return self._second_rows(refined, data.held_out_labels[rows], fold)
+
+    def _second_rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
+        gate = refined.gate[np.arange(len(refined.expert)), refined.expert]
+        return replace(self._rows(refined, labels, fold), confidence=gate)
 
     def bank(self, run: str) -> Refined:
         """Refined id-train rows of one run, as training left them."""
@@ -194,12 +228,19 @@ class RefinedFeatures:
             raise InputError(f"{path} is missing or damaged: delete {self.folder.path / 'mofe.json'}, run make train")
         return refined
 
-    def refined(self, run: str, name: str, cache: FeatureCache, expert: NDArray[np.int64] | None = None) -> Refined:
+    def refined(
+        self,
+        run: str,
+        name: str,
+        cache: FeatureCache,
+        expert: NDArray[np.int64] | None = None,
+        rows: Rows | None = None,
+    ) -> Refined:
         """Refined rows of a set, computed where they are not kept yet."""
         path = refined_path(self.folder.path, run, name)
         stored = load_refined(path, self._identity_of(cache))
         if stored is None:
-            stored = refine(self.mixture(run), cache, expert, self._progress)
+            stored = refine(self.mixture(run), cache, expert, self._progress, rows)
             save_refined(path, stored, self._identity_of(cache))
         return stored
 
@@ -232,7 +273,8 @@ class RefinedFeatures:
             "refit": pick(self._refit).logits(refined.features),
             "refit-group": group_logits,
         }
-        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence)
+        others = refined.others if refined.others.shape[1] else None
+        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others)
 
 
 def _features(cache: FeatureCache) -> NDArray[np.float32]:
@@ -264,37 +306,37 @@ def score(
     sizes = {"id" if test.group == "id" else test.name: test.cache.n_rows for test in tests}
     evaluator = Evaluator(oods, sizes, config.bootstrap)
     rows: list[tuple[OODRow, Replicates]] = []
+    without_others: list[str] = []
     thresholds: list[dict[str, Any]] = []
     written: set[Path] = set()
     id_record: dict[str, Any] = {"accuracy": [], "router": [], "k": [], "split": {}}
     for source in sources:
         id_record["split"][_label(source.name, source.seed)] = source.data.split.rule
         for made in _subjects(source, config, progress):
-            subject, sets, oracle = made.factory.subject, made.sets, made.oracle
+            subject = made.factory.subject
             detectors = made.factory.detectors()
             progress.start(len(detectors), "detector", f"score {'-'.join(_slug(subject.key))}")
             scored: dict[str, list[tuple[Detector, dict[str, NDArray[np.float32]]]]] = {}
             for detector in detectors:
-                scores = {name: detector.score_rows(set_rows) for name, set_rows in sets.items()}
-                routing = "predicted" if subject.n_experts else "none"
-                for route, id_scores in [(routing, scores["id"])] + (
-                    [("oracle", detector.score_rows(oracle))] if oracle is not None else []
-                ):
-                    name = _columns(detector, route, config)
-                    ood_scores = {ood: scores[ood] for ood, _ in oods}
-                    rows += evaluator.rows(name, id_scores, ood_scores)
-                    scored.setdefault(route, []).append((detector, scores | {"id": id_scores}))
-                thresholds += _thresholds(detector, _columns(detector, routing, config))
+                for routing, scores in made.scores(detector).items():
+                    name = _columns(detector, routing, config)
+                    rows += evaluator.rows(name, scores["id"], {ood: scores[ood] for ood, _ in oods})
+                    scored.setdefault(routing, []).append((detector, scores))
+                    thresholds += _thresholds(detector, name)
                 progress.advance()
             progress.close()
-            id_record["accuracy"] += _accuracy(subject, sets["id"])
+            id_record["accuracy"] += [
+                asdict(subject.key) | {"head": head, "accuracy": accuracy, "n": len(made.sets["id"])}
+                for head, accuracy in _accuracy(made.sets["id"]).items()
+            ]
             if any(part.scorer.name == "knn" for detector in detectors for part in detector.parts):
                 id_record["k"].append(asdict(subject.key) | made.factory.k_record | {"k": made.factory.k})
             if subject.n_experts:
-                id_record["router"].append(_router_record(subject, sets, made.group))
-            for route, results in scored.items():
-                shown = sets if oracle is None or route != "oracle" else sets | {"id": oracle}
-                written |= _write_samples(folder / "samples", subject, route, results, shown, source)
+                id_record["router"].append(_router_record(made))
+                if not subject.has_others:
+                    without_others.append(subject.key.variant)
+            for routing, results in scored.items():
+                written |= _write_samples(folder / "samples", subject, routing, results, made.shown(routing), source)
     id_record["overlap_with_id_train"] = overlap = _overlap(sources[0])
     summary = summarise(rows)
     table = [row for row, _ in rows]
@@ -306,15 +348,62 @@ def score(
     notes = [
         f"{count} images of {name} are in the id-train set as well (same bytes)" for name, count in overlap.items()
     ]
+    if "mos" in config.scores and without_others:
+        variants = ", ".join(dict.fromkeys(without_others))
+        notes.append(f'mos: not of variant {variants}: it needs train.expert = "frozen" and two experts or more')
     return ScoreResult(table, summary, notes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Made:
+    """One choice of features with the rows to score; the ID test set's stand under ``"id"``.
+
+    Attributes:
+        factory: of its detectors.
+        sets: rows of each set, routed where there are experts.
+        oracle: ID test rows routed by their true label; None without experts.
+        second: rows of each set through the router's second choice; None where no top-2 rows are asked.
+        mixture: the trained mixture; None for the backbone's own features.
+    """
+
     factory: DetectorFactory
-    sets: dict[str, SetRows]  # the ID test set under "id"
-    oracle: SetRows | None
-    group: NDArray[np.int64] | None
+    sets: dict[str, SetRows]
+    oracle: SetRows | None = None
+    second: dict[str, SetRows] | None = None
+    mixture: RefinedFeatures | None = None
+
+    def scores(self, detector: Detector) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """Scores of each set by each routing that the detector depends on."""
+        own = {name: detector.score_rows(rows) for name, rows in self.sets.items()}
+        if self.mixture is None:
+            return {"none": own}
+        routes = {"predicted": own}
+        if self.second is not None and detector.is_routed:
+            routes["top2"] = {
+                name: gate_weighted(own[name], detector.score_rows(twins), gate_share(self.sets[name], twins))
+                for name, twins in self.second.items()
+            }
+        if self.oracle is not None and detector.is_routed:
+            routes["oracle"] = own | {"id": detector.score_rows(self.oracle)}
+        return routes
+
+    def shown(self, routing: str) -> dict[str, SetRows]:
+        """Rows of each set as a routing has them."""
+        if routing == "oracle" and self.oracle is not None:
+            return self.sets | {"id": self.oracle}
+        if routing == "top2" and self.second is not None:
+            return {name: _top2_rows(rows, self.second[name]) for name, rows in self.sets.items()}
+        return self.sets
+
+
+def _top2_rows(rows: SetRows, twins: SetRows) -> SetRows:
+    """Rows of the first choice with what two experts make of the classes: the gate-weighted mean of their softmaxes."""
+    share = gate_share(rows, twins)
+    probability = {
+        head: gate_weighted(softmax(logits, axis=1), softmax(twins.logits[head], axis=1), share[:, None])
+        for head, logits in rows.logits.items()
+    }
+    return replace(rows, logits=probability)
 
 
 def _subjects(source: BackboneSource, config: ScoreConfig, progress: Progress) -> Iterator[_Made]:
@@ -329,13 +418,16 @@ def _subjects(source: BackboneSource, config: ScoreConfig, progress: Progress) -
     asked = config.scores if "knn" in config.scores else ["knn", *config.scores]
     first = sorted(asked, key=lambda score: score != "knn")
     sets = {_key(test): frozen.rows(test.cache, labels[test.name]) for test in source.tests}
-    yield _Made(DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first})), sets, None, None)
+    yield _Made(DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first})), sets)
     for folder in source.mixtures:
         refined = RefinedFeatures(source, folder, progress)
         sets = {_key(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
         id_test = next(test for test in source.tests if test.group == "id")
         oracle = refined.rows(id_test.name, id_test.cache, labels[id_test.name], oracle=True)
-        yield _Made(DetectorFactory(refined.subject(), config), sets, oracle, refined.group)
+        second = None
+        if top2 := config.top2 and refined.n_experts > 1:
+            second = {_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
+        yield _Made(DetectorFactory(refined.subject(top2), config), sets, oracle, second, refined)
 
 
 def _check(sources: Sequence[BackboneSource]) -> None:
@@ -367,37 +459,46 @@ def _columns(detector: Detector, routing: str, config: ScoreConfig) -> dict[str,
 
 
 def _thresholds(detector: Detector, name: dict[str, Any]) -> list[dict[str, Any]]:
-    return [name | asdict(threshold_at(detector.calibration_scores, admit)) for admit in ADMIT]
+    if name["routing"] == "oracle":
+        return []
+    scores = detector.top2_calibration_scores if name["routing"] == "top2" else detector.calibration_scores
+    return [name | asdict(threshold_at(scores, admit)) for admit in ADMIT]
 
 
-def _accuracy(subject: Subject, rows: SetRows) -> list[dict[str, Any]]:
-    return [
-        asdict(subject.key)
-        | {"head": head, "accuracy": float((logits.argmax(1) == rows.labels).mean()), "n": len(rows)}
-        for head, logits in rows.logits.items()
-    ]
+def _accuracy(rows: SetRows) -> dict[str, float]:
+    return {head: float(np.mean(logits.argmax(1) == rows.labels)) for head, logits in rows.logits.items()}
 
 
-def _router_record(subject: Subject, sets: dict[str, SetRows], group: NDArray[np.int64] | None) -> dict[str, Any]:
-    test = sets["id"]
-    assert group is not None
-    assert test.expert is not None
+def _router_record(made: _Made) -> dict[str, Any]:
+    """Accuracy and load of the router, and ID accuracy by routing: what a wrong route costs."""
+    subject, test, mixture = made.factory.subject, made.sets["id"], made.mixture
+    assert mixture is not None
     loads = {
         name: np.bincount(rows.expert, minlength=subject.n_experts).tolist()
-        for name, rows in sets.items()
+        for name, rows in made.sets.items()
         if rows.expert is not None
     }
-    return asdict(subject.key) | {
-        "experts": subject.n_experts,
-        "accuracy": float((test.expert == group[test.labels]).mean()),
-        "load": loads,
-    }
+    routings = ["predicted", *(["top2"] if made.second else []), "oracle"]
+    return (
+        asdict(subject.key)
+        | mixture.about
+        | {
+            "experts": subject.n_experts,
+            "accuracy": float(np.mean(test.expert == mixture.group[test.labels])),
+            "id_accuracy": {routing: _accuracy(made.shown(routing)["id"]) for routing in routings},
+            "load": loads,
+        }
+    )
 
 
 def _overlap(source: BackboneSource) -> dict[str, int]:
-    """Images of a test set whose bytes are in id-train as well."""
-    known = {row.tobytes() for row in source.data.train.image_hashes}
-    counts = {test.name: sum(row.tobytes() in known for row in test.cache.image_hashes) for test in source.tests}
+    """Images of the other sets whose bytes are in id-train as well."""
+    data = source.data
+    known = {row.tobytes() for row in data.train.image_hashes}
+    others = [(test.name, test.cache) for test in source.tests]
+    if data.split.held_out == "id-val":
+        others.insert(0, (data.held_out.manifest.dataset, data.held_out))
+    counts = {name: sum(row.tobytes() in known for row in cache.image_hashes) for name, cache in others}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -485,10 +586,19 @@ class Predictor:
         if source.mixtures:
             self._refined = RefinedFeatures(source, source.mixtures[0], progress or NullProgress())
         self._factory = DetectorFactory((self._refined or self._frozen).subject(), config)
-        head = "refit" if self._refined else "probe"
-        self.detector = recommended(self._factory) if score is None else self._factory.detector(head, score)
+        self.detector = recommended(self._factory) if score is None else self._asked(score)
         self.threshold = threshold_at(self.detector.calibration_scores, ADMIT[0])
         self._class_names = source.data.class_names
+
+    def _asked(self, score: str) -> Detector:
+        heads = self._factory.heads_of(score)
+        if not heads:
+            raise InputError(
+                f'{score} needs a mixture trained with train.expert = "frozen" and two experts or more: ask for another'
+            )
+        # A score on features alone still wants a head: its class is what the image is called.
+        best = "refit" if self._refined else "probe"
+        return self._factory.detector(best if heads == (NO_HEAD,) or best in heads else heads[0], score)
 
     def predict(self, paths: Sequence[str], cache: FeatureCache) -> list[Prediction]:
         """Decisions for the rows of a cache of new images."""

@@ -3,6 +3,7 @@
 No image is opened and no backbone runs: experts start from the backbone's own end and read cached tokens.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,13 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cache import FeatureCache
 from cache.fingerprint import fingerprint
 from stages.artifacts import read_json, write_text
+from stages.backbone import Tokens
 from stages.checkpoint import load_checkpoint, save_checkpoint
 from stages.config import TrainConfig
-from stages.dataset import IdData, Labels, read_tokens
+from stages.dataset import IdData, Labels, epoch_windows, not_finite, read_blocks, read_tokens
+from stages.distributed import current
 from stages.errors import InputError, StageError
-from stages.experts import MixtureOfFeatureExperts, save_mixture, soft_cross_entropy
+from stages.experts import ExpertKind, MixtureOfFeatureExperts, RouterInput, save_mixture, soft_cross_entropy
 from stages.grouping import class_prototypes, experts_for, group_classes
 from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
 from stages.mixup import class_alpha, mix_features, running_accuracy
@@ -29,7 +33,7 @@ from stages.progress import NullProgress, Progress
 from stages.refine import REFINE_BATCH, Refined, refine, refined_path, save_refined
 from stages.split import Fold, Rows
 
-TRAIN_SEMANTICS = 1  # raise it when the same settings would train another model
+TRAIN_SEMANTICS = 2  # raise it when the same settings would train another model
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class TrainSettings:
     grouping: str
     mixup: str
     epochs: int
+    expert: ExpertKind = "end"
+    router_input: RouterInput = "tap_cls"
+    patience: int | None = None
     batch_size: int = 64
     lr: float = 3e-5  # of the experts' ends, which start from trained weights: ten times more ruins the features
     head_lr: float = 1e-3
@@ -52,11 +59,12 @@ class TrainSettings:
     alpha_max: float = 0.8
     alpha_power: float = 1.0
     gradient_clip: float = 1.0
+    ema: float = 0.99  # decay of the moving average of the weights
 
 
 # The official code's recipe, where METHOD-relevant settings differ from ours; its α_min = α_max is not copied, since
-# with it the difficulty of a class cannot matter.
-PAPER = {"label_smoothing": 0.1, "lr": 3.5e-5, "head_lr": 3.5e-5, "router_lr": 3.5e-5}
+# with it the difficulty of a class cannot matter. It keeps no average of the weights.
+PAPER = {"label_smoothing": 0.1, "lr": 3.5e-5, "head_lr": 3.5e-5, "router_lr": 3.5e-5, "ema": 0.0}
 
 
 def resolve_settings(config: TrainConfig, n_classes: int) -> TrainSettings:
@@ -99,11 +107,12 @@ class EpochRecord:
     router_accuracy: float | None = None
     accuracy: list[float] | None = None  # running, per class, as difficulty is made of it
     alpha: list[float] | None = None
+    mixing: list[float] | None = None  # mean of min(λ, 1 − λ) per class: 0 leaves rows alone, ½ is the strongest
 
 
 @dataclass(frozen=True)
 class TrainedMixture:
-    """A trained model with its history and the epoch that it is from."""
+    """A trained model, on the CPU, with its history and the epoch that it is from."""
 
     mixture: MixtureOfFeatureExperts
     history: list[EpochRecord]
@@ -121,11 +130,13 @@ def train_mixture(
     checkpoint: Path,
     progress: Progress | None = None,
     difficulty: Sequence[NDArray[np.float64]] | None = None,
+    device: str = "cpu",
 ) -> TrainedMixture:
     """Train experts and router on cached tokens.
 
     In-group rows go to their true group's expert (teacher forcing), mixed with each other; as many out-of-group rows
     of the same batch teach it "other" with weight ``other_weight``. Killed, it goes on after the last whole epoch.
+    Processes that are joined (`stages.distributed`) train one mixture together: all give the same arguments.
 
     Args:
         data: ID features.
@@ -137,33 +148,44 @@ def train_mixture(
         make_end: gives a fresh copy of the backbone's end.
         seed: fixes order, partners and λ; all is drawn anew from (seed, epoch), so a resumed run is the same run.
         checkpoint: file that a killed run goes on from; left to the caller to remove.
-        progress: counts batches.
+        progress: counts images.
         difficulty: running accuracy per class for each epoch, measured elsewhere (cross-fitting).
+        device: where to train; on ``"cuda"`` in mixed precision.
 
     Raises:
+        InputError: features that are not finite, or that the experts cannot run on.
         StageError: the loss is not finite.
     """
-    progress = progress or NullProgress()
-    with torch.random.fork_rng():
+    ranks = current()
+    progress = progress if progress is not None and ranks.first else NullProgress()
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mixture = MixtureOfFeatureExperts(make_end, data.train.spec.cls_dim, data.train.spec.tap_dim, groups)
-    mixture.router.standardise(_read_tap_cls(data, rows))
-    optimiser = torch.optim.AdamW(_parameter_groups(mixture, settings), weight_decay=settings.weight_decay)
-    batches = -(-len(rows) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warmup_cosine(settings, batches))
+        mixture = MixtureOfFeatureExperts(
+            make_end,
+            data.train.spec.cls_dim,
+            data.train.spec.tap_dim,
+            groups,
+            settings.expert,
+            settings.router_input,
+            settings.experts,
+        )
+    _check_experts(mixture, data.train, rows)
+    mixture.router.standardise(
+        torch.from_numpy(values) for _, values in read_blocks(data.train, settings.router_input, rows)
+    )
+    training = _Training(mixture.to(device), data, settings, progress)
     history: list[EpochRecord] = []
     best: dict[str, Tensor] = {}
-    stored = load_checkpoint(checkpoint)
+    stored = ranks.agree(load_checkpoint(checkpoint) if ranks.first else None)
     if stored is not None:
-        mixture.load_state_dict(stored["mixture"])
-        optimiser.load_state_dict(stored["optimiser"])
-        schedule.load_state_dict(stored["schedule"])
+        training.restore(stored["training"])
         best = stored["best"]
         history = [EpochRecord(**record) for record in stored["history"]]
-    progress.start(settings.epochs * batches, "batch", f"train {checkpoint.stem.rpartition('-')[0]}, seed {seed}")
-    progress.advance(len(history) * batches)
+    progress.start(settings.epochs * len(rows), "image", f"train {checkpoint.stem.rpartition('-')[0]}, seed {seed}")
+    progress.advance(len(history) * len(rows))
     accuracy = np.asarray(history[-1].accuracy) if history and history[-1].accuracy is not None else None
-    for epoch in range(len(history), settings.epochs):
+    while len(history) < settings.epochs and not (select is not None and _out_of_patience(history, settings.patience)):
+        epoch = len(history)
         if difficulty is not None:
             accuracy = difficulty[min(epoch, len(difficulty)) - 1] if epoch else None
         alpha = (
@@ -171,26 +193,21 @@ def train_mixture(
             if accuracy is None
             else class_alpha(accuracy, settings.alpha_min, settings.alpha_max, settings.alpha_power)
         )
-        record = _train_epoch(mixture, data, rows, alpha, settings, optimiser, schedule, (seed, epoch), progress)
+        record = training.epoch(rows, alpha, seed, epoch)
         if select is not None:
             # Rounded as the record has it: a resumed run reads it there, and must go on with the same numbers.
-            accuracy = np.round(_evaluate(mixture, data, select, accuracy, record), 6)
+            accuracy = np.round(training.evaluate(select, accuracy, record), 6)
         record.accuracy = None if accuracy is None else accuracy.tolist()
         history.append(record)
         if select is None or _best_epoch(history) == epoch:
-            best = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
-        save_checkpoint(
-            checkpoint,
-            {
-                "mixture": mixture.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-                "best": best,
-                "history": [asdict(record) for record in history],
-            },
-        )
+            best = {name: tensor.cpu().clone() for name, tensor in training.average.state_dict().items()}
+        if ranks.first:
+            save_checkpoint(
+                checkpoint,
+                {"training": training.state(), "best": best, "history": [asdict(record) for record in history]},
+            )
     progress.close()
-    mixture.load_state_dict(best)
+    mixture.to("cpu").load_state_dict(best)
     return TrainedMixture(mixture.eval(), history, len(history) - 1 if select is None else _best_epoch(history))
 
 
@@ -199,103 +216,212 @@ def _best_epoch(history: list[EpochRecord]) -> int:
     return int(np.argmin([record.select_loss for record in history if record.select_loss is not None]))
 
 
-def _train_epoch(
-    mixture: MixtureOfFeatureExperts,
-    data: IdData,
-    rows: Rows,
-    alpha: NDArray[np.float64],
-    settings: TrainSettings,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    seed: tuple[int, int],
-    progress: Progress,
-) -> EpochRecord:
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(rows)
-    group = mixture.group.numpy()
-    sums = np.zeros(2)
-    load = np.zeros(mixture.n_experts, dtype=int)
-    mixture.train()
-    for start in range(0, len(order), settings.batch_size):
-        batch = np.sort(order[start : start + settings.batch_size])  # sorted rows read the shards forwards
-        tokens = read_tokens(data.train, batch)
-        labels = data.train_labels[batch]
-        expert_loss = torch.zeros(())
-        for expert in range(mixture.n_experts):
-            inside, outside = (np.flatnonzero(group[labels] == expert), np.flatnonzero(group[labels] != expert))
-            if len(inside) == 0:
-                continue
-            load[expert] += len(inside)
-            if settings.other_weight == 0:
-                outside = outside[:0]
-            outside = rng.permutation(outside)[: len(inside)]
-            targets = mixture.class_targets(torch.from_numpy(labels[inside]).long(), expert, settings.label_smoothing)
-            mixed = mix_features(tokens[inside], targets, alpha[labels[inside]], rng)
-            both = mixed.tokens.concatenate(tokens[outside])
-            _, outputs = mixture.experts[expert](both)
-            expert_loss = expert_loss + soft_cross_entropy(outputs[: len(inside)], mixed.targets)
-            if len(outside):
-                other = mixture.class_targets(torch.from_numpy(labels[outside]).long(), expert)
-                expert_loss = expert_loss + settings.other_weight * soft_cross_entropy(outputs[len(inside) :], other)
-        router_loss = nn.functional.cross_entropy(
-            mixture.router(tokens.tap_cls), torch.from_numpy(labels).long(), reduction="sum"
+def _out_of_patience(history: list[EpochRecord], patience: int | None) -> bool:
+    return patience is not None and bool(history) and len(history) - 1 - _best_epoch(history) >= patience
+
+
+class _Training:
+    """A mixture while it is trained: its weights, their moving average, and the optimiser.
+
+    Attributes:
+        mixture: what is trained.
+        average: what is judged and kept: the moving average of the weights, or the mixture itself where ``ema`` is 0.
+    """
+
+    def __init__(
+        self, mixture: MixtureOfFeatureExperts, data: IdData, settings: TrainSettings, progress: Progress
+    ) -> None:
+        self.mixture, self.data, self.settings, self.progress = mixture, data, settings, progress
+        self.average = copy.deepcopy(mixture).requires_grad_(False).eval() if settings.ema else mixture
+        self.steps = 0
+        self.ranks = current()
+        self.device = mixture.group.device
+        self.optimiser = torch.optim.AdamW(_parameter_groups(mixture, settings), weight_decay=settings.weight_decay)
+        gpu = self.device.type == "cuda"
+        half = torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported() else torch.float16
+        self.autocast = torch.autocast(self.device.type, dtype=half, enabled=gpu)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=gpu and half is torch.float16)
+
+    def state(self) -> dict[str, Any]:
+        """All that another process needs to go on to the same bits."""
+        return {
+            "mixture": self.mixture.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps": self.steps,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.mixture.load_state_dict(state["mixture"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps = state["steps"]
+
+    def epoch(self, rows: Rows, alpha: NDArray[np.float64], seed: int, epoch: int) -> EpochRecord:
+        """Train on every row once, mixing by α per class ``[C]``."""
+        data, settings = self.data, self.settings
+        rng = np.random.default_rng((seed, epoch))
+        stored = data.train.spec.datasets()
+        row_bytes = sum(
+            math.prod(stored[name][0]) * stored[name][1].itemsize for name in self.mixture.reads if name in stored
         )
-        loss = (expert_loss + router_loss) / len(batch)
-        if not torch.isfinite(loss):
-            raise StageError(f"train: the loss is not finite in epoch {seed[1]}: lower train.lr (now {settings.lr:g})")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(mixture.parameters(), settings.gradient_clip)
-        optimiser.step()
-        schedule.step()
-        sums += [expert_loss.item(), router_loss.item()]
-        progress.advance(1, epoch=seed[1], loss=loss.item())
-    expert_mean, router_mean = sums / len(rows)
-    return EpochRecord(
-        epoch=seed[1],
-        loss=round(float(expert_mean + router_mean), 6),
-        expert_loss=round(float(expert_mean), 6),
-        router_loss=round(float(router_mean), 6),
-        lr=optimiser.param_groups[0]["lr"],
-        load=load.tolist(),
-        alpha=[round(float(a), 6) for a in alpha],
-    )
+        windows = epoch_windows(rows, [shard.start for shard in data.train.manifest.shards], row_bytes, rng)
+        # Batches as equal as can be, so that no small one at a window's end weighs as much as a whole one.
+        batches = [
+            batch for window in windows for batch in np.array_split(window, -(-len(window) // settings.batch_size))
+        ]
+        sums = np.zeros(2)
+        load = np.zeros(self.mixture.n_experts, dtype=int)
+        mixing = torch.zeros(data.n_classes, device=self.device)
+        self.mixture.train()
+        for index, batch in enumerate(batches):
+            batch = np.sort(batch)  # sorted rows read the shards forwards
+            tokens = read_tokens(data.train, batch, self.device, self.mixture.reads)
+            labels = data.train_labels[batch]
+            lr = _lr_factor(settings, epoch + index / len(batches), 1 / len(batches))
+            losses = self._step(tokens, labels, alpha, lr, rng, load, mixing)
+            if not np.isfinite(losses).all():
+                _check_finite(data.train, batch, tokens)
+                raise StageError(
+                    f"train: the loss is not finite in epoch {epoch}: lower train.lr (now {settings.lr:g})"
+                )
+            sums += losses
+            self.progress.advance(len(batch), epoch=epoch, loss=float(losses.sum()) / len(batch))
+        expert_mean, router_mean = sums / len(rows)
+        counts = np.bincount(data.train_labels[rows], minlength=data.n_classes)
+        self.progress.advance(0, load="/".join(map(str, load)))
+        return EpochRecord(
+            epoch=epoch,
+            loss=round(float(expert_mean + router_mean), 6),
+            expert_loss=round(float(expert_mean), 6),
+            router_loss=round(float(router_mean), 6),
+            lr=self.optimiser.param_groups[0]["lr"],
+            load=load.tolist(),
+            alpha=[round(float(a), 6) for a in alpha],
+            mixing=np.round(mixing.cpu().numpy() / np.maximum(counts, 1), 6).tolist(),
+        )
+
+    def _step(
+        self,
+        tokens: Tokens,
+        labels: Labels,
+        alpha: NDArray[np.float64],
+        lr: float,
+        rng: np.random.Generator,
+        load: NDArray[np.int_],
+        mixing: Tensor,
+    ) -> NDArray[np.float64]:
+        """Learn from one batch; counts rows into `load` and λ into `mixing`. Returns the experts' and router's loss.
+
+        Nothing is learned where a loss is not finite.
+        """
+        mixture, settings, share = self.mixture, self.settings, self.ranks.share
+        truth = torch.from_numpy(labels).long().to(self.device)
+        group = mixture.group[truth].cpu().numpy()
+        with self.autocast:
+            expert_loss = torch.zeros((), device=self.device)
+            for expert in range(mixture.n_experts):
+                inside, outside = np.flatnonzero(group == expert), np.flatnonzero(group != expert)
+                if len(inside) == 0:
+                    continue
+                load[expert] += len(inside)
+                outside = rng.permutation(outside)[: len(inside) if settings.other_weight else 0]
+                targets = mixture.class_targets(truth[inside], expert, settings.label_smoothing)
+                mixed = mix_features(tokens[inside], targets, alpha[labels[inside]], rng)
+                mixing.index_add_(0, truth[inside], torch.minimum(mixed.lam, 1 - mixed.lam))
+                both, targets = mixed.tokens, mixed.targets
+                if len(outside):
+                    other = mixture.class_targets(truth[outside], expert)
+                    both = both.concatenate(tokens[outside])
+                    targets = torch.cat([targets, settings.other_weight * other])
+                own = both[share]
+                if len(own):
+                    _, outputs = mixture.experts[expert](own)
+                    expert_loss = expert_loss + soft_cross_entropy(outputs, targets[share])
+            router_loss = nn.functional.cross_entropy(
+                mixture.class_logits(tokens[share]), truth[share], reduction="sum"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale((expert_loss + router_loss) / len(labels)).backward()
+        self.ranks.add_gradients(list(mixture.parameters()))
+        losses = self.ranks.add(torch.stack([expert_loss, router_loss]).detach().double()).cpu().numpy()
+        if np.isfinite(losses).all():
+            for parameters in self.optimiser.param_groups:
+                parameters["lr"] = parameters["initial_lr"] * lr
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(mixture.parameters(), settings.gradient_clip)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self._follow()
+        return losses
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Draw the average after the weights; young, it forgets faster. Buffers are frozen: none is averaged."""
+        if self.average is not self.mixture:
+            decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.mixture.parameters()), 1 - decay)
+        self.steps += 1
+
+    @torch.inference_mode()
+    def evaluate(self, select: Rows, accuracy: NDArray[np.float64] | None, record: EpochRecord) -> NDArray[np.float64]:
+        """Judge by unmixed held-out rows in evaluation mode: fills `record`, returns the running accuracy per class."""
+        network, labels = self.average.eval(), self.data.held_out_labels
+        n_classes = self.data.n_classes
+        correct = torch.zeros(n_classes, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # right and arrived, arrived, loss
+        own = select[self.ranks.share]
+        for start in range(0, len(own), REFINE_BATCH):
+            batch = own[start : start + REFINE_BATCH]
+            tokens = read_tokens(self.data.held_out, batch, self.device, network.reads)
+            truth = torch.from_numpy(labels[batch]).long().to(self.device)
+            out = network(tokens, network.group[truth])
+            right = out.logits.argmax(1) == truth
+            arrived = out.gate.argmax(1) == network.group[truth]
+            loss = nn.functional.cross_entropy(out.logits, truth, reduction="sum")
+            loss = loss + nn.functional.cross_entropy(network.class_logits(tokens), truth, reduction="sum")
+            correct += torch.bincount(truth[right], minlength=n_classes)
+            sums += torch.stack([(right & arrived).sum(), arrived.sum(), loss])
+        self.ranks.add(correct)
+        both, arrivals, loss_sum = self.ranks.add(sums).tolist()
+        if not math.isfinite(loss_sum):
+            for start in range(0, len(select), REFINE_BATCH):
+                batch = select[start : start + REFINE_BATCH]
+                _check_finite(self.data.held_out, batch, read_tokens(self.data.held_out, batch, reads=network.reads))
+            raise StageError(f"train: the held-out loss is not finite after epoch {record.epoch}: lower train.lr")
+        record.select_loss = round(loss_sum / len(select), 6)
+        record.select_accuracy = round(both / len(select), 6)
+        record.router_accuracy = round(arrivals / len(select), 6)
+        self.progress.advance(0, accuracy=record.select_accuracy, router=record.router_accuracy)
+        counts = np.bincount(labels[select], minlength=n_classes)
+        return running_accuracy(accuracy, correct.cpu().numpy(), counts)
 
 
-@torch.inference_mode()
-def _evaluate(
-    mixture: MixtureOfFeatureExperts,
-    data: IdData,
-    select: Rows,
-    accuracy: NDArray[np.float64] | None,
-    record: EpochRecord,
-) -> NDArray[np.float64]:
-    """Judge by unmixed held-out rows in evaluation mode: fills `record`, returns the running accuracy per class."""
-    mixture.eval()
-    group, labels = mixture.group.numpy(), data.held_out_labels
-    right, routed, loss = [], [], 0.0
-    for start in range(0, len(select), REFINE_BATCH):
-        batch = select[start : start + REFINE_BATCH]
-        tokens = read_tokens(data.held_out, batch)
-        truth = torch.from_numpy(labels[batch]).long()
-        out = mixture(tokens, mixture.group[truth])
-        right.append((out.logits.argmax(1) == truth).numpy())
-        routed.append((out.gate.argmax(1) == mixture.group[truth]).numpy())
-        loss += nn.functional.cross_entropy(out.logits, truth, reduction="sum").item()
-        loss += nn.functional.cross_entropy(mixture.router(tokens.tap_cls), truth, reduction="sum").item()
-    correct, arrived = np.concatenate(right), np.concatenate(routed)
-    classes = labels[select]
-    if not math.isfinite(loss):
-        raise StageError(f"train: the held-out loss is not finite after epoch {record.epoch}: lower train.lr")
-    record.select_loss = round(loss / len(select), 6)
-    record.select_accuracy = round(float((correct & arrived).mean()), 6)
-    record.router_accuracy = round(float(arrived.mean()), 6)
-    counts = np.bincount(classes, minlength=len(group))
-    return running_accuracy(accuracy, np.bincount(classes[correct], minlength=len(group)), counts)
+def _check_experts(mixture: MixtureOfFeatureExperts, cache: FeatureCache, rows: Rows) -> None:
+    """Refuse experts that cannot run on the patches that were cached, or that see nothing in them."""
+    if cache.spec.patches == "full" or mixture.kind not in ("end", "dense"):
+        return
+    try:
+        with torch.inference_mode():
+            features, _ = mixture.experts[0](read_tokens(cache, rows[:8]))
+        able = bool(torch.isfinite(features).all() and (features != features[:1]).any())
+    except (RuntimeError, ValueError, AssertionError):  # as the architecture's own code has it
+        able = False
+    if not able:
+        raise InputError(
+            f'train.expert: "{mixture.kind}" of {cache.spec.backbone} cannot run on a cache with patches = '
+            f'"{cache.spec.patches}": extract with patches = "full", or give expert = "adapter"'
+        )
 
 
-def _read_tap_cls(data: IdData, rows: Rows) -> Tensor:
-    return torch.from_numpy(np.asarray(data.train.read("tap_cls", rows), dtype=np.float32))
+def _check_finite(cache: FeatureCache, rows: Rows, tokens: Tokens) -> None:
+    """Say which image it is where the features are to blame for a loss that is not finite."""
+    for name, values in vars(tokens).items():
+        if not torch.isfinite(values).all():
+            raise not_finite(cache, rows, values.cpu().numpy(), name)
 
 
 def _parameter_groups(mixture: MixtureOfFeatureExperts, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -309,20 +435,16 @@ def _parameter_groups(mixture: MixtureOfFeatureExperts, settings: TrainSettings)
             lr = settings.head_lr
         groups.setdefault((lr, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": parameters, "lr": lr} | ({} if decay else {"weight_decay": 0.0})
+        {"params": parameters, "lr": lr, "initial_lr": lr} | ({} if decay else {"weight_decay": 0.0})
         for (lr, decay), parameters in groups.items()
     ]
 
 
-def _warmup_cosine(settings: TrainSettings, batches: int) -> Callable[[int], float]:
-    total, warmup = settings.epochs * batches, settings.warmup_epochs * batches
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    return factor
+def _lr_factor(settings: TrainSettings, done: float, step: float) -> float:
+    """Linear warm-up, then a cosine to zero; `done` and the length of a step are counted in epochs."""
+    if done < settings.warmup_epochs:
+        return (done + step) / (settings.warmup_epochs + step)
+    return 0.5 * (1 + math.cos(math.pi * (done - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)))
 
 
 # ------------------------------------------------------------------------------------------- the whole of stage two
@@ -337,12 +459,16 @@ def train_probe(data: IdData, folder: Path) -> FittedHeads:
     stored = load_heads(folder, "probe", identity)
     if stored is not None:
         return stored["probe"]
-    features = np.asarray(data.train.read("cls"), dtype=np.float32)
-    held_out = np.asarray(data.held_out.read("cls"), dtype=np.float32)
+    features = _read_cls(data.train)
+    held_out = features if data.held_out is data.train else _read_cls(data.held_out)
     folds = [_head_rows(data, fold, features, held_out) for fold in data.split.folds]
     heads = {"probe": fit_heads(folds, _final_rows(data, features), data.n_classes)}
     save_heads(folder, "probe", heads, identity)
     return heads["probe"]
+
+
+def _read_cls(cache: FeatureCache) -> NDArray[np.float32]:
+    return np.concatenate([values for _, values in read_blocks(cache, "cls", np.arange(cache.n_rows))])
 
 
 def train_mofe(
@@ -352,11 +478,13 @@ def train_mofe(
     seed: int,
     folder: Path,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> bool:
     """Train one variant with one seed, refit its heads, keep the refined features of its bank.
 
     Writes ``mofe.safetensors``, ``metrics.jsonl``, ``heads.safetensors`` and, last, ``mofe.json`` into `folder`;
-    under cross-fitting the folds' models into ``fold-<i>`` below it.
+    under cross-fitting the folds' models into ``fold-<i>`` below it. Of processes that are joined, all train and rank
+    0 does the rest.
 
     Returns:
         Whether anything was done: False where the folder is fresh.
@@ -365,44 +493,36 @@ def train_mofe(
         InputError: settings that do not fit the data.
         StageError: the loss is not finite.
     """
+    ranks = current()
     settings = resolve_settings(config, data.n_classes)
     identity = mixture_identity(data, settings, seed)
-    if mixture_is_fresh(folder, identity, data):
+    if ranks.agree(mixture_is_fresh(folder, identity, data)):
         return False
-    final_train = data.split.final_train
-    groups = group_classes(
-        class_prototypes(
-            np.asarray(data.train.read("cls", final_train), dtype=np.float32),
-            data.train_labels[final_train],
-            data.n_classes,
-        ),
-        settings.experts,
-        settings.grouping,
-        data.class_names,
-        seed,
-    )
+    groups = ranks.agree(_groups(data, settings, seed))
 
-    def train(name: str, fold: Fold) -> TrainedMixture:
+    def train(
+        name: str, rows: Rows, select: Rows | None, settings: TrainSettings = settings, **kwargs: Any
+    ) -> TrainedMixture:
         checkpoint = _checkpoint_path(folder, name, identity)
-        return train_mixture(data, fold.train, fold.select, groups, settings, make_end, seed, checkpoint, progress)
+        return train_mixture(
+            data, rows, select, groups, settings, make_end, seed, checkpoint, progress, device=device, **kwargs
+        )
 
-    runs = {name: train(name, fold) for name, fold in data.runs()}
+    runs = {name: train(name, fold.train, fold.select) for name, fold in data.runs()}
     if data.split.cross_fitted:
         # No row is left to stop on: the folds' median of epochs, and the difficulty that they measured.
         epochs = int(np.median([run.best_epoch for run in runs.values()])) + 1
-        measured = np.asarray([[record.accuracy for record in run.history] for run in runs.values()], dtype=np.float64)
-        runs["final"] = train_mixture(
-            data,
-            final_train,
+        measured = [[np.asarray(record.accuracy) for record in run.history] for run in runs.values()]
+        runs["final"] = train(
+            "final",
+            data.split.final_train,
             None,
-            groups,
             replace(settings, epochs=epochs),
-            make_end,
-            seed,
-            _checkpoint_path(folder, "final", identity),
-            progress,
-            difficulty=list(measured.mean(0)),
+            # A fold that stopped early has measured its last.
+            difficulty=[np.mean([fold[min(e, len(fold) - 1)] for fold in measured], axis=0) for e in range(epochs)],
         )
+    if not ranks.first:
+        return True
     # From here on the folder is of this identity, or of none: what an older run left must not be taken for whole.
     (folder / "mofe.json").unlink(missing_ok=True)
     bank = {
@@ -434,6 +554,15 @@ def train_mofe(
     for checkpoint in folder.glob("*.checkpoint"):  # of runs with other settings, too
         checkpoint.unlink()
     return True
+
+
+def _groups(data: IdData, settings: TrainSettings, seed: int) -> list[int]:
+    """``[C]`` group of each class; one for all where nothing is routed."""
+    if settings.expert == "dense":
+        return [0] * data.n_classes
+    blocks = read_blocks(data.train, "cls", data.split.final_train)
+    prototypes = class_prototypes(((values, data.train_labels[rows]) for rows, values in blocks), data.n_classes)
+    return group_classes(prototypes, settings.experts, settings.grouping, data.class_names, seed)
 
 
 def _checkpoint_path(folder: Path, run: str, identity: str) -> Path:

@@ -4,7 +4,9 @@ Higher = more OOD, everywhere. A new score is one file beside these and one line
 
     base          ScoreInputs, what a score may look at; Scorer, what a score is
     energy, msp   scores of the logits
+    mos           the smallest probability of "other" over the groups
     knn           distance to the k-th neighbour, in the routed expert's subspace where there are experts
+    ncm           distance to the nearest class mean, likewise
     selection     choose_k(): k from ID rows alone
     calibration   scores of several experts or kinds onto one scale; thresholds
 """
@@ -18,13 +20,17 @@ from stages.scorers.base import ScoreInputs, Scorer
 from stages.scorers.calibration import ExpertCalibration, Standardiser, ThresholdEstimate, sum_scores, threshold_at
 from stages.scorers.energy import EnergyScorer, energy_score
 from stages.scorers.knn import ExpertBanks, KNNScorer, knn_score
+from stages.scorers.mos import MOSScorer, mos_score
 from stages.scorers.msp import MSPScorer, msp_score
+from stages.scorers.ncm import NCMScorer, class_means
 from stages.scorers.selection import K_GRID, Fold, choose_k
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "msp": MSPScorer,
     "energy": EnergyScorer,
     "knn": KNNScorer,
+    "ncm": NCMScorer,
+    "mos": MOSScorer,
 }
 
 
@@ -52,15 +58,19 @@ __all__ = [
     "ExpertCalibration",
     "Fold",
     "KNNScorer",
+    "MOSScorer",
     "MSPScorer",
+    "NCMScorer",
     "ScoreInputs",
     "Scorer",
     "Standardiser",
     "ThresholdEstimate",
     "choose_k",
+    "class_means",
     "energy_score",
     "get_scorer",
     "knn_score",
+    "mos_score",
     "msp_score",
     "sum_scores",
     "threshold_at",

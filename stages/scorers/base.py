@@ -18,6 +18,7 @@ class ScoreInputs:
         logits: [n, C]; −inf where a class does not apply (a routed expert's head covers its own classes only).
         labels: [n] integers, of ID rows.
         expert: [n] integers, the expert whose features and logits these are; absent where there are no experts.
+        others: [n, E], each group's probability of "other"; only where the heads of all experts see the same features.
 
     Raises:
         InputError: nothing given, or numbers of rows that differ.
@@ -27,6 +28,7 @@ class ScoreInputs:
     logits: NDArray[np.floating] | None = None
     labels: NDArray[np.integer] | None = None
     expert: NDArray[np.integer] | None = None
+    others: NDArray[np.floating] | None = None
 
     def __post_init__(self) -> None:
         rows = {name: len(array) for name, array in self._given().items()}
@@ -56,7 +58,7 @@ class Scorer(Protocol):
 
     Attributes:
         name: as in the table.
-        needs: of ``logits``, ``features`` and ``bank`` (ID training features to fit on).
+        needs: of ``logits``, ``features``, ``others`` and ``bank`` (ID training features, with labels, to fit on).
     """
 
     name: ClassVar[str]

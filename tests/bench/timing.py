@@ -23,9 +23,13 @@ def row(table: Table, what: str, unit: str, limit: float, ours: float) -> None:
 
 
 def in_turn(
-    amount: float, limit: Callable[[], object], ours: Callable[[], object], runs: int = RUNS
+    amount: float,
+    limit: Callable[[], object],
+    ours: Callable[[], object],
+    runs: int = RUNS,
+    tidy: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Rates of two functions that each do `amount` of work, run in turn after one warm-up."""
+    """Rates of two functions that each do `amount` of work, run in turn after one warm-up; `tidy` is not timed."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for run in range(runs + 1):
         for measured, function in zip(seconds, (limit, ours), strict=True):
@@ -33,4 +37,5 @@ def in_turn(
             function()
             if run:
                 measured.append(time.perf_counter() - start)
+            tidy()
     return amount / statistics.median(seconds[0]), amount / statistics.median(seconds[1])

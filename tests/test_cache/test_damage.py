@@ -105,7 +105,7 @@ def test_restoring_says_what_it_cannot_do(tmp_path, whole):
         with pytest.raises(CacheDamagedError, match="its copy is damaged, too: delete the cache, run make extract"):
             use(path)
     with pytest.raises(CacheNotFoundError, match="no cache stands there"):
-        restore_manifest(tmp_path / "nowhere")
+        restore_manifest(tmp_path / "nowhere" / "pets")
     with begin(tmp_path / "begun"), pytest.raises(CacheBusyError):
         restore_manifest(tmp_path / "begun")
 

@@ -82,4 +82,4 @@ def test_a_disk_that_fills_up_and_is_made_larger(tmp_path, whole):
             assert files(path) == whole
     assert all("No space left on device; what was finished is kept" in message for message in messages)
     full = {message.partition(": ")[0].rpartition("/")[2] for message in messages}
-    print(full); assert {"plan.json", "shard-00000.h5", "shard-00005.json", "failures.jsonl", "manifest.json"} <= full
+    assert {"plan.json", "shard-00000.h5", "shard-00005.json", "failures.jsonl", "manifest.json"} <= full

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -104,6 +105,64 @@ def test_what_is_no_finite_number_is_refused_by_name(tmp_path, name, value, mess
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_value_is_looked_at_also_where_it_comes_in_the_stored_dtype(tmp_path, dtype, value):
+    spec = make_spec(cls_dim=1000, dtype=dtype)
+    arrays, *rest = shard_arguments(spec, 1500)  # more than one block
+    arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+    for row, column in ((0, 0), (777, 3), (1499, 999)):
+        stored = arrays["cls"].copy()
+        stored[row, column] = value
+        message = rf"cls of '類/{'x' * (row % 5)}{row}.png': {value}"
+        message += {
+            "float16": ': too large for float16, or no finite number: set cache.dtype = "float32"; if it stays, look',
+            "float32": " is not a feature; look at the weights and at this image",
+        }[dtype]
+        with pytest.raises(CacheError, match=message):
+            write_shard(tmp_path / "shard.h5", spec, arrays | {"cls": stored}, *rest)
+    for edge in (np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal, 0):
+        arrays["cls"][5, 5], arrays["cls"][6, 6] = edge, -edge
+        write_shard(tmp_path / "shard.h5", spec, arrays, *rest)
+
+
+def test_bytes_do_not_depend_on_the_dtype_and_memory_order_given(tmp_path):
+    arrays, *rest = shard_arguments(make_spec(), 50)
+    half = {name: array.astype(np.float16) for name, array in arrays.items()}
+    given = {
+        "float32": arrays,
+        "float16": half,
+        "float64": {name: array.astype(np.float64) for name, array in half.items()},
+        "other end first": {name: array.astype(">f2") for name, array in half.items()},
+        "columns first": {name: np.asfortranarray(array) for name, array in half.items()},
+        "every second": {name: np.repeat(array, 2, axis=0)[::2] for name, array in half.items()},
+    }
+    assert len({write_shard(tmp_path / "s.h5", make_spec(), some, *rest).sha256 for some in given.values()}) == 1
+
+
+@pytest.mark.parametrize("given", ["float16", "float32"])
+def test_writing_takes_no_second_copy_of_the_arrays(tmp_path, given):
+    spec = make_spec(tap_dim=512, grid=(16, 16))
+    arrays, *rest = shard_arguments(spec, 64)  # 16 MiB as stored
+    arrays = {name: array.astype(given) for name, array in arrays.items()}
+    tracemalloc.start()
+    try:
+        write_shard(tmp_path / "shard.h5", spec, arrays, *rest)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 << 20
+
+
+def test_the_layout_is_read_from_the_first_page(tmp_path):
+    """A reader that opens thousands of shards on a shared disk reads a page of each."""
+    path = tmp_path / "shard.h5"
+    write_shard(path, make_spec(), *shard_arguments(make_spec(), 500))
+    whole, reader = path.read_bytes(), ShardReader(path)
+    path.write_bytes(whole[:4096] + bytes(len(whole) - 4096))
+    assert reader.array("image_hash").shape == (500, 32)
+
+
 def test_large_values_fit_float32(tmp_path):
     spec = make_spec(dtype="float32")
     arguments = shard_arguments(spec, 5)
@@ -135,11 +194,13 @@ def test_disk_full_is_a_clear_error_and_leaves_nothing(tmp_path):
 
 
 def test_files_that_are_no_shards_are_damage(tmp_path):
-    text, chunked = tmp_path / "text.h5", tmp_path / "chunked.h5"
+    text, chunked, addresses = tmp_path / "text.h5", tmp_path / "chunked.h5", tmp_path / "addresses.h5"
     text.write_text("not HDF5")
     with h5py.File(chunked, "w") as file:
         file.create_dataset("cls", data=np.zeros((4, 4)), chunks=(1, 4))
-    for path in (text, chunked, tmp_path / "missing.h5"):
+    with h5py.File(addresses, "w") as file:
+        file.create_dataset("cls", data=["a", "b"], dtype=h5py.string_dtype())
+    for path in (text, chunked, addresses, tmp_path / "missing.h5"):
         with pytest.raises(CacheDamagedError, match="run verify"):
             ShardReader(path).array("cls")
 

@@ -76,11 +76,15 @@ def test_slices_and_masks_mean_what_they_mean_to_numpy(sealed, rows):
     np.testing.assert_array_equal(sealed.read("cls", mask), expected("cls")[mask])
 
 
-def test_more_shards_than_may_be_mapped_at_once(sealed, monkeypatch):
+@pytest.mark.parametrize("large_row", [1, 10**9])
+def test_more_shards_than_may_be_mapped_at_once(sealed, monkeypatch, large_row):
     monkeypatch.setattr(store, "_MAPPED", 2)
+    monkeypatch.setattr(store, "_LARGE_ROW", large_row)
     cache = FeatureCache.open(sealed.path)
     before = len(os.listdir("/proc/self/fd"))
     np.testing.assert_array_equal(cache.read("cls"), expected("cls"))
+    rows = np.random.default_rng(0).permutation(len(USED))
+    np.testing.assert_array_equal(cache.read("cls", rows), expected("cls")[rows])
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 

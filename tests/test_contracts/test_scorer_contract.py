@@ -12,16 +12,20 @@ pytestmark = pytest.mark.parametrize("name", SCORERS)
 
 
 def rows(n: int, seed: int, experts: int | None = None) -> ScoreInputs:
-    """Rows of five classes around five directions, with logits that know them; an expert owns every second class."""
+    """Rows of five classes around five directions, with logits that know them; an expert owns every second class.
+
+    Each of two groups says "other" of most rows that are not of its classes.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 5, n)
     features = (np.eye(5, 12)[labels] + rng.normal(scale=0.2, size=(n, 12))).astype(np.float32)
     logits = (6 * features[:, :5]).astype(np.float32)
+    others = np.clip((labels[:, None] % 2 != [0, 1]) + rng.normal(scale=0.2, size=(n, 2)), 0, 1).astype(np.float32)
     if experts is None:
-        return ScoreInputs(features, logits, labels)
+        return ScoreInputs(features, logits, labels, others=others)
     expert = labels % experts
     logits[np.arange(5) % experts != expert[:, None]] = -np.inf
-    return ScoreInputs(features, logits, labels, expert)
+    return ScoreInputs(features, logits, labels, expert, others)
 
 
 @pytest.fixture(params=[None, 2], ids=["one model", "two experts"])
@@ -44,7 +48,7 @@ def test_a_score_a_row_finite_float32(fitted, experts):
 def test_it_names_itself_and_what_it_reads(name, fitted):
     assert fitted.name == name
     assert fitted.needs
-    assert fitted.needs <= {"logits", "features", "bank"}
+    assert fitted.needs <= {"logits", "features", "others", "bank"}
 
 
 def test_the_score_of_a_row_is_its_own(fitted, experts):
@@ -63,6 +67,7 @@ def test_higher_is_more_ood(fitted, experts):
         features=noise.normal(size=(200, 12)).astype(np.float32),
         logits=np.where(np.isfinite(inside.logits), noise.normal(scale=0.2, size=(200, 5)), -np.inf),
         expert=inside.expert,
+        others=noise.uniform(0.6, 1, size=(200, 2)),
     )
     assert np.median(fitted.score(outside)) > np.median(fitted.score(inside))
 
@@ -81,7 +86,7 @@ def test_it_needs_no_more_than_it_says(name, experts):
     scorer, train, x = get_scorer(name), rows(80, 0, experts), rows(9, 1, experts)
     read = sorted(scorer.needs - {"bank"})
     expected = get_scorer(name).fit(train).score(x)
-    scorer.fit(only(train, "features") if "bank" in scorer.needs else train)
+    scorer.fit(only(train, "features", "labels") if "bank" in scorer.needs else train)
     np.testing.assert_array_equal(scorer.score(only(x, *read)), expected)
 
 
@@ -93,15 +98,17 @@ def test_what_it_needs_and_does_not_get_is_named(name, fitted):
 
 def test_inputs_are_left_as_they_are(fitted, experts):
     x = rows(9, 1, experts)
-    before = x.features.copy(), x.logits.copy()
+    before = rows(9, 1, experts)
     fitted.score(x)
-    np.testing.assert_array_equal(x.features, before[0])
-    np.testing.assert_array_equal(x.logits, before[1])
+    for array in ("features", "logits", "others"):
+        np.testing.assert_array_equal(getattr(x, array), getattr(before, array))
 
 
 def test_half_precision_is_near_single(fitted, experts):
     x = rows(40, 1, experts)
-    half = ScoreInputs(x.features.astype(np.float16), x.logits.astype(np.float16), x.labels, x.expert)
+    half = ScoreInputs(
+        x.features.astype(np.float16), x.logits.astype(np.float16), x.labels, x.expert, x.others.astype(np.float16)
+    )
     np.testing.assert_allclose(fitted.score(half), fitted.score(x), atol=1e-2)
 
 

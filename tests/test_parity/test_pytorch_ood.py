@@ -1,4 +1,4 @@
-"""Scores and metrics against pytorch-ood, an independent implementation, on real data."""
+"""Scores and metrics against pytorch-ood, and what it lacks against scikit-learn: independent code, on real data."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,12 @@ from pytorch_ood.detector import KNN, EnergyBased, MaxSoftmax
 from pytorch_ood.metrics import functional as reference
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import pairwise_distances
+from sklearn.neighbors import NearestCentroid
+from sklearn.preprocessing import normalize
 
 from stages.metrics import ood_metrics
-from stages.scorers import KNNScorer, ScoreInputs, energy_score, msp_score
+from stages.scorers import KNNScorer, NCMScorer, ScoreInputs, energy_score, msp_score
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,16 @@ def test_knn(digits, k):
     order = np.argsort(expected)
     apart = np.diff(expected[order]) > 2e-6  # equal ranks, wherever float32 can tell two rows apart
     assert (np.diff(scores[order])[apart] > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # of pixels that are 0 in every digit
+def test_ncm(digits):
+    """Against scikit-learn's centroids, of rows of length 1; its distance to them would be the Euclidean one."""
+    train, scorer = digits["train"], NCMScorer().fit(digits["train"])
+    centroids = normalize(NearestCentroid().fit(normalize(train.features), train.labels).centroids_)
+    for part in ("test", "ood"):
+        expected = pairwise_distances(normalize(digits[part].features), centroids).min(axis=1)
+        np.testing.assert_allclose(scorer.score(digits[part]), expected, rtol=1e-5)
 
 
 def scores_of(kind, digits):

@@ -74,6 +74,12 @@ def test_variant_keys_without_quotes_mean_the_same(study):
     assert load_config(path).variant_configs()["two"].experts == 2
 
 
+def test_a_variant_may_have_fewer_seeds(study):
+    path = study("seeds = [2, 0]\n\n[[variants]]\nname = 'static'\nset = { train.mixup = 'static' }\n")
+    config = load_config(path, ["seeds=[0, 1, 2]"])
+    assert config.variant_seeds() == {"default": (0, 1, 2), "dense": (2, 0), "static": (0, 1, 2)}
+
+
 def test_set_takes_literals_text_and_names_of_entries(study, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -200,6 +206,13 @@ def test_override_refused(study, override, message):
             "[[variants]]\nname = 'k'\nset = { train.experts = 0 }",
             "toy.toml: variants.k.set.train.experts: 0 given, must be greater than 0 or 'auto'",
         ),
+        (
+            "[[variants]]\nname = 'k'\nset = {}\nseeds = [0, 3]",
+            "toy.toml: variants.k.seeds: [0, 3] given, must be one or more different numbers of the study's seeds [0]",
+        ),
+        ("[[variants]]\nname = 'k'\nset = {}\nseeds = []", "toy.toml: variants.k.seeds: [] given, must be one or more"),
+        ("[[variants]]\nname = 'k'\nset = {}\nseeds = [0, 0]", "toy.toml: variants.k.seeds: [0, 0] given, must be one"),
+        ("[[variants]]\nname = 'k'\nset = {}\nseeds = 0", "toy.toml: variants.k.seeds: 0 given, must be a list"),
         (
             "[train]\nalpha_min = 0.5\nalpha_max = 0.5",
             "toy.toml: train.alpha_min: 0.5 given, must be less than alpha_max = 0.5 for mixup = 'dynamic'",

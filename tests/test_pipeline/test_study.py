@@ -20,48 +20,9 @@ from safetensors.torch import save_file
 from cache import FeatureCache
 from stages.backbone import build_model
 from stages.config import BackboneConfig
-from stages.images import decode_image, list_images
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
+from tests.test_pipeline.tiny import STUDY, draw
 
-STUDY = """
-name = "tiny"
-work = "work"
-
-[backbone]
-name = "tf_efficientnet_lite0"
-weights = "embedded"
-image_size = 32
-
-[cache]
-root = "caches"
-
-[[sets]]
-name = "train"
-role = "id-train"
-images = "images/train"
-
-[[sets]]
-name = "test"
-role = "id-test"
-images = "images/test"
-
-[[sets]]
-name = "threes"
-role = "near-ood"
-images = "images/threes"
-
-[[sets]]
-name = "photos"
-role = "far-ood"
-images = "images/photos.tar"
-
-[train]
-experts = 2
-epochs = 1
-
-[score]
-bootstrap = 100
-"""
 VARIANT = """
 [[variants]]
 name = "dense"
@@ -78,17 +39,6 @@ FINETUNE = """
 epochs = 1
 hflip = 0.0
 """
-
-
-def draw(folder, source, per_class, start=0, nested=True):
-    """Write some images of an embedded set as PNG files, in a folder for each class or in one."""
-    table = list_images(source)
-    reader = table.reader()
-    for label, name in enumerate(table.class_names):
-        for row in np.flatnonzero(table.labels == label)[start : start + per_class]:
-            path = folder / f"digit {name}" if nested else folder
-            path.mkdir(parents=True, exist_ok=True)
-            decode_image(reader.read(row)).save(path / f"{row:04d}.png")
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +265,13 @@ def test_variants_and_seeds(home, tmp_path):
     frozen = [line for line in summary if line["features"] == "cls"]
     assert {line["n_seeds"] for line in frozen} == {"1"}
     assert {line["auroc_std"] for line in frozen} == {""}
+
+    # A variant may have fewer seeds than the study.
+    fewer = [home / "variant.toml", *settings(f"work={work}", "seeds=[0, 1]", "variants.dense.seeds=[1]")]
+    assert "dense seed 0" not in done("run", *fewer, "--dry-run").out + done("info", *fewer).out
+    done("score", *fewer)
+    own = {(row["variant"], row["seed"]) for row in table_of(work) if row["features"] == "mofe"}
+    assert own == {("default", "0"), ("default", "1"), ("dense", "1")}
 
     # Without the variant and the second seed nothing of them stays in the results.
     done("score", home / "tiny.toml", *settings(f"work={work}"))

@@ -6,35 +6,47 @@ import pytest
 from stages.config import SCORE_NAMES, ScoreConfig
 from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, needs_logits, recommended
 from stages.errors import InputError
-from stages.scorers import Fold, choose_k
+from stages.scorers import Fold, choose_k, get_scorer
 
 CLASSES, DIM = 4, 6
 GROUP = np.array([0, 1, 0, 1])
 
 
-def draw(n: int, seed: int, experts: int = 0, ood: bool = False) -> SetRows:
-    """Rows of four classes; a routed row has logits for its expert's classes only, and the experts' scales differ."""
+def draw(n: int, seed: int, experts: int = 0, ood: bool = False, second: bool = False) -> SetRows:
+    """Rows of four classes; a routed row has logits for its expert's classes only, and the experts' scales differ.
+
+    `second` draws the same rows through the other expert.
+    """
     rng = np.random.default_rng(seed)
     labels = (np.arange(n) % CLASSES).astype(np.int32)
     features = rng.normal(scale=0.4, size=(n, DIM)) + (0 if ood else np.eye(CLASSES, DIM)[labels])
     logits = rng.normal(size=(n, CLASSES)) + (0 if ood else 5 * np.eye(CLASSES)[labels])
     if not experts:
         return SetRows(np.float32(features), labels, {"probe": np.float32(logits)})
+    gate = rng.uniform(0.5, 1, n).astype(np.float32)
+    others = rng.uniform(size=(n, experts)).astype(np.float32)
     expert = GROUP[labels].astype(np.int64)
+    if second:
+        expert, gate, features = 1 - expert, 1 - gate, features + 0.1
     logits *= 1 + 3 * expert[:, None]
     logits[expert[:, None] != GROUP] = -np.inf
     heads = {"trained": np.float32(logits), "refit": np.float32(logits / 2)}
-    return SetRows(np.float32(features), labels, heads, expert, np.ones(n, np.float32))
+    return SetRows(np.float32(features), labels, heads, expert, gate, others)
 
 
-def subject(experts: int = 0, folds: int = 1) -> Subject:
+def subject(experts: int = 0, folds: int = 1, has_others: bool = False) -> Subject:
     runs = tuple(
-        Run(draw(80, 10 * fold, experts), draw(24, 10 * fold + 1, experts), draw(40, 10 * fold + 2, experts))
+        Run(
+            draw(80, 10 * fold, experts),
+            draw(24, 10 * fold + 1, experts),
+            draw(40, 10 * fold + 2, experts),
+            draw(40, 10 * fold + 2, experts, second=True) if experts else None,
+        )
         for fold in range(folds)
     )
     bank = runs[0].bank if folds == 1 else draw(120, 99, experts)
     key = SubjectKey("pretrained", "mofe" if experts else "cls", "", None)
-    return Subject(key, ("trained", "refit") if experts else ("probe",), runs, bank, experts)
+    return Subject(key, ("trained", "refit") if experts else ("probe",), runs, bank, experts, has_others)
 
 
 def plain_knn(x: SetRows, bank: SetRows, k: int) -> np.ndarray:
@@ -122,6 +134,44 @@ def test_calibrated_scores_stand_on_their_experts_scale(score, folds):
     np.testing.assert_allclose(detector.score_rows(test), np.sum(parts, axis=0), atol=1e-4)
 
 
+@pytest.mark.parametrize("score", ["knn", "energy", "knn+energy", "ncm"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_two_experts_calibrate_by_the_mean_of_their_scores(score, calibrated, folds):
+    """What the detector learnt (experts' scales, z-scores) comes from routed rows and is applied to both."""
+    routed = subject(experts=2, folds=folds)
+    detector = make(routed).detector("refit", score, calibrated)
+    own = np.split(detector.calibration_scores, folds)
+    found = np.split(detector.top2_calibration_scores, folds)
+    for run, first, both in zip(routed.runs, own, found, strict=True):
+        twin = [
+            get_scorer(part.scorer.name, **part.scorer.params()).fit(run.bank.inputs("refit"))
+            for part in detector.parts
+        ]
+        raw = [scorer.score(run.second.inputs("refit")) for scorer in twin]
+        second = detector.combine(raw, run.second.expert)
+        weight = run.calibrate.confidence / (run.calibrate.confidence + run.second.confidence)
+        np.testing.assert_allclose(both, weight * first + (1 - weight) * second, rtol=1e-4, atol=1e-4)
+        assert not np.allclose(both, first)
+
+
+def test_mos_reads_what_every_group_says_and_no_route():
+    groups, test = subject(experts=2, has_others=True), draw(30, 7, experts=2)
+    (detector,) = make(groups, scores=["mos"]).detectors()
+    assert (detector.head, detector.calibrated, detector.is_routed, detector.params) == ("trained", False, False, {})
+    np.testing.assert_array_equal(detector.score_rows(test), test.others.min(1))
+    expected = np.concatenate([run.calibrate.others.min(1) for run in groups.runs])
+    np.testing.assert_array_equal(detector.calibration_scores, expected)
+    for without in (subject(), subject(experts=2)):
+        assert make(without, scores=["mos"]).detectors() == []
+
+
+def test_routed_are_scores_of_an_expert():
+    frozen, routed = make(subject()), make(subject(experts=2))
+    assert not frozen.detector("none", "knn").is_routed
+    assert routed.detector("none", "knn").is_routed
+    assert routed.detector("refit", "knn+energy").is_routed
+
+
 def test_rows_without_experts_cannot_be_calibrated_over_them():
     with pytest.raises(InputError, match="these rows were not routed"):
         make(subject()).detector("probe", "energy", calibrated=True)
@@ -146,6 +196,8 @@ def test_every_score_on_every_head_that_it_reads():
         ("energy", "refit", True),
     ]
     assert listed(subject(experts=1), scores=["knn"]) == [("knn", "none", False)]  # one scale: nothing to calibrate
+    assert listed(subject(), scores=["ncm"]) == [("ncm", "none", False)]
+    assert listed(subject(experts=2), scores=["ncm"]) == [("ncm", "none", False), ("ncm", "none", True)]
 
 
 def test_what_needs_logits():

@@ -151,7 +151,7 @@ def test_router_standardises_and_stays_linear():
     mixture = small_mixture()
     tap_cls = 100 + 7 * small_tokens(50).tap_cls
     tap_cls[:, 2] = 3  # a channel that never varies must not divide by zero
-    mixture.router.standardise(tap_cls)
+    mixture.router.standardise([tap_cls[:10], tap_cls[10:]])
     weight, bias = mixture.router.linear.weight, mixture.router.linear.bias
     scaled = (tap_cls - tap_cls.mean(0)) / torch.tensor([*tap_cls.std(0, correction=0)[:2], 1e-6])
     assert torch.allclose(mixture.router(tap_cls), scaled @ weight.T + bias, atol=1e-4)
@@ -160,7 +160,7 @@ def test_router_standardises_and_stays_linear():
 
 def test_untrained_router_prefers_no_class():
     tokens = encoded(lite0)
-    gate, probability = mixture_of(lite0()).route(tokens.tap_cls)
+    gate, probability = mixture_of(lite0()).route(tokens)
     assert torch.allclose(probability, torch.full((6, 7), 1 / 7))
     assert torch.allclose(gate, torch.tensor([2 / 7, 4 / 7, 1 / 7]).expand(6, 3))
 
@@ -273,7 +273,7 @@ NAMES = {f"class {index}": group for index, group in enumerate(GROUPS)}
 
 def saved(folder):
     mixture = small_mixture()
-    mixture.router.standardise(small_tokens(20).tap_cls)
+    mixture.router.standardise([small_tokens(20).tap_cls])
     save_mixture(folder, mixture, {"groups": NAMES, "seed": 3})
     return mixture
 

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
-from cache import CacheMismatchError, FeatureCache
+from cache import CacheError, CacheMismatchError, FeatureCache
 from stages import shards as shards_module
 from stages.backbone import Backbone
+from stages.config import BackboneConfig
 from stages.errors import StageError
 from stages.extract import compare_versions, extract_set, made_with, repair_set
-from stages.images import ImageReader, decode_image, list_images
+from stages.images import ImageReader, decode_image, list_dataset, list_images
 from stages.progress import NullProgress
+from tests.test_stages.drawn import create
 from tests.test_stages.slow_extraction import small_shards
 
 BROKEN = {"0/0000-notes.png": b"no image at all", "1/cut.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "1/empty.jpg": b""}
@@ -401,3 +405,43 @@ def test_a_set_without_a_usable_image_is_sealed_where_that_is_allowed(images, ba
     cache = extract(only, tmp_path, backbone)
     assert (cache.n_rows, len(cache.failures())) == (0, 1)
     assert cache.read("cls").shape == (0, backbone.dim)
+
+
+class Pixels:
+    """A dataset as torch has them: an image and its class by number."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.images[row], int(self.labels[row])
+
+
+def test_a_dataset_from_python_is_judged_by_its_pixels(backbone, tmp_path, monkeypatch):
+    digits = load_digits()
+    data = Pixels((digits.images[:40] * 15).astype(np.uint8), digits.target[:40])
+    spec = backbone.feature_spec("float16", "full")
+    cache = extract_set("digits", list_dataset(data, "digits"), spec, tmp_path, lambda: backbone)
+    assert [int(cache.class_names[label]) for label in cache.labels] == data.labels.tolist()
+    assert extract_set("digits", list_dataset(data, "digits"), spec, tmp_path, not_needed).path == cache.path
+    data.images[7] = data.images[8]
+    batches = counting(backbone, monkeypatch)
+    new = extract_set("digits", list_dataset(data, "digits"), spec, tmp_path, lambda: backbone)
+    assert (len(batches), new.path.name) == (1, f"{cache.path.name}-2")
+    np.testing.assert_array_equal(new.read("cls")[7], new.read("cls")[8])
+
+
+def test_features_that_float16_cannot_hold_are_never_stored(images, tmp_path):
+    """Weights as some networks have them: their maps reach beyond 65,504."""
+    model = create("test_efficientnet")
+    with torch.no_grad():
+        model.bn2.weight *= 1e7
+    large = Backbone(model, BackboneConfig(name="test_efficientnet", image_size=48))
+    with pytest.raises(CacheError, match=r'cls of .*: inf: too large for float16.*set cache.dtype = "float32"'):
+        extract(images, tmp_path, large)
+    assert not list(tmp_path.glob("*/shard-*.h5"))
+    cache = extract(images, tmp_path, large, spec=large.feature_spec("float32", "full"))
+    assert cache.read("cls").max() > 65504

@@ -42,7 +42,7 @@ def test_number_of_experts(n_classes, experts):
 def test_prototypes_are_class_means():
     digits = load_digits()
     features, labels = digits.data.astype(np.float32), digits.target.astype(np.int32)
-    prototypes = class_prototypes(features, labels, 11)
+    prototypes = class_prototypes([(features[:700], labels[:700]), (features[700:], labels[700:])], 11)
     assert prototypes[:10] == pytest.approx(np.stack([features[labels == c].mean(0) for c in range(10)]))
     assert (prototypes[10] == 0).all()  # a class without rows
 
@@ -61,7 +61,7 @@ def test_balanced_groups_differ_by_one_class_at_most(n, n_groups, seed):
 def test_balanced_groups_are_better_than_chance():
     """Better than 95 % of random balanced assignments of the digits' prototypes, from every start."""
     digits = load_digits()
-    prototypes = class_prototypes(digits.data.astype(np.float32), digits.target.astype(np.int32), 10)
+    prototypes = class_prototypes([(digits.data, digits.target)], 10)
     rng = np.random.default_rng(0)
     chance = [inertia(prototypes, rng.permutation(np.arange(10) % 3)) for _ in range(500)]
     for seed in range(5):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from stages import refine as refine_module
+from stages.artifacts import write_described
 from stages.dataset import read_tokens
-from stages.experts import load_mixture
+from stages.experts import MixtureOfFeatureExperts, load_mixture
 from stages.extract import extract_set
 from stages.images import list_images
 from stages.refine import load_refined, refine, refined_path, save_refined
@@ -57,6 +58,45 @@ def test_rows_can_be_sent_to_an_expert(network, routed, caches):
     np.testing.assert_array_equal(refined.confidence, routed.confidence)  # what the router said stays what it said
 
 
+def test_the_runner_up_is_the_second_likeliest_group(routed):
+    order = np.argsort(-routed.gate, axis=1)
+    np.testing.assert_array_equal(routed.runner_up, order[:, 1])
+    np.testing.assert_array_equal(routed.confidence, routed.gate.max(1))
+    assert (routed.runner_up != routed.expert).all()
+
+
+def test_some_rows_alone(network, routed, caches):
+    rows = np.array([3, 70, 71, 200])
+    some = refine(network, caches["test"], routed.runner_up[rows], rows=rows)
+    np.testing.assert_array_equal(some.expert, routed.runner_up[rows])
+    np.testing.assert_allclose(some.gate, routed.gate[rows], rtol=1e-5)
+    own = refine(network, caches["test"], rows=rows)
+    np.testing.assert_allclose(own.features, routed.features[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"), [("frozen", (0, 1, 2, 1)), ("frozen", (0, 0, 0, 0)), ("adapter", (0, 1, 1, 0))]
+)
+def test_every_group_says_other_where_all_heads_see_the_frozen_features(backbone, caches, kind, groups):
+    torch.manual_seed(0)
+    mixture = MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups, kind=kind)
+    for expert in mixture.experts:
+        torch.nn.init.normal_(expert.head.weight, std=0.05)
+    refined = refine(mixture, caches["test"])
+    if kind != "frozen" or max(groups) == 0:  # features of one expert say nothing to another's head; one has no "other"
+        assert refined.others.shape == (caches["test"].n_rows, 0)
+        return
+    features = torch.from_numpy(np.float32(caches["test"].read("cls")))
+    with torch.inference_mode():
+        expected = [expert.head(features).softmax(1)[:, -1].numpy() for expert in mixture.experts]
+    np.testing.assert_allclose(refined.others, np.stack(expected, axis=1), rtol=1e-4)
+    own = np.arange(len(features)), refined.expert
+    exponentials = np.exp(np.float64(refined.logits)).sum(1)  # of the routed expert's classes
+    np.testing.assert_allclose(
+        refined.others[own], np.exp(refined.other) / (exponentials + np.exp(refined.other)), rtol=1e-4
+    )
+
+
 def test_the_size_of_a_batch_does_not_matter(network, routed, caches, monkeypatch):
     monkeypatch.setattr(refine_module, "REFINE_BATCH", 100)
     again = refine(network, caches["test"])
@@ -93,6 +133,12 @@ def test_damaged_files_are_computed_again_and_not_believed(routed, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     assert load_refined(path, identity) is None
     path.unlink()
+    assert load_refined(path, identity) is None
+
+
+def test_files_of_another_version_are_computed_again(routed, tmp_path):
+    path, identity = refined_path(tmp_path, "final", "test"), {"mixture": "a"}
+    write_described(path, {"features": routed.features, "confidence": routed.confidence}, identity)
     assert load_refined(path, identity) is None
 
 

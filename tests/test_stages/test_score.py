@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from sklearn.metrics import roc_auc_score
 from cache import CacheMismatchError, FeatureCache
 from stages import backbone as backbone_module
 from stages.config import ScoreConfig, TrainConfig
-from stages.dataset import read_tokens
+from stages.dataset import id_data, read_tokens
 from stages.errors import InputError
 from stages.experts import load_mixture
 from stages.extract import extract_set
+from stages.heads import load_heads
 from stages.images import ImageReader, list_images
 from stages.images.table import FileRange
-from stages.refine import load_refined, refined_path
+from stages.refine import load_refined, refine, refined_path
 from stages.score import BackboneSource, MixtureFolder, Predictor, score
 from stages.score import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.train import train_mofe, train_probe
@@ -172,7 +173,7 @@ def test_the_router_decides_for_id_and_ood_alike(source, folder, table, network)
     row = next(row for row in table if row["routing"] == "predicted" and row["head"] == "refit")
     samples = samples_of(folder, row)
     for test in source.tests:
-        gate, _ = network.route(read_tokens(test.cache, slice(None)).tap_cls)
+        gate, _ = network.route(read_tokens(test.cache, slice(None)))
         own = samples["set"] == test.name
         np.testing.assert_array_equal(samples["expert"][own], gate.argmax(1).numpy())
         np.testing.assert_allclose(samples["confidence"][own], gate.amax(1).detach().numpy(), rtol=1e-5)
@@ -221,6 +222,151 @@ def test_a_set_may_have_the_name_of_the_bank(source, tmp_path):
     plain = score([source], config, tmp_path / "plain").rows
     assert [row.auroc for row in named] == [row.auroc for row in plain]
     assert (tmp_path / "seed-0" / "refined" / "final" / "id-train.safetensors").read_bytes() == bank
+
+
+# ---------------------------------------------------------------------------------------------------- top-2 routing
+
+
+@pytest.fixture(scope="module")
+def both(source, tmp_path_factory):
+    """Scores with top-2 rows."""
+    folder = tmp_path_factory.mktemp("top2") / "scores"
+    config = CONFIG.model_copy(update={"scores": ["energy", "knn", "knn+energy", "ncm"], "top2": True})
+    score([source], config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table_of_both(both):
+    return json.loads((both / "table.json").read_text())
+
+
+def test_top2_rows_stand_beside_the_routed_ones_and_have_averages(both, table_of_both):
+    def methods(routing):
+        naming = ("features", "head", "score", "calibrated", "ood", "group")
+        return [[row[name] for name in naming] for row in table_of_both if row["routing"] == routing]
+
+    assert methods("top2") == methods("predicted")
+    assert ["mofe", "refit", "knn+energy", True, "average", "all"] in methods("top2")
+    routings = [entry["routing"] for entry in json.loads((both / "thresholds.json").read_text())]
+    assert routings.count("top2") == routings.count("predicted") > 0
+
+
+def test_two_experts_score_a_row_and_the_gate_weighs_them(source, both, table_of_both, network):
+    """Once more by two forced passes: each row in the bank and by the head of its likeliest, then its second expert."""
+    path, train, labels = source.mixtures[0].path, source.data.split.final_train, source.data.train_labels
+    group = network.group.numpy()
+    head = load_heads(path, "heads", json.loads((path / "mofe.json").read_text())["identity"])["refit"].final
+
+    def unit(features):
+        return np.float64(features) / np.linalg.norm(np.float64(features), axis=1, keepdims=True)
+
+    bank = unit(refine(network, source.data.train, group[labels].astype(np.int64)).features[train])
+    far = source.tests[2].cache
+    gate = refine(network, far).gate
+    order = np.argsort(-gate, axis=1)
+    scores = {"knn": [], "energy": []}
+    for expert in order.T:
+        refined = refine(network, far, expert)
+        distances = np.sqrt(np.maximum(0, 2 - 2 * unit(refined.features) @ bank.T))
+        distances[expert[:, None] != group[labels[train]]] = np.inf
+        scores["knn"].append(np.sort(distances, axis=1)[:, 4])
+        scores["energy"].append(-np.log(np.exp(np.float64(head.logits(refined.features))).sum(1)))
+    weight = np.take_along_axis(gate, order, axis=1)
+    weight /= weight.sum(1, keepdims=True)
+    naming = ("routing", "head", "calibrated")
+    row = next(row for row in table_of_both if [row[name] for name in naming] == ["top2", "refit", False])
+    samples = samples_of(both, row)
+    own = samples["set"] == "far"
+    for name, (first, second) in scores.items():
+        np.testing.assert_allclose(samples[name][own], weight[:, 0] * first + weight[:, 1] * second, atol=1e-3)
+    assert (weight[:, 0] < 0.9).any()
+    np.testing.assert_array_equal(samples["expert"][own], order[:, 0])
+
+
+def test_scoring_by_two_experts_again_runs_no_network(source, both, table_of_both, tmp_path, monkeypatch):
+    def forbidden(*arguments, **options):
+        raise AssertionError("scoring again must not need this")
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", forbidden)
+    rows = score([source], CONFIG.model_copy(update={"scores": ["knn"], "top2": True}), tmp_path).rows
+    assert [asdict(row) for row in rows] == [row for row in table_of_both if row["score"] == "knn"]
+
+
+def test_what_a_wrong_route_costs_stands_in_id_json(both, folder):
+    (router,) = json.loads((both / "id.json").read_text())["router"]
+    accuracy = router["id_accuracy"]
+    assert list(accuracy) == ["predicted", "top2", "oracle"]
+    assert accuracy["oracle"]["trained"] > accuracy["predicted"]["trained"]
+    for routing, own in accuracy.items():
+        samples = pq.read_table(both / "samples" / f"pretrained-mofe-refit-default-0-{routing}.parquet")
+        columns = [np.array(samples[name].to_pylist()) for name in ("set", "label", "prediction")]
+        ids = columns[0] == "test"
+        assert own["refit"] == pytest.approx(np.mean(columns[1][ids] == columns[2][ids]))
+    (plain,) = json.loads((folder / "id.json").read_text())["router"]
+    assert plain["id_accuracy"] == {name: accuracy[name] for name in ("predicted", "oracle")}
+    assert (router["kind"], router["experts"]) == ("end", 2)
+    assert router["parameters"] > 1000
+
+
+def test_one_expert_has_no_second(source, data, backbone, tmp_path):
+    path = tmp_path / "seed-0"
+    train_mofe(data, TrainConfig(experts=1, epochs=1), backbone.end, seed=0, folder=path)
+    one = replace(source, mixtures=(MixtureFolder("dense", 0, path),))
+    rows = score([one], CONFIG.model_copy(update={"scores": ["knn"], "top2": True}), tmp_path / "scores").rows
+    assert {row.routing for row in rows} == {"none", "predicted", "oracle"}
+
+
+# -------------------------------------------------------------------------------------------------- further scores
+
+
+@pytest.fixture(scope="module")
+def groups_alone(source, data, backbone, tmp_path_factory):
+    """The MOS control beside the mixture: no experts, group heads with "other" on the frozen features."""
+    path = tmp_path_factory.mktemp("mos") / "seed-0"
+    train_mofe(data, TrainConfig(experts=2, epochs=3, expert="frozen"), backbone.end, seed=0, folder=path)
+    return replace(source, mixtures=(*source.mixtures, MixtureFolder("mos", 0, path)))
+
+
+def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp_path):
+    config = CONFIG.model_copy(update={"scores": ["knn", "mos"], "top2": True})
+    result = score([groups_alone], config, tmp_path)
+    rows = [row for row in result.rows if row.score == "mos"]
+    naming = {(row.variant, row.head, row.routing, row.calibrated) for row in rows}
+    assert naming == {("mos", "trained", "predicted", False)}
+    assert result.notes == ['mos: not of variant default: it needs train.expert = "frozen" and two experts or more']
+    spec, path = groups_alone.data.train.spec, groups_alone.mixtures[1].path
+    network = load_mixture(path, groups_alone.architecture().end, spec.cls_dim, spec.tap_dim)
+    samples = samples_of(tmp_path, asdict(rows[0]))
+    for test in groups_alone.tests:
+        features = torch.from_numpy(np.float32(test.cache.read("cls")))
+        with torch.inference_mode():
+            others = torch.stack([expert.head(features).softmax(1)[:, -1] for expert in network.experts])
+        np.testing.assert_allclose(samples["mos"][samples["set"] == test.name], others.amin(0), rtol=1e-4)
+    assert next(row.auroc for row in rows if row.ood == "far") > 0.7
+
+
+def test_predict_by_mos_needs_groups_without_experts(source, groups_alone):
+    with pytest.raises(InputError, match=r'mos needs a mixture trained with train.expert = "frozen"'):
+        Predictor(source, CONFIG, "mos")
+    cache = source.tests[0].cache
+    predictor = Predictor(replace(groups_alone, mixtures=groups_alone.mixtures[1:]), CONFIG, "mos")
+    found = predictor.predict(cache.ids.tolist(), cache)
+    assert all(0 <= one.score <= 1 for one in found)
+    assert np.mean([one.decision == "ID" for one in found]) > 0.8
+
+
+def test_ncm_of_frozen_features_and_of_the_routed_experts_classes(source, frozen, both, table_of_both):
+    methods = {(row["features"], row["head"], row["routing"]) for row in table_of_both if row["score"] == "ncm"}
+    mofe = {("mofe", "none", routing) for routing in ("predicted", "top2", "oracle")}
+    assert methods == {("cls", "none", "none")} | mofe
+    train = source.data.split.final_train
+    bank, labels = frozen["train"][train], source.data.train_labels[train]
+    means = np.stack([bank[labels == c].mean(0) for c in range(4)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    samples = samples_of(both, next(row for row in table_of_both if row["score"] == "ncm"))
+    plain = np.sqrt(2 - 2 * frozen["far"] @ means.T).min(1)
+    np.testing.assert_allclose(samples["ncm"][samples["set"] == "far"], plain, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- thresholds and id.json
@@ -323,6 +469,18 @@ def test_images_of_id_train_in_an_ood_set_are_counted(source, caches, folder, tm
     distinct = len(caches["train"])
     assert json.loads((tmp_path / "id.json").read_text())["overlap_with_id_train"] == {"leak": distinct}
     assert result.notes == [f"{distinct} images of leak are in the id-train set as well (same bytes)"]
+
+
+def test_images_of_id_train_in_the_other_id_sets_are_counted(source, caches, tmp_path):
+    """A held-out image that trained the model calibrates nothing, and a test image that did proves nothing."""
+    leaked = id_data(caches["train"], caches["train"], val_share=0.2)
+    tests = (ScoredSet("again", "id", caches["train"]), *source.tests[1:])
+    result = score([replace(source, data=leaked, tests=tests, mixtures=())], CONFIG, tmp_path)
+    n = len(caches["train"])
+    assert json.loads((tmp_path / "id.json").read_text())["overlap_with_id_train"] == {"train": n, "again": n}
+    assert result.notes == [
+        f"{n} images of {name} are in the id-train set as well (same bytes)" for name in ("train", "again")
+    ]
 
 
 def test_a_fine_tuned_backbone_adds_its_own_head(source, probe, tmp_path):

@@ -19,12 +19,14 @@ from stages.scorers import (
     ExpertCalibration,
     Fold,
     KNNScorer,
+    NCMScorer,
     ScoreInputs,
     Standardiser,
     choose_k,
     energy_score,
     get_scorer,
     knn_score,
+    mos_score,
     msp_score,
     sum_scores,
     threshold_at,
@@ -103,7 +105,8 @@ def inputs(n=60, dim=8, classes=5, experts=None, seed=0, noise=0.2):
     labels = np.arange(n) % classes
     features = np.eye(classes, dim)[labels] + rng.normal(scale=noise, size=(n, dim))
     expert = labels % experts if experts else None
-    return ScoreInputs(features=features, logits=rng.normal(size=(n, classes)), labels=labels, expert=expert)
+    logits, others = rng.normal(size=(n, classes)), rng.uniform(size=(n, 2))
+    return ScoreInputs(features=features, logits=logits, labels=labels, expert=expert, others=others)
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -111,7 +114,7 @@ def test_every_scorer_keeps_the_contract(name):
     train, x = inputs(), inputs(n=17, seed=1)
     scorer = get_scorer(name)
     assert scorer.name == name
-    assert scorer.needs <= {"logits", "features", "bank"}
+    assert scorer.needs <= {"logits", "features", "others", "bank"}
     scores = scorer.fit(train).score(x)
     assert (scores.shape, scores.dtype) == ((17,), np.float32)
     rows = np.array([5, 2])
@@ -125,7 +128,7 @@ def test_scores_of_the_experiment_file_are_there():
 
 
 def test_an_unknown_score_names_the_nearest_known_one():
-    with pytest.raises(InputError, match=r"'enrgy'; did you mean 'energy'\? \(known: msp, energy, knn\)"):
+    with pytest.raises(InputError, match=r"'enrgy'; did you mean 'energy'\? \(known: msp, energy, knn, ncm, mos\)"):
         get_scorer("enrgy")
 
 
@@ -179,6 +182,53 @@ def test_knn_refuses_what_it_cannot_search():
         KNNScorer(1).fit(train).score(ScoreInputs(features=np.ones((1, 8)), expert=np.array([7])))
     with pytest.raises(InputError, match="none given"):
         KNNScorer(1).fit(train.take(np.zeros(60, dtype=bool)))
+
+
+def test_ncm_is_the_distance_to_the_nearest_class_mean():
+    train, x = inputs(), inputs(n=9, seed=1)
+    unit = train.features / np.linalg.norm(train.features, axis=1, keepdims=True)
+    means = np.stack([unit[train.labels == c].mean(0) for c in range(5)])
+    cosine = (x.features @ means.T) / np.outer(*(np.linalg.norm(r, axis=1) for r in (x.features, means)))
+    scorer = NCMScorer().fit(train)
+    np.testing.assert_allclose(scorer.score(x), np.sqrt(2 - 2 * cosine).min(1), atol=1e-6)
+    longer = ScoreInputs(features=train.features * np.arange(1, 61)[:, None], labels=train.labels)
+    np.testing.assert_allclose(NCMScorer().fit(longer).score(x), scorer.score(x), atol=1e-6)  # directions alone count
+
+
+def test_each_row_is_compared_with_the_classes_of_its_expert():
+    train, x = inputs(experts=2), inputs(n=20, experts=2, seed=1)
+    scores = NCMScorer().fit(train).score(x)
+    for e in (0, 1):
+        own = NCMScorer().fit(
+            ScoreInputs(features=train.features[train.expert == e], labels=train.labels[train.expert == e])
+        )
+        expected = own.score(ScoreInputs(features=x.features[x.expert == e]))
+        np.testing.assert_allclose(scores[x.expert == e], expected, atol=1e-6)
+
+
+def test_ncm_refuses_what_has_no_means():
+    with pytest.raises(StageError, match="no class means yet"):
+        NCMScorer().score(inputs())
+    with pytest.raises(InputError, match="a class mean needs labels"):
+        NCMScorer().fit(ScoreInputs(features=np.ones((3, 8))))
+    with pytest.raises(InputError, match="none given"):
+        NCMScorer().fit(inputs().take(np.zeros(60, dtype=bool)))
+    with pytest.raises(InputError, match="1 of 3 class mean features hold NaN"):
+        NCMScorer().fit(ScoreInputs(features=np.array([[1.0], [np.nan], [2.0]]), labels=np.zeros(3, int)))
+    with pytest.raises(InputError, match=r"experts \[7\], which have no training rows"):
+        NCMScorer().fit(inputs(experts=2)).score(ScoreInputs(features=np.ones((1, 8)), expert=np.array([7])))
+
+
+def test_mos_is_low_where_one_group_knows_the_row():
+    assert mos_score([[0.99, 0.01, 0.98], [0.9, 0.8, 0.85]]).tolist() == pytest.approx([0.01, 0.8])
+    assert mos_score(np.zeros((0, 3))).shape == (0,)
+    for others, says in (
+        ([[0.5, 1.5]], "1 of 1 rows hold no probabilities"),
+        ([[0.5], [np.nan]], "row 1 first"),
+        (np.zeros((2, 0)), r"shape \(2, 0\)"),
+    ):
+        with pytest.raises(InputError, match=says):
+            mos_score(others)
 
 
 @settings(deadline=None)

@@ -1,7 +1,12 @@
 """Stage two: seeded to the bit, resumable to the bit, blind to the rows that judge it; and it learns."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -10,17 +15,22 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache import FeatureCache
 from stages import train as train_module
-from stages.config import TrainConfig
-from stages.dataset import read_tokens
+from stages.backbone import Backbone
+from stages.config import BackboneConfig, TrainConfig
+from stages.dataset import id_data, read_tokens
 from stages.errors import InputError, StageError
 from stages.experts import load_mixture
+from stages.extract import extract_set
+from stages.heads import load_heads
 from stages.mixup import class_alpha
 from stages.progress import NullProgress
 from stages.refine import load_refined, refined_path
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mixture, train_mofe, train_probe
+from tests.test_stages.drawn import create
 
 ONE, TWO = (TrainConfig(experts=2, epochs=epochs) for epochs in (1, 2))
 
@@ -30,11 +40,12 @@ def fit(data, backbone, tmp_path_factory):
     """Train one mixture without its heads, on `data` and for two epochs unless told otherwise."""
     numbers, folder = count(), tmp_path_factory.mktemp("fit")
 
-    def fit(data=data, groups=(0, 0, 1, 1), seed=0, progress=None, checkpoint=None, **settings):
+    def fit(data=data, groups=(0, 0, 1, 1), seed=0, progress=None, checkpoint=None, rows=None, **settings):
         fold = data.split.folds[0]
+        rows = fold.train if rows is None else rows
         chosen = resolve_settings(TwoEpochs(**settings), data.n_classes)
         checkpoint = checkpoint or folder / f"{next(numbers)}.checkpoint"
-        return train_mixture(data, fold.train, fold.select, groups, chosen, backbone.end, seed, checkpoint, progress)
+        return train_mixture(data, rows, fold.select, groups, chosen, backbone.end, seed, checkpoint, progress)
 
     return fit
 
@@ -88,15 +99,15 @@ def test_it_learns(fit, data):
 
 
 def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(fit, monkeypatch):
-    evaluate, after = train_module._evaluate, []
+    evaluate, after = train_module._Training.evaluate, []
 
-    def judged(mixture, data, select, accuracy, record):
-        running = evaluate(mixture, data, select, accuracy, record)
+    def judged(training, select, accuracy, record):
+        running = evaluate(training, select, accuracy, record)
         record.select_loss = [0.9, 0.4, 0.4][record.epoch]
-        after.append({name: tensor.numpy().tobytes() for name, tensor in mixture.state_dict().items()})
+        after.append({name: tensor.numpy().tobytes() for name, tensor in training.average.state_dict().items()})
         return running
 
-    monkeypatch.setattr(train_module, "_evaluate", judged)
+    monkeypatch.setattr(train_module._Training, "evaluate", judged)
     trained = fit(epochs=3)
     assert trained.best_epoch == 1
     assert bits(trained) == after[1] != after[2]
@@ -115,7 +126,7 @@ def test_the_held_out_loss_is_that_of_the_unmixed_rows(fit, data):
         )
     record = trained.history[0]
     assert record.select_loss == pytest.approx(float(expected), abs=1e-4)
-    arrived = (mixture.route(tokens.tap_cls)[0].argmax(1) == mixture.group[truth]).float().mean()
+    arrived = (mixture.route(tokens)[0].argmax(1) == mixture.group[truth]).float().mean()
     assert record.router_accuracy == pytest.approx(float(arrived), abs=1e-6)
 
 
@@ -149,22 +160,272 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(fit, tmp_path):
     assert bits(resumed) == bits(whole)
 
 
+@pytest.mark.parametrize("expert", ["end", "adapter"])
+def test_killed_again_and_again_it_ends_as_if_never_killed(fit, tmp_path, expert):
+    """SIGKILL, which nothing can catch, wherever it strikes: inside a step, an evaluation or the writing of a file."""
+    started = time.monotonic()
+    whole = fit(epochs=3, expert=expert)
+    duration = time.monotonic() - started
+    checkpoint = tmp_path / "mine.checkpoint"
+    rng = np.random.default_rng(0)
+    struck = 0
+    for _ in range(4):
+        child = multiprocessing.get_context("fork").Process(
+            target=fit, kwargs={"epochs": 3, "expert": expert, "checkpoint": checkpoint}
+        )
+        child.start()
+        time.sleep(duration * rng.uniform(0.2, 0.8))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        struck += child.exitcode == -signal.SIGKILL
+    assert struck
+    resumed = fit(epochs=3, expert=expert, checkpoint=checkpoint)
+    assert resumed.history == whole.history
+    assert bits(resumed) == bits(whole)
+
+
+# ------------------------------------------------------------------------------------------------- a step of learning
+
+
+@contextmanager
+def after_every_step(look):
+    """Calls ``look(optimiser)`` whenever weights have moved."""
+    handle = register_optimizer_step_post_hook(lambda optimiser, *_: look(optimiser))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def weights_of(optimiser) -> list[np.ndarray]:
+    return [p.detach().double().numpy().copy() for group in optimiser.param_groups for p in group["params"]]
+
+
+def test_what_is_kept_is_the_moving_average_of_the_weights(fit):
+    """Written out in float64 for one epoch, from the weights after each step."""
+    seen = []
+    with after_every_step(lambda optimiser: seen.append(weights_of(optimiser))):
+        trained = fit(epochs=1, ema=0.9, expert="adapter")
+        plain = fit(epochs=1, ema=0.0, expert="adapter")
+    half = len(seen) // 2
+    assert all(np.array_equal(a, b) for a, b in zip(seen[half - 1], seen[-1], strict=True))  # it changes no step
+    settings = resolve_settings(TrainConfig(), 4)
+
+    def parameters(mixture):
+        return [p.detach().numpy() for g in train_module._parameter_groups(mixture, settings) for p in g["params"]]
+
+    start = fit(epochs=1, ema=0.9, expert="adapter", lr=1e-30, head_lr=1e-30, router_lr=1e-30)
+    average = [p.astype(np.float64) for p in parameters(start.mixture)]
+    for step, weights in enumerate(seen[:half]):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    for kept, expected, last in zip(parameters(trained.mixture), average, parameters(plain.mixture), strict=True):
+        np.testing.assert_allclose(kept, expected, atol=1e-6)
+        assert not np.allclose(last, expected, atol=1e-6)
+    for kept, last in zip(parameters(plain.mixture), seen[-1], strict=True):
+        np.testing.assert_array_equal(kept, last)
+
+
+def test_gradients_are_clipped(fit):
+    def norms(**settings):
+        seen = []
+
+        def look(optimiser):
+            gradients = [p.grad for g in optimiser.param_groups for p in g["params"] if p.grad is not None]
+            seen.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+        with after_every_step(look):
+            fit(epochs=1, **settings)
+        return seen
+
+    free = norms(gradient_clip=1e6)
+    assert min(free) > 0.05
+    assert max(norms(gradient_clip=0.05)) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(fit):
+    rates = []
+    with after_every_step(lambda optimiser: rates.append({g["lr"] for g in optimiser.param_groups})):
+        fit(epochs=3, lr=1e-4, head_lr=1e-3, router_lr=1e-3)
+    ends = np.array([min(rate) for rate in rates])
+    assert all(max(rate) == pytest.approx(10 * min(rate)) for rate in rates)
+    batches = len(rates) // 3
+    assert (np.diff(ends[:batches]) > 0).all()
+    assert (np.diff(ends[batches:]) < 0).all()
+    assert ends[0] == pytest.approx(1e-4 / (batches + 1))
+    assert ends[batches] == pytest.approx(1e-4)
+    assert ends[batches + batches] == pytest.approx(0.5e-4)  # half of the cosine
+    assert ends[-1] < 2e-6
+
+
+def test_patience_ends_the_run_and_a_resumed_one(fit, monkeypatch, tmp_path):
+    evaluate = train_module._Training.evaluate
+
+    def judged(training, select, accuracy, record):
+        running = evaluate(training, select, accuracy, record)
+        record.select_loss = [0.9, 0.4, 0.5, 0.4, 0.1][record.epoch]
+        return running
+
+    monkeypatch.setattr(train_module._Training, "evaluate", judged)
+    checkpoint = tmp_path / "mine.checkpoint"
+    for _ in range(2):
+        trained = fit(epochs=5, patience=2, expert="frozen", checkpoint=checkpoint)
+        assert (len(trained.history), trained.best_epoch) == (4, 1)
+    assert len(fit(epochs=5, patience=3, expert="frozen").history) == 5
+
+
+def test_progress_tells_loss_accuracy_and_load(fit, data):
+    class Listens(NullProgress):
+        counted, fields = 0, {}
+
+        def advance(self, n=1, **fields):
+            self.counted += n
+            self.fields |= fields
+
+    progress = Listens()
+    last = fit(progress=progress).history[-1]
+    assert progress.counted == 2 * len(data.split.final_train)
+    assert progress.fields["accuracy"] == last.select_accuracy
+    assert progress.fields["router"] == last.router_accuracy
+    assert progress.fields["load"] == "/".join(map(str, last.load))
+    assert progress.fields["loss"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ kinds of expert
+
+
+@pytest.mark.parametrize("expert", ["adapter", "frozen", "dense"])
+def test_every_kind_of_expert_is_trained_stored_and_loaded(expert, data, backbone, tmp_path):
+    config = TrainConfig(experts=2, epochs=2, expert=expert, router_input="cls")
+    assert train_mofe(data, config, backbone.end, seed=0, folder=tmp_path)
+    about = json.loads((tmp_path / "mofe.json").read_text())
+    assert about["settings"]["expert"] == expert
+    assert len(set(about["groups"].values())) == (1 if expert == "dense" else 2)
+    loaded = load_mixture(tmp_path, backbone.end, backbone.dim, backbone.tap_dim)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == about["parameters"]
+    tokens = read_tokens(data.train, np.arange(20))
+    with torch.inference_mode():
+        out = loaded(tokens)
+    distance = (out.features - tokens.cls).abs().max()
+    assert distance == 0 if expert == "frozen" else distance > 1e-3
+    first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert last["select_loss"] < first["select_loss"]
+    assert last["router_accuracy"] > 0.8
+    assert mixture_is_fresh(tmp_path, about["identity"], data)
+
+
+def test_what_an_expert_does_not_see_is_not_read(fit, monkeypatch):
+    """Patches are nearly all of a cache."""
+    read, names = FeatureCache.read, set()
+
+    def spied(cache, name, rows=None):
+        names.add(name)
+        return read(cache, name, rows)
+
+    monkeypatch.setattr(FeatureCache, "read", spied)
+    fit(expert="frozen", epochs=1, router_input="cls")
+    assert names == {"cls"}
+    fit(expert="adapter", epochs=1)
+    assert names == {"cls", "tap_cls"}
+    fit(epochs=1)
+    assert names == {"cls", "tap_cls", "patches"}
+
+
+@pytest.fixture
+def few_of(few_images, tmp_path):
+    """48 digits as another backbone sees them: ``few_of(backbone, patches)``, and that backbone's ends."""
+
+    def few_of(backbone, patches):
+        spec = backbone.feature_spec("float16", patches)
+        train = extract_set("few", few_images, spec, tmp_path / "caches", lambda: backbone)
+        data, config = id_data(train, None, val_share=0.2), TrainConfig(experts=2, epochs=1)
+
+        def train_one(**settings):
+            chosen = resolve_settings(config.model_copy(update=settings), 4)
+            rows, checkpoint = data.split.final_train, tmp_path / f"{backbone.config.name}-{len(settings)}.checkpoint"
+            return train_mixture(data, rows, None, (0, 0, 1, 1), chosen, backbone.end, 0, checkpoint)
+
+        return train_one
+
+    return few_of
+
+
+def small_transformer(name, **kwargs):
+    return Backbone(create(name, **kwargs), BackboneConfig(name=name, image_size=kwargs["img_size"]))
+
+
+def test_without_patches_experts_see_the_class_token_alone(few_of, backbone):
+    for train in (few_of(small_transformer("vit_tiny_patch16_224", img_size=32), "none"), few_of(backbone, "none")):
+        assert np.isfinite(train().history[0].loss)
+        assert np.isfinite(train(expert="adapter").history[0].loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "patches"),
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "img_size": 32}, "none"),  # nothing left
+        ("eva02_tiny_patch14_224", {"img_size": 42}, "pool:2"),  # positions for 3 x 3 patches
+    ],
+)
+def test_experts_that_cannot_run_on_what_was_cached_are_refused(name, kwargs, patches, few_of):
+    train = few_of(small_transformer(name, **kwargs), patches)
+    refusal = rf'train\.expert: "end" of {name} cannot run .* patches = "{patches}": extract with patches = "full", or'
+    with pytest.raises(InputError, match=refusal):
+        train()
+    assert np.isfinite(train(expert="adapter").history[0].loss)
+
+
+# ----------------------------------------------------------------------------------------------- small and bad data
+
+
+def test_groups_of_one_class_and_classes_of_one_row(fit, data):
+    train = data.split.folds[0].train
+    of_class = [train[data.train_labels[train] == c] for c in range(4)]
+    rows = np.sort(np.concatenate([of_class[0], of_class[1][:1], of_class[2], of_class[3]]))
+    trained = fit(rows=rows, groups=(0, 1, 2, 2))
+    assert trained.history[-1].load[1] == 1
+    assert np.isfinite(trained.history[-1].select_loss)
+
+
+def test_a_group_of_one_class_has_its_heads(data, backbone, tmp_path):
+    grouping = tmp_path / "groups.json"
+    grouping.write_text('{"0": "round", "1": "other", "2": "other", "3": "other"}')
+    config = TrainConfig(grouping=str(grouping), epochs=1, expert="adapter")
+    assert train_mofe(data, config, backbone.end, seed=0, folder=tmp_path / "mofe")
+    heads = load_heads(tmp_path / "mofe", "heads", json.loads((tmp_path / "mofe/mofe.json").read_text())["identity"])
+    assert np.isfinite(heads["refit-group-0"].final.bias).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["cls", "tap_cls", "patches"])
+@pytest.mark.parametrize("part", ["train", "select"])
+def test_features_that_are_not_finite_name_their_image(name, part, data, backbone, spoilt, tmp_path):
+    row = getattr(data.split.folds[0], part)[3]
+    broken = spoilt([row], name, np.nan)
+    refusal = f"set 'train': {name} of image '{data.train.ids[row]}' is not finite: leave the image out, or remove"
+    if name == "cls":
+        with pytest.raises(InputError, match=refusal):
+            train_probe(broken, tmp_path / "probe")
+    if (name, part) != ("cls", "select"):  # which a copy of the backbone's end does not look at
+        with pytest.raises(InputError, match=refusal):
+            train_mofe(broken, ONE, backbone.end, seed=0, folder=tmp_path / "mofe")
+
+
 # ----------------------------------------------------------------------------------------------- who teaches whom
 
 
 @pytest.fixture
 def spoilt(data, tmp_path):
-    """A copy of `data` in which some rows of id-train hold noise and a wrong label."""
+    """A copy of `data` in which some rows of id-train hold noise, or one value, and a wrong label."""
     numbers = count()
 
-    def spoilt(rows):
+    def spoilt(rows, only=None, value=None):
         path = shutil.copytree(data.train.path, tmp_path / f"spoilt-{next(numbers)}")
         rng = np.random.default_rng(0)
         (shard,) = path.glob("shard-*.h5")
         with h5py.File(shard, "r+") as file:
-            for name in ("cls", "tap_cls", "patches"):
+            for name in ("cls", "tap_cls", "patches") if only is None else (only,):
                 array = file[name][:]
-                array[rows] = rng.normal(size=array[rows].shape)
+                array[rows] = rng.normal(size=array[rows].shape) if value is None else value
                 file[name][:] = array
         cache, labels = FeatureCache.open(path), data.train_labels.copy()
         labels[rows] = (labels[rows] + 1) % 4
@@ -203,6 +464,22 @@ def test_dynamic_alpha_follows_the_accuracy_of_the_epoch_before(fit):
         assert np.argmax(record.alpha) == np.argmin(before.accuracy)
 
 
+def test_the_knob_turns_where_a_class_is_hard(fit, data):
+    """A quarter of the digits 2 and 3, called a class of its own, is what nothing can tell from the others."""
+    labels = np.minimum(data.train_labels, 2)
+    drawn = np.random.default_rng(0).random(len(labels)) < 0.25
+    labels[drawn & (labels == 2)] = 3
+    history = fit(data=replace(data, train_labels=labels, held_out_labels=labels), epochs=5, head_lr=1e-2).history
+    alpha, mixing = (np.array([getattr(record, name) for record in history]) for name in ("alpha", "mixing"))
+    assert history[-2].accuracy[3] < 0.5 < min(history[-2].accuracy[:3])
+    assert alpha[0].tolist() == [0.1] * 4
+    assert alpha[-1, 3] == 0.8
+    assert alpha[-1, :3].max() < 0.3
+    assert mixing[-3:, 3].mean() > 3 * mixing[0, 3]  # λ moves towards ½
+    assert mixing[-1, :3].max() < 0.7 * mixing[-1, 3]  # and the others' does not
+    assert mixing[-1, 0] == pytest.approx(mixing[0, 0], abs=0.03)
+
+
 @pytest.mark.parametrize(("mixup", "alpha"), [("static", 0.3), ("none", 0.0)])
 def test_static_and_no_mixup_keep_alpha(fit, mixup, alpha):
     trained = fit(mixup=mixup, alpha_min=0.3)
@@ -231,6 +508,7 @@ def test_settings_are_resolved():
     paper = resolve_settings(TrainConfig(preset="paper", head_lr=1e-2), n_classes=1000)
     assert (paper.experts, paper.lr, paper.head_lr, paper.label_smoothing) == (7, 3.5e-5, 1e-2, 0.1)
     assert paper.alpha_min < paper.alpha_max
+    assert (default.ema, paper.ema, default.expert, default.patience) == (0.99, 0.0, "end", None)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.9, None)])
@@ -275,7 +553,7 @@ def test_what_a_trained_folder_holds(data, mixture, backbone):
     train = data.split.final_train
     np.testing.assert_array_equal(bank.expert[train], own_group[train])
     held = np.setdiff1d(np.arange(len(data.train)), train)
-    routed = loaded.route(read_tokens(data.train, held).tap_cls)[0].argmax(1)
+    routed = loaded.route(read_tokens(data.train, held))[0].argmax(1)
     np.testing.assert_array_equal(bank.expert[held], routed)  # by the router, not by the label
 
 

@@ -1,0 +1,300 @@
+"""What ``make results`` says: one recommended score against its baselines and beside all else that a study scored.
+
+The recommended score is named here, before any run and for every benchmark alike, and so are the baselines. A
+difference is that of the means over seeds (those that both methods have), with the 95 % bootstrap interval over images,
+ID and OOD resampled alike for both; it is a gain or a loss where the interval excludes 0.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.table import Table
+
+from pipeline.config import ConfigError, RunConfig
+from stages.artifacts import read_json, write_text
+from stages.detectors import NO_HEAD, needs_logits
+from stages.errors import StageError
+from stages.metrics import percentile_interval
+from stages.table import Evaluator, OODRow, Replicates
+
+_METRICS = ("fpr95", "auroc")
+_GROUPS = {"near-ood": "near", "far-ood": "far"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What names a row of the results, with the words of ``table.csv``; always uncalibrated."""
+
+    features: str
+    head: str
+    variant: str
+    routing: str
+    score: str
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        head = "" if self.head == NO_HEAD else f" ({self.head})"
+        routing = ", top 2" if self.routing == "top2" else ""
+        name = "frozen" if self.features == "cls" else f"MoFE {self.variant}{routing}"
+        return f"{name}: {self.score}{head}"
+
+
+RECOMMENDED = Method("mofe", "refit", "default", "predicted", "knn+energy")
+BASELINES = (
+    Method("cls", NO_HEAD, "", "none", "knn"),
+    Method("cls", "probe", "", "none", "knn+energy"),
+    replace(RECOMMENDED, variant="dense-1"),  # E = 1: the same block, nothing routed
+)
+
+
+def methods_of(config: RunConfig) -> list[Method]:
+    """All rows of a study's results: each score frozen and refined, then the recommended one of every variant."""
+    scores = [score for score in config.score.scores if score != "mos"]
+    frozen = [Method("cls", "probe" if needs_logits(score) else NO_HEAD, "", "none", score) for score in scores]
+    refined = [replace(RECOMMENDED, head="refit" if needs_logits(score) else NO_HEAD, score=score) for score in scores]
+    top2 = [replace(RECOMMENDED, routing="top2")] if config.score.top2 else []
+    variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
+    frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
+    mos = [Method("mofe", "trained", name, "predicted", "mos") for name in frozen_experts]
+    return [*frozen, *refined, *top2, *variants, *(mos if "mos" in config.score.scores else [])]
+
+
+def check_comparable(config: RunConfig) -> None:
+    """Refuse a study in which something that is to be compared is not there, before hours of work.
+
+    Raises:
+        ConfigError: a variant or a score is missing.
+    """
+    known = methods_of(config)
+    if missing := [method.label for method in (RECOMMENDED, *BASELINES) if method not in known]:
+        raise ConfigError(
+            f"{config.name}: the results need {', '.join(missing)}: leave score.scores and the variants as they are"
+        )
+
+
+Seeds = dict[int | None, dict[str, tuple[OODRow, Replicates]]]  # by seed, then by group of OOD sets
+
+
+class ScoredStudy:
+    """The scores of a study as stage three left them, judged anew with the resamples of its own table."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._folder = config.work / "scores"
+        self._oods = [(entry.name, _GROUPS[entry.role]) for entry in config.sets_of(*_GROUPS)]
+        self._id = config.sets_of("id-test")[0].name
+        self._accuracies = (read_json(self._folder / "id.json") or {})["accuracy"]
+        self._evaluator: Evaluator | None = None
+
+    @property
+    def groups(self) -> list[str]:
+        """``near`` and ``far``, where the study has such sets."""
+        return [group for group in _GROUPS.values() if group in dict(self._oods).values()]
+
+    def seeds(self, method: Method) -> Seeds:
+        """Averages over each group's sets, by seed."""
+        seeds = self.config.variant_seeds()[method.variant] if method.variant else (None,)
+        return {seed: self._averages(method, seed) for seed in seeds}
+
+    def accuracy(self, method: Method) -> list[float]:
+        """ID accuracy of the method's head for each seed; none where it has no head, or routes in its own way."""
+        if method.routing == "top2":
+            return []
+        wanted = {"backbone": "pretrained", "features": method.features, "variant": method.variant, "head": method.head}
+        return [entry["accuracy"] for entry in self._accuracies if wanted.items() <= entry.items()]
+
+    def _averages(self, method: Method, seed: int | None) -> dict[str, tuple[OODRow, Replicates]]:
+        scores = self._scores(method, seed)
+        if self._evaluator is None:
+            sizes = {"id" if name == self._id else name: len(values) for name, values in scores.items()}
+            self._evaluator = Evaluator(self._oods, sizes, self.config.score.bootstrap)
+        name = asdict(method) | {
+            "backbone": "pretrained",
+            "seed": seed,
+            "params": "",
+            "profile": self.config.score.profile,
+            "calibrated": False,
+        }
+        rows = self._evaluator.rows(name, scores[self._id], {ood: scores[ood] for ood, _ in self._oods})
+        return {row.group: (row, drawn) for row, drawn in rows if row.ood == "average"}
+
+    def _scores(self, method: Method, seed: int | None) -> dict[str, NDArray[np.float32]]:
+        # A score on features alone stands in the file of every head.
+        head = method.head if method.head != NO_HEAD else "probe" if method.features == "cls" else "refit"
+        words = ["pretrained", method.features, head, method.variant or "none", "none" if seed is None else str(seed)]
+        path = self._folder / "samples" / f"{'-'.join([*words, method.routing])}.parquet"
+        try:
+            table = pq.read_table(path, columns=["set", method.score])
+        except (OSError, ValueError) as error:
+            raise StageError(f"{path}: no scores of {method.label} in it: {error}: run make score") from error
+        return {
+            name: table.filter(pc.equal(table["set"], name))[method.score].to_numpy()
+            for name in [self._id, *(ood for ood, _ in self._oods)]
+        }
+
+
+def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
+    """A line per method and group: mean, deviation over seeds, interval, and what the recommended score is off it."""
+    methods = methods_of(study.config)
+    seeds = {method: study.seeds(method) for method in methods}
+    lines = []
+    for method in methods:
+        accuracy = study.accuracy(method)
+        for group in study.groups:
+            line: dict[str, Any] = {"benchmark": study.config.name, **asdict(method), "group": group}
+            line |= {"n_seeds": len(seeds[method])}
+            for metric in _METRICS:
+                values = [getattr(averages[group][0], metric) for averages in seeds[method].values()]
+                lo, hi = percentile_interval(_replicates(seeds[method].values(), group, metric))
+                line |= {f"{metric}_mean": float(np.mean(values)), f"{metric}_std": _deviation(values)}
+                line |= {f"{metric}_lo": lo, f"{metric}_hi": hi}
+            line |= {"id_accuracy_mean": float(np.mean(accuracy)) if accuracy else None}
+            line |= {"id_accuracy_std": _deviation(accuracy)}
+            for metric in _METRICS:
+                line |= _difference(seeds[RECOMMENDED], seeds[method], group, metric, method == RECOMMENDED)
+            lines.append(line)
+    return lines
+
+
+def _difference(own: Seeds, other: Seeds, group: str, metric: str, same: bool) -> dict[str, Any]:
+    """Recommended minus the other method, over the seeds that both have (all, where the other has none)."""
+    column = f"recommended_minus_{metric}"
+    if same:
+        return dict.fromkeys([column, f"{column}_lo", f"{column}_hi", f"{column}_says"])
+    shared = own.keys() if None in other else own.keys() & other.keys()
+    ours = [own[seed] for seed in shared]
+    theirs = list(other.values()) if None in other else [other[seed] for seed in shared]
+    means = [np.mean([getattr(averages[group][0], metric) for averages in side]) for side in (ours, theirs)]
+    lo, hi = percentile_interval(_replicates(ours, group, metric) - _replicates(theirs, group, metric))
+    better, worse = (hi < 0, lo > 0) if metric == "fpr95" else (lo > 0, hi < 0)
+    says = "gain" if better else "loss" if worse else "no difference"
+    return {column: float(means[0] - means[1]), f"{column}_lo": lo, f"{column}_hi": hi, f"{column}_says": says}
+
+
+def _replicates(seeds: Iterable[dict[str, tuple[OODRow, Replicates]]], group: str, metric: str) -> NDArray[np.float64]:
+    drawn: NDArray[np.float64] = np.mean([getattr(averages[group][1], metric) for averages in seeds], axis=0)
+    return drawn
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table for people, to be written as Markdown or to a terminal."""
+
+    title: str
+    header: list[str]
+    body: list[list[str]]
+
+    def markdown(self) -> str:
+        """As Markdown, the title before it."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        rows = ["| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.body)]
+        return f"{self.title}:\n\n{''.join(rows)}\n"
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title, title_style="dim")
+        for index, column in enumerate(self.header):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for line in self.body:
+            table.add_row(*line)
+        return table
+
+
+def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
+    """One benchmark's tables: the recommended score beside the baselines, its differences to them, and all rows."""
+    groups = list(dict.fromkeys(line["group"] for line in lines))
+    by_method: dict[Method, list[dict[str, Any]]] = {}
+    for line in lines:
+        method = Method(*(line[name] for name in ("features", "head", "variant", "routing", "score")))
+        by_method.setdefault(method, []).append(line)
+    arrows = {"fpr95": "FPR95 ↓", "auroc": "AUROC ↑"}
+    names = [f"{group} {arrows[metric]}" for group in groups for metric in _METRICS]
+
+    def cells(method: Method, show: Callable[[dict[str, Any], str], str]) -> list[str]:
+        return [show(line, metric) for line in by_method[method] for metric in _METRICS]
+
+    def whole(method: Method, show: Callable[[dict[str, Any], str], str]) -> list[str]:
+        line = by_method[method][0]
+        seeds = "–" if not method.variant else str(line["n_seeds"])
+        return [method.label, seeds, *cells(method, show), _mean(line, "id_accuracy")]
+
+    header = ["", "seeds", *names, "ID accuracy ↑"]
+    benchmark = lines[0]["benchmark"]
+    return [
+        TextTable(
+            f"{benchmark}: the recommended score and what it is judged against; mean ± deviation over seeds "
+            "[95 % interval over images]",
+            header,
+            [whole(method, _mean_and_interval) for method in (RECOMMENDED, *BASELINES)],
+        ),
+        TextTable(
+            f"{benchmark}: {RECOMMENDED.label}, minus",
+            ["", *names],
+            [[method.label, *cells(method, _shown_difference)] for method in BASELINES],
+        ),
+        TextTable(f"{benchmark}: all", header, [whole(method, _mean) for method in by_method]),
+    ]
+
+
+def _mean(line: dict[str, Any], metric: str) -> str:
+    mean, deviation = line[f"{metric}_mean"], line[f"{metric}_std"]
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+
+
+def _mean_and_interval(line: dict[str, Any], metric: str) -> str:
+    return f"{_mean(line, metric)} [{100 * line[f'{metric}_lo']:.1f}, {100 * line[f'{metric}_hi']:.1f}]"
+
+
+def _shown_difference(line: dict[str, Any], metric: str) -> str:
+    middle, lo, hi, says = (line[f"recommended_minus_{metric}{part}"] for part in ("", "_lo", "_hi", "_says"))
+    return f"{100 * middle:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}] {says}"
+
+
+def write_results(configs: Sequence[RunConfig], work: Path, difference: str | None) -> list[Any]:
+    """Write ``results.md`` and ``results.csv`` of scored studies; returns the tables for the terminal.
+
+    Args:
+        configs: the studies.
+        work: where to.
+        difference: how the images differ from the benchmark's, if they do.
+    """
+    images = "those of the benchmark's list" if difference is None else f"NOT the benchmark's: {difference}"
+    text = [
+        "# Results\n\n",
+        f"Recommended before the run: {RECOMMENDED.label}. Per cent; FPR95 with ID positive (admit 95 % of ID, report "
+        "the OOD admitted); near and far are means over sets. The interval of a difference resamples ID and OOD "
+        "images alike for both methods; it is a gain or a loss where that excludes 0.\n\n",
+        f"Images: {images}.\n\n",
+    ]
+    found: list[dict[str, Any]] = []
+    shown: list[Any] = []
+    for config in configs:
+        lines = result_lines(ScoredStudy(config))
+        found += lines
+        tables = text_tables(lines)
+        git = (read_json(config.work / "record.json") or {}).get("git") or {"commit": "unknown", "dirty": False}
+        text += [f"## {config.name}\n\n", *(table.markdown() for table in tables)]
+        text.append(f"Code: {git['commit']}{', with changes' if git['dirty'] else ''}.\n\n")
+        shown += [table.rich() for table in tables]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    write_text(work / "results.md", "".join(text).rstrip("\n") + "\n")
+    write_text(work / "results.csv", out.getvalue())
+    return [*shown, f"results: {work / 'results.md'}, {work / 'results.csv'}"]

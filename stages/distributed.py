@@ -1,0 +1,89 @@
+"""Several processes that train one mixture: who takes part, and how what each has found is added up.
+
+Started by ``torchrun``, every process runs the same command. All draw the same random numbers and hold the same
+weights; each computes its share of the rows of every batch, and gradients are summed over all. Rank 0 alone writes
+files and speaks. In an ordinary process there is one rank, and nothing here does anything.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> slice:
+        """Of the rows of a batch, those that this process computes."""
+        return slice(self.rank, None, self.world)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients over all processes, in one message.
+
+        A parameter that has no gradient anywhere has none afterwards, so that the optimiser passes over it.
+        """
+        if self.world == 1:
+            return
+        device = parameters[0].device
+        # A process without a row for an expert has no gradient for it either: flags say who has.
+        flags = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+        *summed, flags = self.add(torch.cat([*gradients, flags])).split([p.numel() for p in parameters] + [len(flags)])
+        for parameter, gradient, flag in zip(parameters, summed, flags.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter) if flag else None
+
+    def agree(self, value: Any) -> Any:
+        """What rank 0 holds: a plain value or tensors on the CPU; only rank 0's argument counts."""
+        if self.world == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def current() -> Ranks:
+    """This process's place; one of one where nothing was started together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Ranks()
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def init_from_environment() -> Ranks:
+    """Join the other processes where ``torchrun`` has started several (NCCL on GPUs, Gloo on the CPU).
+
+    Each takes the GPU of its local rank. `leave` ends it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # The others wait while rank 0 refines features and fits heads, which takes hours on a large set.
+        distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=2))
+    return current()
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,305 @@
+"""``make results`` on a tiny benchmark: two studies of a few digits, run once from the command line's own function."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.comparison import BASELINES, RECOMMENDED, Method, methods_of
+from pipeline.config import ConfigError, load_config
+from pipeline.results import EXPERIMENTS, LISTED, STUDIES, Remaining, compare_images, run_results
+from stages.errors import InputError
+from stages.grouping import group_classes
+from stages.table import read_summary
+from tests.test_pipeline.command import pipeline, refused
+from tests.test_pipeline.tiny import STUDY, draw
+
+MORE = """
+scores = ["msp", "energy", "knn", "knn+energy"]
+top2 = true
+
+[[variants]]
+name = "dense-1"
+set = { "train.experts" = 1 }
+seeds = [0]
+
+[[variants]]
+name = "static"
+set = { "train.mixup" = "static" }
+seeds = [1]
+"""
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """Folder of a benchmark: tars in ``data``, the list of their images, two studies."""
+    home = tmp_path_factory.mktemp("benchmark")
+    draw(home / "train", "sklearn:digits[0-2]/train", 32)
+    draw(home / "test", "sklearn:digits[0-2]/test", 8)
+    draw(home / "threes", "sklearn:digits[3]/test", 16, nested=False)
+    draw(home / "photos", "sklearn:photos", 8)
+    (home / "data").mkdir()
+    with gzip.open(home / "listed.csv.gz", "wt", newline="") as listed:
+        writer = csv.writer(listed)
+        writer.writerow(["set", "id", "sha256"])
+        for name in ("train", "test", "threes", "photos"):
+            with tarfile.open(home / "data" / f"{name}.tar", "w") as tar:
+                tar.add(home / name, arcname=".")
+            for path in sorted((home / name).rglob("*.png")):
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                writer.writerow([name, path.relative_to(home / name), digest])
+    study = STUDY.replace("images/", "").replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
+    for name in ("train", "test", "threes"):
+        study = study.replace(f'images = "{name}"', f'images = "{name}.tar"')
+    (home / "one.toml").write_text(study.replace('name = "tiny"', 'name = "one"') + MORE)
+    (home / "two.toml").write_text(
+        study.replace('name = "tiny"', 'name = "two"').replace("epochs = 1", "epochs = 2") + MORE
+    )
+    return home
+
+
+def results(home, work, *overrides, data=None, **options):
+    """Text that the verb says."""
+    studies = [home / "one.toml", home / "two.toml"]
+    lines = run_results(
+        data or home / "data", work, [f"cache.root={home}/caches", *overrides], studies=studies,
+        listed=home / "listed.csv.gz", **options,
+    )  # fmt: skip
+    return [line for line in lines if isinstance(line, str)]
+
+
+@pytest.fixture(scope="module")
+def finished(benchmark, tmp_path_factory):
+    """Work folder of the benchmark, run once."""
+    work = tmp_path_factory.mktemp("results")
+    results(benchmark, work)
+    return work
+
+
+def lines_of(work):
+    return list(csv.DictReader(io.StringIO((work / "results.csv").read_text())))
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def test_every_method_of_both_benchmarks(finished):
+    lines = lines_of(finished)
+    assert {line["benchmark"] for line in lines} == {"one", "two"}
+    own = [line for line in lines if line["benchmark"] == "one" and line["group"] == "near"]
+    assert [(line["features"], line["variant"], line["routing"], line["score"], line["n_seeds"]) for line in own] == [
+        *(("cls", "", "none", score, "1") for score in ("msp", "energy", "knn", "knn+energy")),
+        *(("mofe", "default", "predicted", score, "2") for score in ("msp", "energy", "knn", "knn+energy")),
+        ("mofe", "default", "top2", "knn+energy", "2"),
+        ("mofe", "dense-1", "predicted", "knn+energy", "1"),
+        ("mofe", "static", "predicted", "knn+energy", "1"),
+    ]
+
+
+def test_numbers_are_those_of_the_summary(finished):
+    """Judged anew from the scores of the images, and yet the same to the last bit: means, and paired differences."""
+    summary = {
+        tuple(line[name] for name in ("features", "head", "variant", "routing", "score", "group")): line
+        for line in read_summary(finished / "one" / "scores")
+        if line["ood"] == "average" and not line["calibrated"]
+    }
+    for line in lines_of(finished):
+        if line["benchmark"] != "one":
+            continue
+        names = [line[name] for name in ("features", "head", "variant", "routing", "score", "group")]
+        for metric in ("fpr95", "auroc"):
+            assert float(line[f"{metric}_mean"]) == summary[tuple(names)][f"{metric}_mean"]
+            if line["features"] == "cls" and line["score"] in ("knn", "knn+energy"):
+                recommended = summary["mofe", "refit", "default", "predicted", "knn+energy", line["group"]]
+                for end in ("", "_lo", "_hi"):
+                    stated = recommended[f"{metric}_minus_{line['score']}{end}"]
+                    assert float(line[f"recommended_minus_{metric}{end}"]) == pytest.approx(stated, abs=1e-12)
+
+
+def test_seeds_that_both_have_are_compared(finished):
+    """The variant `dense-1` was trained with seed 0 alone: it is compared with seed 0 of the default."""
+    table = list(csv.DictReader(io.StringIO((finished / "two" / "scores" / "table.csv").read_text())))
+
+    def fpr95(variant, seed):
+        wanted = {"features": "mofe", "head": "refit", "variant": variant, "seed": seed, "routing": "predicted"}
+        wanted |= {"score": "knn+energy", "calibrated": "false", "ood": "average", "group": "near"}
+        (row,) = (row for row in table if wanted.items() <= row.items())
+        return float(row["fpr95"])
+
+    wanted = {"benchmark": "two", "variant": "dense-1", "group": "near"}
+    (line,) = (line for line in lines_of(finished) if wanted.items() <= line.items())
+    assert float(line["recommended_minus_fpr95"]) == pytest.approx(fpr95("default", "0") - fpr95("dense-1", "0"))
+
+
+def test_words_follow_the_intervals(finished):
+    for line in lines_of(finished):
+        for metric, sign in (("fpr95", -1), ("auroc", 1)):
+            if not (says := line[f"recommended_minus_{metric}_says"]):
+                assert line["score"] == "knn+energy"
+                continue
+            lo, hi = sorted(sign * float(line[f"recommended_minus_{metric}_{end}"]) for end in ("lo", "hi"))
+            assert says == ("gain" if lo > 0 else "loss" if hi < 0 else "no difference")
+
+
+def test_id_accuracy_is_that_of_the_head(finished):
+    accuracies = json.loads((finished / "one" / "scores" / "id.json").read_text())["accuracy"]
+    refit = [entry["accuracy"] for entry in accuracies if entry["head"] == "refit" and entry["variant"] == "default"]
+    lines = [line for line in lines_of(finished) if line["benchmark"] == "one" and line["group"] == "far"]
+    by_method = {(line["variant"], line["routing"], line["score"]): line["id_accuracy_mean"] for line in lines}
+    assert len(refit) == 2
+    assert float(by_method["default", "predicted", "knn+energy"]) == pytest.approx(np.mean(refit))
+    assert by_method["default", "predicted", "knn"] == by_method["", "none", "knn"] == ""  # no head, no prediction
+
+
+def test_page_names_what_is_compared(finished):
+    page = (finished / "results.md").read_text()
+    assert page.count("minus:\n") == 2
+    for method in (RECOMMENDED, *BASELINES):
+        assert f"| {method.label} |" in page
+    assert "Images: those of the benchmark's list." in page
+    assert "/" + "/".join(finished.parts[1:]) not in page  # a page to be published
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_finished_runs_are_not_repeated(benchmark, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "work")
+    before = (finished / "results.csv").read_bytes()
+    said = results(benchmark, tmp_path / "work")
+    assert [line.split("; ")[1] for line in said[:2]] == ["0 of 4 mixtures to train, in 3 variants"] * 2
+    assert not [line for line in said if "done" in line or "sets extracted" in line]
+    assert (tmp_path / "work" / "results.csv").read_bytes() == before
+
+
+def test_a_lost_mixture_alone_is_trained_again(benchmark, finished, tmp_path, capsys):
+    """As after a kill: by study, variant and seed."""
+    shutil.copytree(finished, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "two" / "model" / "pretrained" / "static")
+    said = results(benchmark, tmp_path / "work")
+    assert [line.split(":")[0] for line in said if ": done" in line] == ["train pretrained static seed 1"]
+    assert "1 of 1 trained, about 0.0 s of training to go" in capsys.readouterr().err
+    assert (tmp_path / "work" / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
+
+
+def test_dry_run(benchmark, tmp_path):
+    said = results(benchmark, tmp_path / "work", dry_run=True)
+    assert said[0].startswith("one: 4 sets of 152 images; 4 of 4 mixtures to train, in 3 variants; ")
+    assert "train pretrained default seed 1: would run" in said
+    assert not (tmp_path / "work").exists()
+
+
+def test_time_to_go():
+    """A variant costs what it cost; one that was not trained yet, what the others cost."""
+    notes = []
+
+    class Listener:
+        def note(self, line):
+            notes.append(line)
+
+    remaining = Remaining(Listener())
+    for study, variant, cost in ((0, "default", 10), (0, "dense", 10), (1, "default", 40), (1, "dense", 40)):
+        remaining.expect(study, variant, cost)
+    remaining.trained(0, "default", 10)
+    remaining.trained(0, "dense", 50)
+    assert notes[0] == "1 of 4 trained, about 1 min 30 s of training to go"
+    assert remaining.seconds_left() == 40 * 1 + 40 * 5
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def test_images_are_those_of_the_list(benchmark, tmp_path):
+    listed = benchmark / "listed.csv.gz"
+    assert compare_images(benchmark / "data", listed) is None
+    shutil.copytree(benchmark / "data", tmp_path / "data")
+    (tmp_path / "data" / "threes.tar").unlink()
+    shutil.copytree(benchmark / "threes", tmp_path / "data" / "threes")  # a folder is as good as a tar
+    assert compare_images(tmp_path / "data", listed) is None
+    first, second, *_ = sorted((tmp_path / "data" / "threes").iterdir())
+    first.write_bytes(second.read_bytes())
+    second.rename(second.with_name("new.png"))
+    (tmp_path / "data" / "photos.tar").unlink()
+    said = compare_images(tmp_path / "data", listed)
+    assert said.startswith("17 missing (threes/")
+    assert f"; 1 with other bytes (threes/{first.name}); 1 not in the list (threes/new.png)" in said
+
+
+def test_other_images_are_refused(benchmark, finished, tmp_path):
+    shutil.copytree(benchmark / "data", tmp_path / "data")
+    shutil.copy(tmp_path / "data" / "test.tar", tmp_path / "data" / "photos.tar")
+    with pytest.raises(InputError, match=r"does not hold the benchmark's images: 16 missing \(photos/.*--unchecked"):
+        results(benchmark, tmp_path / "work", data=tmp_path / "data")
+    assert not (tmp_path / "work").exists()
+    shutil.copytree(finished, tmp_path / "work")
+    results(benchmark, tmp_path / "work", data=tmp_path / "data", unchecked=True)
+    assert "Images: NOT the benchmark's: 16 missing" in (tmp_path / "work" / "results.md").read_text()
+
+
+def test_what_cannot_be_compared_is_refused_before_any_work(benchmark, tmp_path):
+    with pytest.raises(ConfigError, match=r"one: the results need MoFE default: knn\+energy \(refit\), frozen: knn,"):
+        results(benchmark, tmp_path / "work", 'score.scores=["msp"]')
+    assert not (tmp_path / "work").exists()
+
+
+def test_command_line_refuses_a_folder_that_is_not_there(tmp_path):
+    assert refused("results", tmp_path / "no").startswith(f"{tmp_path / 'no'}: no such folder; give the one that")
+    assert refused("results", tmp_path).startswith(f"{tmp_path} does not hold the benchmark's images: 9510 missing (")
+    assert pipeline("results").status == 2
+
+
+# -------------------------------------------------------------------------------------------------- what is shipped
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies(path):
+    config = load_config(path)
+    assert config.seeds == (0, 1, 2, 3, 4)
+    assert set(config.variant_seeds().values()) == {(0, 1, 2, 3, 4), (0, 1, 2)}
+    assert {RECOMMENDED, *BASELINES} <= set(methods_of(config))
+    with gzip.open(LISTED, "rt", newline="") as file:
+        listed = {line["set"] for line in csv.DictReader(file)}
+    assert {Path(entry.images).stem for entry in config.sets} <= listed
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_groups_are_of_all_classes(path):
+    config = load_config(path)
+    train = Path(config.sets_of("id-train")[0].images).stem
+    with gzip.open(LISTED, "rt", newline="") as file:
+        classes = sorted({line["id"].split("/")[0] for line in csv.DictReader(file) if line["set"] == train})
+    grouping = config.variant_configs()["semantic"].grouping
+    groups = group_classes(np.zeros((len(classes), 1)), 3, grouping, tuple(classes), seed=0)
+    assert set(groups) == {0, 1, 2}
+
+
+def test_shipped_studies_differ_in_their_images_alone():
+    """The same defaults, variants, seeds and scores: nothing is tuned to a benchmark."""
+    one, two = (load_config(path).to_dict() for path in STUDIES)
+    for config in (one, two):
+        for key in ("name", "work", "cache", "sets"):
+            del config[key]
+        del config["backbone"]["image_size"]
+        for variant in config["variants"]:
+            variant["set"].pop("train.grouping", None)
+    assert one == two
+
+
+def test_shipped_files_name_no_folder_of_a_machine():
+    for path in EXPERIMENTS.iterdir():
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+        assert "/work/" not in text.replace("(/work/", "")
+        assert "/home/" not in text
+
+
+def test_labels_tell_methods_apart():
+    labels = [method.label for method in methods_of(load_config(STUDIES[0]))]
+    assert len(set(labels)) == len(labels)
+    assert Method("mofe", "refit", "default", "top2", "knn+energy").label == "MoFE default, top 2: knn+energy (refit)"
