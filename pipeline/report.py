@@ -61,6 +61,7 @@ METRICS = (
 )
 COMPARED = METRICS[:2]  # those with a paired difference in the summary
 
+_COST_HEAD = "refit"  # whose numbers say what a wrong route costs
 HEADS = {  # what the page says of each
     "probe": "Linear probe on the backbone's own features.",
     "finetune": "The linear head that was trained together with the backbone.",
@@ -68,6 +69,13 @@ HEADS = {  # what the page says of each
     "refit": "One regularised linear head over all classes, fitted on the refined features after training.",
     "refit-group": "The same for each expert, over its own group's classes.",
     "given": "Logits that came with the features.",
+}
+ROUTINGS = ("predicted", "top2", "oracle")
+KINDS = {
+    "end": "Each expert is a copy of the backbone's own end.",
+    "adapter": "Each expert is a small bottleneck added to the frozen features.",
+    "frozen": "No experts: a head with “other” for each group, on the frozen features (MOS).",
+    "dense": "One network of as many parameters as all experts have; nothing is routed.",
 }
 
 
@@ -124,11 +132,13 @@ def _render(study: "_Study", progress: Progress) -> str:
         compared=COMPARED,
         baseline=BASELINE,
         heads=HEADS,
+        kinds=KINDS,
         table=_table(study),
         sets=_per_set(study),
         distributions=_distributions(study, progress),
         accuracy=_over_seeds(study.id["accuracy"], ("backbone", "features", "variant", "head")),
-        routers=_routers(study),
+        routers=(routers := _routers(study)),
+        routings=[name for name in ROUTINGS if any(name in line["id_accuracy"] for line in routers)],
         oracle=_oracle(study),
         training=_training(study, progress),
         thresholds=_thresholds(study),
@@ -321,6 +331,7 @@ def _table(study: _Study) -> dict[str, Any]:
         "n_sets": {group: sum(group in ("all", own) for _, own in study.oods) for group in study.groups},
         "heads": {method.head for method in methods},
         "calibrated": any(method.calibrated == "True" for method in methods),
+        "top2": any(method.routing == "top2" for method in methods),
     }
 
 
@@ -386,27 +397,31 @@ def _over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
 
 
 def _routers(study: _Study) -> list[Line]:
-    """Router accuracy over seeds; of the first seed the load, since experts of two seeds are not the same ones."""
-    lines = _over_seeds(study.id["router"], ("backbone", "variant", "experts"))
-    return [
-        line
-        | {
-            "classes": study.classes(line["backbone"], line["variant"], line["seed"]),
-            "share": {name: [n / sum(load) for n in load] for name, load in line["load"].items()},
+    """Router and ID accuracy over seeds; of the first seed the load: experts of two seeds are not the same ones."""
+    names = ("backbone", "variant", "experts")
+    lines = []
+    for line in _over_seeds(study.id["router"], names):
+        own = [record["id_accuracy"] for record in study.id["router"] if all(record[n] == line[n] for n in names)]
+        classes = study.classes(line["backbone"], line["variant"], line["seed"])
+        share = {name: [n / sum(load) for n in load] for name, load in line["load"].items()}
+        accuracy = {
+            routing: float(np.mean([seed[routing][_COST_HEAD] for seed in own])) for routing in line["id_accuracy"]
         }
-        for line in lines
-    ]
+        lines.append(line | {"classes": classes, "share": share, "id_accuracy": accuracy})
+    return lines
 
 
-def _oracle(study: _Study) -> dict[str, list[tuple[Method, Method]]]:
-    """Methods routed by the true label, each with itself routed by the router, under their features."""
-    sections: dict[str, list[tuple[Method, Method]]] = {}
+def _oracle(study: _Study) -> dict[str, list[list[Method]]]:
+    """Methods routed by the true label, each with itself routed by the router (and to two), under their features."""
+    sections: dict[str, list[list[Method]]] = {}
     for method in study.lines:
-        routed = method._replace(routing="predicted")
-        plain = method.head in ("none", "refit") and method.calibrated == "False"
-        if method.routing == "oracle" and plain and routed in study.lines:
+        others = [method._replace(routing=routing) for routing in ("predicted", "top2")]
+        found = [other for other in others if other in study.lines]
+        plain = method.head in ("none", _COST_HEAD) and method.calibrated == "False"
+        has_choice = study.experts.get((method.backbone, method.variant)) != 1
+        if method.routing == "oracle" and plain and has_choice and found:
             title = study.features(method.backbone, method.features, method.variant)
-            sections.setdefault(title, []).append((method, routed))
+            sections.setdefault(title, []).append([method, *found])
     return sections
 
 
@@ -456,7 +471,8 @@ def score_name(method: Method) -> str:
 
 def score_title(method: Method) -> str:
     """A score as the field writes it: ``kNN+energy`` for ``knn+energy``."""
-    return "+".join({"knn": "kNN", "msp": "MSP"}.get(part, part) for part in method.score.split("+"))
+    names = {"knn": "kNN", "msp": "MSP", "ncm": "NCM", "mos": "MOS"}
+    return "+".join(names.get(part, part) for part in method.score.split("+"))
 
 
 def method_name(method: Method) -> str:

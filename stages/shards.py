@@ -95,8 +95,8 @@ def _older_version(path: str, identity: str) -> FeatureCache:
 def make_shards(tasks: Iterable[ShardTask], backbone: Backbone) -> Iterator[ShardDone]:
     """Make shards one after the other, reporting after every batch; all are on disk when this is exhausted.
 
-    While a shard is written the batches that were begun go on, but no more: what a kill can cost is one shard and these.
-    Whoever leaves early (an error, Ctrl-C) waits for the batches and the shard that are being computed and written.
+    While a shard is written batches that were begun go on, but no more: a kill costs at most one shard and these.
+    Whoever leaves early (an error, Ctrl-C) waits for the batches and the shard that are under way.
     """
     batches: deque[tuple[Future[ShardDone], _Shard | None]] = deque()  # with the shard that is complete by then
     written: Future[None] | None = None

@@ -36,7 +36,6 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 
-
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=30, help="how often a process that fills a cache is killed")
     parser.addoption("--mutants", type=int, default=300, help="how many flipped bits, and damaged images, are tried")

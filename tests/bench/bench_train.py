@@ -1,58 +1,155 @@
-"""How far stage two is from bare training. ``make bench-train``.
+"""How far stage two is from bare training, and what it saves. ``make bench-train``.
 
-The limit is forward and backward of one expert on the same tokens in memory; ours is an epoch of ``train_mixture`` from the
-cache, with one expert. Both in turn; medians. Nothing here is a test.
+    an epoch of `train_mixture` on the cache   /  forward and backward of one expert on the same tokens in memory
+    its processed row                          against  a row of an end-to-end step (forward, backward, AdamW on all
+                                               weights), and of training a head alone, on images in memory
+
+A mixture of several experts shows each of them out-of-group rows as well; rates count every row that an expert gets.
+Ours and the limit in turn; medians. Nothing here is a test.
 """
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 
-from cache import FeatureCache
-from stages.backbone import Backbone, load_backbone
+from stages.backbone import Backbone, build_architecture, build_model, load_backbone
+from stages.checkpoint import load_checkpoint
 from stages.config import BackboneConfig, TrainConfig
-from stages.dataset import id_data, read_tokens
+from stages.dataset import IdData, id_data, read_tokens
 from stages.extract import extract_set
 from stages.images import list_images
+from stages.split import Rows
 from stages.train import resolve_settings, train_mixture
 from tests.bench.timing import RUNS, in_turn, rates, row
 
+LITE0 = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=224)
+VIT = BackboneConfig(name="vit_small_patch14_dinov2", image_size=224)
+IMAGES = 32  # of an end-to-end step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on: a backbone, its cached features, and some of their rows."""
+
+    name: str
+    backbone: Backbone
+    data: IdData
+    rows: Rows
+    scratch: Path
+
+    def train(self, experts: int, seen: list[int] | None = None, kind: str = "end") -> Path:
+        """One epoch; adds the rows of every batch that an expert gets to `seen`. Returns the checkpoint."""
+        path = self.scratch / f"{next(_NUMBERS)}.checkpoint"
+        settings = resolve_settings(TrainConfig(experts=experts, epochs=1, expert=kind), self.data.n_classes)
+        groups = [number % experts for number in range(self.data.n_classes)]
+
+        def make_end() -> nn.Module:
+            end = self.backbone.end()
+            if seen is not None:
+                end.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].cls)))
+            return end
+
+        train_mixture(self.data, self.rows, None, groups, settings, make_end, 0, path)
+        return path
+
+    def tidy(self) -> None:
+        """Remove what `train` left."""
+        for path in self.scratch.glob("*.checkpoint"):
+            path.unlink()
+
+
+_NUMBERS = count()
+
 
 def main() -> None:
-    """Measure and print the table."""
-    table = rates(f"median of {RUNS} runs each, in turn; {torch.get_num_threads()} threads")
-    with tempfile.TemporaryDirectory() as scratch:
-        small = load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=112))
-        row(table, "train one expert, EfficientNet-Lite0, 112 px", "rows/s", *training(small, Path(scratch)))
-    Console().print(table)
+    """Measure and print the tables."""
+    title = f"median of {RUNS} runs each, in turn; {torch.get_num_threads()} threads"
+    speed, saved = rates(title), Table(title=title)
+    for column in ("what", "rows/s", "time of a row, against an end-to-end step"):
+        saved.add_column(column, justify="left" if column == "what" else "right")
+    size = Table(title="trained, and held in memory while training: weights, their average, gradients, AdamW's moments")
+    for column in ("what", "expert", "E", "parameters", "MiB"):
+        size.add_column(column, justify="left" if column in ("what", "expert") else "right")
+    for name, backbone, n_rows in (
+        ("EfficientNet-Lite0, 224 px", load_backbone(LITE0), 1000),
+        ("ViT-S/14, 224 px", build_architecture(VIT), 384),
+    ):
+        with tempfile.TemporaryDirectory() as scratch:
+            subject = cached(name, backbone, n_rows, Path(scratch))
+            ours = 0.0
+            for experts in (4, 1):
+                limit, ours = epochs(subject, experts)
+                row(speed, f"{name}, E = {experts}", "rows/s", limit, ours)
+            whole, head = on_images(backbone)
+            for what, rate in (("epoch on the cache", ours), ("head alone", head), ("end to end", whole)):
+                saved.add_row(f"{name}: {what}", f"{rate:.1f}", f"1/{rate / whole:.1f}")
+            for kind, experts in (("end", 1), ("end", 2), ("end", 4), ("end", 7), ("dense", 4), ("adapter", 7)):
+                parameters, nbytes = held(subject, experts, kind)
+                size.add_row(name, kind, str(experts), f"{parameters:,}", f"{nbytes / 2**20:.1f}")
+    for table in (speed, saved, size):
+        Console(width=120).print(table)
 
 
-def training(backbone: Backbone, root: Path) -> tuple[float, float]:
-    """Training rows per second, without out-of-group rows: a row goes through one expert once."""
-    samples = list_images("sklearn:digits[0-6]/train")
-    cache: FeatureCache = extract_set(
-        "bench", samples, backbone.feature_spec("float16", "full"), root, lambda: backbone
-    )
+def cached(name: str, backbone: Backbone, n_rows: int, scratch: Path) -> Subject:
+    """Features of scikit-learn's digits 0 to 6, scaled up."""
+    images = list_images("sklearn:digits[0-6]/train")
+    cache = extract_set("bench", images, backbone.feature_spec("float16", "full"), scratch, lambda: backbone)
     data = id_data(cache, None, 0.2)
-    rows = data.split.final_train
-    settings = resolve_settings(TrainConfig(experts=1, epochs=1), data.n_classes)
-    tokens = read_tokens(cache, rows)
-    end = backbone.end()
-    runs = count()
+    return Subject(name, backbone, data, data.split.final_train[:n_rows], scratch)
+
+
+def epochs(subject: Subject, experts: int) -> tuple[float, float]:
+    """Rows per second that experts get: bare forward and backward of one, an epoch of the mixture."""
+    seen: list[int] = []
+    subject.train(experts, seen)
+    n_rows, batch = sum(seen), resolve_settings(TrainConfig(), subject.data.n_classes).batch_size
+    tokens = read_tokens(subject.data.train, subject.rows)
+    end = subject.backbone.end()
 
     def bare() -> None:
-        for start in range(0, len(rows), settings.batch_size):
-            end(tokens[start : start + settings.batch_size]).sum().backward()
+        left = n_rows
+        while left:
+            start = (n_rows - left) % len(tokens.cls)
+            part = tokens[start : start + min(batch, left)]
+            end(part).sum().backward()
+            left -= len(part.cls)
 
-    def epoch() -> None:
-        train_mixture(
-            data, rows, None, [0] * data.n_classes, settings, backbone.end, 0, root / f"{next(runs)}.checkpoint"
-        )
+    return in_turn(n_rows, bare, lambda: subject.train(experts), tidy=subject.tidy)
 
-    return in_turn(len(rows), bare, epoch)
+
+def on_images(backbone: Backbone) -> tuple[float, float]:
+    """Images per second in memory: a step of all weights, a step of a linear head on the frozen network."""
+    model = build_model(backbone.config).train()
+    head = nn.Linear(backbone.dim, 7)
+    images, labels = torch.randn(IMAGES, 3, 224, 224), torch.arange(IMAGES) % 7
+
+    def step(optimiser: torch.optim.Optimizer, features: Callable[[Tensor], Tensor]) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(head(features(images)), labels).backward()
+        optimiser.step()
+
+    whole = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-5)
+    alone = torch.optim.AdamW(head.parameters(), lr=1e-5)
+    return in_turn(IMAGES, lambda: step(whole, model), lambda: step(alone, torch.no_grad()(model)))
+
+
+def held(subject: Subject, experts: int, kind: str) -> tuple[int, int]:
+    """Trained parameters, and bytes of all that is held for them."""
+    small = Subject(subject.name, subject.backbone, subject.data, subject.rows[:64], subject.scratch)
+    state = (load_checkpoint(small.train(experts, kind=kind)) or {})["training"]
+    small.tidy()
+    moments = [entry for entry in state["optimiser"]["state"].values() if "exp_avg" in entry]
+    gradients = [entry["exp_avg"] for entry in moments]  # of the same shapes
+    tensors = [*state["mixture"].values(), *state["average"].values(), *gradients]
+    tensors += [entry[name] for entry in moments for name in ("exp_avg", "exp_avg_sq")]
+    return sum(gradient.numel() for gradient in gradients), sum(tensor.nbytes for tensor in tensors)
 
 
 if __name__ == "__main__":

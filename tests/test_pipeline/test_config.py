@@ -139,7 +139,7 @@ def test_what_is_no_literal_is_text(study, text):
         ('train.epochs="20"', '--set train.epochs: "20" given, must be a valid integer'),
         ("train.epochs=true", "--set train.epochs: true given, must be a valid integer"),
         ("train.experts=0", "--set train.experts: 0 given, must be greater than 0 or 'auto'"),
-        ("train.lr=nan", "--set train.lr: NaN given, must be greater than 0"),
+        ("train.lr=nan", "--set train.lr: NaN given, must be a finite number"),
         ("train.mixup=strong", "--set train.mixup: \"strong\" given, must be 'dynamic', 'static' or 'none'"),
         ("train.epoch=3", "--set train.epoch: unknown key; did you mean 'epochs'?"),
         ("trian.epochs=3", "--set trian: unknown key; did you mean 'train'?"),
@@ -166,8 +166,8 @@ def test_what_is_no_literal_is_text(study, text):
             "--set sets.tran.images: must be <list>.<name>.<key> with the name of an entry; did you mean 'train'?",
         ),
         (
-            "variants.dense.set.train.expert=1",
-            "--set variants.dense.set.train.expert: unknown key; did you mean 'experts'?",
+            "variants.dense.set.train.expets=1",
+            "--set variants.dense.set.train.expets: unknown key; did you mean 'experts'?",
         ),
     ],
 )

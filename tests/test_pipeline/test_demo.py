@@ -130,6 +130,7 @@ def test_every_path_of_the_contract(demo):
     for path in (demo / "cache").iterdir():
         assert {file.name for file in path.iterdir()} == {
             "manifest.json",
+            "manifest.copy.json",
             "inputs.parquet",
             "failures.jsonl",
             "shard-00000.h5",

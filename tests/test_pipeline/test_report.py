@@ -14,7 +14,7 @@ import pytest
 from pipeline.config import load_config
 from pipeline.figures import admitted
 from pipeline.record import RunRecord
-from pipeline.report import METRICS, duration, percent, points, verdict, write_report
+from pipeline.report import METRICS, ROUTINGS, duration, percent, points, verdict, write_report
 from stages.artifacts import write_json, write_text
 from stages.errors import InputError
 from stages.metrics import auroc
@@ -57,11 +57,12 @@ def mixture(seed):
         (method("pretrained", "mofe", "none", "default", seed, "predicted", "knn"), 1.4),
         (method("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy"), 2.0),
         (method("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy", calibrated=True), 1.9),
+        (method("pretrained", "mofe", "none", "default", seed, "top2", "knn"), 1.5),
         (method("pretrained", "mofe", "none", "default", seed, "oracle", "knn"), 5.0),
     ]
 
 
-def make_study(work, seeds=(0,)):
+def make_study(work, seeds=(0,), experts=2):
     """A scored study with well-separated answers: the mixture's raw sum is best, the oracle would be better still."""
     rng = np.random.default_rng(7)
     methods = FROZEN + [pair for seed in seeds for pair in mixture(seed)]
@@ -89,10 +90,17 @@ def make_study(work, seeds=(0,)):
     frozen = {"backbone": "pretrained", "features": "cls", "variant": "", "seed": None}
     mofe = [frozen | {"features": "mofe", "variant": "default", "seed": seed} for seed in seeds]
     load = {"id": [30, 50], "near-birds": [10, 50], "far-noise": [60, 0]}
+    if experts == 1:
+        load = {name: [sum(own)] for name, own in load.items()}
     record = {
         "accuracy": [frozen | {"head": "probe", "accuracy": 0.9, "n": N_ID}]
         + [key | {"head": "refit", "accuracy": 0.95, "n": N_ID} for key in mofe],
-        "router": [key | {"experts": 2, "accuracy": 0.875, "load": load} for key in mofe],
+        "router": [
+            key
+            | {"kind": "end", "parameters": 1234567, "experts": experts, "accuracy": 0.875, "load": load}
+            | {"id_accuracy": {name: {"refit": 0.9 + seed / 100 + i / 100} for i, name in enumerate(ROUTINGS)}}
+            for key, seed in zip(mofe, seeds, strict=True)
+        ],
         "k": [key | {"rule": "given", "k": 5} for key in (frozen, *mofe)],
         "split": {"pretrained": "held-out split"},
         "overlap_with_id_train": {"near-birds": 3},
@@ -236,10 +244,33 @@ def test_routing_by_the_true_label_is_shown_apart_and_never_best(page, work):
     )
     shown = [row for row in page.rows["routing"] if row["class"] == "oracle"]
     assert [row["name"] for row in shown] == ["kNN"]
-    assert shown[0]["cells"][1].startswith(percent(oracle[0]["auroc_mean"]))
+    routed = [
+        next(line for line in lines if (line["features"], line["head"], line["routing"]) == ("mofe", "none", routing))
+        for routing in ROUTINGS
+    ]
+    predicted, two, with_label = (percent(line["auroc_mean"]) for line in routed)
+    assert shown[0]["cells"][1] == f"{with_label}({predicted}, {two})"
     assert not any(shown[0]["bold"])
-    n_methods = len({tuple(line[name] for name in ("head", "features", "score", "calibrated")) for line in lines})
-    assert len(page.body("table")) == n_methods  # the oracle's kNN has the same names as the routed one: no row more
+    naming = ("head", "features", "score", "calibrated", "routing")
+    methods = {tuple(line[name] for name in naming) for line in lines if line["routing"] != "oracle"}
+    assert len(page.body("table")) == len(methods)
+
+
+def test_routing_says_what_the_mixtures_are_and_what_a_wrong_route_costs(page, tmp_path):
+    first = page.body("routing")[0]
+    assert first["name"] == "MoFE · default · 2 experts"
+    assert first["cells"] == ["end", "1,234,567", "87.5", "90.0", "91.0", "92.0"]  # predicted, top2, oracle
+    seeds = Page(write_report(make_study(tmp_path, seeds=(3, 5))).read_text("utf-8")).body("routing")[0]
+    assert seeds["cells"][3:] == ["94.0", "95.0", "96.0"]  # means over seeds
+    assert "Each expert is a copy of the backbone's own end." in page.text
+    assert "kNNtop2" in [row["name"] for row in page.body("table")]
+
+
+def test_one_expert_has_neither_a_load_nor_wrong_routes(tmp_path):
+    page = Page(write_report(make_study(tmp_path, experts=1)).read_text("utf-8"))
+    (row,) = page.body("routing")
+    assert (row["name"], row["cells"][:3]) == ("MoFE · default · 1 expert", ["end", "1,234,567", "–"])
+    assert "What a wrong route costs" not in page.text
 
 
 def test_differences_come_with_their_interval_and_whether_it_excludes_0(page, work):

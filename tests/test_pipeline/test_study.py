@@ -420,7 +420,7 @@ def test_images_that_cannot_be_used(home, tmp_path):
         ("backbone.weights={tmp}/a.zip", "backbone.weights: {tmp}/a.zip does not hold weights"),
         ("cache.expert_blocks=7", "cache.expert_blocks: 7 given, tf_efficientnet_lite0 has 7: give at most 6"),
         ("score.k=0", "--set score.k: 0 given, must be greater than 0 or 'auto'"),
-        ("score.scores=['knm']", "--set score.scores: \"knm\" is not a known score; did you mean 'knn'?"),
+        ("score.scores=['energi']", "--set score.scores: \"energi\" is not a known score; did you mean 'energy'?"),
         ("work={tmp}/a.zip", "work: {tmp}/a.zip is a file, a folder is needed"),
         ("cache.root={tmp}/a.zip", "cache.root: {tmp}/a.zip is a file, a folder is needed"),
     ],

@@ -444,7 +444,7 @@ def test_a_lower_precision_gives_nearly_the_same_features_and_another_fingerprin
     exact, near = backbone.encode(images).cls, half.encode(images).cls
     assert near.dtype == torch.float32
     assert not torch.equal(near, exact)
-    assert F.cosine_similarity(near, exact).min() > 0.98
+    assert F.cosine_similarity(near, exact).min() > 0.95
     assert half.cut  # the end is checked, and trained, in full precision
     difference = backbone.feature_spec("float16", "full").first_difference(half.feature_spec("float16", "full"))
     assert difference == 'compute.precision: "float32" in the cache, "bfloat16" asked'

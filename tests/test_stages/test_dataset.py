@@ -5,9 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache import CacheBuilder, FeatureCache, InputTable, commit_shard, plan_shards
-from stages.dataset import id_data, labels_in, read_tokens
+from stages.dataset import epoch_windows, id_data, labels_in, read_blocks, read_tokens
 from stages.errors import InputError
 from stages.split import split_rows
 from tests.test_cache.toy import features, make_spec
@@ -122,3 +124,65 @@ def test_tokens_that_the_cache_does_not_hold_have_length_zero(cache_of):
     cache = cache_of("train", [0, 1, 0], ("ant", "bee"), n_registers=0, patches="none", grid=(0, 0))
     tokens = read_tokens(cache, slice(0, 3))
     assert (tokens.registers.shape, tokens.patches.shape) == ((3, 0, 4), (3, 0, 4))
+
+
+def test_tokens_that_were_not_asked_for_are_not_read(cache_of):
+    cache = cache_of("train", [0, 1, 0], ("ant", "bee"))
+    tokens = read_tokens(cache, slice(0, 3), reads=("cls", "registers"))
+    whole = read_tokens(cache, slice(0, 3))
+    assert torch.equal(tokens.cls, whole.cls)
+    assert torch.equal(tokens.registers, whole.registers)
+    assert tokens.tap_cls.shape == (3, 0)
+    assert tokens.patches.shape[:2] == (3, 0)
+
+
+def test_blocks_are_the_rows_in_order(cache_of):
+    cache = cache_of("train", np.arange(40) % 2, ("ant", "bee"))
+    rows = np.arange(0, 40, 3)
+    numbers, values = (np.concatenate(parts) for parts in zip(*read_blocks(cache, "tap_cls", rows), strict=True))
+    assert np.array_equal(numbers, rows)
+    assert np.array_equal(values, cache.read("tap_cls", rows).astype(np.float32))
+
+
+# --------------------------------------------------------------------------------------------------- an epoch's order
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    window_rows=st.integers(1, 40),
+    every=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_windows_hold_each_row_once_and_few_shards_at_a_time(sizes, window_rows, every, seed):
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    rows = np.arange(0, sum(sizes), every)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)  # of each row of the cache
+    windows = epoch_windows(rows, starts, 10, np.random.default_rng((seed, 0)), window_bytes=10 * window_rows)
+    assert np.array_equal(np.sort(np.concatenate([rows[:0], *windows])), rows)
+    shards = [set(shard_of[window].tolist()) for window in windows]
+    assert sum(map(len, shards)) == len(set().union(*shards))  # a shard is read in one window alone
+    assert all(len(window) <= window_rows or len(own) == 1 for window, own in zip(windows, shards, strict=True))
+    # No window could have taken the first shard of the next.
+    first = [np.isin(rows, np.flatnonzero(shard_of == shard_of[window[0]])).sum() for window in windows[1:]]
+    if all(len(own) == 1 for own in shards):
+        assert all(len(w) + n > window_rows for w, n in zip(windows, first, strict=False))
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    def order(*seed: int, **kwargs) -> list[int]:
+        windows = epoch_windows(np.arange(600), range(0, 600, 50), 8, np.random.default_rng(seed), **kwargs)
+        return np.concatenate(windows).tolist()
+
+    assert order(0, 1, window_bytes=800) == order(0, 1, window_bytes=800)
+    others = [order(0, 1, window_bytes=800), order(0, 2, window_bytes=800), order(1, 1, window_bytes=800)]
+    assert len({tuple(other) for other in others}) == 3
+    assert order(0, 1, window_bytes=800) != sorted(order(0, 1, window_bytes=800))
+
+
+def test_what_fits_into_one_window_is_shuffled_as_a_whole():
+    """Rows of every shard are spread over the whole epoch: a tenth of it has about a tenth of each shard."""
+    (window,) = epoch_windows(np.arange(1000), range(0, 1000, 250), 8, np.random.default_rng(0))
+    counts = np.bincount(window[:200] // 250, minlength=4)
+    assert counts.min() > 30
+    (window,) = epoch_windows(np.arange(5), [0], 10**12, np.random.default_rng(0))  # one shard at least
+    assert sorted(window) == [0, 1, 2, 3, 4]

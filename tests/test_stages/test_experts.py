@@ -30,8 +30,8 @@ def encoded(source, *arguments) -> Tokens:
     return backbone.encode(photos(backbone, 6)).map(torch.clone)  # ordinary tensors, as a cache gives them
 
 
-def mixture_of(backbone: Backbone, groups=GROUPS) -> MixtureOfFeatureExperts:
-    return MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups).eval()
+def mixture_of(backbone: Backbone, groups=GROUPS, **kwargs) -> MixtureOfFeatureExperts:
+    return MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups, **kwargs).eval()
 
 
 class MeanEnd(nn.Module):
@@ -54,8 +54,8 @@ def small_tokens(n: int, seed: int = 0) -> Tokens:
     return Tokens(draw(n, 5), draw(n, 3), draw(n, 0, 5), draw(n, 4, 5))
 
 
-def small_mixture(groups=GROUPS, seed: int = 0) -> MixtureOfFeatureExperts:
-    mixture = MixtureOfFeatureExperts(MeanEnd, 5, 3, groups)
+def small_mixture(groups=GROUPS, seed: int = 0, **kwargs) -> MixtureOfFeatureExperts:
+    mixture = MixtureOfFeatureExperts(MeanEnd, 5, 3, groups, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in mixture.parameters():
@@ -70,12 +70,17 @@ BACKBONES = [(dinov2, DINOV2, 1), (dinov2, DINOV2, 2), (dinov2, DINOV2_REGISTERS
 BACKBONES += [(lite0, 1), (lite0, 2)]
 
 
+KINDS = [{}, {"kind": "adapter"}, {"kind": "frozen"}, {"kind": "dense", "groups": [0] * 7, "copies": 3}]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=["end", "adapter", "frozen", "dense"])
+
+
+@kinds
 @pytest.mark.parametrize("source", BACKBONES, ids=lambda source: "-".join([source[0].__name__, *map(str, source[1:])]))
-def test_experts_start_as_the_frozen_backbone(source):
+def test_experts_start_as_the_frozen_backbone(source, kind):
     """From the cached tokens every expert gives the class embedding: up to rounding, stored float16 included."""
     make, *arguments = source
     tokens = encoded(make, *arguments)
-    mixture = mixture_of(make(*arguments))
+    mixture = mixture_of(make(*arguments), **kind)
     every_expert = torch.arange(len(tokens)) % mixture.n_experts
     with torch.inference_mode():
         refined = mixture(tokens, every_expert).features
@@ -130,6 +135,75 @@ def test_training_moves_weights_but_never_batch_norm_statistics():
     assert kept.abs().max() <= 1e-5
 
 
+# -------------------------------------------------------------------------------------------- kinds of expert
+
+
+def n_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_dense_control_has_the_parameters_of_all_experts_and_routes_nothing():
+    backbone = lite0()
+    routed, dense = mixture_of(backbone), mixture_of(backbone, [0] * 7, kind="dense", copies=3)
+    ends = [sum(n_parameters(expert.end) for expert in mixture.experts) for mixture in (routed, dense)]
+    assert ends == [3 * n_parameters(backbone.end())] * 2
+    # What is left: a head output for each of three "others".
+    assert n_parameters(routed) - n_parameters(dense) == 3 * (backbone.dim + 1)
+    assert dense(encoded(lite0)).load.tolist() == [6]
+
+
+def test_copies_of_the_dense_control_learn_different_things():
+    """With equal weights their gradients would be equal, and they would stay one network."""
+    mixture = small_mixture([0] * 7, kind="dense", copies=3)
+    share = mixture.experts[0].end.share
+    assert torch.allclose(share.sum(0), torch.ones(5))
+    assert (share > 0.1).all()
+    mixture(small_tokens(4)).features.sum().backward()
+    first, second, third = (end.scale.grad for end in mixture.experts[0].end.ends)
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(second, third)
+    again = small_mixture([0] * 7, kind="dense", copies=3)
+    assert torch.equal(again.experts[0].end.share, share)
+
+
+def test_adapters_are_small_and_refine_cls_alone():
+    mixture, tokens = mixture_of(lite0(), kind="adapter"), encoded(lite0)
+    dim = lite0().dim
+    assert n_parameters(mixture.experts[0].end) == 2 * dim + (dim + 1) * 64 + (64 + 1) * dim
+    assert n_parameters(mixture.experts[0].end) < 0.2 * n_parameters(lite0().end())
+    up = mixture.experts[0].end.up
+    nn.init.ones_(up.weight)
+    without = Tokens(tokens.cls, tokens.tap_cls, tokens.registers[:, :0], tokens.patches[:, :0])
+    told = torch.zeros(6, dtype=torch.int64)
+    assert torch.equal(mixture(without, told).features, mixture(tokens, told).features)
+    assert not torch.allclose(mixture(without, told).features, tokens.cls)
+
+
+def test_frozen_experts_have_heads_alone():
+    mixture, tokens = small_mixture(kind="frozen"), small_tokens(6)
+    assert {name.split(".")[2] for name, _ in mixture.experts.named_parameters(prefix="experts")} == {"head"}
+    assert torch.equal(mixture(tokens).features, tokens.cls)
+
+
+@pytest.mark.parametrize(
+    ("kind", "router_input", "reads"),
+    [
+        ("end", "cls", ("cls", "tap_cls", "registers", "patches")),
+        ("dense", "tap_cls", ("cls", "tap_cls", "registers", "patches")),
+        ("adapter", "tap_cls", ("cls", "tap_cls")),
+        ("frozen", "cls", ("cls",)),
+    ],
+)
+def test_a_mixture_says_what_it_reads(kind, router_input, reads):
+    """What it does not read may hold anything."""
+    mixture, tokens = small_mixture(kind=kind, router_input=router_input), small_tokens(9)
+    assert mixture.reads == reads
+    others = {name: torch.full_like(x, torch.nan) for name, x in vars(tokens).items() if name not in reads}
+    expected, out = mixture(tokens), mixture(Tokens(**vars(tokens) | others))
+    assert torch.equal(out.features, expected.features)
+    assert torch.equal(out.gate, expected.gate)
+
+
 # ----------------------------------------------------------------------------------------------- the router
 
 
@@ -158,6 +232,21 @@ def test_router_standardises_and_stays_linear():
     assert torch.isfinite(mixture.router(tap_cls)).all()
 
 
+def test_router_statistics_lose_nothing_to_a_far_mean():
+    """In blocks of any size; the sum of squares of such numbers would have lost the deviation."""
+    rows = 1e4 + 1e-2 * small_tokens(1000).tap_cls.double()
+    mixture = small_mixture()
+    mixture.router.standardise(rows.split(64))
+    assert torch.allclose(mixture.router.mean.double(), rows.mean(0), rtol=1e-7)
+    assert torch.allclose(mixture.router.scale.double(), rows.std(0, correction=0), rtol=1e-4)
+
+
+def test_router_may_read_the_final_cls():
+    mixture, tokens = small_mixture(router_input="cls"), small_tokens(9)
+    assert torch.equal(mixture.route(tokens)[1], mixture.router(tokens.cls).softmax(1))
+    assert mixture.router.linear.in_features == 5
+
+
 def test_untrained_router_prefers_no_class():
     tokens = encoded(lite0)
     gate, probability = mixture_of(lite0()).route(tokens)
@@ -168,12 +257,14 @@ def test_untrained_router_prefers_no_class():
 # ------------------------------------------------------------------------------------------------ the mixture
 
 
-def test_only_routed_rows_are_computed():
-    mixture, tokens = small_mixture(), small_tokens(40)
+@pytest.mark.parametrize("kind", ["end", "adapter", "frozen"])
+def test_only_routed_rows_are_computed(kind):
+    mixture, tokens = small_mixture(kind=kind), small_tokens(40)
     seen = {}
     for index, expert in enumerate(mixture.experts):
-        expert.register_forward_pre_hook(lambda _, args, index=index: seen.update({index: len(args[0])}))
+        expert.end.register_forward_pre_hook(lambda _, args, index=index: seen.update({index: len(args[0])}))
     out = mixture(tokens)
+    assert len(seen) > 1
     assert seen == {expert: n for expert, n in enumerate(out.load.tolist()) if n}
     assert sum(seen.values()) == 40
     seen.clear()
@@ -294,6 +385,28 @@ def test_saved_mixture_of_a_real_backbone_comes_back(tmp_path):
     with torch.inference_mode():
         features = load_mixture(tmp_path, backbone.end, backbone.dim, backbone.tap_dim)(tokens).features
     assert (features - tokens.cls).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("router_input", ["tap_cls", "cls"])
+@kinds
+def test_the_stored_model_says_its_kind(tmp_path, kind, router_input):
+    mixture, tokens = small_mixture(**kind, router_input=router_input), small_tokens(10)
+    settings = {"expert": mixture.kind, "router_input": router_input, "experts": kind.get("copies", 3)}
+    groups = {name: int(group) for name, group in zip(NAMES, mixture.group, strict=True)}
+    save_mixture(tmp_path, mixture, {"groups": groups, "settings": settings})
+    loaded = load_mixture(tmp_path, MeanEnd, 5, 3)
+    assert (loaded.kind, loaded.router_input) == (mixture.kind, router_input)
+    for ours, theirs in zip(vars(mixture(tokens)).values(), vars(loaded(tokens)).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "settings", [[], {"expert": "none"}, {"expert": ["end"]}, {"router_input": 3}, {"experts": 0}, {"experts": 10**9}]
+)
+def test_kinds_that_there_are_not_are_refused(tmp_path, settings):
+    save_mixture(tmp_path, small_mixture(), {"groups": NAMES, "settings": settings})
+    with pytest.raises(InputError, match=r"holds no whole mofe\.json"):
+        load_mixture(tmp_path, MeanEnd, 5, 3)
 
 
 @pytest.mark.parametrize(

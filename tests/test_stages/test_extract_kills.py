@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a real extraction: it goes on, and the bytes are those of a run that nobody disturbed."""
+"""SIGKILL at random moments of a real extraction: it goes on, and the bytes are those of an undisturbed run."""
 
 import multiprocessing
 import shutil

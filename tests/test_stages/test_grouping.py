@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
+from stages import grouping
 from stages.errors import InputError
-from stages.grouping import class_prototypes, experts_for, group_classes
+from stages.grouping import class_prototypes, experts_for, group_classes, squared_distance
 
 PETS = ("cat", "dog", "eagle", "finch")
 
@@ -74,6 +75,24 @@ def test_balanced_groups_find_the_clusters_that_are_there():
     shuffle = np.random.default_rng(0).permutation(15)
     groups = group_classes((centers + 0.1 * points(15))[shuffle], 3, "balanced", names(15), 0)
     assert len({(true, found) for true, found in zip(shuffle // 5, groups, strict=True)}) == 3
+
+
+def test_more_starts_are_never_worse_than_one(monkeypatch):
+    better = 0
+    for seed in range(20):
+        prototypes = points(23, seed)
+        several = group_classes(prototypes, 4, "balanced", names(23), seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(grouping, "BALANCED_STARTS", 1)  # the first of them
+            one = group_classes(prototypes, 4, "balanced", names(23), seed)
+        assert inertia(prototypes, several) <= inertia(prototypes, one) * (1 + 1e-12)
+        better += inertia(prototypes, several) < inertia(prototypes, one)
+    assert better >= 10
+
+
+def test_squared_distance_is_that_to_the_group_means():
+    groups = np.arange(20) % 3
+    assert squared_distance(points(20), groups) == pytest.approx(inertia(points(20), groups))
 
 
 def test_kmeans_is_scikit_learns_and_may_be_unbalanced():

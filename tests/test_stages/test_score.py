@@ -421,8 +421,8 @@ def test_under_cross_fitting_folds_calibrate_and_the_final_model_scores(source, 
         mixtures=(MixtureFolder("default", 0, folder),),
         tests=(source.tests[0], source.tests[2]),
     )
-    rows = score([crossed], CONFIG, tmp_path / "scores").rows
-    assert {row.features for row in rows} == {"cls", "mofe"}
+    rows = score([crossed], CONFIG.model_copy(update={"top2": True}), tmp_path / "scores").rows
+    assert {row.routing for row in rows} == {"none", "predicted", "top2", "oracle"}
     thresholds = json.loads((tmp_path / "scores" / "thresholds.json").read_text())
     assert {entry["n"] for entry in thresholds} == {48}  # every row, by the model that did not see it
 
