@@ -20,7 +20,7 @@ from stages.extract import extract_set
 from stages.images import SampleTable, list_images
 from tests.bench.timing import RUNS, in_turn, rates, row
 
-N = 320
+N = 192
 
 
 def main() -> None:
