@@ -26,8 +26,10 @@ from stages.errors import InputError, StageError
 from stages.extract import Mapper, compare_versions, extract_set, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import SampleTable, list_images
+from stages.predict import Prediction, Predictor
 from stages.sanity import check_features
-from stages.score import SCORE_SEMANTICS, BackboneSource, MixtureFolder, Prediction, Predictor, TestSet, score
+from stages.score import SCORE_SEMANTICS, score
+from stages.subjects import BackboneSource, MixtureFolder, TestSet
 from stages.table import compact, read_summary
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mofe, train_probe
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cache", "stages", "pipeline")
-VERBS = ("stages.extract", "stages.train", "stages.finetune", "stages.score")
+VERBS = ("stages.extract", "stages.train", "stages.finetune", "stages.score", "stages.predict")
 
 # A library, and the only modules that know it.
 DOORS = {

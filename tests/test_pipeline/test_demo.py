@@ -24,7 +24,7 @@ from stages.images import decode_image, list_images
 from stages.metrics import auroc
 from stages.progress import NullProgress
 from stages.refine import refine
-from stages.score import RefinedFeatures
+from stages.subjects import RefinedFeatures
 from stages.table import compact, read_summary
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 

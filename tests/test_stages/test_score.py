@@ -23,9 +23,11 @@ from stages.extract import extract_set
 from stages.heads import load_heads
 from stages.images import ImageReader, list_images
 from stages.images.table import FileRange
+from stages.predict import Predictor
 from stages.refine import load_refined, refine, refined_path
-from stages.score import BackboneSource, MixtureFolder, Predictor, score
-from stages.score import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+from stages.score import score
+from stages.subjects import BackboneSource, MixtureFolder
+from stages.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.train import train_mofe, train_probe
 
 CONFIG = ScoreConfig(k=5, bootstrap=100)

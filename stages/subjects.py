@@ -1,0 +1,251 @@
+"""Choices of features as detectors see them: the backbone's own (`FrozenFeatures`) or a mixture's (`RefinedFeatures`).
+
+A `BackboneSource` is all that is on disk of one backbone. No image is opened and no backbone runs; the mixture's
+refined features are computed once per set and kept, so that another k or score costs a search and some arithmetic.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache import CacheMismatchError, FeatureCache
+from stages.artifacts import read_json
+from stages.backbone import Backbone
+from stages.dataset import IdData, Labels
+from stages.detectors import Run, SetRows, Subject, SubjectKey
+from stages.errors import InputError
+from stages.experts import MixtureOfFeatureExperts, load_mixture
+from stages.heads import FittedHeads, LinearHead, load_heads
+from stages.progress import Progress
+from stages.refine import Refined, load_refined, refine, refined_path, save_refined
+from stages.split import Rows
+
+_FINETUNE_HEAD = "finetune"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A set to score: its cache, and ``id``, ``near`` or ``far``."""
+
+    name: str
+    group: str
+    cache: FeatureCache
+
+
+@dataclass(frozen=True)
+class MixtureFolder:
+    """A trained mixture on disk."""
+
+    variant: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """All that stage three needs of one backbone.
+
+    Attributes:
+        name: ``pretrained`` or ``finetuned``.
+        seed: of the fine-tune; None for the pre-trained backbone.
+        data: ID features and split.
+        probe: the linear probe.
+        finetuned_head: weight ``[C, D]`` and bias ``[C]`` that were trained with the backbone, if it was.
+        mixtures: trained on its cache.
+        tests: the ID test set and the OOD sets, as this backbone sees them.
+        architecture: gives the untrained network, whose end stored experts are loaded into.
+    """
+
+    name: str
+    seed: int | None
+    data: IdData
+    probe: FittedHeads
+    finetuned_head: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+    mixtures: tuple[MixtureFolder, ...]
+    tests: tuple[TestSet, ...]
+    architecture: Callable[[], Backbone]
+
+
+class FrozenFeatures:
+    """The backbone's own class embedding."""
+
+    def __init__(self, source: BackboneSource) -> None:
+        self.source = source
+        heads = {"probe": source.probe}
+        if source.finetuned_head is not None:
+            weight, bias = source.finetuned_head
+            plain = np.zeros(weight.shape[1], np.float32), np.ones(1, np.float32)
+            head = LinearHead(*plain, weight, bias)
+            heads[_FINETUNE_HEAD] = FittedHeads((head,) * len(source.data.split.folds), head, 0.0, {})
+        self._heads = heads
+
+    def subject(self) -> Subject:
+        """Banks and held-out rows of every fold."""
+        data = self.source.data
+        train = _features(data.train)
+        held = train if data.held_out is data.train else _features(data.held_out)
+        runs = tuple(
+            Run(
+                SetRows(train[fold.train], data.train_labels[fold.train]),
+                self._rows(held[fold.select], data.held_out_labels[fold.select], index),
+                self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+            )
+            for index, fold in enumerate(data.split.folds)
+        )
+        final = data.split.final_train
+        key = SubjectKey(self.source.name, "cls", "", self.source.seed)
+        return Subject(key, tuple(self._heads), runs, SetRows(train[final], data.train_labels[final]))
+
+    def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
+        """A set's rows for the final model."""
+        return self._rows(_features(cache), labels, None)
+
+    def _rows(self, features: NDArray[np.float32], labels: Labels, fold: int | None) -> SetRows:
+        logits = {
+            name: (heads.final if fold is None else heads.folds[fold]).logits(features)
+            for name, heads in self._heads.items()
+        }
+        return SetRows(features, labels, logits)
+
+
+class RefinedFeatures:
+    """A trained mixture's refined class embedding, in the routed expert's subspace."""
+
+    def __init__(self, source: BackboneSource, folder: MixtureFolder, progress: Progress) -> None:
+        self.source = source
+        self.folder = folder
+        self._progress = progress
+        about = read_json(folder.path / "mofe.json")
+        if about is None:
+            raise InputError(f"{folder.path} holds no trained mixture: run make train")
+        self.identity: str = about["identity"]
+        if about["data"] != source.data.identity:
+            raise CacheMismatchError(
+                f"{folder.path}: the mixture was trained on other features or another split: run make train"
+            )
+        heads = load_heads(folder.path, "heads", self.identity)
+        if heads is None:
+            raise InputError(f"{folder.path} holds no whole heads.safetensors: run make train")
+        self._refit = heads.pop("refit")
+        self._group_heads = [heads[f"refit-group-{expert}"] for expert in range(len(heads))]
+        self.group = np.asarray([about["groups"][name] for name in source.data.class_names])
+        self.about = {"kind": about["settings"]["expert"], "parameters": about["parameters"]}
+        self._mixtures: dict[str, MixtureOfFeatureExperts] = {}
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return len(self._group_heads)
+
+    def subject(self, top2: bool = False) -> Subject:
+        """Banks (training rows through their own expert) and held-out rows (routed) of every fold.
+
+        Args:
+            top2: whether the calibrate rows are wanted through the router's second choice as well.
+        """
+        data = self.source.data
+        runs = []
+        for index, (name, fold) in enumerate(data.runs()):
+            bank = self.bank(name)
+            held = bank if data.held_out is data.train else self.refined(name, "id-val", data.held_out)
+            runs.append(
+                Run(
+                    self._bank_rows(bank, fold.train),
+                    self._rows(held[fold.select], data.held_out_labels[fold.select], index),
+                    self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+                    self._second_of_fold(name, index, held) if top2 else None,
+                )
+            )
+        key = SubjectKey(self.source.name, "mofe", self.folder.variant, self.folder.seed)
+        final = self._bank_rows(self.bank("final"), data.split.final_train)
+        has_others = runs[0].calibrate.others is not None
+        return Subject(key, ("trained", "refit", "refit-group"), tuple(runs), final, self.n_experts, has_others)
+
+    def rows(self, name: str, cache: FeatureCache, labels: Labels, oracle: bool = False) -> SetRows:
+        """A set's rows for the final model, routed by the router, or by the true label where `oracle` is asked."""
+        expert = self.group[labels].astype(np.int64) if oracle else None
+        # Folders of their own: a set may be called id-train, as the bank's file is.
+        refined = self.refined("final", f"oracle/{name}" if oracle else f"sets/{name}", cache, expert)
+        return self._rows(refined, labels, None)
+
+    def passing_rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
+        """The same of a cache that is thrown away, as of new images: nothing is kept."""
+        return self._rows(refine(self.mixture(), cache), labels, None)
+
+    def second(self, name: str, cache: FeatureCache, labels: Labels) -> SetRows:
+        """The same rows through the router's second choice, for top-2 routing."""
+        routed = self.refined("final", f"sets/{name}", cache)
+        return self._second_rows(self.refined("final", f"top2/{name}", cache, routed.runner_up), labels, None)
+
+    def _second_of_fold(self, run: str, fold: int, held: Refined) -> SetRows:
+        data = self.source.data
+        rows = data.split.folds[fold].calibrate
+        refined = self.refined(run, "top2-calibrate", data.held_out, held[rows].runner_up, rows)
+        return self._second_rows(refined, data.held_out_labels[rows], fold)
+
+    def _second_rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
+        gate = refined.gate[np.arange(len(refined.expert)), refined.expert]
+        return replace(self._rows(refined, labels, fold), confidence=gate)
+
+    def bank(self, run: str) -> Refined:
+        """Refined id-train rows of one run, as training left them."""
+        path = refined_path(self.folder.path, run, "id-train")
+        refined = load_refined(path, self._identity_of(self.source.data.train))
+        if refined is None:
+            raise InputError(f"{path} is missing or damaged: delete {self.folder.path / 'mofe.json'}, run make train")
+        return refined
+
+    def refined(
+        self,
+        run: str,
+        name: str,
+        cache: FeatureCache,
+        expert: NDArray[np.int64] | None = None,
+        rows: Rows | None = None,
+    ) -> Refined:
+        """Refined rows of a set, computed where they are not kept yet."""
+        path = refined_path(self.folder.path, run, name)
+        stored = load_refined(path, self._identity_of(cache))
+        if stored is None:
+            stored = refine(self.mixture(run), cache, expert, self._progress, rows)
+            save_refined(path, stored, self._identity_of(cache))
+        return stored
+
+    def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:
+        """The trained network of one run, loaded once."""
+        if run not in self._mixtures:
+            spec = self.source.data.train.spec
+            folder = self.folder.path if run == "final" else self.folder.path / run
+            end = self.source.architecture().end
+            self._mixtures[run] = load_mixture(folder, end, spec.cls_dim, spec.tap_dim)
+        return self._mixtures[run]
+
+    def _identity_of(self, cache: FeatureCache) -> dict[str, str]:
+        return {"mixture": self.identity, "features": cache.identity}
+
+    def _bank_rows(self, refined: Refined, rows: Rows) -> SetRows:
+        own = refined[rows]
+        return SetRows(own.features, self.source.data.train_labels[rows], {}, own.expert)
+
+    def _rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
+        def pick(heads: FittedHeads) -> LinearHead:
+            return heads.final if fold is None else heads.folds[fold]
+
+        group_logits = np.full_like(refined.logits, -np.inf)
+        for expert, heads in enumerate(self._group_heads):
+            own = np.flatnonzero(refined.expert == expert)
+            group_logits[own] = pick(heads).logits(refined.features[own])
+        logits = {
+            "trained": refined.logits,
+            "refit": pick(self._refit).logits(refined.features),
+            "refit-group": group_logits,
+        }
+        others = refined.others if refined.others.shape[1] else None
+        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others)
+
+
+def _features(cache: FeatureCache) -> NDArray[np.float32]:
+    return np.asarray(cache.read("cls"), dtype=np.float32)
