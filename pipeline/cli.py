@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
-from stages.config import SCORE_NAMES
+from stages.config import SCORE_NAMES, nearest, unknown_part
 from stages.errors import InputError, StageError
 
 if TYPE_CHECKING:
@@ -238,10 +238,16 @@ def results(
     show(run_results(data, work, overrides, options, unchecked=unchecked, dry_run=dry_run))
 
 
+def _known_score(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (unknown := unknown_part(value)) is not None:
+        raise click.BadParameter(f"{unknown!r} is not a known score{nearest(unknown, SCORE_NAMES)}")
+    return value
+
+
 @verbs.command()
 @experiment_options
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--score", "score_name", type=click.Choice(SCORE_NAMES), help="Which score decides.")
+@click.option("--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy.")
 def predict(
     experiment: str, overrides: tuple[str, ...], debug: bool, paths: tuple[str, ...], score_name: str | None
 ) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from pipeline.config import ConfigError, RunConfig
 from stages.artifacts import read_json, write_text
-from stages.detectors import NO_HEAD, needs_logits
+from stages.detectors import NO_HEAD, reads_head
 from stages.errors import StageError
 from stages.metrics import percentile_interval
 from stages.table import Evaluator, OODRow, Replicates
@@ -59,8 +59,8 @@ BASELINES = (
 def methods_of(config: RunConfig) -> list[Method]:
     """All rows of a study's results: each score frozen and refined, then the recommended one of every variant."""
     scores = [score for score in config.score.scores if score != "mos"]
-    frozen = [Method("cls", "probe" if needs_logits(score) else NO_HEAD, "", "none", score) for score in scores]
-    refined = [replace(RECOMMENDED, head="refit" if needs_logits(score) else NO_HEAD, score=score) for score in scores]
+    frozen = [Method("cls", "probe" if reads_head(score) else NO_HEAD, "", "none", score) for score in scores]
+    refined = [replace(RECOMMENDED, head="refit" if reads_head(score) else NO_HEAD, score=score) for score in scores]
     top2 = [replace(RECOMMENDED, routing="top2")] if config.score.top2 else []
     variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]

@@ -5,7 +5,6 @@ A problem is one line that names the key, what was given and what is allowed:
 """
 
 import datetime
-import difflib
 import json
 import os
 import re
@@ -18,7 +17,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from stages.config import SCORE_NAMES, BackboneConfig, FinetuneConfig, ScoreConfig, StageConfig, TrainConfig
+from stages.config import (
+    SCORE_NAMES,
+    BackboneConfig,
+    FinetuneConfig,
+    ScoreConfig,
+    StageConfig,
+    TrainConfig,
+    nearest,
+    unknown_part,
+)
 from stages.errors import InputError
 
 # Keys that hold a path, and the words that stand there for something else ("*": any entry of a list).
@@ -187,16 +195,31 @@ class RunConfig(StageConfig):
             elif entry.origin is not None:
                 yield f"sets.{entry.name}.origin: says where features come from; this set has images"
         for score in self.score.scores:
-            if score not in SCORE_NAMES:
-                yield f"score.scores: {_shown(score)} is not a known score{_nearest(score, SCORE_NAMES)}"
+            if (unknown := unknown_part(score)) is not None:
+                yield f"score.scores: {_shown(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
         if not self.score.scores or _repeated(self.score.scores):
             yield f"score.scores: {_shown(self.score.scores)} given, must be one or more different names"
+        yield from self._score_settings_problems()
         yield from _alpha_problem("train", self.train)
         for variant in self.variants:
             yield from self._variant_problems(variant)
         for name in _repeated(["default", *(variant.name for variant in self.variants)]):
             always = " (default always exists: it is [train])" if name == "default" else ""
             yield f"variants.{name}: two variants have this name{always}"
+
+    def _score_settings_problems(self) -> Iterator[str]:
+        if not self.score.params:
+            return
+        from stages.scorers import get_scorer  # numpy, scipy and faiss: for those alone who set something
+
+        for name, settings in self.score.params.items():
+            if name not in SCORE_NAMES:
+                yield f"score.params.{name}: unknown key{nearest(name, SCORE_NAMES)}"
+                continue
+            try:
+                get_scorer(name, self.score.profile, **settings)
+            except InputError as error:
+                yield f"score.params.{error}"
 
     def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
         seeds = variant.seeds
@@ -302,7 +325,7 @@ def _entry(entries: list[Any], rest: str, key: str) -> tuple[Any, str]:
     named = {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
     matches = [name for name in named if rest.startswith(f"{name}.")]
     if not matches:
-        hint = _nearest(rest.split(".")[0], named)
+        hint = nearest(rest.split(".")[0], named)
         raise ConfigError(f"--set {key}: must be <list>.<name>.<key> with the name of an entry{hint}")
     name = max(matches, key=len)
     return named[name], rest[len(name) + 1 :]
@@ -332,7 +355,7 @@ def _explain(error: ValidationError, document: Any, model: type[BaseModel]) -> l
         elif kind == "missing":
             lines.append(f"{key}: missing")
         elif kind == "extra_forbidden":
-            lines.append(f"{key}: unknown key{_nearest(str(loc[-1]), _keys_at(model, loc[:-1]))}")
+            lines.append(f"{key}: unknown key{nearest(str(loc[-1]), _keys_at(model, loc[:-1]))}")
         else:
             message = _KINDS.get(kind) or re.sub(r"^\w+ should ", "", problem["msg"])
             given[key] = _shown(problem["input"])
@@ -371,12 +394,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if members := get_args(annotation):
         return next(filter(None, map(_model_in, members)), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _shown(value: object) -> str:

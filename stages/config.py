@@ -4,7 +4,9 @@ They stand in one light module, and not beside what they configure, so that an e
 milliseconds, before torch is imported.
 """
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -81,7 +83,33 @@ class FinetuneConfig(StageConfig):
     drop_path: float | None = Field(default=None, ge=0, lt=1)
 
 
-SCORE_NAMES = ("msp", "energy", "knn", "knn+energy", "ncm", "mos")  # what [score] scores may name
+# What [score] scores may name, and sums of them ("knn+energy"): those of `stages.scorers.SCORERS`, in this module so
+# that an experiment file is checked without numpy and faiss; a test holds the two together.
+SCORE_NAMES = ("msp", "energy", "knn", "ncm", "mos")
+
+Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ
+
+
+def unknown_part(score: str) -> str | None:
+    """The first part of a score or sum of scores that nobody knows; the score itself where a part is repeated.
+
+    >>> unknown_part("knn+energy"), unknown_part("knn+enrgy")
+    (None, 'enrgy')
+    """
+    parts = score.split("+")
+    unknown = [part for part in parts if part not in SCORE_NAMES]
+    return unknown[0] if unknown else score if len(set(parts)) < len(parts) else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """End of a message about an unknown word.
+
+    >>> nearest("enrgy", ["energy", "msp"]), nearest("x", ["energy", "msp"])
+    ("; did you mean 'energy'?", '; known: energy, msp')
+    """
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 
 class ScoreConfig(StageConfig):
@@ -90,6 +118,7 @@ class ScoreConfig(StageConfig):
     scores: list[str] = ["msp", "energy", "knn", "knn+energy"]
     k: PositiveInt | Literal["auto"] = "auto"
     top2: bool = False  # rows of the router's two most probable experts as well; doubles what has to be refined
-    profile: Literal["paper"] = "paper"
+    profile: Profile = "paper"
+    params: dict[str, dict[str, Any]] = {}  # settings of single scores, over those of the profile
     temperature: float = Field(default=1.0, gt=0)
     bootstrap: int = Field(default=1000, ge=100)

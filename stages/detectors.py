@@ -21,17 +21,21 @@ from numpy.typing import NDArray
 from stages.config import ScoreConfig
 from stages.errors import InputError
 from stages.scorers import (
+    ClassifierHead,
     ExpertCalibration,
     ScoreInputs,
     Scorer,
     Standardiser,
     choose_k,
     get_scorer,
+    join,
+    scorer_class,
     sum_scores,
 )
 from stages.scorers import Fold as KFold
 
 Floats = NDArray[np.float32]
+Head = ClassifierHead | tuple[ClassifierHead, ...]
 NO_HEAD = "none"
 _TRAINED = "trained"  # the heads that have "other"
 
@@ -48,6 +52,9 @@ class SetRows:
         confidence: ``[n]`` the router's probability of its choice, or of its second one where it is that; None without
             experts.
         others: ``[n, E]`` each group's probability of "other"; None where the heads do not see the same features.
+        patches: ``[n, P, D]`` patch tokens after the final norm, read when they are asked for; None where there are
+            none.
+        heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
     """
 
     features: Floats
@@ -56,13 +63,23 @@ class SetRows:
     expert: NDArray[np.int64] | None = None
     confidence: Floats | None = None
     others: Floats | None = None
+    patches: Floats | None = None
+    heads: dict[str, Head] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.features)
 
     def inputs(self, head: str) -> ScoreInputs:
         """What a scorer may look at."""
-        return ScoreInputs(self.features, self.logits.get(head), self.labels, self.expert, self.others)
+        return ScoreInputs(
+            self.features,
+            self.logits.get(head),
+            self.labels,
+            self.expert,
+            self.others,
+            self.patches,
+            self.heads.get(head),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +124,13 @@ class Subject:
     bank: SetRows
     n_experts: int = 0
     has_others: bool = False
+
+    def select(self, head: str) -> ScoreInputs:
+        """Rows that the final model's scores may choose their settings by, none of which it was trained on.
+
+        Under cross-fitting it was trained on all: every fold's own then, as that fold's model has them.
+        """
+        return join([run.select.inputs(head) for run in self.runs])
 
     @property
     def calibration_expert(self) -> NDArray[np.int64] | None:
@@ -224,13 +248,34 @@ class DetectorFactory:
 
     def heads_of(self, score: str) -> tuple[str, ...]:
         """Heads that a score applies to; none where it applies to nothing that these rows have."""
+        if self.why_not(score):
+            return ()
         if _reads_others(score):
-            return (_TRAINED,) if self.subject.has_others else ()
-        return self.subject.heads if needs_logits(score) else (NO_HEAD,)
+            return (_TRAINED,)
+        if "head" in needs_of(score):
+            return tuple(head for head in self.subject.heads if head in self.subject.bank.heads)
+        return self.subject.heads if reads_head(score) else (NO_HEAD,)
+
+    def left_out(self) -> dict[str, str]:
+        """Scores that are asked for and do not apply, and what each needs."""
+        return {score: why for score in self.config.scores if (why := self.why_not(score))}
+
+    def why_not(self, score: str) -> str | None:
+        """What a score needs that these rows do not have; None where it applies."""
+        needs, subject = needs_of(score), self.subject
+        if "others" in needs and not subject.has_others:
+            return 'a mixture trained with train.expert = "frozen" and two experts or more'
+        if "patches" in needs and subject.bank.patches is None:
+            return "patch tokens"
+        if needs & {"head", "logits"} and not subject.heads:
+            return "logits"
+        if "head" in needs and not subject.bank.heads:
+            return "the weights of a linear head"
+        return None
 
     def detector(self, head: str, score: str, calibrated: bool = False) -> Detector:
         """One fitted detector."""
-        parts = tuple(self._part(head if needs_logits(name) else NO_HEAD, name) for name in score.split("+"))
+        parts = tuple(self._part(head if reads_head(name) else NO_HEAD, name) for name in score.split("+"))
         experts: tuple[ExpertCalibration, ...] = ()
         if calibrated:
             experts = tuple(
@@ -251,27 +296,33 @@ class DetectorFactory:
     def _part(self, head: str, name: str) -> Part:
         if (head, name) not in self._parts:
             subject = self.subject
-            scorers = [self._scorer(name).fit(run.bank.inputs(head)) for run in subject.runs]
+            scorers = [self._scorer(name).fit(run.bank.inputs(head), run.select.inputs(head)) for run in subject.runs]
             judged = list(zip(scorers, subject.runs, strict=True))
             calibration = [scorer.score(run.calibrate.inputs(head)) for scorer, run in judged]
             second = [scorer.score(run.second.inputs(head)) for scorer, run in judged if run.second is not None]
-            final = scorers[0] if len(scorers) == 1 else self._scorer(name).fit(subject.bank.inputs(head))
+            final = scorers[0]
+            if len(scorers) > 1:
+                final = self._scorer(name).fit(subject.bank.inputs(head), subject.select(head))
             twice = np.concatenate(second) if second else None
             self._parts[head, name] = Part(final, np.concatenate(calibration), twice)
         return self._parts[head, name]
 
     def _scorer(self, name: str) -> Scorer:
+        given = self.config.params.get(name, {})
         params: dict[str, Any] = {}
-        if name == "knn":
-            params = {"k": self.k}
-        elif needs_logits(name):
-            params = {"temperature": self.config.temperature}
-        return get_scorer(name, **params)
+        for followed in scorer_class(name).follows - given.keys():
+            params[followed] = self.k if followed == "k" else self.config.temperature
+        return get_scorer(name, self.config.profile, **params, **given)
 
 
-def needs_logits(score: str) -> bool:
-    """Whether a score, or a part of a sum, reads a head's logits."""
-    return any("logits" in get_scorer(name).needs for name in score.split("+"))
+def needs_of(score: str) -> frozenset[str]:
+    """What a score, or the parts of a sum, need; see `stages.scorers.Scorer`."""
+    return frozenset().union(*(scorer_class(name).needs for name in score.split("+")))
+
+
+def reads_head(score: str) -> bool:
+    """Whether a score, or a part of a sum, reads a head's logits or its weights."""
+    return bool(needs_of(score) & {"logits", "head"})
 
 
 def gate_share(rows: SetRows, twins: SetRows) -> Floats:
@@ -290,7 +341,7 @@ def gate_weighted(first: Floats, second: Floats, share: Floats) -> Floats:
 
 
 def _reads_others(score: str) -> bool:
-    return any("others" in get_scorer(name).needs for name in score.split("+"))
+    return "others" in needs_of(score)
 
 
 def recommended(factory: DetectorFactory) -> Detector:

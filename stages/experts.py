@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from stages.artifacts import read_json, read_tensors, write_described
 from stages.backbone import Tokens
 from stages.errors import InputError
+from stages.scorers import ClassifierHead
 
 ExpertKind = Literal["end", "adapter", "frozen", "dense"]
 RouterInput = Literal["tap_cls", "cls"]
@@ -314,6 +315,29 @@ def load_mixture(folder: Path, make_end: Callable[[], nn.Module], dim: int, tap_
     except RuntimeError as error:
         raise InputError(f"{folder}: the stored mixture is of another architecture: run make train") from error
     return mixture.eval()
+
+
+def load_trained_heads(folder: Path) -> tuple[ClassifierHead, ...]:
+    """The head of each expert over all C classes, as `save_mixture` wrote it; builds no network.
+
+    Its weights stand in the rows of the expert's own classes; "other" is left out.
+
+    Raises:
+        InputError: missing or damaged files.
+    """
+    description, tensors = read_json(folder / "mofe.json"), read_tensors(folder / "mofe.safetensors")
+    groups = _stored_groups(description)
+    if groups is None or tensors is None:
+        raise InputError(f"{folder} holds no whole mofe.json and mofe.safetensors: run make train")
+    heads = []
+    for expert in range(max(groups) + 1):
+        own = np.flatnonzero(np.asarray(groups) == expert)
+        weight, bias = tensors[f"experts.{expert}.head.weight"], tensors[f"experts.{expert}.head.bias"]
+        all_weight = np.zeros((len(groups), weight.shape[1]), dtype=np.float32)
+        all_bias = np.full(len(groups), -np.inf, dtype=np.float32)
+        all_weight[own], all_bias[own] = weight[: len(own)], bias[: len(own)]
+        heads.append(ClassifierHead(all_weight, all_bias))
+    return tuple(heads)
 
 
 def _stored_groups(description: dict[str, Any] | None) -> list[int] | None:

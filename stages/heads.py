@@ -21,6 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from stages.artifacts import read_json, read_tensors, write_described
+from stages.scorers import ClassifierHead
 
 Floats = NDArray[np.float32]
 
@@ -48,6 +49,12 @@ class LinearHead:
         """``[N, D]`` to ``[N, C]``."""
         logits = ((features - self.mean) / self.scale) @ self.weight.T + self.bias
         return np.asarray(logits, dtype=np.float32)
+
+    def on_raw_features(self) -> ClassifierHead:
+        """The same map without the shift and scale of its own: ``logits = x · weightᵀ + bias``."""
+        weight = self.weight.astype(np.float64) / self.scale
+        bias = self.bias - weight @ self.mean
+        return ClassifierHead(np.asarray(weight, np.float32), np.asarray(bias, np.float32))
 
     def tensors(self) -> dict[str, Floats]:
         """Arrays to store; ``LinearHead(**tensors)`` gives it back."""

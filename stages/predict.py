@@ -54,9 +54,7 @@ class Predictor:
     def _asked(self, score: str) -> Detector:
         heads = self._factory.heads_of(score)
         if not heads:
-            raise InputError(
-                f'{score} needs a mixture trained with train.expert = "frozen" and two experts or more: ask for another'
-            )
+            raise InputError(f"{score} needs {self._factory.why_not(score)}: ask for another")
         # A score on features alone still wants a head: its class is what the image is called.
         best = "refit" if self._refined else "probe"
         return self._factory.detector(best if heads == (NO_HEAD,) or best in heads else heads[0], score)

@@ -29,6 +29,7 @@ from stages.detectors import (
     SubjectKey,
     gate_share,
     gate_weighted,
+    needs_of,
 )
 from stages.errors import InputError
 from stages.progress import NullProgress, Progress
@@ -72,7 +73,7 @@ def score(
     sizes = {"id" if test.group == "id" else test.name: test.cache.n_rows for test in tests}
     evaluator = Evaluator(oods, sizes, config.bootstrap)
     rows: list[tuple[OODRow, Replicates]] = []
-    without_others: list[str] = []
+    left_out: dict[tuple[str, str], list[str]] = {}  # (score, what it needs) -> features that lack it
     thresholds: list[dict[str, Any]] = []
     written: set[Path] = set()
     id_record: dict[str, Any] = {"accuracy": [], "router": [], "k": [], "split": {}}
@@ -95,12 +96,13 @@ def score(
                 asdict(subject.key) | {"head": head, "accuracy": accuracy, "n": len(made.sets["id"])}
                 for head, accuracy in _accuracy(made.sets["id"]).items()
             ]
-            if any(part.scorer.name == "knn" for detector in detectors for part in detector.parts):
+            if any("k" in part.scorer.follows for detector in detectors for part in detector.parts):
                 id_record["k"].append(asdict(subject.key) | made.factory.k_record | {"k": made.factory.k})
             if subject.n_experts:
                 id_record["router"].append(_router_record(made))
-                if not subject.has_others:
-                    without_others.append(subject.key.variant)
+            for lacking, what in made.factory.left_out().items():
+                if subject.n_experts or not source.mixtures or "others" not in needs_of(lacking):
+                    left_out.setdefault((lacking, what), []).append(_words(subject))
             for routing, results in scored.items():
                 written |= _write_samples(folder / "samples", subject, routing, results, made.shown(routing), source)
     id_record["overlap_with_id_train"] = overlap = _overlap(sources[0])
@@ -114,9 +116,8 @@ def score(
     notes = [
         f"{count} images of {name} are in the id-train set as well (same bytes)" for name, count in overlap.items()
     ]
-    if "mos" in config.scores and without_others:
-        variants = ", ".join(dict.fromkeys(without_others))
-        notes.append(f'mos: not of variant {variants}: it needs train.expert = "frozen" and two experts or more')
+    for (lacking, what), where in left_out.items():
+        notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(where))}: it needs {what}")
     return ScoreResult(table, summary, notes)
 
 
@@ -302,6 +303,11 @@ def _write_samples(
         temporary.replace(path)
         written.add(path)
     return written
+
+
+def _words(subject: Subject) -> str:
+    own = "the backbone's own features" if subject.key.features == "cls" else f"variant {subject.key.variant}"
+    return own if subject.key.backbone == "pretrained" else f"{own} ({subject.key.backbone})"
 
 
 def _key(test: TestSet) -> str:

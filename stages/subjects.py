@@ -15,9 +15,9 @@ from cache import CacheMismatchError, FeatureCache
 from stages.artifacts import read_json
 from stages.backbone import Backbone
 from stages.dataset import IdData, Labels
-from stages.detectors import Run, SetRows, Subject, SubjectKey
+from stages.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
-from stages.experts import MixtureOfFeatureExperts, load_mixture
+from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads
 from stages.heads import FittedHeads, LinearHead, load_heads
 from stages.progress import Progress
 from stages.refine import Refined, load_refined, refine, refined_path, save_refined
@@ -89,7 +89,7 @@ class FrozenFeatures:
         held = train if data.held_out is data.train else _features(data.held_out)
         runs = tuple(
             Run(
-                SetRows(train[fold.train], data.train_labels[fold.train]),
+                self._bank(train, fold.train, index),
                 self._rows(held[fold.select], data.held_out_labels[fold.select], index),
                 self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
             )
@@ -97,18 +97,19 @@ class FrozenFeatures:
         )
         final = data.split.final_train
         key = SubjectKey(self.source.name, "cls", "", self.source.seed)
-        return Subject(key, tuple(self._heads), runs, SetRows(train[final], data.train_labels[final]))
+        return Subject(key, tuple(self._heads), runs, self._bank(train, final, None))
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""
         return self._rows(_features(cache), labels, None)
 
     def _rows(self, features: NDArray[np.float32], labels: Labels, fold: int | None) -> SetRows:
-        logits = {
-            name: (heads.final if fold is None else heads.folds[fold]).logits(features)
-            for name, heads in self._heads.items()
-        }
+        logits = {name: _pick(fitted, fold).logits(features) for name, fitted in self._heads.items()}
         return SetRows(features, labels, logits)
+
+    def _bank(self, train: NDArray[np.float32], rows: Rows, fold: int | None) -> SetRows:
+        heads: dict[str, Head] = {name: _pick(fitted, fold).on_raw_features() for name, fitted in self._heads.items()}
+        return SetRows(train[rows], self.source.data.train_labels[rows], heads=heads)
 
 
 class RefinedFeatures:
@@ -153,14 +154,14 @@ class RefinedFeatures:
             held = bank if data.held_out is data.train else self.refined(name, "id-val", data.held_out)
             runs.append(
                 Run(
-                    self._bank_rows(bank, fold.train),
+                    self._bank_rows(name, bank, fold.train, index),
                     self._rows(held[fold.select], data.held_out_labels[fold.select], index),
                     self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
                     self._second_of_fold(name, index, held) if top2 else None,
                 )
             )
         key = SubjectKey(self.source.name, "mofe", self.folder.variant, self.folder.seed)
-        final = self._bank_rows(self.bank("final"), data.split.final_train)
+        final = self._bank_rows("final", self.bank("final"), data.split.final_train, None)
         has_others = runs[0].calibrate.others is not None
         return Subject(key, ("trained", "refit", "refit-group"), tuple(runs), final, self.n_experts, has_others)
 
@@ -218,33 +219,42 @@ class RefinedFeatures:
         """The trained network of one run, loaded once."""
         if run not in self._mixtures:
             spec = self.source.data.train.spec
-            folder = self.folder.path if run == "final" else self.folder.path / run
             end = self.source.architecture().end
-            self._mixtures[run] = load_mixture(folder, end, spec.cls_dim, spec.tap_dim)
+            self._mixtures[run] = load_mixture(self._run_folder(run), end, spec.cls_dim, spec.tap_dim)
         return self._mixtures[run]
+
+    def _run_folder(self, run: str) -> Path:
+        return self.folder.path if run == "final" else self.folder.path / run
 
     def _identity_of(self, cache: FeatureCache) -> dict[str, str]:
         return {"mixture": self.identity, "features": cache.identity}
 
-    def _bank_rows(self, refined: Refined, rows: Rows) -> SetRows:
+    def _bank_rows(self, run: str, refined: Refined, rows: Rows, fold: int | None) -> SetRows:
         own = refined[rows]
-        return SetRows(own.features, self.source.data.train_labels[rows], {}, own.expert)
+        heads: dict[str, Head] = {
+            "trained": load_trained_heads(self._run_folder(run)),
+            "refit": _pick(self._refit, fold).on_raw_features(),
+            "refit-group": tuple(_pick(heads, fold).on_raw_features() for heads in self._group_heads),
+        }
+        return SetRows(own.features, self.source.data.train_labels[rows], {}, own.expert, heads=heads)
 
     def _rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
-        def pick(heads: FittedHeads) -> LinearHead:
-            return heads.final if fold is None else heads.folds[fold]
-
         group_logits = np.full_like(refined.logits, -np.inf)
         for expert, heads in enumerate(self._group_heads):
             own = np.flatnonzero(refined.expert == expert)
-            group_logits[own] = pick(heads).logits(refined.features[own])
+            group_logits[own] = _pick(heads, fold).logits(refined.features[own])
         logits = {
             "trained": refined.logits,
-            "refit": pick(self._refit).logits(refined.features),
+            "refit": _pick(self._refit, fold).logits(refined.features),
             "refit-group": group_logits,
         }
         others = refined.others if refined.others.shape[1] else None
         return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others)
+
+
+def _pick(heads: FittedHeads, fold: int | None) -> LinearHead:
+    """The head of one fold's model, or of the final one."""
+    return heads.final if fold is None else heads.folds[fold]
 
 
 def _features(cache: FeatureCache) -> NDArray[np.float32]:

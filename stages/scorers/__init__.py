@@ -1,8 +1,9 @@
 """OOD scores: a pure function with its paper for each formula, and a thin fitted object around it.
 
-Higher = more OOD, everywhere. A new score is one file beside these and one line in `SCORERS`.
+Higher = more OOD, everywhere. A new score is one file beside these, a line in `SCORERS`, and its name in
+`stages.config.SCORE_NAMES`.
 
-    base          ScoreInputs, what a score may look at; Scorer, what a score is
+    base          ScoreInputs, what a score may look at; Scorer, what a score is, and its routing over experts
     energy, msp   scores of the logits
     mos           the smallest probability of "other" over the groups
     knn           distance to the k-th neighbour, in the routed expert's subspace where there are experts
@@ -12,11 +13,11 @@ Higher = more OOD, everywhere. A new score is one file beside these and one line
 """
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
+from stages.config import Profile
 from stages.errors import InputError
-from stages.scorers.base import ScoreInputs, Scorer
+from stages.scorers.base import ClassifierHead, ScoreInputs, Scorer, check_settings, join
 from stages.scorers.calibration import ExpertCalibration, Standardiser, ThresholdEstimate, sum_scores, threshold_at
 from stages.scorers.energy import EnergyScorer, energy_score
 from stages.scorers.knn import ExpertBanks, KNNScorer, knn_score
@@ -25,34 +26,55 @@ from stages.scorers.msp import MSPScorer, msp_score
 from stages.scorers.ncm import NCMScorer, class_means
 from stages.scorers.selection import K_GRID, Fold, choose_k
 
-SCORERS: dict[str, Callable[..., Scorer]] = {
-    "msp": MSPScorer,
-    "energy": EnergyScorer,
-    "knn": KNNScorer,
-    "ncm": NCMScorer,
-    "mos": MOSScorer,
+SCORERS: dict[str, type[Scorer]] = {
+    scorer.name: scorer
+    for scorer in (
+        MSPScorer,
+        EnergyScorer,
+        KNNScorer,
+        NCMScorer,
+        MOSScorer,
+    )
 }
 
 
-def get_scorer(name: str, **params: Any) -> Scorer:
-    """The scorer called ``name``, not yet fitted; ``params`` are its constructor's.
+def scorer_class(name: str) -> type[Scorer]:
+    """The class of the scorer called ``name``.
 
     Raises:
         InputError: no such scorer; the nearest known name is in the message.
-
-    >>> get_scorer("energy", temperature=2.0).params()
-    {'temperature': 2.0}
     """
     if name not in SCORERS:
         near = difflib.get_close_matches(name, SCORERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"no score is called {name!r}{hint} (known: {', '.join(SCORERS)})")
-    return SCORERS[name](**params)
+    return SCORERS[name]
+
+
+def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> Scorer:
+    """The scorer called ``name``, not yet fitted.
+
+    Args:
+        name: a key of `SCORERS`.
+        profile: whose defaults, where implementations differ.
+        params: settings that differ from the defaults.
+
+    Raises:
+        InputError: no such scorer, no such setting, or a value that the setting cannot have.
+
+    >>> get_scorer("energy", temperature=2.0).params()
+    {'temperature': 2.0}
+    """
+    scorer = scorer_class(name)
+    settings = dict(scorer.profiles.get(profile, {})) | params
+    check_settings(scorer, settings)
+    return scorer(**settings)
 
 
 __all__ = [
     "K_GRID",
     "SCORERS",
+    "ClassifierHead",
     "EnergyScorer",
     "ExpertBanks",
     "ExpertCalibration",
@@ -69,9 +91,11 @@ __all__ = [
     "class_means",
     "energy_score",
     "get_scorer",
+    "join",
     "knn_score",
     "mos_score",
     "msp_score",
+    "scorer_class",
     "sum_scores",
     "threshold_at",
 ]

@@ -1,27 +1,68 @@
 """What a score may look at, and what a score is."""
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, Self
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from stages.errors import InputError
+from stages.config import StageConfig, nearest
+from stages.errors import InputError, StageError
+
+Floats = NDArray[np.float32]
+Temperature = Annotated[float, Field(gt=0)]
+_BLOCK = 4096  # rows at once, fitting and scoring: memory stays flat as rows grow
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierHead:
+    """``logits = features · weightᵀ + bias``, on features as they are cached.
+
+    Attributes:
+        weight: [C, D].
+        bias: [C]; −inf for a class that does not apply: one without training rows, or outside an expert's group.
+    """
+
+    weight: NDArray[np.floating]
+    bias: NDArray[np.floating]
+
+    def logits(self, features: NDArray[np.floating]) -> Floats:
+        """[n, D] to [n, C] float32."""
+        return np.asarray(np.asarray(features, dtype=np.float32) @ self.weight.T + self.bias, dtype=np.float32)
+
+    @property
+    def classes(self) -> NDArray[np.intp]:
+        """Numbers of the classes that apply, ascending."""
+        return np.flatnonzero(np.isfinite(self.bias))
+
+    def take(self, classes: NDArray[np.intp]) -> "ClassifierHead":
+        """The head over some classes alone, in the order given."""
+        return ClassifierHead(self.weight[classes], self.bias[classes])
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreInputs:
-    """Rows to fit on or to score. What a score does not need may be left out.
+    """Rows to fit on or to score. What a score does not need may be left out; arrays may be memory-mapped.
 
     Attributes:
         features: [n, D], any float type.
-        logits: [n, C]; −inf where a class does not apply (a routed expert's head covers its own classes only).
-        labels: [n] integers, of ID rows.
+        logits: [n, C]; −inf where a class does not apply (a routed expert's head covers its own classes only). Where
+            they are left out, ``head`` gives them.
+        labels: [n] integers, of ID rows; negative: unknown.
         expert: [n] integers, the expert whose features and logits these are; absent where there are no experts.
         others: [n, E], each group's probability of "other"; only where the heads of all experts see the same features.
+        patches: [n, P, D] patch tokens after the final norm; an array, or anything that gives rows as one does.
+        head: the linear head that makes the logits: one for all rows, or one for each expert.
 
     Raises:
-        InputError: nothing given, or numbers of rows that differ.
+        InputError: nothing given, numbers of rows that differ, or a head for each expert of rows that name none.
     """
 
     features: NDArray[np.floating] | None = None
@@ -29,52 +70,283 @@ class ScoreInputs:
     labels: NDArray[np.integer] | None = None
     expert: NDArray[np.integer] | None = None
     others: NDArray[np.floating] | None = None
+    patches: NDArray[np.floating] | None = None
+    head: ClassifierHead | tuple[ClassifierHead, ...] | None = None
 
     def __post_init__(self) -> None:
-        rows = {name: len(array) for name, array in self._given().items()}
+        rows = {name: len(array) for name, array in self._arrays().items()}
         if len(set(rows.values())) != 1:
             raise InputError(f"score inputs need one number of rows, got {rows or 'no array'}")
+        if isinstance(self.head, tuple) and self.expert is None:
+            raise InputError(f"{len(self.head)} heads, one for each expert, given with rows that name no expert")
 
     def __len__(self) -> int:
-        return len(next(iter(self._given().values())))
+        return len(next(iter(self._arrays().values())))
 
-    def _given(self) -> dict[str, NDArray[Any]]:
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        names = (each.name for each in fields(self) if each.name != "head")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> "ScoreInputs":
-        """The given rows, by number or by mask."""
-        return ScoreInputs(**{name: array[rows] for name, array in self._given().items()})
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "ScoreInputs":
+        """The given rows, by number, by mask or by slice."""
+        return ScoreInputs(**{name: array[rows] for name, array in self._arrays().items()}, head=self.head)
+
+    def blocks(self, size: int = _BLOCK) -> Iterator["ScoreInputs"]:
+        """All rows in order, ``size`` at a time: a fit that walks them needs no more memory for a million rows."""
+        return (self.take(slice(start, start + size)) for start in range(0, len(self), size))
+
+    def has(self, name: str) -> bool:
+        """Whether `need` would give it."""
+        if name == "logits" and self.logits is None:
+            return self.head is not None and self.features is not None
+        return getattr(self, name) is not None
 
     def need(self, name: str, who: str) -> NDArray[Any]:
-        """The array called ``name``; an `InputError` that says who needs it where it is absent."""
-        array: NDArray[Any] | None = getattr(self, name)
-        if array is None:
+        """The array called ``name``; an `InputError` that says who needs it where it is absent.
+
+        Logits that were not given are those of the head on the features.
+        """
+        if not self.has(name):
             raise InputError(f"{who} needs {name}, which these rows do not have")
+        if name == "logits" and self.logits is None:
+            return self._logits_of_head()
+        array: NDArray[Any] = getattr(self, name)
         return array
 
+    def need_head(self, who: str) -> ClassifierHead:
+        """The one head of these rows; an `InputError` that says who needs it where there is none, or one an expert."""
+        if not isinstance(self.head, ClassifierHead):
+            raise InputError(f"{who} needs the weights of the linear head, which these rows do not have")
+        return self.head
 
-class Scorer(Protocol):
-    """A score with its settings and what it remembers of the ID training rows.
+    def _logits_of_head(self) -> Floats:
+        assert self.head is not None
+        assert self.features is not None
+        if isinstance(self.head, ClassifierHead):
+            return self.head.logits(self.features)
+        assert self.expert is not None
+        logits = np.empty((len(self), len(self.head[0].bias)), dtype=np.float32)
+        for expert in np.unique(self.expert):
+            rows = np.flatnonzero(self.expert == expert)
+            logits[rows] = self.head[expert].logits(self.features[rows])
+        return logits
+
+    def classes(self) -> NDArray[np.intp] | None:
+        """Classes that apply, of the head or of the logits; None where there is neither."""
+        if isinstance(self.head, ClassifierHead):
+            return self.head.classes
+        if self.logits is None:
+            return None
+        alive = np.zeros(self.logits.shape[1], dtype=bool)
+        for block in self.blocks():
+            alive |= ~np.isneginf(block.need("logits", "a class")).all(axis=0)
+        return np.flatnonzero(alive)
+
+    def of_expert(self, expert: int | None, rows: NDArray[np.integer] | slice = slice(None)) -> "ScoreInputs":
+        """Given rows as one model's, which knows of no other expert: they, and the head, are that expert's own."""
+        own = replace(self, head=self.head[expert]) if isinstance(self.head, tuple) and expert is not None else self
+        return replace(own.take(rows), expert=None) if self.expert is not None else own.take(rows)
+
+    def of_classes(self, classes: NDArray[np.intp] | None) -> "ScoreInputs":
+        """The same rows in a world of some classes alone, numbered anew; a label outside becomes −1."""
+        head = self.head if isinstance(self.head, ClassifierHead) else None
+        known = self.logits.shape[1] if self.logits is not None else None if head is None else len(head.bias)
+        if classes is None or len(classes) == known:
+            return self
+        labels = self.labels
+        if labels is not None and len(labels):
+            numbers = np.full(max(int(labels.max()), int(classes.max(initial=0))) + 2, -1)  # the last: unknown labels
+            numbers[classes] = np.arange(len(classes))
+            labels = numbers[np.maximum(labels, -1)]
+        logits = None if self.logits is None else self.logits[:, classes]
+        return replace(self, logits=logits, labels=labels, head=None if head is None else head.take(classes))
+
+
+def join(parts: Sequence[ScoreInputs]) -> ScoreInputs:
+    """Rows of several, one after another, with the arrays that all of them have; a head only where there is one part.
+
+    Raises:
+        InputError: no part, or no array that all of them have.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = [each.name for each in fields(ScoreInputs) if each.name != "head"]
+    shared: dict[str, Any] = {
+        name: np.concatenate([part.need(name, "joining") for part in parts])
+        for name in names
+        if all(part.has(name) for part in parts)
+    }
+    return ScoreInputs(**shared)
+
+
+@dataclass(frozen=True, eq=False)
+class _Learnt:
+    """What a score learnt of one expert's rows, and the classes that apply there."""
+
+    classes: NDArray[np.intp] | None
+    memory: Any
+
+
+@dataclass(eq=False)
+class Scorer(ABC):
+    """A score with its settings and what it remembers of ID rows; higher = more OOD.
+
+    A score is a dataclass: its fields are its settings, ``Annotated[float, Field(gt=0)]`` and the like say what they
+    may be. It writes `learn` and `judge` for one model; this class does the rest. With experts, what is learnt is
+    learnt of each expert's rows and classes apart, and each row is judged by what its own expert's rows taught.
 
     Attributes:
         name: as in the table.
-        needs: of ``logits``, ``features``, ``others`` and ``bank`` (ID training features, with labels, to fit on).
+        needs: of ``features``, ``logits``, ``others``, ``patches`` (what `score` reads of a row), ``head`` (the
+            weights that make the logits), ``bank`` (ID training rows, with labels, to fit on) and ``select`` (held-out
+            ID rows to choose settings on).
+        profiles: settings that another implementation's defaults differ in, by profile; the fields' own defaults are
+            the paper's.
+        follows: settings that come from ``[score]`` itself: ``k``, ``temperature``.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    follows: ClassVar[frozenset[str]] = frozenset()
+
+    _learnt: dict[int | None, _Learnt] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_settings(type(self), self.settings())
+
+    # ------------------------------------------------------------------------------------- what a score writes
+
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Any:
+        """What to remember of ID rows of one model; nothing by default.
+
+        Args:
+            train: ID training rows of one expert, or of a model without; classes are 0 … C − 1, all of which apply.
+            select: held-out ID rows that went to the same expert; None where none were given.
+        """
+        return None
+
+    @abstractmethod
+    def judge(self, x: ScoreInputs, memory: Any) -> Floats:
+        """Scores [n] of rows of the same model, by what `learn` gave."""
+
+    def facts(self, memory: Any) -> dict[str, Any]:
+        """What was chosen from ID rows, and from which, for the record; JSON-able."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------- what it is used by
+
+    def settings(self) -> dict[str, Any]:
+        """Settings by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
     def params(self) -> dict[str, Any]:
-        """Settings in force, for the table; JSON-able."""
-        ...
+        """Settings in force and what was chosen from ID rows, for the table; by expert where experts differ."""
+        found = {expert: self.facts(learnt.memory) for expert, learnt in self._learnt.items()}
+        names = dict.fromkeys(name for facts in found.values() for name in facts)
+        chosen: dict[str, Any] = {}
+        for name in names:
+            values = {str(expert): facts[name] for expert, facts in found.items() if name in facts}
+            same = len(values) == len(found) and all(value == next(iter(values.values())) for value in values.values())
+            chosen[name] = next(iter(values.values())) if same else values
+        return self.settings() | chosen
 
-    def fit(self, train: ScoreInputs) -> Self:
-        """Remembers what it needs of the ID training rows, and returns itself."""
-        ...
+    def fit(self, train: ScoreInputs, select: ScoreInputs | None = None) -> Self:
+        """Learns of ID rows what `score` needs, of each expert's apart where ``train`` names experts.
 
-    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
-        """One score a row, [n] float32; higher = more OOD."""
-        ...
+        Args:
+            train: ID training rows.
+            select: held-out ID rows, for scores that choose a setting by them.
+
+        Raises:
+            InputError: no rows, or rows that lack what the score needs.
+        """
+        self._learnt = {}
+        if not self.needs & {"bank", "select", "head"}:
+            return self
+        if not len(train):
+            raise InputError(f"{self.name} needs ID training rows, none given")
+        experts = [None] if train.expert is None else np.unique(train.expert).tolist()
+        for expert in experts:
+            own = train.of_expert(expert, _rows_of(train, expert))
+            classes = own.classes()
+            held_out = None
+            if select is not None:
+                held_out = select.of_expert(expert, _rows_of(select, expert)).of_classes(classes)
+            self._learnt[expert] = _Learnt(classes, self.learn(own.of_classes(classes), held_out))
+        return self
+
+    def score(self, x: ScoreInputs) -> Floats:
+        """One score a row, [n] float32; higher = more OOD.
+
+        Raises:
+            StageError: not fitted, where it has to be.
+            InputError: rows that lack what the score needs, or routed to an expert without training rows.
+        """
+        fits = bool(self.needs & {"bank", "select", "head"})
+        if fits and not self._learnt:
+            raise StageError(f"{self.name} is not fitted yet: call fit() with the ID training rows first")
+        for name in sorted(self.needs - {"bank", "select", "head"}):
+            if not x.has(name):
+                raise InputError(f"{self.name} needs {name}, which these rows do not have")
+        scores = np.empty(len(x), dtype=np.float32)
+        if not fits:
+            for start, block in zip(range(0, len(x), _BLOCK), x.blocks(), strict=True):
+                scores[start : start + len(block)] = self.judge(block, None)
+            return scores
+        self._check_experts(x)
+        for expert, learnt in self._learnt.items():
+            rows = np.arange(len(x)) if expert is None else np.flatnonzero(x.expert == expert)
+            for start in range(0, len(rows), _BLOCK):
+                some = rows[start : start + _BLOCK]
+                own = x.of_expert(expert, some).of_classes(learnt.classes)
+                scores[some] = self.judge(own, learnt.memory)
+        return scores
+
+    def _check_experts(self, x: ScoreInputs) -> None:
+        if (x.expert is None) != (None in self._learnt):
+            raise InputError(
+                "rows that name an expert need a fit on rows that do, and the reverse: "
+                f"{self.name} was fitted {'without' if None in self._learnt else 'with'} experts"
+            )
+        if x.expert is not None and (unknown := sorted(set(np.unique(x.expert).tolist()) - self._learnt.keys())):
+            raise InputError(f"rows are routed to experts {unknown}, which have no training rows")
+
+
+def _rows_of(x: ScoreInputs, expert: int | None) -> NDArray[np.integer] | slice:
+    return slice(None) if expert is None or x.expert is None else np.flatnonzero(x.expert == expert)
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+class _Settings(StageConfig):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+@cache
+def _settings_model(scorer: type[Scorer]) -> type[BaseModel]:
+    parameters = inspect.signature(scorer).parameters
+    given: dict[str, Any] = {name: (each.annotation, each.default) for name, each in parameters.items()}
+    return create_model(scorer.__name__, __base__=_Settings, **given)
+
+
+def check_settings(scorer: type[Scorer], settings: Mapping[str, Any]) -> None:
+    """Check settings of a score by name against what its constructor says that they may be.
+
+    Raises:
+        InputError: ``react.percentile: 120 given, must be less than or equal to 100``.
+    """
+    model = _settings_model(scorer)
+    try:
+        model.model_validate(dict(settings))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            raise InputError(f"{scorer.name}.{key}: unknown setting{nearest(key, model.model_fields)}") from error
+        must = re.sub(r"^\w+ should ", "", problem["msg"])
+        raise InputError(f"{scorer.name}.{key}: {problem['input']!r} given, must {must}") from error
 
 
 def scaled_logits(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:

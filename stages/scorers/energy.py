@@ -1,13 +1,13 @@
 """Energy of the logits."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
-from stages.scorers.base import ScoreInputs, scaled_logits
+from stages.scorers.base import Floats, ScoreInputs, Scorer, Temperature, scaled_logits
 
 
 def energy_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.float32]:
@@ -31,23 +31,16 @@ def energy_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.floa
     return np.asarray(-temperature * logsumexp(scaled_logits(logits, temperature), axis=1), dtype=np.float32)
 
 
-@dataclass(frozen=True)
-class EnergyScorer:
+@dataclass(eq=False)
+class EnergyScorer(Scorer):
     """`energy_score` with its temperature; nothing to fit."""
-
-    temperature: float = 1.0
 
     name: ClassVar[str] = "energy"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    follows: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
-    def params(self) -> dict[str, Any]:
-        """The temperature."""
-        return {"temperature": self.temperature}
+    temperature: Temperature = 1.0
 
-    def fit(self, train: ScoreInputs) -> Self:
-        """Nothing to remember."""
-        return self
-
-    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
-        """Energy a row, [n] float32."""
+    def judge(self, x: ScoreInputs, memory: None) -> Floats:
+        """Energy a row, [n]."""
         return energy_score(x.need("logits", self.name), self.temperature)

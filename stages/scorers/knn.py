@@ -1,13 +1,15 @@
 """Distance to the k-th nearest ID training feature, in the routed expert's subspace where there are experts."""
 
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from stages.bank import FeatureBank
-from stages.errors import InputError, StageError
-from stages.scorers.base import ScoreInputs
+from stages.errors import InputError
+from stages.scorers.base import Floats, ScoreInputs, Scorer
 
 
 def knn_score(features: ArrayLike, bank: FeatureBank, k: int, exclude_self: bool = False) -> NDArray[np.float32]:
@@ -91,10 +93,11 @@ class ExpertBanks:
         return distances
 
 
-class KNNScorer:
+@dataclass(eq=False)
+class KNNScorer(Scorer):
     """`knn_score` with its k and the banks that it was fitted on.
 
-    Args:
+    Attributes:
         k: which neighbour counts; clipped to a bank's size, and ``params()`` says so. The default is OpenOOD's and
             pytorch-ood's; the paper takes 50 for CIFAR-10, 1000 for ImageNet. `choose_k` chooses one from ID rows.
         device: as in `FeatureBank`.
@@ -105,26 +108,23 @@ class KNNScorer:
 
     name: ClassVar[str] = "knn"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    follows: ClassVar[frozenset[str]] = frozenset({"k"})
 
-    def __init__(self, k: int = 50, device: Literal["auto", "cpu"] = "auto") -> None:
-        if k < 1:
-            raise InputError(f"k = {k} given, must be at least 1")
-        self.k = k
-        self.device = device
-        self._banks: ExpertBanks | None = None
+    k: Annotated[int, Field(ge=1)] = 50
+    device: Literal["auto", "cpu"] = "auto"
 
-    def params(self) -> dict[str, Any]:
-        """k; once fitted, ``k_used`` as well: expert -> k, where a bank has fewer than k rows."""
-        clipped = {e: n for e, n in self._banks.sizes.items() if n < self.k} if self._banks else {}
-        return {"k": self.k} | ({"k_used": {str(e): n for e, n in clipped.items()}} if clipped else {})
+    def settings(self) -> dict[str, Any]:
+        """k; the device changes no result."""
+        return {"k": self.k}
 
-    def fit(self, train: ScoreInputs) -> Self:
-        """Builds the banks: one for each expert, or one for all rows where ``train`` names no expert."""
-        self._banks = ExpertBanks(train, self.device)
-        return self
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FeatureBank:
+        """The bank."""
+        return FeatureBank(train.need("features", "a bank"), self.device)
 
-    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
-        """Distance to the k-th neighbour in each row's own bank, [n] float32."""
-        if self._banks is None:
-            raise StageError("kNN has no bank yet: call fit() with the ID training rows first")
-        return self._banks.distances(x, self.k)[:, -1]
+    def judge(self, x: ScoreInputs, memory: FeatureBank) -> Floats:
+        """Distance to the k-th neighbour, [n]."""
+        return knn_score(x.need("features", self.name), memory, min(self.k, len(memory)))
+
+    def facts(self, memory: FeatureBank) -> dict[str, Any]:
+        """``k_used``, where a bank has fewer than k rows."""
+        return {"k_used": len(memory)} if len(memory) < self.k else {}

@@ -1,13 +1,13 @@
 """MOS: minimum over the groups of the probability of "other"."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
-from stages.scorers.base import ScoreInputs
+from stages.scorers.base import Floats, ScoreInputs, Scorer
 
 
 def mos_score(others: ArrayLike) -> NDArray[np.float32]:
@@ -39,21 +39,13 @@ def mos_score(others: ArrayLike) -> NDArray[np.float32]:
     return np.asarray(array.min(axis=1), dtype=np.float32)
 
 
-@dataclass(frozen=True)
-class MOSScorer:
+@dataclass(eq=False)
+class MOSScorer(Scorer):
     """`mos_score`; nothing to set and nothing to fit."""
 
     name: ClassVar[str] = "mos"
     needs: ClassVar[frozenset[str]] = frozenset({"others"})
 
-    def params(self) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def fit(self, train: ScoreInputs) -> Self:
-        """Nothing to remember."""
-        return self
-
-    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
-        """Smallest probability of "other" a row, [n] float32."""
+    def judge(self, x: ScoreInputs, memory: None) -> Floats:
+        """Smallest probability of "other" a row, [n]."""
         return mos_score(x.need("others", self.name))

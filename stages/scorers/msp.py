@@ -1,12 +1,12 @@
 """Maximum softmax probability."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.base import ScoreInputs, scaled_logits
+from stages.scorers.base import Floats, ScoreInputs, Scorer, Temperature, scaled_logits
 
 
 def msp_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.float32]:
@@ -33,23 +33,16 @@ def msp_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.float32
     return np.asarray(-1 / np.exp(scaled - scaled.max(axis=1, keepdims=True)).sum(axis=1), dtype=np.float32)
 
 
-@dataclass(frozen=True)
-class MSPScorer:
+@dataclass(eq=False)
+class MSPScorer(Scorer):
     """`msp_score` with its temperature; nothing to fit."""
-
-    temperature: float = 1.0
 
     name: ClassVar[str] = "msp"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    follows: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
-    def params(self) -> dict[str, Any]:
-        """The temperature."""
-        return {"temperature": self.temperature}
+    temperature: Temperature = 1.0
 
-    def fit(self, train: ScoreInputs) -> Self:
-        """Nothing to remember."""
-        return self
-
-    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
-        """Negative maximum softmax probability a row, [n] float32."""
+    def judge(self, x: ScoreInputs, memory: None) -> Floats:
+        """MSP a row, [n]."""
         return msp_score(x.need("logits", self.name), self.temperature)

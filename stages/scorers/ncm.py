@@ -1,14 +1,13 @@
 """Distance to the nearest class mean, among the routed expert's classes where there are experts."""
 
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.bank import checked_features, l2_normalise
-from stages.errors import InputError, StageError
-from stages.scorers.base import ScoreInputs
-from stages.scorers.knn import ExpertBanks
+from stages.bank import FeatureBank, checked_features, l2_normalise
+from stages.scorers.base import Floats, ScoreInputs, Scorer
 
 
 def class_means(features: ArrayLike, labels: NDArray[np.integer]) -> tuple[NDArray[np.float64], NDArray[np.integer]]:
@@ -30,7 +29,8 @@ def class_means(features: ArrayLike, labels: NDArray[np.integer]) -> tuple[NDArr
     return np.reshape(means, (len(classes), rows.shape[1])), classes
 
 
-class NCMScorer:
+@dataclass(eq=False)
+class NCMScorer(Scorer):
     """√(2 − 2·cos) to the nearest class mean of the ℓ2-normalised ID training features; higher = more OOD.
 
     Nearest class mean: Mensink et al., "Distance-Based Image Classification: Generalizing to New Classes at Near-Zero
@@ -43,33 +43,15 @@ class NCMScorer:
     name: ClassVar[str] = "ncm"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
 
-    def __init__(self) -> None:
-        self._means: ExpertBanks | None = None
-
-    def params(self) -> dict[str, Any]:
-        """None: there is nothing to set."""
-        return {}
-
-    def fit(self, train: ScoreInputs) -> Self:
-        """Takes the class means, of each expert's rows apart where ``train`` names experts.
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FeatureBank:
+        """Takes the class means.
 
         Raises:
-            InputError: no rows, no labels, or NaN or inf in a feature.
+            InputError: no labels, or NaN or inf in a feature.
         """
         features, labels = train.need("features", "a class mean"), train.need("labels", "a class mean")
-        if not len(train):
-            raise InputError("class means need ID training rows, none given")
-        if train.expert is None:
-            self._means = ExpertBanks(ScoreInputs(features=class_means(features, labels)[0]))
-            return self
-        experts = np.unique(train.expert)
-        means = [class_means(features[train.expert == e], labels[train.expert == e])[0] for e in experts]
-        expert = np.repeat(experts, [len(own) for own in means])
-        self._means = ExpertBanks(ScoreInputs(features=np.concatenate(means), expert=expert))
-        return self
+        return FeatureBank(class_means(features, labels)[0], device="cpu")
 
-    def score(self, x: ScoreInputs) -> NDArray[np.float32]:
-        """Distance to the nearest class mean, [n] float32 in [0, 2]."""
-        if self._means is None:
-            raise StageError("ncm has no class means yet: call fit() with the ID training rows first")
-        return self._means.distances(x, k_max=1)[:, 0]
+    def judge(self, x: ScoreInputs, memory: FeatureBank) -> Floats:
+        """Distance to the nearest class mean, [n] in [0, 2]."""
+        return memory.search(x.need("features", self.name), k=1)[0][:, 0]

@@ -1,12 +1,13 @@
 """What every score keeps, whoever writes it: entering it in `SCORERS` is enough to be held to this."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from stages.errors import StageError
-from stages.scorers import SCORERS, ScoreInputs, get_scorer
+from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
 
 pytestmark = pytest.mark.parametrize("name", SCORERS)
 
@@ -19,13 +20,18 @@ def rows(n: int, seed: int, experts: int | None = None) -> ScoreInputs:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 5, n)
     features = (np.eye(5, 12)[labels] + rng.normal(scale=0.2, size=(n, 12))).astype(np.float32)
-    logits = (6 * features[:, :5]).astype(np.float32)
     others = np.clip((labels[:, None] % 2 != [0, 1]) + rng.normal(scale=0.2, size=(n, 2)), 0, 1).astype(np.float32)
     if experts is None:
-        return ScoreInputs(features, logits, labels, others=others)
-    expert = labels % experts
-    logits[np.arange(5) % experts != expert[:, None]] = -np.inf
-    return ScoreInputs(features, logits, labels, expert, others)
+        return ScoreInputs(features, head_over().logits(features), labels, others=others, head=head_over())
+    heads = tuple(head_over(np.arange(5) % experts == e) for e in range(experts))
+    routed = ScoreInputs(features, None, labels, labels % experts, others, head=heads)
+    return replace(routed, logits=routed.need("logits", "a test"))
+
+
+def head_over(classes: np.ndarray | slice = slice(None)) -> ClassifierHead:
+    bias = np.full(5, -np.inf, np.float32)
+    bias[classes] = 0
+    return ClassifierHead(np.eye(5, 12, dtype=np.float32) * 6, bias)
 
 
 @pytest.fixture(params=[None, 2], ids=["one model", "two experts"])
@@ -35,7 +41,7 @@ def experts(request):
 
 @pytest.fixture
 def fitted(name, experts):
-    return get_scorer(name).fit(rows(80, 0, experts))
+    return get_scorer(name).fit(rows(80, 0, experts), rows(40, 3, experts))
 
 
 def test_a_score_a_row_finite_float32(fitted, experts):
@@ -48,7 +54,7 @@ def test_a_score_a_row_finite_float32(fitted, experts):
 def test_it_names_itself_and_what_it_reads(name, fitted):
     assert fitted.name == name
     assert fitted.needs
-    assert fitted.needs <= {"logits", "features", "others", "bank"}
+    assert fitted.needs <= {"logits", "features", "others", "patches", "head", "bank", "select"}
 
 
 def test_the_score_of_a_row_is_its_own(fitted, experts):
@@ -63,35 +69,46 @@ def test_the_score_of_a_row_is_its_own(fitted, experts):
 
 def test_higher_is_more_ood(fitted, experts):
     inside, noise = rows(200, 1, experts), np.random.default_rng(2)
-    outside = ScoreInputs(
-        features=noise.normal(size=(200, 12)).astype(np.float32),
-        logits=np.where(np.isfinite(inside.logits), noise.normal(scale=0.2, size=(200, 5)), -np.inf),
+    outside = ScoreInputs(  # away from every class's direction
+        features=noise.normal(scale=[0.05] * 5 + [0.6] * 7, size=(200, 12)).astype(np.float32),
         expert=inside.expert,
         others=noise.uniform(0.6, 1, size=(200, 2)),
+        head=inside.head,
     )
     assert np.median(fitted.score(outside)) > np.median(fitted.score(inside))
 
 
 def test_fitting_returns_itself_and_again_gives_the_same(name, experts):
-    train, x = rows(80, 0, experts), rows(9, 1, experts)
+    train, select, x = rows(80, 0, experts), rows(40, 3, experts), rows(9, 1, experts)
     scorer = get_scorer(name)
-    assert scorer.fit(train) is scorer
-    np.testing.assert_array_equal(scorer.fit(train).score(x), get_scorer(name).fit(train).score(x))
+    assert scorer.fit(train, select) is scorer
+    np.testing.assert_array_equal(scorer.fit(train, select).score(x), get_scorer(name).fit(train, select).score(x))
 
 
 def test_it_needs_no_more_than_it_says(name, experts):
     def only(x: ScoreInputs, *wanted: str) -> ScoreInputs:
         return ScoreInputs(**{field: getattr(x, field) for field in wanted}, expert=x.expert)
 
-    scorer, train, x = get_scorer(name), rows(80, 0, experts), rows(9, 1, experts)
-    read = sorted(scorer.needs - {"bank"})
-    expected = get_scorer(name).fit(train).score(x)
-    scorer.fit(only(train, "features", "labels") if "bank" in scorer.needs else train)
+    scorer, train, select, x = get_scorer(name), rows(80, 0, experts), rows(40, 3, experts), rows(9, 1, experts)
+    read = sorted(scorer.needs - {"bank", "select", "head"})
+    expected = get_scorer(name).fit(train, select).score(x)
+    fitted_on = [*read, "labels", *({"features", "head"} if "head" in scorer.needs else ())]
+    scorer.fit(only(train, *dict.fromkeys(fitted_on)), only(select, *dict.fromkeys(fitted_on)))
     np.testing.assert_array_equal(scorer.score(only(x, *read)), expected)
 
 
+def test_rows_to_fit_on_may_be_a_file(name, experts, tmp_path):
+    """Memory-mapped float16 rows, logits left to the head: what a million rows come as."""
+    train, select, x = rows(80, 0, experts), rows(40, 3, experts), rows(9, 1, experts)
+    np.save(tmp_path / "features.npy", train.features.astype(np.float16))
+    mapped = replace(train, features=np.load(tmp_path / "features.npy", mmap_mode="r"), logits=None)
+    half = replace(train, features=train.features.astype(np.float16).astype(np.float32), logits=None)
+    expected = get_scorer(name).fit(half, select).score(x)
+    np.testing.assert_allclose(get_scorer(name).fit(mapped, select).score(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_it_needs_and_does_not_get_is_named(name, fitted):
-    read = sorted(fitted.needs - {"bank"})
+    read = sorted(fitted.needs - {"bank", "select", "head"})
     with pytest.raises(StageError, match=f"{read[0]}"):
         fitted.score(ScoreInputs(labels=np.zeros(3, dtype=int)))
 
@@ -106,10 +123,9 @@ def test_inputs_are_left_as_they_are(fitted, experts):
 
 def test_half_precision_is_near_single(fitted, experts):
     x = rows(40, 1, experts)
-    half = ScoreInputs(
-        x.features.astype(np.float16), x.logits.astype(np.float16), x.labels, x.expert, x.others.astype(np.float16)
-    )
-    np.testing.assert_allclose(fitted.score(half), fitted.score(x), atol=1e-2)
+    half = replace(x, **{name: getattr(x, name).astype(np.float16) for name in ("features", "logits", "others")})
+    scores = fitted.score(x)
+    np.testing.assert_allclose(fitted.score(half), scores, atol=1e-2 * max(1, scores.std()))
 
 
 def test_its_settings_can_be_written_into_the_table(fitted):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.config import SCORE_NAMES, ScoreConfig
-from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, needs_logits, recommended
+from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, reads_head, recommended
 from stages.errors import InputError
 from stages.scorers import Fold, choose_k, get_scorer
 
@@ -200,10 +200,10 @@ def test_every_score_on_every_head_that_it_reads():
     assert listed(subject(experts=2), scores=["ncm"]) == [("ncm", "none", False), ("ncm", "none", True)]
 
 
-def test_what_needs_logits():
-    assert [name for name in SCORE_NAMES if needs_logits(name)] == ["msp", "energy", "knn+energy"]
+def test_what_reads_a_head():
+    assert [name for name in (*SCORE_NAMES, "knn+energy") if reads_head(name)] == ["msp", "energy", "knn+energy"]
     with pytest.raises(InputError, match="did you mean 'energy'"):
-        needs_logits("knn+enrgy")
+        reads_head("knn+enrgy")
 
 
 def test_k_is_given_or_chosen_from_bank_and_select_rows_alone(folds):

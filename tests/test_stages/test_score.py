@@ -336,7 +336,9 @@ def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp
     rows = [row for row in result.rows if row.score == "mos"]
     naming = {(row.variant, row.head, row.routing, row.calibrated) for row in rows}
     assert naming == {("mos", "trained", "predicted", False)}
-    assert result.notes == ['mos: not of variant default: it needs train.expert = "frozen" and two experts or more']
+    assert result.notes == [
+        'mos: not of variant default: it needs a mixture trained with train.expert = "frozen" and two experts or more'
+    ]
     spec, path = groups_alone.data.train.spec, groups_alone.mixtures[1].path
     network = load_mixture(path, groups_alone.architecture().end, spec.cls_dim, spec.tap_dim)
     samples = samples_of(tmp_path, asdict(rows[0]))
