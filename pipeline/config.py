@@ -1,5 +1,8 @@
 """The experiment file: read, overridden by ``--set``, and checked as a whole before any work.
 
+``extends = "other.toml"`` takes that file's keys and puts this one's over them: tables are merged, all else is replaced.
+Paths are relative to the file that names them; those of a set's images and features to ``data``, where it is given.
+
 A problem is one line that names the key, what was given and what is allowed:
 ``study.toml: train.epochs: 0 given, must be greater than 0``.
 """
@@ -31,14 +34,18 @@ from stages.errors import InputError
 
 # Keys that hold a path, and the words that stand there for something else ("*": any entry of a list).
 _PATHS: dict[str, tuple[str, ...]] = {
+    "data": (),
     "work": (),
     "cache.root": (),
     "backbone.weights": ("hub", "embedded"),
     "sets.*.images": (),
     "sets.*.features": (),
+    "sets.*.root": (),
+    "sets.*.classes": (),
     "train.grouping": ("balanced", "kmeans"),
     "variants.*.set.train.grouping": ("balanced", "kmeans"),
 }
+_BELOW_DATA = {"sets.*.images", "sets.*.features", "sets.*.root"}
 _KINDS = {"model_type": "be a table", "dict_type": "be a table", "tuple_type": "be a list", "list_type": "be a list"}
 _OOD_ROLES = ("near-ood", "far-ood")
 
@@ -91,8 +98,17 @@ class SetConfig(StageConfig):
     name: FolderName
     role: Literal["id-train", "id-val", "id-test", "near-ood", "far-ood"]
     images: str | None = None
+    root: str | None = None  # folder that the paths of a list are relative to; its own folder where nothing is given
+    classes: str | None = None  # text file, a class a line: images of other classes are left out
     features: str | None = None
     origin: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What it is made from."""
+        root = f", its paths below {self.root}" if self.root else ""
+        classes = f", the classes of {self.classes}" if self.classes else ""
+        return f"{self.images or self.features}{root}{classes}"
 
 
 class SplitConfig(StageConfig):
@@ -122,6 +138,7 @@ class RunConfig(StageConfig):
     """A whole study, every default filled in and every path absolute."""
 
     name: str = Field(min_length=1)
+    data: AbsolutePath | None = None  # what the paths of sets are relative to; the file's folder by default
     work: AbsolutePath
     seeds: Seeds = (0,)
     backbone: BackboneConfig = BackboneConfig()
@@ -188,6 +205,8 @@ class RunConfig(StageConfig):
         for entry in self.sets:
             if entry.name == "average":
                 yield "sets.average: this name is taken by the averages of the table"
+            if entry.images is None and (key := "root" if entry.root else "classes" if entry.classes else None):
+                yield f"sets.{entry.name}.{key}: is for images; this set has none"
             if entry.features is not None:
                 yield f"sets.{entry.name}.features: not supported yet; give images"
             elif entry.images is None:
@@ -246,14 +265,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read an experiment file.
 
     Args:
-        path: the TOML file; paths in it are relative to its folder.
+        path: the TOML file; paths in it are relative to its folder, those of sets to ``data``.
         overrides: ``a.b=value``; a value is a TOML literal, or else text, and paths are relative to the current
             folder. ``sets.<name>.key`` and ``variants.<name>.key`` address an entry by its name.
 
     Raises:
         ConfigError: with the first problem and the number of the others.
     """
-    document = _resolve(_read(path), os.path.dirname(os.path.abspath(path)), f"{path}: ")
+    given: dict[str, Any] = {}
+    for text in overrides:
+        if text.partition("=")[0].strip() == "data":
+            _override(given, text)
+    document = _open(str(path), given.get("data"))
     overridden = [_override(document, text) for text in overrides]
     cache = document.setdefault("cache", {})
     if isinstance(cache, dict):
@@ -273,6 +296,38 @@ def _comes_from(overridden: Iterable[str], problem: str) -> bool:
     return any(f"{key}.".startswith(f"{name}.") or (unknown and name.startswith(f"{key}.")) for name in overridden)
 
 
+def _open(path: str, data: object, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The document with every path in it absolute, over the one that it extends.
+
+    Args:
+        path: the TOML file.
+        data: what the paths of sets are relative to, where that is known already.
+        above: absolute paths of the files that extend this one.
+    """
+    raw, here = _read(path), os.path.abspath(path)
+    folder, where = os.path.dirname(here), f"{path}: "
+    data = data or _resolve(raw.get("data"), folder, folder, where, "data")
+    parent: dict[str, Any] = {}
+    if (extended := raw.pop("extends", None)) is not None:
+        if not isinstance(extended, str):
+            raise ConfigError(f"{where}extends: {_shown(extended)} given, must be the path of an experiment file")
+        if here in above:
+            raise ConfigError(f"{where}extends: {extended} extends this file; a file cannot extend itself")
+        parent = _open(os.path.join(folder, extended), data, (*above, here))
+        data = data or parent.get("data")
+    return _over(parent, _resolve(raw, folder, data if isinstance(data, str) else folder, where))
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two documents as one: tables merged, all else from above."""
+    both = {key: _over(below[key], above[key]) for key in below.keys() & above.keys() if _are_tables(below, above, key)}
+    return below | above | both
+
+
+def _are_tables(below: dict[str, Any], above: dict[str, Any], key: str) -> bool:
+    return isinstance(below[key], dict) and isinstance(above[key], dict)
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text("utf-8-sig"))
@@ -284,18 +339,26 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
-def _resolve(value: Any, base: str, where: str, at: str = "") -> Any:
-    """The same document with every path in it absolute; ``where`` begins the message of an error."""
+def _resolve(value: Any, base: str, data: str, where: str, at: str = "") -> Any:
+    """The same document with every path in it absolute.
+
+    Args:
+        value: document, or a part of it.
+        base: what paths are relative to.
+        data: what the paths of sets are relative to.
+        where: begins the message of an error.
+        at: dotted key of the part.
+    """
     if isinstance(value, dict):
-        return {key: _resolve(child, base, where, f"{at}.{key}" if at else key) for key, child in value.items()}
+        return {key: _resolve(child, base, data, where, f"{at}.{key}" if at else key) for key, child in value.items()}
     if isinstance(value, list):
-        return [_resolve(child, base, where, f"{at}.*") for child in value]
+        return [_resolve(child, base, data, where, f"{at}.*") for child in value]
     words = _PATHS.get(at)
     if words is None or not isinstance(value, str) or value in words or value.startswith("sklearn:"):
         return value
     if not value.strip() or "\0" in value:
         raise ConfigError(f"{where}{at}: {_shown(value)} given, must be a path")
-    return os.path.abspath(os.path.join(base, os.path.expanduser(value)))
+    return os.path.abspath(os.path.join(data if at in _BELOW_DATA else base, os.path.expanduser(value)))
 
 
 def _override(document: dict[str, Any], text: str) -> str:
@@ -309,7 +372,7 @@ def _override(document: dict[str, Any], text: str) -> str:
         head, _, rest = rest.partition(".")
         at = f"{at}.{head}" if at else head
         if not rest:
-            node[head] = _resolve(_literal(literal), os.getcwd(), "--set ", at)
+            node[head] = _resolve(_literal(literal), os.getcwd(), os.getcwd(), "--set ", at)
             return key
         child = node.setdefault(head, {})
         if isinstance(child, list):

@@ -156,7 +156,7 @@ class Leg:
     def link(self, spec: FeatureSpec, caches: dict[str, FeatureCache]) -> None:
         """Remember which caches its sets are in."""
         sets = {
-            entry.name: {"images": entry.images, "path": self._place(caches[entry.name].path)}
+            entry.name: {"images": entry.source, "path": self._place(caches[entry.name].path)}
             for entry in self.config.sets
         }
         link = {"asked": self.asked(), "spec": spec.to_dict(), "sets": sets}
@@ -197,9 +197,9 @@ class Leg:
         stored = link["sets"].get(entry.name)
         if stored is None:
             raise InputError(f"set {entry.name!r} is not extracted yet: run make extract")
-        if stored["images"] != entry.images:
+        if stored["images"] != entry.source:
             raise CacheMismatchError(
-                f"set {entry.name!r} was extracted from {stored['images']}, this run gives {entry.images}: "
+                f"set {entry.name!r} was extracted from {stored['images']}, this run gives {entry.source}: "
                 "run make extract"
             )
         return self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"])

@@ -25,7 +25,7 @@ from stages.backbone import stored_grid
 from stages.errors import InputError, StageError
 from stages.extract import Mapper, compare_versions, extract_set, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
-from stages.images import SampleTable, list_images
+from stages.images import SampleTable, list_images, only_classes
 from stages.predict import Prediction, Predictor
 from stages.sanity import check_features
 from stages.score import SCORE_SEMANTICS, score
@@ -508,7 +508,8 @@ class Study:
         if entry.name not in self._samples:
             assert entry.images is not None
             try:
-                self._samples[entry.name] = list_images(entry.images)
+                table = list_images(entry.images, entry.root)
+                self._samples[entry.name] = only_classes(table, entry.classes) if entry.classes else table
             except InputError as error:
                 raise InputError(f"sets.{entry.name}.images: {error}") from error
         return self._samples[entry.name]

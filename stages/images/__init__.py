@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.errors import InputError
+from stages.images.classes import only_classes
 from stages.images.dataset import list_dataset
 from stages.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, decode_image
 from stages.images.embedded import list_embedded
@@ -35,29 +36,30 @@ __all__ = [
     "decode_image",
     "list_dataset",
     "list_images",
+    "only_classes",
 ]
 
+_LISTS: dict[str, Callable[[str, str | None], SampleTable]] = {".txt": list_text, ".csv": list_csv}
 _BY_SUFFIX: dict[str, Callable[[str], SampleTable]] = {
     ".tar": list_tar,
-    ".txt": list_text,
-    ".csv": list_csv,
     **dict.fromkeys(IMAGE_SUFFIXES, list_file),
 }
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"}
 
 
-def list_images(source: str) -> SampleTable:
+def list_images(source: str, root: str | None = None) -> SampleTable:
     """List the images of a source without decoding any.
 
     Args:
         source: A folder of images or of Hugging Face `datasets`, an image file, a `.tar`, `.txt` or `.csv` file, or an
             embedded set, `"sklearn:…"`.
+        root: The folder that the paths of a `.txt` or `.csv` list are relative to; the list's own by default.
 
     Returns:
         The samples, sorted by the UTF-8 bytes of their ids.
 
     Raises:
-        InputError: The source is missing, empty, unreadable or of no known kind.
+        InputError: The source is missing, empty, unreadable or of no known kind, or `root` is given with no list.
 
     >>> digits = list_images("sklearn:digits[0-6]/test")
     >>> digits.class_names
@@ -65,13 +67,20 @@ def list_images(source: str) -> SampleTable:
     >>> decode_image(digits.reader().read(0)).size
     (8, 8)
     """
+    suffix = Path(source).suffix.lower()
+    if root is not None:
+        if suffix not in _LISTS or os.path.isdir(source):
+            raise InputError(f"{source}: a root is for the paths of a list (.txt, .csv), this is none: leave it out")
+        if not os.path.isdir(root):
+            raise InputError(f"{source}: its root {root} is no folder; give the one that its paths are relative to")
     if source.startswith("sklearn:"):
         return list_embedded(source)
     if "\0" in source or not os.path.exists(source):
         raise InputError(f"{source!r}: no such file or folder")
     if os.path.isdir(source):
         return list_huggingface(source) if is_huggingface(source) else list_folder(source)
-    suffix = Path(source).suffix.lower()
+    if suffix in _LISTS:
+        return _LISTS[suffix](source, root)
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix](source)
     hint = "unpack it to a .tar or a folder first" if suffix in _COMPRESSED else "give a folder, .tar, .txt or .csv"

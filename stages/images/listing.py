@@ -14,7 +14,7 @@ from stages.images.table import Sample, SampleTable, given_class, make_table
 _LINE = re.compile(r"(\S.*?)\s+(-1|\d{1,9})")
 
 
-def list_text(source: str) -> SampleTable:
+def list_text(source: str, root: str | None = None) -> SampleTable:
     """List the images of a text file with a line `path label` each; the label is a whole number, -1 for unknown.
 
     Raises:
@@ -27,10 +27,10 @@ def list_text(source: str) -> SampleTable:
             if match is None:
                 raise InputError(f"{source}, line {number}: {line!r}; `path label` is expected, label a number")
             rows.append((number, match[1], str(int(match[2]))))
-    return _table(source, rows)
+    return _table(source, rows, root)
 
 
-def list_csv(source: str) -> SampleTable:
+def list_csv(source: str, root: str | None = None) -> SampleTable:
     """List the images of a CSV file with a column `path` and, where classes are known, `label` (a name or a number).
 
     Raises:
@@ -47,7 +47,7 @@ def list_csv(source: str) -> SampleTable:
             rows.append((table.line_num, row["path"], row.get("label") or ""))
     except csv.Error as error:
         raise InputError(f"{source}, line {table.line_num}: not CSV: {error}") from error
-    return _table(source, rows)
+    return _table(source, rows, root)
 
 
 def _text(source: str) -> str:
@@ -63,9 +63,9 @@ def _text(source: str) -> str:
     return text
 
 
-def _table(source: str, rows: Iterable[tuple[int, str, str]]) -> SampleTable:
-    """Table of (line number, path, label); paths are relative to the folder of the list."""
-    root, samples = os.path.dirname(os.path.abspath(source)), list[Sample]()
+def _table(source: str, rows: Iterable[tuple[int, str, str]], root: str | None) -> SampleTable:
+    """Table of (line number, path, label); paths are relative to the root, or to the folder of the list."""
+    root, samples = os.path.abspath(root or os.path.dirname(os.path.abspath(source))), list[Sample]()
     for number, path, label in rows:
         sample = file_sample(posixpath.normpath(path), os.path.join(root, path), given_class(label))
         if sample is None:

@@ -265,3 +265,57 @@ def test_scoring_needs_test_sets(study):
         config.require_roles("score")
     test_set = "[[sets]]\nname = 'test'\nrole = 'id-test'\nimages = 'a'"
     load_config(study(test_set)).require_roles("score")
+
+
+# ------------------------------------------------------------------------------------------------- data and extends
+
+
+def test_data_is_what_the_paths_of_sets_are_relative_to(study, tmp_path, monkeypatch):
+    path = study(text='data = "images"\n' + STUDY)
+    config = load_config(path)
+    assert [entry.images for entry in config.sets] == [str(tmp_path / "images/data/train"), "sklearn:photos"]
+    assert config.work == tmp_path / "runs/toy"  # is no part of it
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(path, ["data=elsewhere", "sets.textures.v2.images=mine"])
+    images = [str(tmp_path / "here/elsewhere/data/train"), str(tmp_path / "here/mine")]
+    assert [entry.images for entry in config.sets] == images
+    assert config.data == tmp_path / "here/elsewhere"
+
+
+def test_a_list_may_have_its_root_below_data_and_its_classes_beside_the_file(study, tmp_path):
+    text = 'data = "d"\n' + STUDY.replace('"data/train"', '"lists/a.txt"\nroot = "images"\nclasses = "some.txt"')
+    (train, _) = load_config(study(text=text)).sets
+    assert [train.images, train.root, train.classes] == [
+        str(tmp_path / part) for part in ("d/lists/a.txt", "d/images", "some.txt")
+    ]
+    assert train.source == f"{train.images}, its paths below {train.root}, the classes of {train.classes}"
+
+
+@pytest.mark.parametrize("key", ["root", "classes"])
+def test_root_and_classes_are_for_images(study, key):
+    text = STUDY.replace('images = "sklearn:photos"', f'features = "mine.npz"\norigin = "o"\n{key} = "x"')
+    assert f"sets.textures.v2.{key}: is for images" in refusal(study(text=text))
+
+
+def test_a_study_may_extend_another(study, tmp_path):
+    study()
+    child = tmp_path / "below" / "child.toml"
+    child.parent.mkdir()
+    child.write_text('extends = "../toy.toml"\nname = "child"\nwork = "runs"\n[train]\nepochs = 3\n')
+    config, parent = load_config(child), load_config(tmp_path / "toy.toml")
+    assert (config.name, config.work, config.train.epochs) == ("child", child.parent / "runs", 3)
+    assert config.cache.root == child.parent / "runs" / "cache"
+    assert (config.sets, config.variants) == (parent.sets, parent.variants)
+    child.write_text(child.read_text() + "[cache]\npatches = 'none'\n")
+    (tmp_path / "toy.toml").write_text('data = "d"\n' + STUDY + "[cache]\nexpert_blocks = 2\n")
+    config = load_config(child)
+    assert (config.cache.patches, config.cache.expert_blocks) == ("none", 2)  # tables are merged
+    assert config.sets[0].images == str(tmp_path / "d/data/train")
+    assert load_config(child, [f"data={tmp_path / 'e'}"]).sets[0].images == str(tmp_path / "e/data/train")
+
+
+def test_what_cannot_be_extended_is_refused(study, tmp_path):
+    assert "extends: 3 given, must be the path of an experiment file" in refusal(study(text="extends = 3\n"))
+    assert "extends this file; a file cannot extend itself" in refusal(study(text='extends = "toy.toml"\n'))
+    assert "nowhere.toml: No such file or directory" in refusal(study(text='extends = "nowhere.toml"\n'))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stages.errors import InputError
-from stages.images import ImageError, list_images
+from stages.images import ImageError, list_images, only_classes
 from stages.images.table import Sample, make_table
 
 
@@ -171,6 +171,58 @@ def test_bad_lists_are_refused(tmp_path, name, content, message):
         list_images(str(tmp_path / name))
     assert message in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "x/1.png 3\n"), ("a.csv", "path,label\nx/1.png,3\n")])
+def test_the_paths_of_a_list_may_be_relative_to_another_folder(tmp_path, name, content):
+    save(tmp_path, "images/x/1.png")
+    (tmp_path / name).write_text(content)
+    table = list_images(str(tmp_path / name), str(tmp_path / "images"))
+    assert classes(table) == {"x/1.png": "3"}
+    assert table.reader().read(0) == (tmp_path / "images/x/1.png").read_bytes()
+    with pytest.raises(InputError, match="none of its 1 images is there"):
+        list_images(str(tmp_path / name))
+    with pytest.raises(InputError, match="its root .*nowhere is no folder"):
+        list_images(str(tmp_path / name), str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("source", ["folder", "sklearn:photos"])
+def test_a_root_is_for_lists(tmp_path, source):
+    save(tmp_path, "folder/1.png")
+    with pytest.raises(InputError, match="a root is for the paths of a list"):
+        list_images(source if ":" in source else str(tmp_path / source), str(tmp_path))
+
+
+def test_some_classes_of_a_source(tmp_path):
+    save(tmp_path, "data/cat/1.png", "data/dog/1.png", "data/dog/2.png", "data/eel/1.png", "data/loose.png")
+    (tmp_path / "some.txt").write_text("# two of them\neel\n\ndog \n")
+    whole = list_images(str(tmp_path / "data"))
+    table = only_classes(whole, str(tmp_path / "some.txt"))
+    assert classes(table) == {"dog/1.png": "dog", "dog/2.png": "dog", "eel/1.png": "eel"}
+    assert table.class_names == ("dog", "eel")
+    assert table.labels.tolist() == [0, 0, 1]
+    assert table.labels.dtype == np.int32
+    for row, name in enumerate(table.ids):
+        assert table.reader().read(row) == (tmp_path / "data" / name).read_bytes()
+        assert table.sizes[row] == os.path.getsize(tmp_path / "data" / name)
+        assert table.mtimes_ns[row] == os.stat(tmp_path / "data" / name).st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cat\nyak\ngnu\n", r"2 of its 3 classes have no image in .* \(gnu, yak\)"),
+        (b"# none\n", "names no class"),
+        (b"\xff", r"not UTF-8 text \(byte 0\)"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_class_lists_that_cannot_be_used_are_refused(tmp_path, content, message):
+    save(tmp_path, "data/cat/1.png")
+    if content is not None:
+        (tmp_path / "some.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        only_classes(list_images(str(tmp_path / "data")), str(tmp_path / "some.txt"))
 
 
 def test_missing_and_empty_sources(tmp_path):

@@ -1,0 +1,101 @@
+"""The experiment files that come with the project: each runs unchanged on a made tree of its folders and lists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+from PIL import Image
+
+from pipeline.config import load_config
+from pipeline.results import STUDIES
+from tests.test_pipeline.command import done
+
+EXPERIMENTS = Path(__file__).parents[2] / "pipeline" / "experiments"
+OTHERS = {EXPERIMENTS / "demo.toml", *STUDIES}  # run for real by their own tests
+PAPERS = sorted(set(EXPERIMENTS.glob("*.toml")) - OTHERS)
+CLASSES = [line for line in (EXPERIMENTS / "imagenet-100.txt").read_text().splitlines() if not line.startswith("#")]
+OTHER_CLASS = "n01440764"  # of ImageNet-1K, not of ImageNet-100
+OPENOOD = {"ssb_hard": "largescale", "ninco": "largescale", "inaturalist": "largescale", "openimage_o": "largescale"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The folders of ImageNet and of MOS's OOD sets, and OpenOOD's lists, with an image or two in each."""
+    root = tmp_path_factory.mktemp("data")
+    pixel = root / "pixel.png"
+    Image.new("RGB", (2, 2)).save(pixel)
+
+    def put(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(pixel)
+
+    for name in [*CLASSES, OTHER_CLASS]:
+        put(root / "imagenet" / "train" / name / f"{name}_1.JPEG")
+        put(root / "imagenet" / "val" / name / "ILSVRC2012_val_00000001.JPEG")
+    for folder in (
+        "iNaturalist/images",
+        "SUN/images",
+        "Places/images",
+        "dtd/images/banded",
+        "NINCO/NINCO_OOD_classes/f",
+    ):
+        put(root / folder / "a.jpg")
+    lists = {
+        f"{part}_imagenet": [f"imagenet_1k/{part}/{i}.JPEG {i}" for i in (0, 1)] for part in ("train", "val", "test")
+    }
+    lists |= {f"test_{name}": [f"{name}/a.jpg -1", f"{name}/b.jpg -1"] for name in (*OPENOOD, "textures")}
+    for name, lines in lists.items():
+        path = root / "benchmark_imglist" / "imagenet" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+        images = root / ("images_classic" if name == "test_textures" else "images_largescale")
+        for line in lines:
+            put(images / line.split()[0])
+    return root
+
+
+def test_all_of_the_papers_studies_are_here():
+    assert {path.stem for path in PAPERS} == {
+        "imagenet-1k",
+        "imagenet-100",
+        "openood-imagenet-1k",
+        *(f"pilot-{name}" for name in ("dino", "dinov2", "mae", "clip", "openclip", "siglip")),
+    }
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_a_dry_run_finds_every_set_and_says_what_would_run(path, data, tmp_path):
+    config = load_config(path, [f"data={data}", f"work={tmp_path}"])
+    said = done("run", path, "--set", f"data={data}", "--set", f"work={tmp_path}", "--dry-run").out
+    n_images = {"imagenet-100": 100}.get(path.stem, 2 if "openood" in path.stem else 101)
+    for entry in config.sets:
+        n = n_images if entry.role.startswith("id-") else 2 if "openood" in path.stem else 1
+        assert re.search(rf"^extract pretrained {re.escape(entry.name)}: {n} images, would write", said, re.MULTILINE)
+    for variant in config.variant_configs():
+        assert f"train pretrained {variant} seed 0: would run" in said
+    assert ("finetune seed 0: would run" in said) == (config.finetune is not None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_the_hub_has_weights_of_every_backbone(path):
+    """timm lists ``model.tag`` only where it knows weights of it."""
+    config = load_config(path)
+    assert config.backbone.weights == "hub"
+    assert config.backbone.name in timm.list_models(config.backbone.name.split(".")[0] + ".*", pretrained=True)
+
+
+def test_the_pilot_differs_in_the_backbone_alone():
+    configs = [load_config(path).to_dict() for path in PAPERS if path.stem.startswith("pilot-")]
+    assert len({config["backbone"].pop("name") for config in configs}) == 6
+    assert len({config.pop("name") for config in configs}) == 6
+    assert len({config.pop("work") for config in configs}) == 6
+    assert len({config["cache"].pop("root") for config in configs}) == 6
+    assert all(config == configs[0] for config in configs)
+
+
+def test_imagenet_100_is_a_hundred_classes():
+    assert len(set(CLASSES)) == 100
+    assert all(re.fullmatch(r"n\d{8}", name) for name in CLASSES)
+    assert OTHER_CLASS not in CLASSES
