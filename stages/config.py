@@ -85,7 +85,11 @@ class FinetuneConfig(StageConfig):
 
 # What [score] scores may name, and sums of them ("knn+energy"): those of `stages.scorers.SCORERS`, in this module so
 # that an experiment file is checked without numpy and faiss; a test holds the two together.
-SCORE_NAMES = ("msp", "energy", "knn", "ncm", "mos")
+SCORE_NAMES = (
+    "msp", "energy", "knn", "ncm", "mos",
+    "mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "cosine",
+    "vim", "residual", "neco", "she", "fdbd", "nci", "pnml", "nnguide", "relation",
+)  # fmt: skip
 
 Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ
 

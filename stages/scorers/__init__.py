@@ -8,6 +8,16 @@ Higher = more OOD, everywhere. A new score is one file beside these, a line in `
     mos           the smallest probability of "other" over the groups
     knn           distance to the k-th neighbour, in the routed expert's subspace where there are experts
     ncm           distance to the nearest class mean, likewise
+    cosine        cosine to the nearest class mean
+    mahalanobis   distances with one covariance: to the nearest class mean, relative to all, to the mean (ssd); ++
+    gmm           density of a Gaussian for each class
+    vim, neco     outside, and inside, of the principal subspace of ID features (vim: residual too)
+    she           inner product with the predicted class's pattern
+    fdbd, nci     a feature and the weights of the linear head
+    pnml          regret
+    nnguide, relation  products with all ID training rows
+    moments       counts, means and scatter of ID rows, block by block; whitening
+    pairs         blocks of rows times blocks of ID training rows
     selection     choose_k(): k from ID rows alone
     calibration   scores of several experts or kinds onto one scale; thresholds
 """
@@ -19,12 +29,31 @@ from stages.config import Profile
 from stages.errors import InputError
 from stages.scorers.base import ClassifierHead, ScoreInputs, Scorer, check_settings, join
 from stages.scorers.calibration import ExpertCalibration, Standardiser, ThresholdEstimate, sum_scores, threshold_at
+from stages.scorers.cosine import CosineScorer, cosine_score
 from stages.scorers.energy import EnergyScorer, energy_score
+from stages.scorers.fdbd import FDBDScorer, fdbd_score
+from stages.scorers.gmm import GMMScorer, gmm_score
 from stages.scorers.knn import ExpertBanks, KNNScorer, knn_score
+from stages.scorers.mahalanobis import (
+    MahalanobisPPScorer,
+    MahalanobisScorer,
+    RelativeMahalanobisPPScorer,
+    RelativeMahalanobisScorer,
+    SSDScorer,
+    mahalanobis_score,
+    relative_mahalanobis_score,
+)
 from stages.scorers.mos import MOSScorer, mos_score
 from stages.scorers.msp import MSPScorer, msp_score
+from stages.scorers.nci import NCIScorer, nci_score
 from stages.scorers.ncm import NCMScorer, class_means
+from stages.scorers.neco import NECOScorer, neco_score
+from stages.scorers.nnguide import NNGuideScorer, nnguide_score
+from stages.scorers.pnml import PNMLScorer, pnml_score
+from stages.scorers.relation import RelationScorer, relation_score
 from stages.scorers.selection import K_GRID, Fold, choose_k
+from stages.scorers.she import SHEScorer, she_score
+from stages.scorers.vim import ResidualScorer, ViMScorer, residual_score, vim_score
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
@@ -34,6 +63,22 @@ SCORERS: dict[str, type[Scorer]] = {
         KNNScorer,
         NCMScorer,
         MOSScorer,
+        MahalanobisScorer,
+        MahalanobisPPScorer,
+        RelativeMahalanobisScorer,
+        RelativeMahalanobisPPScorer,
+        SSDScorer,
+        GMMScorer,
+        CosineScorer,
+        ViMScorer,
+        ResidualScorer,
+        NECOScorer,
+        SHEScorer,
+        FDBDScorer,
+        NCIScorer,
+        PNMLScorer,
+        NNGuideScorer,
+        RelationScorer,
     )
 }
 
@@ -75,27 +120,56 @@ __all__ = [
     "K_GRID",
     "SCORERS",
     "ClassifierHead",
+    "CosineScorer",
     "EnergyScorer",
     "ExpertBanks",
     "ExpertCalibration",
+    "FDBDScorer",
     "Fold",
+    "GMMScorer",
     "KNNScorer",
     "MOSScorer",
     "MSPScorer",
+    "MahalanobisPPScorer",
+    "MahalanobisScorer",
+    "NCIScorer",
     "NCMScorer",
+    "NECOScorer",
+    "NNGuideScorer",
+    "PNMLScorer",
+    "RelationScorer",
+    "RelativeMahalanobisPPScorer",
+    "RelativeMahalanobisScorer",
+    "ResidualScorer",
+    "SHEScorer",
+    "SSDScorer",
     "ScoreInputs",
     "Scorer",
     "Standardiser",
     "ThresholdEstimate",
+    "ViMScorer",
     "choose_k",
     "class_means",
+    "cosine_score",
     "energy_score",
+    "fdbd_score",
     "get_scorer",
+    "gmm_score",
     "join",
     "knn_score",
+    "mahalanobis_score",
     "mos_score",
     "msp_score",
+    "nci_score",
+    "neco_score",
+    "nnguide_score",
+    "pnml_score",
+    "relation_score",
+    "relative_mahalanobis_score",
+    "residual_score",
     "scorer_class",
+    "she_score",
     "sum_scores",
     "threshold_at",
+    "vim_score",
 ]

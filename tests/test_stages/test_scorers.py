@@ -15,6 +15,7 @@ from stages.errors import InputError, StageError
 from stages.metrics import auroc
 from stages.scorers import (
     SCORERS,
+    ClassifierHead,
     ExpertBanks,
     ExpertCalibration,
     Fold,
@@ -106,7 +107,8 @@ def inputs(n=60, dim=8, classes=5, experts=None, seed=0, noise=0.2):
     features = np.eye(classes, dim)[labels] + rng.normal(scale=noise, size=(n, dim))
     expert = labels % experts if experts else None
     logits, others = rng.normal(size=(n, classes)), rng.uniform(size=(n, 2))
-    return ScoreInputs(features=features, logits=logits, labels=labels, expert=expert, others=others)
+    head = ClassifierHead(np.eye(classes, dim) + np.linspace(0, 0.1, dim), np.linspace(-1, 1, classes))
+    return ScoreInputs(features=features, logits=logits, labels=labels, expert=expert, others=others, head=head)
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -129,7 +131,7 @@ def test_scores_of_the_experiment_file_are_there():
 
 
 def test_an_unknown_score_names_the_nearest_known_one():
-    with pytest.raises(InputError, match=r"'enrgy'; did you mean 'energy'\? \(known: msp, energy, knn, ncm, mos\)"):
+    with pytest.raises(InputError, match=r"'enrgy'; did you mean 'energy'\? \(known: msp, energy, knn, "):
         get_scorer("enrgy")
 
 

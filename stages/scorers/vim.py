@@ -1,0 +1,194 @@
+"""ViM and residual: how much of a feature lies outside the principal subspace of the ID training features."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+from scipy.special import logsumexp
+
+from stages.errors import InputError
+from stages.scorers.base import Floats, ScoreInputs, Scorer, scaled_logits
+from stages.scorers.moments import RANK_RTOL, float64_rows, moments_of
+
+Matrix = NDArray[np.float64]
+
+# A softmax head of C classes has rank C − 1 but for rounding: adding one vector to all its weights changes nothing.
+# numpy's pinv divides by that rounding where the head is float32, and the origin is then off by orders of magnitude.
+PINV_RTOL = 1e-5
+
+
+def virtual_origin(weight: ArrayLike, bias: ArrayLike) -> Matrix:
+    """The origin u = −W⁺b, where the logits are as near to 0 as the head gets them: ViM measures features from it.
+
+    Args:
+        weight: [C, D].
+        bias: [C].
+
+    Returns:
+        [D] float64; singular values of W below 1e-5 of the largest count as 0.
+
+    >>> virtual_origin([[2.0, 0.0], [0.0, 4.0]], [2.0, 8.0]).tolist()
+    [-1.0, -2.0]
+    """
+    return -np.linalg.pinv(np.asarray(weight, np.float64), rcond=PINV_RTOL) @ np.asarray(bias, np.float64)
+
+
+def residual_score(features: ArrayLike, origin: ArrayLike, null_space: ArrayLike) -> Floats:
+    """‖P⊥(z − u)‖, the length of what the principal subspace leaves of a feature; higher = more OOD.
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, section 3.
+
+    Args:
+        features: [n, D], any float type; computed in float64.
+        origin: [D] u.
+        null_space: [D, D − d] orthonormal columns that span the complement of the principal subspace.
+
+    Returns:
+        [n] float32, at least 0.
+
+    Raises:
+        InputError: another D, NaN or inf.
+
+    >>> residual_score([[7.0, 4.0, 3.0]], origin=[0.0, 0.0, 0.0], null_space=[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    array([5.], dtype=float32)
+    """
+    return np.asarray(_residual(features, np.asarray(origin), np.asarray(null_space)), dtype=np.float32)
+
+
+def vim_score(features: ArrayLike, logits: ArrayLike, origin: ArrayLike, null_space: ArrayLike, alpha: float) -> Floats:
+    """α·‖P⊥(z − u)‖ − logsumexp(l); higher = more OOD.
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022. Their score, the softmax probability
+    of the virtual logit among the others, is 1 / (1 + exp(−this)): the same ranks, but it does not saturate.
+
+    Args:
+        features: as in `residual_score`.
+        logits: [n, C].
+        origin: as in `residual_score`.
+        null_space: as in `residual_score`.
+        alpha: what a unit of the residual counts in logits.
+
+    Returns:
+        [n] float32.
+
+    Raises:
+        InputError: another D, NaN or inf.
+
+    >>> vim_score([[7.0, 2.0]], [[1.0]], origin=[0.0, 0.0], null_space=[[0.0], [1.0]], alpha=3.0)
+    array([5.], dtype=float32)
+    """
+    virtual = alpha * _residual(features, np.asarray(origin), np.asarray(null_space))
+    return np.asarray(virtual - logsumexp(scaled_logits(logits, 1.0), axis=1), dtype=np.float32)
+
+
+def _residual(features: ArrayLike, origin: Matrix, null_space: Matrix) -> NDArray[np.float64]:
+    rows = float64_rows(features, dim=len(origin)) - origin
+    return np.linalg.norm(rows @ null_space, axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Complement:
+    """What the principal subspace leaves: the directions in which ID training features are shortest, from u.
+
+    Attributes:
+        origin: [D] u.
+        null_space: [D, D − d] orthonormal.
+        alpha: of `vim_score`.
+    """
+
+    origin: Matrix
+    null_space: Matrix
+    alpha: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        """d, of the principal subspace."""
+        return len(self.null_space) - self.null_space.shape[1]
+
+
+def complement_of(train: ScoreInputs, who: str, dim: int | None) -> Complement:
+    """By the second moments of ID training features around u = −W⁺b, read block by block.
+
+    Args:
+        train: rows with ``features`` and their ``head``.
+        who: the score that needs it, for messages.
+        dim: d; None takes that of ViM's authors: 1000 where D ≥ 2048, 512 where D ≥ 768, else D / 2. Where the rows
+            span no more than d dimensions, half of those that they span: they would have no residual.
+
+    Raises:
+        InputError: no head, NaN or inf in a feature.
+    """
+    head = train.need_head(who)
+    origin = virtual_origin(head.weight, head.bias)
+    moments = moments_of(train, who, by_class=False)
+    lengths, directions = np.linalg.eigh(moments.about(origin))  # the shortest first
+    rank = int((lengths > RANK_RTOL * lengths[-1]).sum())
+    if dim is None:
+        dim = 1000 if moments.dim >= 2048 else 512 if moments.dim >= 768 else moments.dim // 2
+    if dim >= rank:
+        dim = rank // 2
+    return Complement(origin, np.ascontiguousarray(directions[:, : moments.dim - dim]))
+
+
+@dataclass(eq=False)
+class ResidualScorer(Scorer):
+    """`residual_score`. OpenOOD fits it on validation rows, ViM's authors on training rows, as here.
+
+    Attributes:
+        dim: d, as in `complement_of`; ``params()`` says which it came to be.
+    """
+
+    name: ClassVar[str] = "residual"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank"})
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"dim": 512}})
+
+    dim: Annotated[int, Field(ge=1)] | None = None
+
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Complement:
+        """The complement of the principal subspace."""
+        return complement_of(train, self.name, self.dim)
+
+    def judge(self, x: ScoreInputs, memory: Complement) -> Floats:
+        """Length of the residual, [n]."""
+        return residual_score(x.need("features", self.name), memory.origin, memory.null_space)
+
+    def facts(self, memory: Complement) -> dict[str, Any]:
+        """The dimension, where it is not the one that was set."""
+        return {"dim_used": memory.dim} if memory.dim != self.dim else {}
+
+
+@dataclass(eq=False)
+class ViMScorer(ResidualScorer):
+    """`vim_score`, with α such that the residual is on average as large as the largest logit of ID training rows."""
+
+    name: ClassVar[str] = "vim"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "head", "bank"})
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"dim": 256}})
+
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Complement:
+        """The complement of the principal subspace, and α.
+
+        Raises:
+            InputError: ID training rows without a residual.
+        """
+        found = super().learn(train, select)
+        largest = residual = 0.0
+        for block in train.blocks():
+            largest += float(block.need("logits", self.name).max(axis=1).sum(dtype=np.float64))
+            residual += float(_residual(block.need("features", self.name), found.origin, found.null_space).sum())
+        if not residual > 0:
+            raise InputError("vim: the ID training features have nothing outside their principal subspace")
+        return replace(found, alpha=largest / residual)
+
+    def judge(self, x: ScoreInputs, memory: Complement) -> Floats:
+        """Virtual logit less energy, [n]."""
+        features, logits = x.need("features", self.name), x.need("logits", self.name)
+        return vim_score(features, logits, memory.origin, memory.null_space, memory.alpha)
+
+    def facts(self, memory: Complement) -> dict[str, Any]:
+        """α, and the dimension where it is not the one that was set."""
+        return super().facts(memory) | {"alpha": memory.alpha}
