@@ -89,6 +89,7 @@ SCORE_NAMES = (
     "msp", "energy", "knn", "ncm", "mos",
     "mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "cosine",
     "vim", "residual", "neco", "she", "fdbd", "nci", "pnml", "nnguide", "relation",
+    "knn-mean", "other",
 )  # fmt: skip
 
 Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ

@@ -52,6 +52,7 @@ class SetRows:
         confidence: ``[n]`` the router's probability of its choice, or of its second one where it is that; None without
             experts.
         others: ``[n, E]`` each group's probability of "other"; None where the heads do not see the same features.
+        other: ``[n]`` logit of the expert's "other" beside its trained head's; None where there is none.
         patches: ``[n, P, D]`` patch tokens after the final norm, read when they are asked for; None where there are
             none.
         heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
@@ -63,6 +64,7 @@ class SetRows:
     expert: NDArray[np.int64] | None = None
     confidence: Floats | None = None
     others: Floats | None = None
+    other: Floats | None = None
     patches: Floats | None = None
     heads: dict[str, Head] = field(default_factory=dict)
 
@@ -77,6 +79,7 @@ class SetRows:
             self.labels,
             self.expert,
             self.others,
+            self.other,
             self.patches,
             self.heads.get(head),
         )
@@ -250,7 +253,7 @@ class DetectorFactory:
         """Heads that a score applies to; none where it applies to nothing that these rows have."""
         if self.why_not(score):
             return ()
-        if _reads_others(score):
+        if needs_of(score) & {"others", "other"}:
             return (_TRAINED,)
         if "head" in needs_of(score):
             return tuple(head for head in self.subject.heads if head in self.subject.bank.heads)
@@ -265,6 +268,8 @@ class DetectorFactory:
         needs, subject = needs_of(score), self.subject
         if "others" in needs and not subject.has_others:
             return 'a mixture trained with train.expert = "frozen" and two experts or more'
+        if "other" in needs and subject.n_experts < 2:
+            return "a mixture of two experts or more"
         if "patches" in needs and subject.bank.patches is None:
             return "patch tokens"
         if needs & {"head", "logits"} and not subject.heads:

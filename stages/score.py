@@ -101,7 +101,7 @@ def score(
             if subject.n_experts:
                 id_record["router"].append(_router_record(made))
             for lacking, what in made.factory.left_out().items():
-                if subject.n_experts or not source.mixtures or "others" not in needs_of(lacking):
+                if subject.n_experts or not source.mixtures or not needs_of(lacking) & {"others", "other"}:
                     left_out.setdefault((lacking, what), []).append(_words(subject))
             for routing, results in scored.items():
                 written |= _write_samples(folder / "samples", subject, routing, results, made.shown(routing), source)

@@ -249,7 +249,8 @@ class RefinedFeatures:
             "refit-group": group_logits,
         }
         others = refined.others if refined.others.shape[1] else None
-        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others)
+        other = refined.other if self.n_experts > 1 else None
+        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others, other)
 
 
 def _pick(heads: FittedHeads, fold: int | None) -> LinearHead:

@@ -8,6 +8,8 @@ Higher = more OOD, everywhere. A new score is one file beside these, a line in `
     mos           the smallest probability of "other" over the groups
     knn           distance to the k-th neighbour, in the routed expert's subspace where there are experts
     ncm           distance to the nearest class mean, likewise
+    knn_mean      mean distance to the k nearest
+    other         the routed expert's probability of "other"
     cosine        cosine to the nearest class mean
     mahalanobis   distances with one covariance: to the nearest class mean, relative to all, to the mean (ssd); ++
     gmm           density of a Gaussian for each class
@@ -34,6 +36,7 @@ from stages.scorers.energy import EnergyScorer, energy_score
 from stages.scorers.fdbd import FDBDScorer, fdbd_score
 from stages.scorers.gmm import GMMScorer, gmm_score
 from stages.scorers.knn import ExpertBanks, KNNScorer, knn_score
+from stages.scorers.knn_mean import KNNMeanScorer, knn_mean_score
 from stages.scorers.mahalanobis import (
     MahalanobisPPScorer,
     MahalanobisScorer,
@@ -49,6 +52,7 @@ from stages.scorers.nci import NCIScorer, nci_score
 from stages.scorers.ncm import NCMScorer, class_means
 from stages.scorers.neco import NECOScorer, neco_score
 from stages.scorers.nnguide import NNGuideScorer, nnguide_score
+from stages.scorers.other import OtherScorer, other_score
 from stages.scorers.pnml import PNMLScorer, pnml_score
 from stages.scorers.relation import RelationScorer, relation_score
 from stages.scorers.selection import K_GRID, Fold, choose_k
@@ -79,6 +83,8 @@ SCORERS: dict[str, type[Scorer]] = {
         PNMLScorer,
         NNGuideScorer,
         RelationScorer,
+        KNNMeanScorer,
+        OtherScorer,
     )
 }
 
@@ -127,6 +133,7 @@ __all__ = [
     "FDBDScorer",
     "Fold",
     "GMMScorer",
+    "KNNMeanScorer",
     "KNNScorer",
     "MOSScorer",
     "MSPScorer",
@@ -136,6 +143,7 @@ __all__ = [
     "NCMScorer",
     "NECOScorer",
     "NNGuideScorer",
+    "OtherScorer",
     "PNMLScorer",
     "RelationScorer",
     "RelativeMahalanobisPPScorer",
@@ -156,6 +164,7 @@ __all__ = [
     "get_scorer",
     "gmm_score",
     "join",
+    "knn_mean_score",
     "knn_score",
     "mahalanobis_score",
     "mos_score",
@@ -163,6 +172,7 @@ __all__ = [
     "nci_score",
     "neco_score",
     "nnguide_score",
+    "other_score",
     "pnml_score",
     "relation_score",
     "relative_mahalanobis_score",

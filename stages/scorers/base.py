@@ -58,6 +58,7 @@ class ScoreInputs:
         labels: [n] integers, of ID rows; negative: unknown.
         expert: [n] integers, the expert whose features and logits these are; absent where there are no experts.
         others: [n, E], each group's probability of "other"; only where the heads of all experts see the same features.
+        other: [n] logit of the routed expert's "other", beside the ``logits`` of its own trained head.
         patches: [n, P, D] patch tokens after the final norm; an array, or anything that gives rows as one does.
         head: the linear head that makes the logits: one for all rows, or one for each expert.
 
@@ -70,6 +71,7 @@ class ScoreInputs:
     labels: NDArray[np.integer] | None = None
     expert: NDArray[np.integer] | None = None
     others: NDArray[np.floating] | None = None
+    other: NDArray[np.floating] | None = None
     patches: NDArray[np.floating] | None = None
     head: ClassifierHead | tuple[ClassifierHead, ...] | None = None
 
@@ -197,9 +199,9 @@ class Scorer(ABC):
 
     Attributes:
         name: as in the table.
-        needs: of ``features``, ``logits``, ``others``, ``patches`` (what `score` reads of a row), ``head`` (the
-            weights that make the logits), ``bank`` (ID training rows, with labels, to fit on) and ``select`` (held-out
-            ID rows to choose settings on).
+        needs: of ``features``, ``logits``, ``others``, ``other``, ``patches`` (what `score` reads of a row), ``head``
+            (the weights that make the logits), ``bank`` (ID training rows, with labels, to fit on) and ``select``
+            (held-out ID rows to choose settings on).
         profiles: settings that another implementation's defaults differ in, by profile; the fields' own defaults are
             the paper's.
         follows: settings that come from ``[score]`` itself: ``k``, ``temperature``.

@@ -21,10 +21,11 @@ def rows(n: int, seed: int, experts: int | None = None) -> ScoreInputs:
     labels = rng.integers(0, 5, n)
     features = (np.eye(5, 12)[labels] + rng.normal(scale=0.2, size=(n, 12))).astype(np.float32)
     others = np.clip((labels[:, None] % 2 != [0, 1]) + rng.normal(scale=0.2, size=(n, 2)), 0, 1).astype(np.float32)
+    other = (3 - 6 * features[:, :5].max(axis=1)).astype(np.float32)
     if experts is None:
-        return ScoreInputs(features, head_over().logits(features), labels, others=others, head=head_over())
+        return ScoreInputs(features, head_over().logits(features), labels, None, others, other, head=head_over())
     heads = tuple(head_over(np.arange(5) % experts == e) for e in range(experts))
-    routed = ScoreInputs(features, None, labels, labels % experts, others, head=heads)
+    routed = ScoreInputs(features, None, labels, labels % experts, others, other, head=heads)
     return replace(routed, logits=routed.need("logits", "a test"))
 
 
@@ -54,7 +55,7 @@ def test_a_score_a_row_finite_float32(fitted, experts):
 def test_it_names_itself_and_what_it_reads(name, fitted):
     assert fitted.name == name
     assert fitted.needs
-    assert fitted.needs <= {"logits", "features", "others", "patches", "head", "bank", "select"}
+    assert fitted.needs <= {"logits", "features", "others", "other", "patches", "head", "bank", "select"}
 
 
 def test_the_score_of_a_row_is_its_own(fitted, experts):
@@ -73,6 +74,7 @@ def test_higher_is_more_ood(fitted, experts):
         features=noise.normal(scale=[0.05] * 5 + [0.6] * 7, size=(200, 12)).astype(np.float32),
         expert=inside.expert,
         others=noise.uniform(0.6, 1, size=(200, 2)),
+        other=np.full(200, 2.0),
         head=inside.head,
     )
     assert np.median(fitted.score(outside)) > np.median(fitted.score(inside))
@@ -117,13 +119,15 @@ def test_inputs_are_left_as_they_are(fitted, experts):
     x = rows(9, 1, experts)
     before = rows(9, 1, experts)
     fitted.score(x)
-    for array in ("features", "logits", "others"):
+    for array in ("features", "logits", "others", "other"):
         np.testing.assert_array_equal(getattr(x, array), getattr(before, array))
 
 
 def test_half_precision_is_near_single(fitted, experts):
     x = rows(40, 1, experts)
-    half = replace(x, **{name: getattr(x, name).astype(np.float16) for name in ("features", "logits", "others")})
+    half = replace(
+        x, **{name: getattr(x, name).astype(np.float16) for name in ("features", "logits", "others", "other")}
+    )
     scores = fitted.score(x)
     np.testing.assert_allclose(fitted.score(half), scores, atol=1e-2 * max(1, scores.std()))
 

@@ -31,7 +31,8 @@ def draw(n: int, seed: int, experts: int = 0, ood: bool = False, second: bool = 
     logits *= 1 + 3 * expert[:, None]
     logits[expert[:, None] != GROUP] = -np.inf
     heads = {"trained": np.float32(logits), "refit": np.float32(logits / 2)}
-    return SetRows(np.float32(features), labels, heads, expert, gate, others)
+    other = np.float32(-features.max(axis=1))
+    return SetRows(np.float32(features), labels, heads, expert, gate, others, other)
 
 
 def subject(experts: int = 0, folds: int = 1, has_others: bool = False) -> Subject:
@@ -165,6 +166,18 @@ def test_mos_reads_what_every_group_says_and_no_route():
         assert make(without, scores=["mos"]).detectors() == []
 
 
+def test_other_is_what_the_routed_expert_says():
+    routed, test = subject(experts=2), draw(30, 7, experts=2)
+    plain, calibrated = make(routed, scores=["other"]).detectors()
+    assert [(d.head, d.calibrated, d.is_routed) for d in (plain, calibrated)] == [
+        ("trained", False, True), ("trained", True, True),
+    ]  # fmt: skip
+    sums = np.exp(test.logits["trained"].astype(np.float64)).sum(axis=1) + np.exp(test.other)
+    np.testing.assert_allclose(plain.score_rows(test), np.exp(test.other) / sums, rtol=1e-5)
+    assert make(subject(), scores=["other"]).detectors() == []
+    assert make(subject(), scores=["other"]).left_out() == {"other": "a mixture of two experts or more"}
+
+
 def test_routed_are_scores_of_an_expert():
     frozen, routed = make(subject()), make(subject(experts=2))
     assert not frozen.detector("none", "knn").is_routed
@@ -201,7 +214,11 @@ def test_every_score_on_every_head_that_it_reads():
 
 
 def test_what_reads_a_head():
-    assert [name for name in (*SCORE_NAMES, "knn+energy") if reads_head(name)] == ["msp", "energy", "knn+energy"]
+    gaussian = {"mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm"}
+    of_features = {"knn", "knn-mean", "ncm", "cosine", "mos", *gaussian}
+    assert {name for name in (*SCORE_NAMES, "knn+energy", "knn+gmm") if not reads_head(name)} == of_features | {
+        "knn+gmm"
+    }
     with pytest.raises(InputError, match="did you mean 'energy'"):
         reads_head("knn+enrgy")
 

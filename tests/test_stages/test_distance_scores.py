@@ -12,6 +12,7 @@ from stages.scorers.fdbd import fdbd_score
 from stages.scorers.gmm import GaussianMixture, GMMScorer
 from stages.scorers.neco import NECOScorer, neco_score
 from stages.scorers.nnguide import NNGuideScorer, nnguide_score
+from stages.scorers.other import other_score
 from stages.scorers.pnml import pnml_score
 from stages.scorers.vim import ViMScorer, virtual_origin
 
@@ -19,7 +20,7 @@ GAUSSIAN = ("mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-m
 SUBSPACE = ("vim", "residual", "neco")
 HEAD = ("she", "fdbd", "nci", "pnml")
 PAIRS = ("nnguide", "relation")
-EVERY = (*GAUSSIAN, *SUBSPACE, *HEAD, *PAIRS, "cosine")
+EVERY = (*GAUSSIAN, *SUBSPACE, *HEAD, *PAIRS, "cosine", "knn-mean")
 
 C, D = 4, 7
 
@@ -157,7 +158,13 @@ def plain_cosine(train, x):
     return -(unit(x.features) @ unit(means).T).max(axis=1)
 
 
+def plain_knn_mean(train, x):
+    apart = np.linalg.norm(unit(x.features)[:, None] - unit(train.features), axis=2)
+    return np.sort(apart, axis=1)[:, :50].mean(axis=1)
+
+
 PLAIN = {
+    "knn-mean": plain_knn_mean,
     "mahalanobis": plain_mahalanobis,
     "mahalanobis-pp": normalised(plain_mahalanobis),
     "relative-mahalanobis": plain_relative,
@@ -304,7 +311,7 @@ def test_features_that_are_no_numbers_are_refused(name, value):
 def test_features_of_another_width_are_refused(name):
     x = rows(n=3)
     narrow = ScoreInputs(x.features[:, :5], x.logits, x.labels)
-    with pytest.raises(InputError, match="have 5 columns, the ID training features 7"):
+    with pytest.raises(InputError, match=r"have 5 (columns, the ID training features|features a row, the bank) 7"):
         get_scorer(name).fit(rows()).score(narrow)
 
 
@@ -430,6 +437,26 @@ def test_fdbd_sums_where_openood_does():
     train, x = rows(), rows(n=9, seed=1)
     mean, total = (get_scorer("fdbd", profile).fit(train).score(x) for profile in ("paper", "openood"))
     np.testing.assert_allclose(total, (C - 1) * mean, rtol=1e-6)
+
+
+def test_other_is_one_probability_among_those_of_the_group():
+    rng = np.random.default_rng(0)
+    logits, other = rng.normal(size=(20, 3)), rng.normal(size=20)
+    expected = softmax(np.c_[logits, other])[:, -1]
+    np.testing.assert_allclose(other_score(logits, other), expected, rtol=1e-6)
+    padded = np.c_[logits, np.full(20, -np.inf)]
+    np.testing.assert_array_equal(other_score(padded, other), other_score(logits, other))
+    assert other_score([[-1e4], [1e4]], [1e4, -1e4]).tolist() == [1, 0]
+    for bad in (other[:3], np.where(np.arange(20) == 3, np.nan, other)):
+        with pytest.raises(InputError, match="one finite number a row"):
+            other_score(logits, bad)
+
+
+def test_knn_mean_of_one_neighbour_is_knn_and_k_is_cut():
+    train, x = rows(), rows(n=9, seed=1)
+    scores = [get_scorer(name, k=1).fit(train).score(x) for name in ("knn", "knn-mean")]
+    np.testing.assert_allclose(*scores, atol=1e-7)
+    assert get_scorer("knn-mean", k=100).fit(train).params() == {"k": 100, "k_used": 80}
 
 
 def test_one_class_has_no_regret():

@@ -108,7 +108,8 @@ def inputs(n=60, dim=8, classes=5, experts=None, seed=0, noise=0.2):
     expert = labels % experts if experts else None
     logits, others = rng.normal(size=(n, classes)), rng.uniform(size=(n, 2))
     head = ClassifierHead(np.eye(classes, dim) + np.linspace(0, 0.1, dim), np.linspace(-1, 1, classes))
-    return ScoreInputs(features=features, logits=logits, labels=labels, expert=expert, others=others, head=head)
+    other = logits.mean(axis=1)
+    return ScoreInputs(features, logits, labels, expert, others, other, head=head)
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -116,7 +117,7 @@ def test_every_scorer_keeps_the_contract(name):
     train, x = inputs(), inputs(n=17, seed=1)
     scorer = get_scorer(name)
     assert scorer.name == name
-    assert scorer.needs <= {"logits", "features", "others", "patches", "head", "bank", "select"}
+    assert scorer.needs <= {"logits", "features", "others", "other", "patches", "head", "bank", "select"}
     scores = scorer.fit(train).score(x)
     assert (scores.shape, scores.dtype) == ((17,), np.float32)
     rows = np.array([5, 2])

@@ -1,0 +1,48 @@
+"""The routed expert's own word for it: the probability of its "other"."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit, logsumexp
+
+from stages.errors import InputError
+from stages.scorers.base import Floats, ScoreInputs, Scorer, scaled_logits
+
+
+def other_score(logits: ArrayLike, other: ArrayLike) -> Floats:
+    """p("other") = exp(o) / (exp(o) + Σ_c exp(l_c)) of the expert that a row went to; higher = more OOD.
+
+    The group softmax of Huang and Li, "MOS: Towards Scaling Out-of-distribution Detection for Large Semantic Space",
+    CVPR 2021, whose score is the smallest such probability over all groups (``mos``); here the router picks the group.
+
+    Args:
+        logits: [n, C] of the expert's classes; −inf for those outside its group.
+        other: [n] logit of its "other".
+
+    Returns:
+        [n] float32 in [0, 1].
+
+    Raises:
+        InputError: not one "other" a row, NaN or inf.
+
+    >>> other_score([[0.0, -np.inf], [0.0, 0.0]], [np.log(3), 0.0]).round(4).tolist()
+    [0.75, 0.33329999446868896]
+    """
+    energies, others = logsumexp(scaled_logits(logits, 1.0), axis=1), np.asarray(other, dtype=np.float64)
+    if others.shape != energies.shape or not np.isfinite(others).all():
+        raise InputError(f'logits of "other": one finite number a row is needed, got shape {others.shape}, NaN or inf')
+    return np.asarray(expit(others - energies), dtype=np.float32)
+
+
+@dataclass(eq=False)
+class OtherScorer(Scorer):
+    """`other_score`; nothing to set and nothing to fit."""
+
+    name: ClassVar[str] = "other"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "other"})
+
+    def judge(self, x: ScoreInputs, memory: None) -> Floats:
+        """Probability of "other" a row, [n]."""
+        return other_score(x.need("logits", self.name), x.need("other", self.name))
