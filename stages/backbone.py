@@ -166,6 +166,8 @@ class Backbone:
         config: what it was built from.
         expert_blocks: how many last blocks (transformer) or stages (convolutional net) lie behind the tap.
         device: where it runs.
+        detach_end: whether gradients of ``cls`` end at the tap where the model is trained: what learns from the other
+            tokens then shapes the blocks before the tap alone, and the backbone's own end follows them.
 
     Attributes:
         dim, tap_dim: D and D'.
@@ -177,7 +179,12 @@ class Backbone:
     """
 
     def __init__(
-        self, model: nn.Module, config: BackboneConfig, expert_blocks: int = 1, device: str | torch.device = "cpu"
+        self,
+        model: nn.Module,
+        config: BackboneConfig,
+        expert_blocks: int = 1,
+        device: str | torch.device = "cpu",
+        detach_end: bool = False,
     ) -> None:
         keep_freed_memory()
         self.config = config
@@ -193,7 +200,7 @@ class Backbone:
         if self.convolutional:
             self.model.to(memory_format=torch.channels_last)  # 3 to 4 times faster convolutions on CPU
         self._tap_stages, tapped = _tap_module(model, expert_blocks, config.name)
-        self._tap = _Tap()
+        self._tap = _Tap(detach_end)
         self._hook = None if tapped is None else tapped.register_forward_pre_hook(self._tap, with_kwargs=True)
         self._block_kwargs: Mapping[str, Any] = {}
         self.data_config = timm.data.resolve_data_config(
@@ -284,6 +291,14 @@ class Backbone:
 
     @torch.inference_mode()
     def _encode(self, images: Tensor) -> Tokens:
+        return self.tokens(images)
+
+    def tokens(self, images: Tensor) -> Tokens:
+        """One forward pass in the precision of its input; `Tokens` with their graph where the model is trained.
+
+        Args:
+            images: ``[B, 3, H, W]`` on the backbone's device, transformed.
+        """
         if self.convolutional:
             images = images.contiguous(memory_format=torch.channels_last)
         self._tap.tokens = None
@@ -541,14 +556,56 @@ def _parts(model: nn.Module) -> list[Any]:
     return [module for name, module in model.named_children() if name.startswith("layer")] or [model]
 
 
+def freeze_first(model: nn.Module, n: int, key: str) -> None:
+    """Keep the first n blocks or stages of a timm model as they are, and all that stands before them; train the rest.
+
+    Args:
+        model: with its head.
+        n: 0 freezes nothing.
+        key: what asked for it, for the error.
+
+    Raises:
+        InputError: there are not as many, or the family has no such sequence.
+    """
+    model.requires_grad_(True)
+    if n == 0:
+        return
+    parts = _parts(model)
+    if n > len(parts) or parts == [model]:
+        raise InputError(f"{key}: {n} given, the backbone has {len(parts)} blocks or stages that can stay as they are")
+    names = [name for name, _ in model.named_children()]
+    last = next(name for name in reversed(names) if getattr(model, name) is parts[-1] or name in ("blocks", "stages"))
+    after = [getattr(model, name) for name in names[names.index(last) + 1 :]]
+    model.requires_grad_(False)
+    for part in [*parts[n:], *after]:
+        part.requires_grad_(True)
+
+
+def n_parts(model: nn.Module) -> int:
+    """How many blocks (transformer) or stages (convolutional net) a timm model is made of."""
+    return len(_parts(model))
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Let torch.compile replace the forward pass of each block or stage, and not what holds them together."""
+    for part in _parts(model):
+        part.forward = torch.compile(part.forward)
+
+
 class _Tap(threading.local):
     """Hook that keeps what entered a module in the forward pass that this thread runs."""
 
     tokens: Tensor | None = None
     kwargs: Mapping[str, Any] = MappingProxyType({})
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, detaches: bool = False) -> None:  # runs once in every thread, with the same argument
+        self.detaches = detaches
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]] | None:
         self.tokens, self.kwargs = args[0], kwargs
+        return ((args[0].detach(), *args[1:]), kwargs) if self.detaches else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
         return self  # a copy of the module has no use for it

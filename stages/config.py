@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 
 class StageConfig(BaseModel):
@@ -66,21 +66,42 @@ class TrainConfig(StageConfig):
 class FinetuneConfig(StageConfig):
     """How the backbone and a linear head are trained; ``None`` means: as the preset has it."""
 
-    epochs: PositiveInt = 10
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    epochs: PositiveInt | None = None
     preset: Literal["auto", "small", "paper"] = "auto"
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | None = None  # some of the study's; None: all
+    variants: Annotated[tuple[str, ...], Field(strict=False)] | None = None  # trained on its features; None: all
     batch_size: PositiveInt | None = None
+    accumulate: PositiveInt = 1  # forward and backward passes that a batch is made of: less memory, the same batch
     lr: float | None = Field(default=None, gt=0)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     weight_decay: float | None = Field(default=None, ge=0)
+    head_epochs: NonNegativeInt = 0  # of the head alone, before the backbone is trained
+    head_lr: float | None = Field(default=None, gt=0)
     warmup_epochs: int | None = Field(default=None, ge=0)
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     rand_augment: str | None = None
     random_erasing: float | None = Field(default=None, ge=0, le=1)
     crop_scale: float | None = Field(default=None, gt=0, le=1)  # smallest share of the image that a crop keeps
     hflip: float | None = Field(default=None, ge=0, le=1)  # 0 for images whose mirror image is another class
+    beta: Literal["static", "dynamic"] = "static"  # dynamic: harder classes are mixed more (Dynamic-β)
     mixup: float | None = Field(default=None, ge=0)
     cutmix: float | None = Field(default=None, ge=0)
+    alpha_min: float | None = Field(default=None, ge=0)
+    alpha_max: float | None = Field(default=None, ge=0)
+    alpha_power: float | None = Field(default=None, gt=0)
     drop_path: float | None = Field(default=None, ge=0, lt=1)
+    gradient_clip: float | None = Field(default=None, ge=0)  # 0: not clipped
+    ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
+    patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
+    freeze: NonNegativeInt = 0  # first blocks (ViT) or stages (CNN) that stay as they are
+    joint: NonNegativeInt = 0  # blocks or stages before the experts that are trained together with them
+    checkpointing: bool = False  # gradient checkpointing: less memory, a third more work
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but bfloat16 on a GPU that has it
+    compile: bool = False  # torch.compile
+    workers: NonNegativeInt | Literal["auto"] = "auto"  # processes that decode and augment in the background
+    tensorboard: bool = False  # scalars for TensorBoard as well
 
 
 # What [score] scores may name, and sums of them ("knn+energy"): those of `stages.scorers.SCORERS`, in this module so

@@ -1,86 +1,63 @@
-"""Verb: stage two, the other half. The whole backbone and a linear head, end to end on the id-train images.
+"""Verb: stage two, the other half. The whole backbone end to end on the id-train images.
 
-timm's parts do the work: layer-wise learning-rate decay, schedule, augmentation, Mixup and CutMix. The result is a
-backbone checkpoint with a fingerprint of its own; extracting with it fills another cache.
+It is trained with a linear head, or with the mixture of feature experts as well (`stages.objective`).
+timm's parts do the work: layer-wise learning-rate decay, schedule, augmentation, Mixup and CutMix, moving average. The
+result is a backbone checkpoint with a fingerprint of its own; extracting with it fills another cache.
+
+Several processes (`stages.distributed`) train one backbone: each computes its share of every batch, and gradients are
+summed. All that is random is drawn for the whole batch, so the loss is that of one process, to rounding.
 """
 
 import json
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
-from timm.data.mixup import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cache.fingerprint import fingerprint
 from stages.allocator import keep_freed_memory
 from stages.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
-from stages.backbone import build_model
+from stages.augment import (
+    Batch,
+    ImageLoader,
+    ImageSet,
+    Key,
+    Loaded,
+    Mixer,
+    Share,
+    generators_kept,
+    plan_epoch,
+    seed_generators,
+    share_of,
+    transforms,
+    worker_count,
+)
+from stages.backbone import Backbone, build_model, compile_parts, freeze_first, n_parts, weights_sha
 from stages.checkpoint import load_checkpoint, save_checkpoint
 from stages.config import BackboneConfig, FinetuneConfig
-from stages.dataset import IdData, Labels
+from stages.dataset import IdData
+from stages.distributed import current
 from stages.errors import InputError, StageError
-from stages.images import SampleTable, decode_image
+from stages.experts import MixtureOfFeatureExperts, save_mixture
+from stages.images import SampleTable
+from stages.mixup import class_alpha, running_accuracy
+from stages.objective import JointObjective, LinearObjective, Mixed, MixturePlan, drop_paths_by_row
 from stages.progress import NullProgress, Progress
-from stages.split import Rows
+from stages.recipe import FinetuneSettings, resolve_recipe
 
-FINETUNE_SEMANTICS = 1  # raise it when the same settings would train another backbone
-SMALL_DATA = 50_000  # images below which preset = "auto" takes the small-data recipe
+FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """`FinetuneConfig` with every default filled in; the defaults are the small-data recipe.
-
-    Batch-norm statistics stay the pre-trained ones in both recipes: small batches would spoil them.
-    """
-
-    epochs: int
-    batch_size: int = 32
-    lr: float = 3e-4
-    layer_decay: float = 0.75
-    weight_decay: float = 0.05
-    warmup_epochs: int = 1
-    label_smoothing: float = 0.1
-    rand_augment: str = ""
-    random_erasing: float = 0.0
-    crop_scale: float = 0.5
-    hflip: float = 0.5
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    drop_path: float = 0.0
-    gradient_clip: float = 1.0
-
-
-# The official recipe: AdamW (0.9, 0.99), layer decay 0.75, RandAugment, erasing, Mixup and CutMix, 10 warm-up epochs.
-PAPER: dict[str, Any] = {
-    "batch_size": 128,
-    "lr": 3.5e-5,
-    "warmup_epochs": 10,
-    "rand_augment": "rand-m9-mstd0.5-inc1",
-    "random_erasing": 0.25,
-    "crop_scale": 0.08,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "drop_path": 0.1,
-}
-
-
-def resolve_settings(config: FinetuneConfig, n_train: int) -> FinetuneSettings:
-    """Fill in the preset's values; ``auto`` takes the paper's recipe from `SMALL_DATA` images on."""
-    given = {k: v for k, v in config.model_dump().items() if v is not None and k != "preset"}
-    paper = config.preset == "paper" or (config.preset == "auto" and n_train >= SMALL_DATA)
-    return FinetuneSettings(**((PAPER if paper else {}) | given))
+_TRAIN, _SELECT = 0, 1  # sets of the loader
+_DROPPING, _OTHERS = 2, 3  # what is drawn for a batch, each apart from what else is
 
 
 def finetune(
@@ -93,11 +70,14 @@ def finetune(
     folder: Path,
     device: str = "cpu",
     progress: Progress | None = None,
+    mixture: MixturePlan | None = None,
 ) -> bool:
     """Train backbone and head on the training rows, keep the epoch with the best held-out ID loss.
 
-    Writes ``backbone.safetensors`` (loadable by plain timm), ``head.safetensors``, ``metrics.jsonl`` and, last,
-    ``finetune.json``. Killed, it goes on after the last whole epoch.
+    Writes ``metrics.jsonl`` after every epoch and, at the end, ``backbone.safetensors`` (loadable by plain timm),
+    ``head.safetensors``, with ``config.joint`` also ``mofe.safetensors`` and ``mofe.json``, and, last,
+    ``finetune.json``. Killed, it goes on after the last whole epoch. Of processes that are joined, all train and rank
+    0 writes.
 
     Args:
         backbone: what to start from.
@@ -109,84 +89,429 @@ def finetune(
         folder: where the result goes.
         device: where it trains.
         progress: counts images.
+        mixture: what is trained together with the blocks before it; needed where ``config.joint`` is not 0.
 
     Returns:
         Whether anything was done: False where the folder is fresh.
 
     Raises:
+        InputError: images that cannot be used any more (listed in ``failures.jsonl``), settings that do not fit.
         StageError: the loss is not finite; the last good epoch's checkpoint is kept.
     """
-    keep_freed_memory()
-    progress = progress or NullProgress()
-    fold = data.split.folds[0]
-    settings = resolve_settings(config, len(fold.train))
-    identity = finetune_identity(data, config, seed)
-    if finetune_is_fresh(folder, identity):
+    ranks = current()
+    progress = progress if progress is not None and ranks.first else NullProgress()
+    settings = resolve_recipe(config, len(data.split.folds[0].train))
+    identity = finetune_identity(data, config, seed, mixture)
+    if ranks.agree(finetune_is_fresh(folder, identity)):
         return False
+    keep_freed_memory()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build_model(backbone, drop_path_rate=settings.drop_path)
-        cast(Any, model).reset_classifier(data.n_classes)
-    model.to(device)
-    if not hasattr(model, "patch_embed"):
-        model.to(memory_format=torch.channels_last)
-    transforms = _transforms(model, backbone, settings)
-    train = _Images(train_samples, data.train.ids, fold.train, data.train_labels, transforms[0])
-    select = _Images(held_out_samples, data.held_out.ids, fold.select, data.held_out_labels, transforms[1])
-    optimiser = create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        layer_decay=settings.layer_decay,
-        betas=(0.9, 0.99),
+        objective = _objective(backbone, data, settings, mixture, device)
+    augment, plain = transforms(objective.model, backbone, settings)
+    fold = data.split.folds[0]
+    sets = (
+        ImageSet(train_samples, data.train.ids, fold.train, data.train_labels, augment, plain),
+        ImageSet(held_out_samples, data.held_out.ids, fold.select, data.held_out_labels, augment, plain),
     )
-    schedule = CosineLRScheduler(
-        optimiser,
-        t_initial=max(settings.epochs, 2),  # of one epoch timm would say that it has no effect; its rate is the same
-        warmup_t=min(settings.warmup_epochs, settings.epochs - 1),
-        warmup_lr_init=settings.lr / 10,
-        warmup_prefix=False,
-    )
-    checkpoint = folder / f"finetune-{identity[:8]}.checkpoint"
-    history: list[dict[str, Any]] = []
-    best: dict[str, Tensor] = {}
-    stored = load_checkpoint(checkpoint, device)
-    if stored is not None:
-        model.load_state_dict(stored["model"])
-        optimiser.load_state_dict(stored["optimiser"])
-        best, history = stored["best"], stored["history"]
-    progress.start(settings.epochs * len(train), "image", f"finetune seed {seed}")
-    progress.advance(len(history) * len(train))
-    for epoch in range(len(history), settings.epochs):
-        schedule.step(epoch)
-        record = {"epoch": epoch, "lr": optimiser.param_groups[-1]["lr"]}
-        record |= _train_epoch(model, train, settings, optimiser, seed, epoch, data.n_classes, device, progress)
-        record |= _evaluate(model, select, settings.batch_size, device)
-        if not np.isfinite(record["select_loss"]):
-            raise _diverged("the held-out loss", epoch, settings)
-        history.append(record)
-        if _best_epoch(history) == epoch:
-            best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        save_checkpoint(
-            checkpoint,
-            {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "best": best, "history": history},
+    n_loads = settings.epochs * sum(map(len, sets)) // ranks.world
+    loader = ImageLoader(sets, worker_count(config.workers, n_loads, ranks.world), pin=device != "cpu")
+    run = _Run(folder, identity, settings, config.tensorboard)
+    if data.train.manifest.n_failures:
+        progress.note(
+            f"finetune: {data.train.manifest.n_failures} images of {train_samples.source} take no part, they cannot be "
+            f"used: see {data.train.path / 'failures.jsonl'}"
         )
-    progress.close()
-    model.load_state_dict(best)
-    _write(folder, model, backbone, data, settings, seed, identity, history)
-    for left in folder.glob("*.checkpoint"):  # of runs with other settings, too
-        left.unlink()
+    tuning = _Tuning(objective, loader, data.n_classes, settings, seed, device, progress)
+    with generators_kept():
+        _train(tuning, run, progress, seed)
+    if ranks.first:
+        objective.load_state_dict(run.best)
+        _write(run, objective, backbone, data, seed)
+    ranks.agree(None)  # nobody goes on before the files are there
     return True
 
 
-def finetune_identity(data: IdData, config: FinetuneConfig, seed: int) -> str:
+def _objective(
+    backbone: BackboneConfig, data: IdData, settings: FinetuneSettings, mixture: MixturePlan | None, device: str
+) -> Any:
+    """The network to train, on the device, with what stays as it is frozen."""
+    model = build_model(backbone, drop_path_rate=settings.drop_path)
+    if not settings.joint:
+        cast(Any, model).reset_classifier(data.n_classes)
+        freeze_first(model, settings.freeze, "finetune.freeze")
+        model.to(device)
+        if not hasattr(model, "patch_embed"):
+            model.to(memory_format=torch.channels_last)
+        return LinearObjective(model, settings.label_smoothing)
+    assert mixture is not None
+    spec = data.train.spec
+    plain = backbone.model_copy(update={"compile": False, "precision": "float32"})
+    tapped = Backbone(model, plain, spec.expert_blocks, device, detach_end=True)
+    before = n_parts(model) - spec.expert_blocks
+    if not tapped.cut:
+        raise InputError(f"finetune.joint: the end of {backbone.name} cannot be cut out for experts: leave joint at 0")
+    if spec.patches != "full":
+        raise InputError(
+            f'finetune.joint: experts read all patches: extract with patches = "full", not "{spec.patches}"'
+        )
+    if settings.joint > before:
+        raise InputError(
+            f"finetune.joint: {settings.joint} given, {backbone.name} has {before} blocks or stages before the experts"
+        )
+    experts = MixtureOfFeatureExperts(
+        tapped.end, tapped.dim, tapped.tap_dim, mixture.groups, "end", mixture.router_input
+    )
+    experts.router.standardise(
+        torch.from_numpy(data.train.read(mixture.router_input, data.split.folds[0].train)).float()
+    )
+    cast(Any, model).reset_classifier(data.n_classes)
+    freeze_first(model, before - settings.joint, "finetune.joint")
+    objective = JointObjective(tapped, experts, mixture, settings.label_smoothing)
+    return objective.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+class _Run:
+    """What a run has on disk, and what it has to remember: history and best weights."""
+
+    def __init__(self, folder: Path, identity: str, settings: FinetuneSettings, tensorboard: bool) -> None:
+        self.folder, self.identity, self.settings = folder, identity, settings
+        self.checkpoint = folder / f"finetune-{identity[:8]}.checkpoint"
+        self.tensorboard = folder / "tensorboard" if tensorboard else None
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def best_epoch(self) -> int:
+        """The first of the epochs with the lowest held-out loss."""
+        return int(np.argmin([record["select_loss"] for record in self.history]))
+
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is left, or too many went by without a better one."""
+        n, patience = len(self.history), self.settings.patience
+        return n >= self.settings.epochs or (patience is not None and n > 0 and n - 1 - self.best_epoch >= patience)
+
+    def write_metrics(self) -> None:
+        """All epochs so far; what older settings left is not described any more."""
+        (self.folder / "finetune.json").unlink(missing_ok=True)
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))
+
+
+def _train(tuning: "_Tuning", run: _Run, progress: Progress, seed: int) -> None:
+    """Train every epoch that is left, on from the checkpoint if there is one."""
+    settings, ranks = run.settings, current()
+    stored = ranks.agree(load_checkpoint(run.checkpoint) if ranks.first else None)
+    if stored is not None:
+        tuning.restore(stored["tuning"])
+        run.best, run.history = stored["best"], stored["history"]
+    n_images = len(tuning.loader.sets[_TRAIN])
+    progress.start(settings.epochs * n_images, "image", f"finetune seed {seed}")
+    progress.advance(len(run.history) * n_images)
+    while not run.ended:
+        epoch = len(run.history)
+        try:
+            record = tuning.epoch(epoch, run.history[-1].get("accuracy") if run.history else None)
+        except _NotFiniteError as error:
+            raise StageError(_diverged(str(error), epoch, run)) from None
+        except _UnusableError:
+            raise _list_unusable(tuning.loader, run.folder) from None
+        run.history.append(record)
+        if run.best_epoch == epoch:
+            run.best = {name: tensor.cpu().clone() for name, tensor in tuning.judged.state_dict().items()}
+        if ranks.first:
+            save_checkpoint(run.checkpoint, {"tuning": tuning.state(), "best": run.best, "history": run.history})
+            run.write_metrics()
+    progress.close()
+
+
+class _NotFiniteError(Exception):
+    """Which loss it is."""
+
+
+class _UnusableError(Exception):
+    """An image of this process or another cannot be used."""
+
+
+def _diverged(what: str, epoch: int, run: _Run) -> str:
+    kept = "no epoch was finished"
+    if epoch:
+        kept = f"the checkpoint of epoch {epoch - 1}, the last good one, is kept in {run.checkpoint}"
+    return f"finetune: {what} is not finite in epoch {epoch}; {kept}: lower finetune.lr (now {run.settings.lr:g})"
+
+
+def _list_unusable(loader: ImageLoader, folder: Path) -> InputError:
+    """Look at every image, so that all that have to be put right are listed at once."""
+    found = loader.unusable()
+    path = folder / "failures.jsonl"
+    if current().first:
+        lines = [json.dumps({"source": images.source, **failure.to_dict()}) + "\n" for images, failure in found]
+        write_text(path, "".join(lines))
+    names = ", ".join(f"{failure.id}: {failure.reason}" for _, failure in found[:3])
+    more = f", and {len(found) - 3} more, all in {path}" if len(found) > 3 else f"; listed in {path}"
+    return InputError(
+        f"finetune: {len(found)} images cannot be used any more ({names}{more}): put them right, or run make extract, "
+        "which leaves them out"
+    )
+
+
+class _Tuning:
+    """An objective while it is trained: its weights, their moving average, and the optimiser.
+
+    Attributes:
+        objective: what is trained.
+        judged: what is judged and kept: the moving average of the weights, or the objective itself where ``ema`` is 0.
+    """
+
+    def __init__(
+        self,
+        objective: Any,
+        loader: ImageLoader,
+        n_classes: int,
+        settings: FinetuneSettings,
+        seed: int,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.objective: Any = objective
+        self.loader, self.settings, self.seed, self.device = loader, settings, seed, torch.device(device)
+        self.progress, self.n_classes = progress, n_classes
+        self.ranks = current()
+        self._rows = drop_paths_by_row(objective.model)
+        self._average = ModelEmaV3(objective, settings.ema, use_warmup=True) if settings.ema else None
+        self.judged: Any = self._average.module if self._average is not None else objective
+        self._mixer = Mixer(settings, n_classes, seed)
+        self._optimiser = _optimiser(objective, settings)
+        self._free = [p for p in objective.parameters() if p.requires_grad]
+        heads = {id(parameter) for parameter in objective.head_parameters()}
+        self._behind_heads = [parameter for parameter in self._free if id(parameter) not in heads]
+        weight = objective.model.get_classifier().weight
+        self._head_group = next(  # its place: a stored state brings groups of its own
+            place
+            for place, group in enumerate(self._optimiser.param_groups)
+            if any(parameter is weight for parameter in group["params"])
+        )
+        if settings.checkpointing:
+            _checkpoint_gradients(objective.model)
+        if settings.compile:
+            compile_parts(objective.model)
+        half = settings.precision == "bfloat16"
+        if settings.precision == "auto":
+            half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        self._steps_of_epoch = len(plan_epoch(self._n_train, settings.batch_size, seed, 0))
+        self._schedule = _schedule(self._optimiser, settings, self._steps_of_epoch)
+
+    @property
+    def _n_train(self) -> int:
+        return len(self.loader.sets[_TRAIN])
+
+    def state(self) -> dict[str, Any]:
+        """All that another process needs to go on to the same bits."""
+        average = None if self._average is None else self._average.module.state_dict()
+        return {
+            "objective": self.objective.state_dict(),
+            "average": average,
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.objective.load_state_dict(state["objective"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        if self._average is not None:
+            self._average.module.load_state_dict(state["average"])
+
+    def epoch(self, epoch: int, accuracy: Sequence[float] | None) -> dict[str, Any]:
+        """Train on every image once and judge by the held-out ones; a line of ``metrics.jsonl``.
+
+        Args:
+            epoch: its number.
+            accuracy: ``[C]`` running accuracy after the epoch before; difficulty is made of it.
+        """
+        settings, labels, groups = self.settings, self.loader.sets[_TRAIN].labels, self.objective.groups
+        own_groups = None if groups is None else groups[labels]
+        batches = plan_epoch(len(labels), settings.batch_size, self.seed, epoch, own_groups)
+        for parameter in self._behind_heads:
+            parameter.requires_grad_(epoch >= settings.head_epochs)
+        alpha = self._alpha(accuracy) if settings.beta == "dynamic" else None
+        loss, right = self._train(batches, epoch, alpha)
+        record: dict[str, Any] = {"epoch": epoch, "lr": self._optimiser.param_groups[self._head_group]["lr"]}
+        record |= {"loss": round(loss / len(labels), 6), "train_accuracy": round(right / len(labels), 6)}
+        judged, correct = self._judge()
+        record |= judged
+        self.progress.advance(0, accuracy=record["select_accuracy"])
+        if alpha is not None:
+            before = None if accuracy is None else np.asarray(accuracy)
+            counts = np.bincount(self.loader.sets[_SELECT].labels, minlength=self.n_classes)
+            # Rounded as the record has it: a resumed run reads it there, and must go on with the same numbers.
+            record["accuracy"] = np.round(running_accuracy(before, correct, counts), 6).tolist()
+            record["alpha"] = np.round(alpha, 6).tolist()
+        return record
+
+    def _alpha(self, accuracy: Sequence[float] | None) -> NDArray[np.float64]:
+        """``[C]`` Beta parameters; all alike until accuracy was measured."""
+        settings = self.settings
+        known = np.zeros(self.n_classes) if accuracy is None else np.asarray(accuracy)
+        return class_alpha(known, settings.alpha_min, settings.alpha_max, settings.alpha_power)
+
+    def _train(self, batches: list[Batch], epoch: int, alpha: NDArray[np.float64] | None) -> tuple[float, float]:
+        """Sum of the loss, and how many images got their own class right, over all processes."""
+        self.objective.train()
+        accumulate, parts = self.settings.accumulate, self.settings.accumulate * self.ranks.world
+        shares = [
+            [share_of(batch, number * self.ranks.world + self.ranks.rank, parts) for number in range(accumulate)]
+            for batch in batches
+        ]
+        seed = (self.seed, epoch)
+        asked: list[list[Key]] = [
+            [(_TRAIN, int(row), seed) for row in batch.rows[share.place]]
+            for batch, own in zip(batches, shares, strict=True)
+            for share in own
+        ]
+        loaded = self.loader.batches(asked)
+        sums, last = np.zeros(2), None
+        for batch, own in zip(batches, shares, strict=True):
+            self._set_lr(epoch, batch.number)
+            found = self._step(batch, own, loaded, epoch, alpha)
+            # The step before is looked at while a GPU computes this one: nothing that a bad step spoils is kept.
+            if last is not None:
+                sums += self._checked(last, epoch)
+            last = found, len(batch.rows)
+        if last is not None:
+            sums += self._checked(last, epoch)
+        return float(sums[0]), float(sums[1])
+
+    def _checked(self, step: tuple[Tensor, int], epoch: int) -> NDArray[np.float64]:
+        """The loss of a step and how many rows were right, once they are known to be numbers."""
+        found, n_rows = step
+        loss, right, unusable = found.cpu().numpy()
+        if unusable:
+            raise _UnusableError
+        if not math.isfinite(loss):
+            raise _NotFiniteError("the loss")
+        self.progress.advance(n_rows, epoch=epoch, loss=f"{loss / n_rows:.3f}")
+        return np.array([loss, right])
+
+    def _step(
+        self, batch: Batch, shares: list[Share], loaded: Iterator[Loaded], epoch: int, alpha: NDArray[np.float64] | None
+    ) -> Tensor:
+        """Learn from one batch; returns the sum of its loss, rows that were right, and images that cannot be used."""
+        labels = self.loader.sets[_TRAIN].labels[batch.rows]
+        drawn = self.objective.draw(labels, np.random.default_rng((self.seed, epoch, batch.number, _OTHERS)))
+        found = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._optimiser.zero_grad(set_to_none=True)
+        for share in shares:
+            images, failures = next(loaded)
+            found[2] += len(failures)
+            if failures or not len(images):
+                continue
+            truth = torch.from_numpy(labels[share.place]).long().to(self.device)
+            images = images.to(self.device, non_blocking=True)
+            row_alpha = None if alpha is None else alpha[labels]
+            images, targets = self._mixer(images, truth, share, epoch, batch.number, row_alpha)
+            place = torch.from_numpy(share.place)
+            self._rows.place, self._rows.n_batch = place, len(batch.rows)
+            seed_generators([self.seed, epoch, batch.number, _DROPPING])
+            with self._autocast:
+                loss, right = self.objective.loss(Mixed(images, targets, truth, place), drawn)
+            (loss / len(batch.rows)).backward()
+            found[:2] += torch.stack([loss.detach(), right])
+        self.ranks.add_gradients(self._free)
+        if self.settings.gradient_clip:
+            nn.utils.clip_grad_norm_(self._free, self.settings.gradient_clip)
+        self._optimiser.step()
+        if self._average is not None:
+            self._average.update(self.objective, step=epoch * self._steps_of_epoch + batch.number + 1)
+        return self.ranks.add(found)
+
+    def _set_lr(self, epoch: int, step: int) -> None:
+        if epoch < self.settings.head_epochs:
+            for group in self._optimiser.param_groups:
+                group["lr"] = self.settings.head_lr
+        else:
+            self._schedule.step_update((epoch - self.settings.head_epochs) * self._steps_of_epoch + step)
+
+    @torch.inference_mode()
+    def _judge(self) -> tuple[dict[str, float], NDArray[np.int64]]:
+        """By the held-out images as they are: a part of the record, and ``[C]`` how many of each class were right."""
+        self.judged.eval()
+        images, size = self.loader.sets[_SELECT], max(1, self.settings.batch_size // self.settings.accumulate)
+        rows = np.arange(len(images))[self.ranks.share]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        asked: list[list[Key]] = [[(_SELECT, int(row), None) for row in batch] for batch in batches]
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        correct = torch.zeros(self.n_classes, dtype=torch.float64, device=self.device)
+        for batch, (pixels, failures) in zip(batches, self.loader.batches(asked), strict=True):
+            sums[3] += len(failures)
+            if failures:
+                continue
+            truth = torch.from_numpy(images.labels[batch]).long().to(self.device)
+            judged = self.judged.judge(pixels.to(self.device, non_blocking=True), truth)
+            sums[:3] += torch.stack([judged.loss, judged.right.sum(), judged.arrived.sum()])
+            correct += torch.bincount(truth[judged.known], minlength=self.n_classes)
+        self.ranks.add(correct)
+        loss, right, arrived, unusable = self.ranks.add(sums).tolist()
+        if unusable:
+            raise _UnusableError
+        if not math.isfinite(loss):
+            raise _NotFiniteError("the held-out loss")
+        record = {"select_loss": round(loss / len(images), 6), "select_accuracy": round(right / len(images), 6)}
+        if self.objective.groups is not None:
+            record["router_accuracy"] = round(arrived / len(images), 6)
+        return record, correct.long().cpu().numpy()
+
+
+def _optimiser(objective: Any, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """AdamW with the paper's betas; the learning rate falls with the distance of a layer from the head."""
+    model = objective.model
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=settings.weight_decay,
+        no_weight_decay_list=getattr(model, "no_weight_decay", set)(),
+        layer_decay=settings.layer_decay,
+    )
+    groups += objective.parameter_groups(settings.weight_decay, settings.lr)
+    return create_optimizer_v2(groups, opt="adamw", lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99))
+
+
+def _schedule(optimiser: torch.optim.Optimizer, settings: FinetuneSettings, steps_of_epoch: int) -> CosineLRScheduler:
+    """Of the epochs in which the whole backbone is trained, by steps."""
+    epochs = settings.epochs - settings.head_epochs
+    return CosineLRScheduler(
+        optimiser,
+        t_initial=max(epochs * steps_of_epoch, 2),  # of one step timm would say that it has no effect
+        warmup_t=min(settings.warmup_epochs, epochs - 1) * steps_of_epoch,
+        warmup_lr_init=settings.lr / 10,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        name = type(model).__name__
+        raise InputError(
+            f"finetune.checkpointing: timm's {name} has no gradient checkpointing: leave it out"
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+
+
+def finetune_identity(data: IdData, config: FinetuneConfig, seed: int, mixture: MixturePlan | None = None) -> str:
     """What a fine-tuned backbone is made of: images and their split, weights to start from, settings and seed."""
     start = data.train.spec
     return fingerprint(
         {
             "data": data.identity,
-            "settings": asdict(resolve_settings(config, len(data.split.folds[0].train))),
+            "settings": asdict(resolve_recipe(config, len(data.split.folds[0].train))),
+            "mixture": None if mixture is None else asdict(mixture),
             "seed": seed,
             "weights": start.weights_sha,
             "image_size": start.image_size,
@@ -195,55 +520,51 @@ def finetune_identity(data: IdData, config: FinetuneConfig, seed: int) -> str:
     )
 
 
-def _best_epoch(history: list[dict[str, Any]]) -> int:
-    """The first of the epochs with the lowest held-out loss."""
-    return int(np.argmin([record["select_loss"] for record in history]))
-
-
 def finetune_is_fresh(folder: Path, identity: str) -> bool:
     """Whether a folder holds the fine-tuned backbone of this identity, with all its files."""
     about = read_json(folder / "finetune.json")
-    whole = all((folder / name).is_file() for name in ("backbone.safetensors", "head.safetensors"))
-    return whole and about is not None and about.get("identity") == identity
+    if about is None or about.get("identity") != identity:
+        return False
+    names = ["backbone.safetensors", "head.safetensors", "metrics.jsonl"]
+    names += ["mofe.safetensors", "mofe.json"] if about["settings"]["joint"] else []
+    return all((folder / name).is_file() for name in names)
 
 
-def _write(
-    folder: Path,
-    model: nn.Module,
-    backbone: BackboneConfig,
-    data: IdData,
-    settings: FinetuneSettings,
-    seed: int,
-    identity: str,
-    history: list[dict[str, Any]],
-) -> None:
+def _write(run: _Run, objective: Any, backbone: BackboneConfig, data: IdData, seed: int) -> None:
+    folder, model = run.folder, objective.model
     (folder / "finetune.json").unlink(missing_ok=True)  # killed in between, new weights must not pass for the old
-    timm_model = cast(Any, model)
-    head = timm_model.get_classifier()
-    write_tensors(
-        folder / "head.safetensors",
-        {"weight": head.weight.detach().cpu().numpy(), "bias": head.bias.detach().cpu().numpy()},
-    )
-    timm_model.reset_classifier(0)
-    write_tensors(
-        folder / "backbone.safetensors",
-        {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in model.state_dict().items()},
-    )
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-    best = _best_epoch(history)
+    head = model.get_classifier()
+    write_tensors(folder / "head.safetensors", _arrays({"weight": head.weight, "bias": head.bias}))
+    model.reset_classifier(0)
+    write_tensors(folder / "backbone.safetensors", _arrays(model.state_dict()))
+    best = run.history[run.best_epoch]
+    if run.settings.joint:
+        groups = dict(zip(data.class_names, objective.groups.tolist(), strict=True))
+        mixture = objective.mixture
+        settings = {"expert": mixture.kind, "router_input": mixture.router_input, "experts": mixture.n_experts}
+        save_mixture(folder, mixture, {"identity": run.identity, "groups": groups, "settings": settings})
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
     write_json(
         folder / "finetune.json",
         {
-            "identity": identity,
+            "identity": run.identity,
             "backbone": backbone.model_dump(),
-            "settings": asdict(settings),
+            "weights_sha": weights_sha(model),  # that which the fingerprint of the features is made of
+            "settings": asdict(run.settings),
+            "batch_norm": "frozen",
             "seed": seed,
             "classes": list(data.class_names),
             "data": data.identity,
-            "best_epoch": best,
-            "select_accuracy": history[best]["select_accuracy"],
+            "best_epoch": best["epoch"],
+            "select_accuracy": best["select_accuracy"],
         },
     )
+    for left in folder.glob("*.checkpoint"):  # of runs with other settings, too
+        left.unlink()
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
+    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
 
 def read_finetuned_head(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -256,134 +577,3 @@ def read_finetuned_head(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.f
     if tensors is None:
         raise InputError(f"{folder} holds no fine-tuned head: run make finetune")
     return tensors["weight"], tensors["bias"]
-
-
-class _Images:
-    """Images of some rows, decoded and transformed on demand."""
-
-    def __init__(self, samples: SampleTable, ids: NDArray[np.str_], rows: Rows, labels: Labels, transform: Any) -> None:
-        place = {id_: index for index, id_ in enumerate(samples.ids)}
-        missing = [str(ids[row]) for row in rows if str(ids[row]) not in place]
-        if missing:
-            raise InputError(
-                f"{samples.source}: {len(missing)} images of the cache are gone ({missing[0]} first): run make extract"
-            )
-        self.index = [place[str(ids[row])] for row in rows]
-        self.labels = labels[rows]
-        self.reader = samples.reader()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def batches(
-        self, size: int, order: NDArray[np.int64], seed: tuple[int, int] | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches in an order; with a seed every augmentation is drawn from (seed, epoch, sample)."""
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            images = [self._load(int(row), seed) for row in rows]
-            yield torch.stack(images), torch.from_numpy(self.labels[rows]).long()
-
-    def _load(self, row: int, seed: tuple[int, int] | None) -> Tensor:
-        image = decode_image(self.reader.read(self.index[row]))
-        if seed is not None:
-            # timm's and torchvision's transforms draw from these three generators.
-            drawn = int(np.random.SeedSequence([*seed, row]).generate_state(1)[0])
-            random.seed(drawn)
-            np.random.seed(drawn)
-            torch.manual_seed(drawn)
-        tensor: Tensor = self.transform(image)
-        return tensor
-
-
-def _transforms(model: nn.Module, backbone: BackboneConfig, settings: FinetuneSettings) -> tuple[Any, Any]:
-    size = backbone.image_size
-    config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
-    train = timm.data.create_transform(
-        input_size=config["input_size"],
-        is_training=True,
-        scale=(settings.crop_scale, 1.0),
-        hflip=settings.hflip,
-        color_jitter=0.0,
-        auto_augment=settings.rand_augment or None,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        re_prob=settings.random_erasing,
-        re_mode="pixel",
-    )
-    return train, timm.data.create_transform(**config)
-
-
-def _train_epoch(
-    model: nn.Module,
-    images: _Images,
-    settings: FinetuneSettings,
-    optimiser: torch.optim.Optimizer,
-    seed: int,
-    epoch: int,
-    n_classes: int,
-    device: str,
-    progress: Progress,
-) -> dict[str, float]:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    mixed = settings.mixup > 0 or settings.cutmix > 0
-    mixer = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=n_classes)
-    hard = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    soft = SoftTargetCrossEntropy()
-    order = np.random.default_rng((seed, epoch)).permutation(len(images))
-    total, right = 0.0, 0
-    with _generators_kept():
-        for x, y in images.batches(settings.batch_size, order, (seed, epoch)):
-            x, y = x.to(device), y.to(device)
-            if mixed and len(x) % 2 == 0:  # timm's Mixup pairs rows of even batches
-                x, targets = mixer(x, y)
-                logits = model(x)
-                loss = soft(logits, targets)
-            else:
-                logits = model(x)
-                loss = hard(logits, y)
-            if not torch.isfinite(loss):
-                raise _diverged("the loss", epoch, settings)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-            optimiser.step()
-            total += loss.item() * len(x)
-            right += int((logits.argmax(1) == y).sum())
-            progress.advance(len(x), epoch=epoch, loss=f"{loss.item():.3f}")
-    return {"loss": round(total / len(images), 6), "train_accuracy": round(right / len(images), 6)}
-
-
-def _diverged(what: str, epoch: int, settings: FinetuneSettings) -> StageError:
-    return StageError(
-        f"finetune: {what} is not finite in epoch {epoch}; the last whole epoch is kept: "
-        f"lower finetune.lr (now {settings.lr:g})"
-    )
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Whatever is drawn and seeded inside, the caller's random numbers stay what they are."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-@torch.inference_mode()
-def _evaluate(model: nn.Module, images: _Images, batch_size: int, device: str) -> dict[str, float]:
-    model.eval()
-    loss, right = 0.0, 0
-    for x, y in images.batches(batch_size, np.arange(len(images)), None):
-        logits = model(x.to(device)).cpu()
-        loss += nn.functional.cross_entropy(logits, y, reduction="sum").item()
-        right += int((logits.argmax(1) == y).sum())
-    return {"select_loss": round(loss / len(images), 6), "select_accuracy": round(right / len(images), 6)}

@@ -1,4 +1,4 @@
-"""Dynamic-β Mixup in feature space (Zhao et al., ICCV 2025): harder classes are mixed more.
+"""Dynamic-β Mixup (Zhao et al., ICCV 2025): harder classes are mixed more. In feature space here, of images elsewhere.
 
 λ_i ~ Beta(α_i, α_i), α_i = α_min + d_i^p · (α_max − α_min), d_c = 1 − (acc_c − min acc) / (max acc − min acc).
 α → 0 leaves λ at 0 or 1 (no mixing), α = 1 is uniform, a larger α moves λ towards ½.
@@ -63,6 +63,12 @@ def running_accuracy(
     return now if previous is None else momentum * previous + (1 - momentum) * now
 
 
+def mixing_weight(alpha: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.float64]:
+    """λ ~ Beta(α, α) of each row ``[B]``: its own share, 1 − λ is its partner's; α = 0 gives 1."""
+    alpha = np.asarray(alpha, dtype=np.float64)
+    return np.where(alpha > 0, rng.beta(np.maximum(alpha, 1e-8), np.maximum(alpha, 1e-8)), 1.0)
+
+
 def mix_features(tokens: Tokens, targets: Tensor, alpha: NDArray[np.floating], rng: np.random.Generator) -> Mixed:
     """Interpolate token sequences and soft targets of a batch with a permutation of itself.
 
@@ -72,8 +78,7 @@ def mix_features(tokens: Tokens, targets: Tensor, alpha: NDArray[np.floating], r
         alpha: ``[B]`` Beta parameter of each row; a pair takes its first row's. 0 leaves a row as it is.
         rng: draws λ and the partners.
     """
-    alpha = np.asarray(alpha, dtype=np.float64)
-    lam = np.where(alpha > 0, rng.beta(np.maximum(alpha, 1e-8), np.maximum(alpha, 1e-8)), 1.0)
+    lam = mixing_weight(alpha, rng)
     partner = torch.from_numpy(rng.permutation(len(tokens))).to(targets.device)
     weight = torch.from_numpy(lam.astype(np.float32)).to(targets.device)
 

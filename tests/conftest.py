@@ -67,10 +67,10 @@ def data(caches):
     return id_data(caches["train"], None, val_share=0.2)
 
 
-@pytest.fixture(scope="session")
-def few_images():
+def first_of_each_class(n):
+    """The first n images of each of the digits 0 to 3."""
     table = list_images(SOURCES["train"])
-    rows = np.sort(np.concatenate([np.flatnonzero(table.labels == label)[:12] for label in range(4)]))
+    rows = np.sort(np.concatenate([np.flatnonzero(table.labels == label)[:n] for label in range(4)]))
     return replace(
         table,
         ids=tuple(table.ids[row] for row in rows),
@@ -79,6 +79,11 @@ def few_images():
         mtimes_ns=table.mtimes_ns[rows],
         contents=tuple(table.contents[row] for row in rows),
     )
+
+
+@pytest.fixture(scope="session")
+def few_images():
+    return first_of_each_class(12)
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from stages import finetune as finetune_module
+from stages.augment import ImageSet, generators_kept, transforms
 from stages.backbone import load_backbone
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.dataset import id_data
 from stages.errors import InputError, StageError
 from stages.extract import extract_set
-from stages.finetune import finetune, read_finetuned_head, resolve_settings
+from stages.finetune import finetune, read_finetuned_head
 from stages.images import decode_image
 from stages.progress import NullProgress
+from stages.recipe import resolve_recipe
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
 TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0)
@@ -84,11 +86,11 @@ def test_it_learns(tuned):
 def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(tune, monkeypatch):
     losses, heads = iter([0.4, 0.4, 0.9]), []
 
-    def judged(model, *arguments):
-        heads.append(model.get_classifier().weight.detach().clone().numpy())
-        return {"select_loss": next(losses), "select_accuracy": 0.5}
+    def judged(tuning):
+        heads.append(tuning.objective.model.get_classifier().weight.detach().clone().numpy())
+        return {"select_loss": next(losses), "select_accuracy": 0.5}, np.zeros(4, dtype=int)
 
-    monkeypatch.setattr(finetune_module, "_evaluate", judged)
+    monkeypatch.setattr(finetune_module._Tuning, "_judge", judged)
     folder, _ = tune(TWO.model_copy(update={"epochs": 3}))
     np.testing.assert_array_equal(read_finetuned_head(folder)[0], heads[0])
     assert not np.array_equal(heads[0], heads[1])
@@ -187,13 +189,14 @@ def test_every_augmentation_is_drawn_from_the_seed(tune, tmp_path, recipe):
 
 
 def test_each_image_is_augmented_on_its_own_and_anew_each_epoch(small, few_images, backbone):
-    settings = resolve_settings(TWO.model_copy(update={"crop_scale": 0.3}), len(small.train))
-    transform, _ = finetune_module._transforms(backbone.model, EMBEDDED, settings)
+    settings = resolve_recipe(TWO.model_copy(update={"crop_scale": 0.3}), len(small.train))
     same = replace(few_images, contents=few_images.contents[:1] * 48)  # one picture under 48 names
-    images = finetune_module._Images(same, small.train.ids, np.arange(48), small.train_labels, transform)
+    both = transforms(backbone.model, EMBEDDED, settings)
+    images = ImageSet(same, small.train.ids, np.arange(48), small.train_labels, *both)
 
     def drawn(order, epoch):
-        return torch.cat([batch for batch, _ in images.batches(4, np.array(order), (0, epoch))])
+        with generators_kept():
+            return torch.stack([images.load(row, (0, epoch)) for row in order])
 
     one = drawn(range(12), 0)
     assert len({image.numpy().tobytes() for image in one}) > 6  # of a picture of 8 x 8 some crops are the same
@@ -261,7 +264,7 @@ def test_killed_while_writing_it_is_not_whole(tune, tmp_path, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_module, "write_text", killed)
+    monkeypatch.setattr(finetune_module, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         tune(one, seed=1, folder=tmp_path)
     assert not (tmp_path / "finetune.json").exists()  # the new weights do not pass for those of seed 0
@@ -294,8 +297,8 @@ def test_a_folder_without_a_head_is_said(tmp_path):
 
 
 def test_recipes_by_the_number_of_images():
-    small, paper = resolve_settings(FinetuneConfig(), 49_999), resolve_settings(FinetuneConfig(), 50_000)
+    small, paper = resolve_recipe(FinetuneConfig(), 49_999), resolve_recipe(FinetuneConfig(), 50_000)
     assert (small.mixup, small.rand_augment, small.layer_decay) == (0.0, "", 0.75)
     assert (paper.mixup, paper.cutmix, paper.warmup_epochs) == (0.8, 1.0, 10)
-    assert resolve_settings(FinetuneConfig(preset="paper", mixup=0.0), 10).mixup == 0.0
-    assert resolve_settings(FinetuneConfig(preset="small"), 10**6) == small
+    assert resolve_recipe(FinetuneConfig(preset="paper", mixup=0.0), 10).mixup == 0.0
+    assert resolve_recipe(FinetuneConfig(preset="small"), 10**6) == small

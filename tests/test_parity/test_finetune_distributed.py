@@ -1,0 +1,75 @@
+"""Two processes that fine-tune one backbone have the loss curve of one alone: real ones, joined by Gloo."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.test_parity.test_distributed import together
+from tests.test_stages.small_vit import cached, small_vit, tune
+
+EVERYTHING = {
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "ema": 0.5,
+    "drop_path": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return small_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def data(vit, few_images, tmp_path_factory):
+    return cached(vit, few_images, tmp_path_factory.mktemp("caches"))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"drop_path": 0.0}, EVERYTHING, {"beta": "dynamic", "cutmix": 1.0, "accumulate": 2, "head_epochs": 1}],
+    ids=["plain", "everything", "dynamic"],
+)
+def test_two_processes_have_the_loss_curve_of_one(vit, data, few_images, tmp_path, settings):
+    def work(ranks):
+        return [tune(vit, data, few_images, tmp_path / "two", **settings) for _ in range(2)]
+
+    assert together(work) == [[True, False]] * 2  # both train, one writes, and then it is fresh for both
+    assert tune(vit, data, few_images, tmp_path / "one", **settings)
+    for ours, alone in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours.keys() == alone.keys()
+        for name in ("loss", "select_loss"):
+            assert ours[name] == pytest.approx(alone[name], abs=1e-4)
+        for name in ("lr", "train_accuracy", "select_accuracy"):
+            assert ours[name] == alone[name]
+        np.testing.assert_allclose(ours.get("alpha", []), alone.get("alpha", []))
+    weights, expected = (load_file(tmp_path / name / "backbone.safetensors") for name in ("two", "one"))
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(weights[name], tensor, atol=2e-3, err_msg=name)
+
+
+def test_both_refuse_what_one_cannot_load(vit, data, few_images, tmp_path):
+    """The one that finds it must not leave the other waiting for its gradients."""
+    contents = list(few_images.contents)
+    contents[int(data.split.folds[0].train[0])] = b"no image"
+
+    def work(ranks):
+        try:
+            tune(vit, data, replace(few_images, contents=tuple(contents)), tmp_path)
+        except Exception as error:
+            return [type(error).__name__, str(error)]
+        return []
+
+    ours, theirs = together(work)
+    assert ours == theirs
+    assert "1 images cannot be used any more" in ours[1]
+    assert len((tmp_path / "failures.jsonl").read_text().splitlines()) == 1

@@ -1,0 +1,30 @@
+"""A fine-tune in a process that may be killed: it tells how many images it has trained on.
+
+``python -m tests.test_stages.killed_finetune WEIGHTS CACHE-FOLDER RESULT-FOLDER`` on the images of `few_images`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from stages.config import BackboneConfig
+from stages.progress import NullProgress
+from tests.conftest import first_of_each_class
+from tests.test_stages.small_vit import NAME, cached, tune
+
+
+class Tells(NullProgress):
+    """Prints the epoch of every batch."""
+
+    def advance(self, n=1, **fields):
+        if n and "epoch" in fields:
+            print(fields["epoch"], flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    weights, caches, result = sys.argv[1:]
+    config, images = BackboneConfig(name=NAME, weights=weights, image_size=32), first_of_each_class(12)
+    data = cached(config, images, Path(caches))
+    tune(config, data, images, Path(result), progress=Tells(), mixup=0.8, ema=0.9, beta="dynamic", workers=1)

@@ -1,0 +1,50 @@
+"""A ViT of six small blocks with seeded random weights, and what is needed to fine-tune it on a few digits."""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from stages.backbone import load_backbone
+from stages.config import BackboneConfig, FinetuneConfig
+from stages.dataset import IdData, id_data
+from stages.extract import extract_set
+from stages.finetune import finetune
+from stages.images import SampleTable
+from stages.progress import Progress
+from tests.test_stages.drawn import create
+
+NAME = "test_vit"
+SMALL = FinetuneConfig(
+    epochs=2, batch_size=15, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0, drop_path=0.2, workers=0
+)
+
+
+def small_vit(folder: Path, name: str = NAME, image_size: int = 32) -> BackboneConfig:
+    """Its weights in a file."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        save_file({key: tensor.contiguous() for key, tensor in create(name).state_dict().items()}, path)
+    return BackboneConfig(name=name, weights=str(path), image_size=image_size)
+
+
+def cached(config: BackboneConfig, images: SampleTable, folder: Path, patches: str = "full") -> IdData:
+    """The ID side of a study on its features."""
+    backbone = load_backbone(config)
+    spec = backbone.feature_spec("float32", patches)
+    cache = extract_set("few", images, spec, folder, lambda: backbone)
+    return id_data(cache, None, val_share=0.25, cross_fit=False)
+
+
+def tune(
+    config: BackboneConfig,
+    data: IdData,
+    images: SampleTable,
+    folder: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    mixture=None,
+    **settings,
+) -> bool:
+    """Fine-tune it with the small settings and some others."""
+    asked = SMALL.model_copy(update=settings)
+    return finetune(config, data, images, images, asked, seed, folder, progress=progress, mixture=mixture)
