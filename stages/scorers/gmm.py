@@ -153,7 +153,7 @@ class GMMScorer(Scorer):
         if self.covariance == "shared":
             tied = moments_of(train, self.name)
             return GaussianMixture.of(
-                tied.counts / len(tied), tied.class_means, tied.within[None] / len(tied), self.jitter
+                tied.counts / len(tied), tied.class_means, tied.within.matrix[None] / len(tied), self.jitter
             )
         return self._of_classes(train)
 
@@ -172,7 +172,7 @@ class GMMScorer(Scorer):
             rows = np.flatnonzero(classes == label)
             for start in range(0, len(rows), _BLOCK):
                 moments.add(features[rows[start : start + _BLOCK]])
-            means[index], covariances[index] = moments.mean, moments.within / len(moments)
+            means[index], covariances[index] = moments.mean, moments.within.matrix / len(moments)
         return GaussianMixture.of(counts / len(train), means, covariances, self.jitter)
 
     def judge(self, x: ScoreInputs, memory: GaussianMixture) -> Floats:

@@ -14,10 +14,10 @@ from stages.scorers.moments import (
     RANK_RTOL,
     FeatureMoments,
     RankTolerance,
+    Scatter,
     float64_rows,
     moments_of,
     squared_distances,
-    whitening,
 )
 
 Matrix = NDArray[np.float64]
@@ -38,14 +38,10 @@ class TiedGaussians:
     means: Matrix
 
     @classmethod
-    def of(cls, means: ArrayLike, covariance: ArrayLike, rtol: RankTolerance = RANK_RTOL) -> Self:
-        """From means [C, D] and a covariance [D, D]; ``rtol`` as in `whitening`.
-
-        Raises:
-            InputError: a covariance of 0.
-        """
+    def of(cls, means: ArrayLike, whiten: Matrix) -> Self:
+        """From means [C, D] and `whiten` [D, r]."""
         means = np.asarray(means, dtype=np.float64)
-        origin, whiten = means.mean(axis=0), whitening(np.asarray(covariance, dtype=np.float64), rtol)
+        origin = means.mean(axis=0)
         return cls(origin, whiten, (means - origin) @ whiten)
 
     def nearest(self, features: ArrayLike, normalise: bool = False) -> NDArray[np.float64]:
@@ -77,7 +73,7 @@ def mahalanobis_score(features: ArrayLike, classes: TiedGaussians, normalise: bo
     Raises:
         InputError: another D, NaN or inf.
 
-    >>> mahalanobis_score([[3.0, 1.0]], TiedGaussians.of([[1.0, 1.0], [9.0, 0.0]], covariance=np.diag([4.0, 1.0])))
+    >>> mahalanobis_score([[3.0, 1.0]], TiedGaussians.of([[1.0, 1.0], [9.0, 0.0]], np.diag([0.5, 1.0])))
     array([1.], dtype=float32)
     """
     return np.asarray(classes.nearest(features, normalise), dtype=np.float32)
@@ -103,7 +99,7 @@ def relative_mahalanobis_score(
     Raises:
         InputError: another D, NaN or inf.
 
-    >>> classes, background = TiedGaussians.of([[1.0], [9.0]], [[1.0]]), TiedGaussians.of([[5.0]], [[4.0]])
+    >>> classes, background = TiedGaussians.of([[1.0], [9.0]], np.eye(1)), TiedGaussians.of([[5.0]], np.eye(1) / 2)
     >>> relative_mahalanobis_score([[3.0]], classes, background)
     array([3.], dtype=float32)
     """
@@ -134,8 +130,10 @@ class _TiedScorer(Scorer):
     def _moments(self, train: ScoreInputs, by_class: bool = True) -> FeatureMoments:
         return moments_of(train, self.name, self.normalise, by_class)
 
-    def _gaussians(self, means: Matrix, scatter: Matrix, n: int) -> TiedGaussians:
-        return TiedGaussians.of(means, (scatter + self.ridge * np.eye(len(scatter))) / n, self.rank_rtol)
+    def _gaussians(self, means: Matrix, scatter: Scatter, n: int) -> TiedGaussians:
+        if self.ridge:
+            scatter = scatter.plus(np.sqrt(self.ridge) * np.eye(means.shape[1]))
+        return TiedGaussians.of(means, scatter.whitening(self.rank_rtol) * np.sqrt(n))
 
     def facts(self, memory: TiedGaussians | tuple[TiedGaussians, TiedGaussians]) -> dict[str, Any]:
         """Rank of the covariance, where it has less than D: directions without variance are not looked at."""

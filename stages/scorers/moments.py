@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from scipy.linalg import lapack
 
 from stages.bank import checked_features
 from stages.errors import InputError
@@ -17,6 +18,118 @@ from stages.scorers.base import ScoreInputs
 # Directions whose variance is below this share of the largest are rounding of the sum over rows: not the data's.
 RANK_RTOL = 1e-12
 RankTolerance = Annotated[float, Field(ge=0, lt=1)] | Literal["float32"]
+
+
+class Scatter:
+    """A sum of outer products Σ rᵀr of rows r: kept as the rows while they are few, as the D × D matrix from there on.
+
+    Few rows of many features are common here (an expert's own, or a small set), and the spectrum of m rows costs m³
+    and not D³.
+
+    Args:
+        dim: D.
+
+    >>> Scatter(2).add(np.array([[1.0, 2.0]])).matrix.tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._rows: NDArray[np.float64] | None = np.zeros((0, dim))
+        self._matrix = np.zeros((0, 0))  # once there are no rows
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """[D, D] float64."""
+        return self._matrix if self._rows is None else self._rows.T @ self._rows
+
+    def add(self, rows: NDArray[np.float64]) -> Self:
+        """Takes rows [n, D] in, and returns itself."""
+        if self._rows is not None and 2 * (len(self._rows) + len(rows)) <= self._rows.shape[1]:
+            self._rows = np.concatenate([self._rows, rows])
+            return self
+        if self._rows is not None:
+            self._matrix, self._rows = self._rows.T @ self._rows, None
+        self._matrix += rows.T @ rows
+        return self
+
+    def plus(self, rows: NDArray[np.float64]) -> "Scatter":
+        """This with rows [n, D] added; this stays as it is."""
+        if self._rows is not None:
+            return Scatter(self._rows.shape[1]).add(np.concatenate([self._rows, rows]))
+        both = Scatter(len(self._matrix))
+        both._rows, both._matrix = None, self._matrix + rows.T @ rows
+        return both
+
+    def over(self, scale: NDArray[np.float64]) -> "Scatter":
+        """That of the rows with each feature divided by ``scale`` [D]."""
+        divided = Scatter(len(scale))
+        if self._rows is not None:
+            return divided.add(self._rows / scale)
+        divided._rows, divided._matrix = None, self._matrix / np.outer(scale, scale)
+        return divided
+
+    def spectrum(self, rtol: RankTolerance = RANK_RTOL) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Eigenvalues and eigenvectors of the matrix, the largest first, without those that count as 0.
+
+        Args:
+            rtol: eigenvalues of at most this share of the largest count as 0. ``"float32"``: D times the rounding of
+                float32, which is what scikit-learn and torch leave out of the pseudo-inverse of a float32 matrix.
+
+        Returns:
+            [r] and [D, r], orthonormal columns.
+
+        Raises:
+            InputError: no positive eigenvalue.
+        """
+        if self._rows is None:
+            values, vectors = np.linalg.eigh(self._matrix)  # ascending
+        else:
+            values, small = np.linalg.eigh(self._rows @ self._rows.T)
+            vectors = self._rows.T @ small  # still to be divided by their lengths, the roots of the values
+        if not len(values) or not values[-1] > 0:
+            raise InputError("the ID training features do not vary: a covariance needs rows that differ")
+        kept = np.flatnonzero(values > _share(rtol, len(vectors)) * values[-1])[::-1]
+        values, vectors = values[kept], vectors[:, kept]
+        return values, vectors if self._rows is None else vectors / np.sqrt(values)
+
+    def whitening(self, rtol: RankTolerance = RANK_RTOL) -> NDArray[np.float64]:
+        """W with W·Wᵀ the pseudo-inverse of the matrix: rows times W have the unit matrix for their scatter.
+
+        The inverse of a Cholesky factor where nothing is left out, and else by eigenvectors: D > n is common here, and
+        a Cholesky factor of a matrix that is singular up to rounding exists or not by chance.
+
+        Args:
+            rtol: as in `spectrum`.
+
+        Returns:
+            [D, rank] float64.
+
+        Raises:
+            InputError: no positive eigenvalue, so nothing to divide by.
+
+        >>> Scatter(3).add(np.diag([2.0, 0.0, 0.5])).whitening().tolist()
+        [[0.5, 0.0], [0.0, 0.0], [0.0, 2.0]]
+        """
+        if self._rows is None and (whiten := _triangular_whitening(self._matrix, rtol)) is not None:
+            return whiten
+        values, vectors = self.spectrum(rtol)
+        return vectors / np.sqrt(values)
+
+
+def _share(rtol: RankTolerance, dim: int) -> float:
+    return dim * float(np.finfo(np.float32).eps) if rtol == "float32" else float(rtol)
+
+
+def _triangular_whitening(matrix: NDArray[np.float64], rtol: RankTolerance) -> NDArray[np.float64] | None:
+    """The inverse transpose of the matrix's Cholesky factor; None where an eigenvalue might count as 0."""
+    factor, failed = lapack.dpotrf(matrix, lower=1)
+    if failed:
+        return None
+    # LAPACK's estimate is within a small factor of the condition in the 1-norm, which bounds that of the eigenvalues.
+    reciprocal_condition, _ = lapack.dpocon(factor, np.abs(matrix).sum(axis=0).max(), uplo="L")
+    if reciprocal_condition <= 10 * _share(rtol, len(matrix)):
+        return None
+    return lapack.dtrtri(factor, lower=1)[0].T
 
 
 class FeatureMoments:
@@ -33,10 +146,10 @@ class FeatureMoments:
         classes: [C] labels seen, ascending.
         counts: [C] rows of each.
         class_means: [C, D] float64.
-        within: [D, D] float64, Σ (z − μ_class)(z − μ_class)ᵀ over all rows; not divided by their number.
+        within: Σ (z − μ_class)(z − μ_class)ᵀ over all rows; not divided by their number.
 
     >>> moments = FeatureMoments().add([[1.0, 0.0], [3.0, 0.0]], np.array([7, 7])).add([[0.0, 4.0]], np.array([9]))
-    >>> moments.class_means.tolist(), moments.within.tolist()
+    >>> moments.class_means.tolist(), moments.within.matrix.tolist()
     ([[2.0, 0.0], [0.0, 4.0]], [[2.0, 0.0], [0.0, 0.0]])
     """
 
@@ -46,7 +159,7 @@ class FeatureMoments:
         self.classes = np.zeros(0, dtype=np.int64)
         self.counts = np.zeros(0, dtype=np.int64)
         self.class_means = np.zeros((0, 0))
-        self.within = np.zeros((0, 0))  # stays empty without scatter
+        self.within = Scatter(0)  # stays empty without scatter
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -68,15 +181,13 @@ class FeatureMoments:
         return self.counts @ self.class_means / len(self)
 
     @property
-    def total(self) -> NDArray[np.float64]:
-        """[D, D] Σ (z − μ)(z − μ)ᵀ around the mean μ of all rows; not divided by their number."""
-        apart = np.sqrt(self.counts)[:, None] * (self.class_means - self.mean)
-        return self.within + apart.T @ apart
+    def total(self) -> Scatter:
+        """Σ (z − μ)(z − μ)ᵀ around the mean μ of all rows; not divided by their number."""
+        return self.within.plus(np.sqrt(self.counts)[:, None] * (self.class_means - self.mean))
 
-    def about(self, origin: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[D, D] Σ (z − origin)(z − origin)ᵀ; not divided by the number of rows."""
-        offset = self.mean - origin
-        return self.total + len(self) * np.outer(offset, offset)
+    def about(self, origin: NDArray[np.float64]) -> Scatter:
+        """Σ (z − origin)(z − origin)ᵀ; not divided by the number of rows."""
+        return self.total.plus(np.sqrt(len(self)) * (self.mean - origin)[None])
 
     def add(self, features: ArrayLike, labels: NDArray[np.integer] | None = None) -> Self:
         """Takes rows in, and returns itself.
@@ -106,7 +217,7 @@ class FeatureMoments:
         if len(self.classes):
             counts[at], means[at] = self.counts, self.class_means
         elif self.scatter:
-            self.within = np.zeros((dim, dim))
+            self.within = Scatter(dim)
         self.classes, self.counts, self.class_means = classes, counts, means
 
     def _merge(self, rows: NDArray[np.float64], labels: NDArray[np.integer]) -> None:
@@ -120,9 +231,9 @@ class FeatureMoments:
         step = means - self.class_means[at]
         if self.scatter:
             rows -= np.repeat(means, counts, axis=0)
-            self.within += rows.T @ rows
-            apart = np.sqrt(before * counts / after)[:, None] * step
-            self.within += apart.T @ apart
+            known = before > 0
+            apart = np.sqrt(before * counts / after)[known, None] * step[known]
+            self.within.add(rows).add(apart)
         self.class_means[at] += (counts / after)[:, None] * step
         self.counts[at] = after
 
@@ -196,31 +307,3 @@ def squared_distances(rows: NDArray[np.float64], means: NDArray[np.float64]) -> 
     squares += np.einsum("nr,nr->n", rows, rows)[:, None]
     squares += np.einsum("cr,cr->c", means, means)
     return np.maximum(squares, 0, out=squares)
-
-
-def whitening(matrix: NDArray[np.float64], rtol: RankTolerance = RANK_RTOL) -> NDArray[np.float64]:
-    """W with W·Wᵀ the pseudo-inverse of a symmetric positive semi-definite matrix: rows times W have unit covariance.
-
-    By its eigenvectors, for a full rank and a deficient one alike: D > n is common here, and a Cholesky factor of a
-    matrix that is singular up to rounding exists or not by chance.
-
-    Args:
-        matrix: [D, D].
-        rtol: directions with an eigenvalue of at most this share of the largest are left out; ``"float32"``: D times
-            the rounding of float32, as scikit-learn and torch leave them out where the matrix is float32.
-
-    Returns:
-        [D, rank] float64.
-
-    Raises:
-        InputError: no positive eigenvalue, so nothing to divide by.
-
-    >>> whitening(np.diag([4.0, 0.0, 0.25])).tolist()
-    [[0.0, 0.5], [0.0, 0.0], [2.0, 0.0]]
-    """
-    values, vectors = np.linalg.eigh(matrix)  # ascending
-    if not values[-1] > 0:
-        raise InputError("the ID training features do not vary: a covariance needs rows that differ")
-    share = len(values) * float(np.finfo(np.float32).eps) if rtol == "float32" else rtol
-    kept = values > share * values[-1]
-    return vectors[:, kept] / np.sqrt(values[kept])

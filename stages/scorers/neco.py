@@ -85,11 +85,10 @@ class NECOScorer(Scorer):
         A feature that does not vary over ID training rows is divided by 1, as by scikit-learn's StandardScaler.
         """
         moments = moments_of(train, self.name, by_class=False)
-        covariance = moments.total / len(moments)
-        variances = np.diagonal(covariance)
+        total = moments.total
+        variances = np.diagonal(total.matrix) / len(moments)
         scale = np.sqrt(np.where(variances > RANK_RTOL * variances.max(), variances, 1.0))
-        lengths, directions = np.linalg.eigh(covariance / np.outer(scale, scale))
-        lengths, directions = np.maximum(lengths[::-1], 0), directions[:, ::-1]  # the longest first
+        lengths, directions = total.over(scale).spectrum()
         explained = np.cumsum(lengths)
         # Less a rounding, or a share of 1 might never be reached.
         enough = int(np.searchsorted(explained, self.variance * explained[-1] * (1 - 1e-12))) + 1

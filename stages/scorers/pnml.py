@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
 from stages.scorers.base import ClassifierHead, Floats, ScoreInputs, Scorer
-from stages.scorers.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of, whitening
+from stages.scorers.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of
 
 Matrix = NDArray[np.float64]
 _SMALLEST = 1e-12  # probabilities are kept this far from 0 and 1: pytorch-ood's bound
@@ -26,7 +26,7 @@ def pnml_score(features: ArrayLike, weight: ArrayLike, bias: ArrayLike, whiten: 
         features: [n, D], any float type; computed in float64.
         weight: [C, D] of the head.
         bias: [C].
-        whiten: [D, r] with whiten · whitenᵀ = (XᵀX)⁺ (`stages.scorers.moments.whitening`).
+        whiten: [D, r] with whiten · whitenᵀ = (XᵀX)⁺ (`stages.scorers.moments.Scatter.whitening`).
 
     Returns:
         [n] float32 in [0, 1]: 0 for a row that lies in all of X or that the head is sure of. With one class, 0.
@@ -74,7 +74,7 @@ class PNMLScorer(Scorer):
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Design:
         """The head, and the pseudo-inverse of XᵀX."""
         moments = moments_of(train, self.name, normalise=True, by_class=False)
-        return Design(train.need_head(self.name), whitening(moments.about(np.zeros(moments.dim)), self.rank_rtol))
+        return Design(train.need_head(self.name), moments.about(np.zeros(moments.dim)).whitening(self.rank_rtol))
 
     def judge(self, x: ScoreInputs, memory: Design) -> Floats:
         """Regret, [n]."""

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 
 from stages.errors import InputError
 from stages.scorers.base import Floats, ScoreInputs, Scorer, scaled_logits
-from stages.scorers.moments import RANK_RTOL, float64_rows, moments_of
+from stages.scorers.moments import float64_rows, moments_of
 
 Matrix = NDArray[np.float64]
 
@@ -37,7 +37,7 @@ def virtual_origin(weight: ArrayLike, bias: ArrayLike) -> Matrix:
     return -np.linalg.pinv(np.asarray(weight, np.float64), rcond=PINV_RTOL) @ np.asarray(bias, np.float64)
 
 
-def residual_score(features: ArrayLike, origin: ArrayLike, null_space: ArrayLike) -> Floats:
+def residual_score(features: ArrayLike, origin: ArrayLike, principal: ArrayLike) -> Floats:
     """‖P⊥(z − u)‖, the length of what the principal subspace leaves of a feature; higher = more OOD.
 
     Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022, section 3.
@@ -45,7 +45,7 @@ def residual_score(features: ArrayLike, origin: ArrayLike, null_space: ArrayLike
     Args:
         features: [n, D], any float type; computed in float64.
         origin: [D] u.
-        null_space: [D, D − d] orthonormal columns that span the complement of the principal subspace.
+        principal: [D, d] orthonormal columns that span the principal subspace; P⊥ takes away what lies in it.
 
     Returns:
         [n] float32, at least 0.
@@ -53,13 +53,13 @@ def residual_score(features: ArrayLike, origin: ArrayLike, null_space: ArrayLike
     Raises:
         InputError: another D, NaN or inf.
 
-    >>> residual_score([[7.0, 4.0, 3.0]], origin=[0.0, 0.0, 0.0], null_space=[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> residual_score([[7.0, 4.0, 3.0]], origin=[0.0, 0.0, 0.0], principal=[[1.0], [0.0], [0.0]])
     array([5.], dtype=float32)
     """
-    return np.asarray(_residual(features, np.asarray(origin), np.asarray(null_space)), dtype=np.float32)
+    return np.asarray(_residual(features, np.asarray(origin), np.asarray(principal)), dtype=np.float32)
 
 
-def vim_score(features: ArrayLike, logits: ArrayLike, origin: ArrayLike, null_space: ArrayLike, alpha: float) -> Floats:
+def vim_score(features: ArrayLike, logits: ArrayLike, origin: ArrayLike, principal: ArrayLike, alpha: float) -> Floats:
     """α·‖P⊥(z − u)‖ − logsumexp(l); higher = more OOD.
 
     Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022. Their score, the softmax probability
@@ -69,7 +69,7 @@ def vim_score(features: ArrayLike, logits: ArrayLike, origin: ArrayLike, null_sp
         features: as in `residual_score`.
         logits: [n, C].
         origin: as in `residual_score`.
-        null_space: as in `residual_score`.
+        principal: as in `residual_score`.
         alpha: what a unit of the residual counts in logits.
 
     Returns:
@@ -78,39 +78,40 @@ def vim_score(features: ArrayLike, logits: ArrayLike, origin: ArrayLike, null_sp
     Raises:
         InputError: another D, NaN or inf.
 
-    >>> vim_score([[7.0, 2.0]], [[1.0]], origin=[0.0, 0.0], null_space=[[0.0], [1.0]], alpha=3.0)
+    >>> vim_score([[7.0, 2.0]], [[1.0]], origin=[0.0, 0.0], principal=[[1.0], [0.0]], alpha=3.0)
     array([5.], dtype=float32)
     """
-    virtual = alpha * _residual(features, np.asarray(origin), np.asarray(null_space))
+    virtual = alpha * _residual(features, np.asarray(origin), np.asarray(principal))
     return np.asarray(virtual - logsumexp(scaled_logits(logits, 1.0), axis=1), dtype=np.float32)
 
 
-def _residual(features: ArrayLike, origin: Matrix, null_space: Matrix) -> NDArray[np.float64]:
+def _residual(features: ArrayLike, origin: Matrix, principal: Matrix) -> NDArray[np.float64]:
     rows = float64_rows(features, dim=len(origin)) - origin
-    return np.linalg.norm(rows @ null_space, axis=1)
+    rows -= (rows @ principal) @ principal.T
+    return np.linalg.norm(rows, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
-class Complement:
-    """What the principal subspace leaves: the directions in which ID training features are shortest, from u.
+class PrincipalSubspace:
+    """The directions in which ID training features are longest, seen from u.
 
     Attributes:
         origin: [D] u.
-        null_space: [D, D − d] orthonormal.
+        directions: [D, d] orthonormal.
         alpha: of `vim_score`.
     """
 
     origin: Matrix
-    null_space: Matrix
+    directions: Matrix
     alpha: float = 1.0
 
     @property
     def dim(self) -> int:
-        """d, of the principal subspace."""
-        return len(self.null_space) - self.null_space.shape[1]
+        """D."""
+        return self.directions.shape[1]
 
 
-def complement_of(train: ScoreInputs, who: str, dim: int | None) -> Complement:
+def principal_subspace_of(train: ScoreInputs, who: str, dim: int | None) -> PrincipalSubspace:
     """By the second moments of ID training features around u = −W⁺b, read block by block.
 
     Args:
@@ -125,13 +126,13 @@ def complement_of(train: ScoreInputs, who: str, dim: int | None) -> Complement:
     head = train.need_head(who)
     origin = virtual_origin(head.weight, head.bias)
     moments = moments_of(train, who, by_class=False)
-    lengths, directions = np.linalg.eigh(moments.about(origin))  # the shortest first
-    rank = int((lengths > RANK_RTOL * lengths[-1]).sum())
+    _, directions = moments.about(origin).spectrum()
+    rank = directions.shape[1]
     if dim is None:
         dim = 1000 if moments.dim >= 2048 else 512 if moments.dim >= 768 else moments.dim // 2
     if dim >= rank:
         dim = rank // 2
-    return Complement(origin, np.ascontiguousarray(directions[:, : moments.dim - dim]))
+    return PrincipalSubspace(origin, np.ascontiguousarray(directions[:, :dim]))
 
 
 @dataclass(eq=False)
@@ -139,7 +140,7 @@ class ResidualScorer(Scorer):
     """`residual_score`. OpenOOD fits it on validation rows, ViM's authors on training rows, as here.
 
     Attributes:
-        dim: d, as in `complement_of`; ``params()`` says which it came to be.
+        dim: d, as in `principal_subspace_of`; ``params()`` says which it came to be.
     """
 
     name: ClassVar[str] = "residual"
@@ -148,15 +149,15 @@ class ResidualScorer(Scorer):
 
     dim: Annotated[int, Field(ge=1)] | None = None
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Complement:
-        """The complement of the principal subspace."""
-        return complement_of(train, self.name, self.dim)
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> PrincipalSubspace:
+        """The principal subspace."""
+        return principal_subspace_of(train, self.name, self.dim)
 
-    def judge(self, x: ScoreInputs, memory: Complement) -> Floats:
+    def judge(self, x: ScoreInputs, memory: PrincipalSubspace) -> Floats:
         """Length of the residual, [n]."""
-        return residual_score(x.need("features", self.name), memory.origin, memory.null_space)
+        return residual_score(x.need("features", self.name), memory.origin, memory.directions)
 
-    def facts(self, memory: Complement) -> dict[str, Any]:
+    def facts(self, memory: PrincipalSubspace) -> dict[str, Any]:
         """The dimension, where it is not the one that was set."""
         return {"dim_used": memory.dim} if memory.dim != self.dim else {}
 
@@ -169,8 +170,8 @@ class ViMScorer(ResidualScorer):
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "head", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"dim": 256}})
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Complement:
-        """The complement of the principal subspace, and α.
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> PrincipalSubspace:
+        """The principal subspace, and α.
 
         Raises:
             InputError: ID training rows without a residual.
@@ -179,16 +180,16 @@ class ViMScorer(ResidualScorer):
         largest = residual = 0.0
         for block in train.blocks():
             largest += float(block.need("logits", self.name).max(axis=1).sum(dtype=np.float64))
-            residual += float(_residual(block.need("features", self.name), found.origin, found.null_space).sum())
+            residual += float(_residual(block.need("features", self.name), found.origin, found.directions).sum())
         if not residual > 0:
             raise InputError("vim: the ID training features have nothing outside their principal subspace")
         return replace(found, alpha=largest / residual)
 
-    def judge(self, x: ScoreInputs, memory: Complement) -> Floats:
+    def judge(self, x: ScoreInputs, memory: PrincipalSubspace) -> Floats:
         """Virtual logit less energy, [n]."""
         features, logits = x.need("features", self.name), x.need("logits", self.name)
-        return vim_score(features, logits, memory.origin, memory.null_space, memory.alpha)
+        return vim_score(features, logits, memory.origin, memory.directions, memory.alpha)
 
-    def facts(self, memory: Complement) -> dict[str, Any]:
+    def facts(self, memory: PrincipalSubspace) -> dict[str, Any]:
         """α, and the dimension where it is not the one that was set."""
         return super().facts(memory) | {"alpha": memory.alpha}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.errors import InputError
 from stages.scorers import ScoreInputs
 from stages.scorers.mahalanobis import MahalanobisScorer
-from stages.scorers.moments import FeatureMoments, whitening
+from stages.scorers.moments import FeatureMoments, Scatter, _triangular_whitening
 
 
 def drawn(n=200, dim=5, classes=3, seed=0):
@@ -32,10 +32,10 @@ def test_any_blocks_give_the_statistics_of_all_rows(cuts, seed):
     np.testing.assert_array_equal(moments.classes, classes)
     np.testing.assert_array_equal(moments.counts, [np.sum(labels == c) for c in classes])
     np.testing.assert_allclose(moments.class_means, means, atol=1e-12)
-    np.testing.assert_allclose(moments.within, apart.T @ apart, atol=1e-9)
+    np.testing.assert_allclose(moments.within.matrix, apart.T @ apart, atol=1e-9)
     np.testing.assert_allclose(moments.mean, features.mean(axis=0), atol=1e-12)
-    np.testing.assert_allclose(moments.total, 200 * np.cov(features.T, bias=True), atol=1e-8)
-    np.testing.assert_allclose(moments.about(np.zeros(5)), features.T @ features, atol=1e-8)
+    np.testing.assert_allclose(moments.total.matrix, 200 * np.cov(features.T, bias=True), atol=1e-8)
+    np.testing.assert_allclose(moments.about(np.zeros(5)).matrix, features.T @ features, atol=1e-8)
 
 
 def test_nothing_cancels_far_from_the_origin():
@@ -44,7 +44,7 @@ def test_nothing_cancels_far_from_the_origin():
     near, far = FeatureMoments().add(features, labels), FeatureMoments()
     for block in np.split(np.arange(200), 4):
         far.add(features[block] + 1e7, labels[block])
-    np.testing.assert_allclose(far.within, near.within, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(far.within.matrix, near.within.matrix, rtol=1e-6, atol=1e-6)
 
 
 def test_normalised_rows_have_length_1_and_zero_rows_stay():
@@ -61,20 +61,49 @@ def test_what_cannot_be_counted_is_refused():
     with pytest.raises(InputError, match="no ID training rows"):
         _ = FeatureMoments().mean
     with pytest.raises(InputError, match="do not vary"):
-        whitening(np.zeros((3, 3)))
+        Scatter(3).add(np.zeros((5, 3))).whitening()
+    with pytest.raises(InputError, match="do not vary"):
+        Scatter(30).whitening()
 
 
 def test_whitened_rows_have_unit_covariance():
     features, _ = drawn()
-    white = (features - features.mean(axis=0)) @ whitening(np.cov(features.T, bias=True))
-    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(5), atol=1e-10)
+    white = (features - features.mean(axis=0)) @ FeatureMoments().add(features).total.whitening()
+    np.testing.assert_allclose(white.T @ white, np.eye(5), atol=1e-10)
 
 
 def test_float32_rounding_is_cut_where_libraries_cut_it():
-    spectrum = np.diag([1.0, 1e-3, 1e-8])
-    assert whitening(spectrum).shape == (3, 3)
-    assert whitening(spectrum, "float32").shape == (3, 2)
-    assert whitening(spectrum, 1e-2).shape == (3, 1)
+    scatter = Scatter(3).add(np.sqrt(np.diag([1.0, 1e-3, 1e-8])))
+    assert scatter.whitening().shape == (3, 3)
+    assert scatter.whitening("float32").shape == (3, 2)
+    assert scatter.whitening(1e-2).shape == (3, 1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(0, 1000), st.floats(0, 4))
+def test_few_rows_and_their_matrix_have_one_spectrum(n, seed, decades):
+    """Kept as rows up to half of the features, as the matrix beyond: the same pseudo-inverse."""
+    rows = np.random.default_rng(seed).normal(size=(n, 24)) * np.logspace(0, -decades, 24)
+    scatter, dense = Scatter(24).add(rows), Scatter(24).add(np.zeros((13, 24))).add(rows)
+    np.testing.assert_allclose(scatter.matrix, dense.matrix, atol=1e-10)
+    for each in (scatter, dense):
+        values, vectors = each.spectrum()
+        assert len(values) == min(n, 24)
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(values)), atol=1e-6)
+        whiten = each.whitening()
+        np.testing.assert_allclose(whiten @ whiten.T @ rows.T, np.linalg.pinv(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cholesky_factor_stands_for_eigenvectors_only_where_nothing_is_left_out():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(50, 6)) * [1, 1, 1, 1e-2, 1e-2, 1e-4]
+    matrix = rows.T @ rows
+    quick = _triangular_whitening(matrix, 1e-12)
+    values, vectors = np.linalg.eigh(matrix)
+    np.testing.assert_allclose(quick @ quick.T, (vectors / values) @ vectors.T, rtol=1e-6)
+    assert _triangular_whitening(matrix, "float32") is None  # 1e-8 of the largest counts as 0 there
+    rows[:, 5] = rows[:, 4]
+    assert _triangular_whitening(rows.T @ rows, 1e-12) is None
 
 
 def peak_of_a_fit(n, folder):

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache
 from stages import backbone as backbone_module
-from stages.config import ScoreConfig, TrainConfig
+from stages.config import SCORE_NAMES, ScoreConfig, TrainConfig
 from stages.dataset import id_data, read_tokens
 from stages.errors import InputError
 from stages.experts import load_mixture
@@ -328,6 +329,25 @@ def groups_alone(source, data, backbone, tmp_path_factory):
     path = tmp_path_factory.mktemp("mos") / "seed-0"
     train_mofe(data, TrainConfig(experts=2, epochs=3, expert="frozen"), backbone.end, seed=0, folder=path)
     return replace(source, mixtures=(*source.mixtures, MixtureFolder("mos", 0, path)))
+
+
+def test_every_score_of_features_and_heads_runs_on_real_rows(source, tmp_path):
+    """In each expert's subspace and classes, with every head that it reads, on a set far smaller than its features."""
+    names = [name for name in SCORE_NAMES if name not in ("mos", "knn")]
+    result = score([source], CONFIG.model_copy(update={"scores": names}), tmp_path)
+    assert all(np.isfinite([row.auroc, row.fpr95]).all() for row in result.rows)
+    found = {(row.score, row.features) for row in result.rows} - {("knn", "cls")}
+    assert found == {(name, features) for name in names for features in ("cls", "mofe")} - {("other", "cls")}
+    heads = {row.head for row in result.rows if row.score == "vim" and row.features == "mofe"}
+    assert heads == {"trained", "refit", "refit-group"}
+    trained = load_refined(
+        refined_path(source.mixtures[0].path, "final", "sets/far"),
+        {"mixture": json.loads((source.mixtures[0].path / "mofe.json").read_text())["identity"],
+         "features": source.tests[2].cache.identity},
+    )  # fmt: skip
+    samples = samples_of(tmp_path, asdict(next(row for row in result.rows if row.score == "other")))
+    expected = softmax(np.c_[trained.logits, trained.other].astype(np.float64), axis=1)[:, -1]
+    np.testing.assert_allclose(samples["other"][samples["set"] == "far"], expected, rtol=1e-5)
 
 
 def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp_path):
