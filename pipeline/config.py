@@ -1,7 +1,8 @@
 """The experiment file: read, overridden by ``--set``, and checked as a whole before any work.
 
-``extends = "other.toml"`` takes that file's keys and puts this one's over them: tables are merged, all else is replaced.
-Paths are relative to the file that names them; those of a set's images and features to ``data``, where it is given.
+``extends = "other.toml"`` takes that file's keys and puts this one's over them: tables are merged, all else is
+replaced. Paths are relative to the file that names them; those of a set's images and features to ``data``, where it
+is given.
 
 A problem is one line that names the key, what was given and what is allowed:
 ``study.toml: train.epochs: 0 given, must be greater than 0``.

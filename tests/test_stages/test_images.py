@@ -182,7 +182,7 @@ def test_the_paths_of_a_list_may_be_relative_to_another_folder(tmp_path, name, c
     assert table.reader().read(0) == (tmp_path / "images/x/1.png").read_bytes()
     with pytest.raises(InputError, match="none of its 1 images is there"):
         list_images(str(tmp_path / name))
-    with pytest.raises(InputError, match="its root .*nowhere is no folder"):
+    with pytest.raises(InputError, match=r"its root .*nowhere is no folder"):
         list_images(str(tmp_path / name), str(tmp_path / "nowhere"))
 
 
