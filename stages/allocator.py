@@ -14,6 +14,10 @@ def keep_freed_memory() -> None:
     unmapped. A forward pass of 16 images of 224 px through EfficientNet-Lite0 costs half as much CPU time without
     that. One arena serves all threads, since the others cannot grow to such blocks: two threads that run that network
     side by side are a quarter faster so. What a process holds is then its peak. Does nothing with another C library.
+
+    Call it before the first thread: an arena that exists by then (importing pyarrow starts threads, and so does the
+    first parallel operation of torch) is handed on to later threads, and a forward pass in it maps and unmaps up to
+    16 MB for an image.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
