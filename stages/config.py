@@ -108,6 +108,8 @@ class FinetuneConfig(StageConfig):
 # that an experiment file is checked without numpy and faiss; a test holds the two together.
 SCORE_NAMES = (
     "msp", "energy", "knn", "ncm", "mos",
+    "temperature-scaling", "max-logit", "entropy", "gen", "kl-matching",
+    "react", "ash-s", "ash-p", "ash-b", "scale", "lts", "vra", "dice", "gradnorm",
     "mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "cosine",
     "vim", "residual", "neco", "she", "fdbd", "nci", "pnml", "nnguide", "relation",
     "knn-mean", "other",

@@ -4,12 +4,16 @@ Higher = more OOD, everywhere. A new score is one file beside these, a line in `
 `stages.config.SCORE_NAMES`.
 
     base          ScoreInputs, what a score may look at; Scorer, what a score is, and its routing over experts
-    energy, msp   scores of the logits
+    energy, msp, temperature, maxlogit, entropy, gen, klmatching    scores of the logits
+    react, ash, scale, lts, vra, dice, gradnorm                     scores of the last layer's input and weights
     mos           the smallest probability of "other" over the groups
     knn           distance to the k-th neighbour, in the routed expert's subspace where there are experts
     ncm           distance to the nearest class mean, likewise
     knn_mean      mean distance to the k nearest
     other         the routed expert's probability of "other"
+    knn           distance to the k-th neighbour
+    ncm           distance to the nearest class mean
+    softmax, quantiles, shaping    what several of them share
     cosine        cosine to the nearest class mean
     mahalanobis   distances with one covariance: to the nearest class mean, relative to all, to the mean (ssd); ++
     gmm           density of a Gaussian for each class
@@ -29,14 +33,21 @@ from typing import Any
 
 from stages.config import Profile
 from stages.errors import InputError
+from stages.scorers.ash import ASHBScorer, ASHPScorer, ASHSScorer, ash_score
 from stages.scorers.base import ClassifierHead, ScoreInputs, Scorer, check_settings, join
 from stages.scorers.calibration import ExpertCalibration, Standardiser, ThresholdEstimate, sum_scores, threshold_at
 from stages.scorers.cosine import CosineScorer, cosine_score
+from stages.scorers.dice import DICEScorer, dice_score, sparse_head
 from stages.scorers.energy import EnergyScorer, energy_score
+from stages.scorers.entropy import EntropyScorer, entropy_score
 from stages.scorers.fdbd import FDBDScorer, fdbd_score
+from stages.scorers.gen import GENScorer, gen_score
 from stages.scorers.gmm import GMMScorer, gmm_score
+from stages.scorers.gradnorm import GradNormScorer, gradnorm_score
+from stages.scorers.klmatching import KLMatchingScorer, class_templates, kl_matching_score
 from stages.scorers.knn import ExpertBanks, KNNScorer, knn_score
 from stages.scorers.knn_mean import KNNMeanScorer, knn_mean_score
+from stages.scorers.lts import LTSScorer, lts_score
 from stages.scorers.mahalanobis import (
     MahalanobisPPScorer,
     MahalanobisScorer,
@@ -46,6 +57,7 @@ from stages.scorers.mahalanobis import (
     mahalanobis_score,
     relative_mahalanobis_score,
 )
+from stages.scorers.maxlogit import MaxLogitScorer, max_logit_score
 from stages.scorers.mos import MOSScorer, mos_score
 from stages.scorers.msp import MSPScorer, msp_score
 from stages.scorers.nci import NCIScorer, nci_score
@@ -54,10 +66,14 @@ from stages.scorers.neco import NECOScorer, neco_score
 from stages.scorers.nnguide import NNGuideScorer, nnguide_score
 from stages.scorers.other import OtherScorer, other_score
 from stages.scorers.pnml import PNMLScorer, pnml_score
+from stages.scorers.react import ReActScorer, react_score
 from stages.scorers.relation import RelationScorer, relation_score
+from stages.scorers.scale import SCALEScorer, scale_score
 from stages.scorers.selection import K_GRID, Fold, choose_k
 from stages.scorers.she import SHEScorer, she_score
+from stages.scorers.temperature import TemperatureScalingScorer, fit_temperature
 from stages.scorers.vim import ResidualScorer, ViMScorer, residual_score, vim_score
+from stages.scorers.vra import VRAScorer, vra_score
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
@@ -67,6 +83,20 @@ SCORERS: dict[str, type[Scorer]] = {
         KNNScorer,
         NCMScorer,
         MOSScorer,
+        TemperatureScalingScorer,
+        MaxLogitScorer,
+        EntropyScorer,
+        GENScorer,
+        KLMatchingScorer,
+        ReActScorer,
+        ASHSScorer,
+        ASHPScorer,
+        ASHBScorer,
+        SCALEScorer,
+        LTSScorer,
+        VRAScorer,
+        DICEScorer,
+        GradNormScorer,
         MahalanobisScorer,
         MahalanobisPPScorer,
         RelativeMahalanobisScorer,
@@ -125,48 +155,72 @@ def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> Scorer:
 __all__ = [
     "K_GRID",
     "SCORERS",
+    "ASHBScorer",
+    "ASHPScorer",
+    "ASHSScorer",
     "ClassifierHead",
     "CosineScorer",
+    "DICEScorer",
     "EnergyScorer",
+    "EntropyScorer",
     "ExpertBanks",
     "ExpertCalibration",
     "FDBDScorer",
     "Fold",
+    "GENScorer",
     "GMMScorer",
+    "GradNormScorer",
+    "KLMatchingScorer",
     "KNNMeanScorer",
     "KNNScorer",
+    "LTSScorer",
     "MOSScorer",
     "MSPScorer",
     "MahalanobisPPScorer",
     "MahalanobisScorer",
+    "MaxLogitScorer",
     "NCIScorer",
     "NCMScorer",
     "NECOScorer",
     "NNGuideScorer",
     "OtherScorer",
     "PNMLScorer",
+    "ReActScorer",
     "RelationScorer",
     "RelativeMahalanobisPPScorer",
     "RelativeMahalanobisScorer",
     "ResidualScorer",
+    "SCALEScorer",
     "SHEScorer",
     "SSDScorer",
     "ScoreInputs",
     "Scorer",
     "Standardiser",
+    "TemperatureScalingScorer",
     "ThresholdEstimate",
+    "VRAScorer",
     "ViMScorer",
+    "ash_score",
     "choose_k",
     "class_means",
+    "class_templates",
     "cosine_score",
+    "dice_score",
     "energy_score",
+    "entropy_score",
     "fdbd_score",
+    "fit_temperature",
+    "gen_score",
     "get_scorer",
     "gmm_score",
+    "gradnorm_score",
     "join",
+    "kl_matching_score",
     "knn_mean_score",
     "knn_score",
+    "lts_score",
     "mahalanobis_score",
+    "max_logit_score",
     "mos_score",
     "msp_score",
     "nci_score",
@@ -174,12 +228,16 @@ __all__ = [
     "nnguide_score",
     "other_score",
     "pnml_score",
+    "react_score",
     "relation_score",
     "relative_mahalanobis_score",
     "residual_score",
+    "scale_score",
     "scorer_class",
     "she_score",
+    "sparse_head",
     "sum_scores",
     "threshold_at",
     "vim_score",
+    "vra_score",
 ]

@@ -34,7 +34,13 @@ class ClassifierHead:
     bias: NDArray[np.floating]
 
     def logits(self, features: NDArray[np.floating]) -> Floats:
-        """[n, D] to [n, C] float32."""
+        """[n, D] to [n, C] float32.
+
+        Raises:
+            InputError: features of another length than the weights.
+        """
+        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
+            raise InputError(f"features of shape {features.shape} given to a head on {self.weight.shape[1]} values")
         return np.asarray(np.asarray(features, dtype=np.float32) @ self.weight.T + self.bias, dtype=np.float32)
 
     @property
@@ -298,7 +304,7 @@ class Scorer(ABC):
             return scores
         self._check_experts(x)
         for expert, learnt in self._learnt.items():
-            rows = np.arange(len(x)) if expert is None else np.flatnonzero(x.expert == expert)
+            rows = np.arange(len(x)) if x.expert is None else np.flatnonzero(x.expert == expert)
             for start in range(0, len(rows), _BLOCK):
                 some = rows[start : start + _BLOCK]
                 own = x.of_expert(expert, some).of_classes(learnt.classes)
@@ -317,6 +323,21 @@ class Scorer(ABC):
 
 def _rows_of(x: ScoreInputs, expert: int | None) -> NDArray[np.integer] | slice:
     return slice(None) if expert is None or x.expert is None else np.flatnonzero(x.expert == expert)
+
+
+def fitting_rows(which: str, train: ScoreInputs, select: ScoreInputs | None, who: str) -> ScoreInputs:
+    """Rows that a threshold is taken from: ``"train"`` or ``"select"``.
+
+    An expert that no held-out row went to takes its training rows: their number is in the record.
+
+    Raises:
+        InputError: held-out rows are asked for and none were given.
+    """
+    if which == "train":
+        return train
+    if select is None:
+        raise InputError(f"{who} needs held-out ID rows to fit on: give them to fit() as well")
+    return select if len(select) else train
 
 
 # ------------------------------------------------------------------------------------------------------ settings

@@ -1,0 +1,110 @@
+"""Divergence from the typical softmax of a class."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stages.errors import InputError
+from stages.scorers.base import Floats, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.softmax import softmax_of
+
+Unpredicted = Literal["left out", "one-hot"]
+
+
+class Templates(NamedTuple):
+    """Log of the mean softmax of the rows that were predicted as each class, [K, C], and how many rows there were."""
+
+    log_mean: NDArray[np.float64]
+    rows: int
+
+
+def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "left out") -> Templates:
+    """Mean softmax of each predicted class's rows.
+
+    Args:
+        blocks: logits [n, C], all rows in any number of blocks.
+        unpredicted: what stands for a class that no row was predicted as.
+
+    Raises:
+        InputError: no rows, and as `scaled_logits`.
+
+    >>> np.exp(class_templates([[[0.0, -np.inf], [5.0, 5.0]]]).log_mean).tolist()
+    [[0.75, 0.25]]
+    """
+    sums: NDArray[np.float64] = np.zeros((0, 0))
+    counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    for logits in blocks:
+        p = softmax_of(logits).p
+        if not sums.size:
+            sums, counts = np.zeros((p.shape[1], p.shape[1])), np.zeros(p.shape[1], dtype=np.int64)
+        predicted = p.argmax(axis=1)
+        for c in np.unique(predicted):
+            own = p[predicted == c]
+            sums[c] += own.sum(axis=0)
+            counts[c] += len(own)
+    seen = counts > 0
+    if not seen.any():
+        raise InputError("KL matching needs ID rows to take typical softmaxes from, none given")
+    means = sums[seen] / counts[seen, None]
+    if unpredicted == "one-hot":
+        means = np.concatenate([means, np.eye(len(counts))[~seen]])
+    # A probability too small for float64 is the smallest that it has: log 0 would make every divergence infinite.
+    return Templates(np.log(np.maximum(means, np.finfo(np.float64).tiny)), int(counts.sum()))
+
+
+def kl_matching_score(logits: ArrayLike, templates: Templates) -> Floats:
+    """min_c KL(p ‖ d_c), p = softmax(l), d_c the mean softmax of class c; higher = more OOD.
+
+    Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
+
+    Args:
+        logits: [n, C].
+        templates: of `class_templates`.
+
+    Returns:
+        [n] float32, at least 0 up to rounding.
+
+    Raises:
+        InputError: as `scaled_logits`.
+
+    >>> kl_matching_score([[5.0, 5.0]], class_templates([[[5.0, 5.0]]])).round(6).tolist()
+    [0.0]
+    """
+    p, _, surprise = softmax_of(logits)
+    negative_entropy = -np.multiply(p, surprise, out=np.zeros_like(p), where=p > 0).sum(axis=1)
+    cross = p @ templates.log_mean.T
+    return np.asarray(np.maximum(negative_entropy - cross.max(axis=1), 0), dtype=np.float32)
+
+
+@dataclass(eq=False)
+class KLMatchingScorer(Scorer):
+    """`kl_matching_score` with the typical softmaxes of ID rows.
+
+    Attributes:
+        rows: which ID rows they are taken from: ``"select"``, held out (the paper, OpenOOD), or ``"train"``.
+        unpredicted: a class that no row is predicted as is ``"left out"`` (pytorch-ood) or has a ``"one-hot"``
+            template (the paper's code, OpenOOD), which only a row saturated on that class is near.
+    """
+
+    name: ClassVar[str] = "kl-matching"
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "bank", "select"})
+    profiles: ClassVar = {"pytorch-ood": {"rows": "train", "unpredicted": "left out"}}
+
+    rows: Literal["train", "select"] = "select"
+    unpredicted: Unpredicted = "one-hot"
+
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Templates:
+        """Typical softmaxes of ID rows."""
+        rows = fitting_rows(self.rows, train, select, self.name)
+        return class_templates((block.need("logits", self.name) for block in rows.blocks()), self.unpredicted)
+
+    def judge(self, x: ScoreInputs, memory: Templates) -> Floats:
+        """Divergence a row, [n]."""
+        return kl_matching_score(x.need("logits", self.name), memory)
+
+    def facts(self, memory: Templates) -> dict[str, Any]:
+        """How many rows, and how many templates came of them."""
+        return {"fitted_rows": memory.rows, "templates": len(memory.log_mean)}
