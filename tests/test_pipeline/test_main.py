@@ -9,8 +9,8 @@ import pytest
 _COUNT_ARENAS = """
 import ctypes, sys
 import pipeline.__main__
-import torch
-torch.randn(1000, 1000) @ torch.randn(1000, 1000)  # starts torch's own threads
+import pyarrow.parquet, torch  # both start threads
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
 libc = ctypes.CDLL(None)
 libc.fopen.restype, libc.fopen.argtypes = ctypes.c_void_p, [ctypes.c_char_p] * 2
 libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
