@@ -4,9 +4,10 @@ Layout (n rows; every dataset contiguous, little-endian, at a multiple of 64 byt
 
     shard-00000.h5
     ├── cls         [n, D]      float16 or float32    the backbone's final class embedding
-    ├── tap_cls     [n, D']     float16 or float32    class token that enters the expert blocks
+    ├── tap_cls     [n, D']     float16 or float32    class token that enters the expert blocks, if known
     ├── registers   [n, R, D']  float16 or float32    absent where R = 0
     ├── patches     [n, P, D']  float16 or float32    row-major over the grid; absent where patches = "none"
+    ├── logits      [n, C]      float32               only where they came with features made elsewhere
     ├── label       [n]         int32                 -1: unknown
     ├── id          [n]         fixed-length UTF-8
     └── image_hash  [n, 32]     uint8                 SHA-256 of the image file

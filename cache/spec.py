@@ -27,7 +27,10 @@ _KINDS: dict[str, type] = {
     "grid": list,
     "compute": dict,
     "semantics": int,
+    "origin": str,
+    "n_logits": int,
 }
+_UNSAID = {"origin": "", "n_logits": 0}  # left out where they say nothing: older caches do not have them
 _LARGEST = 1 << 24  # no dimension of a real feature comes near; keeps products of hostile ones far from overflow
 
 
@@ -49,6 +52,9 @@ class FeatureSpec:
         grid: (h, w) of the stored patches, row-major; (0, 0) where there are none.
         compute: precision, device kind, batch and the like, where they change bits; any JSON object.
         semantics: version of the extraction's meaning.
+        origin: where features come from that were not extracted here, in their owner's words; empty for others. What
+            is not known of such features is empty or 0: network, weights, image size, tap.
+        n_logits: C of the ``logits`` that came with them; 0 where none did.
 
     Raises:
         CacheInvalidError: for values that no feature can have.
@@ -67,6 +73,8 @@ class FeatureSpec:
     grid: tuple[int, int]
     compute: Mapping[str, Any]
     semantics: int
+    origin: str = ""
+    n_logits: int = 0
 
     def __post_init__(self) -> None:
         # One JSON round trip makes a private copy in which tuples are lists, so that equal means equal after reading.
@@ -75,10 +83,12 @@ class FeatureSpec:
         object.__setattr__(self, "transform", body["transform"])
         object.__setattr__(self, "compute", body["compute"])
         object.__setattr__(self, "grid", tuple(body["grid"]))
-        check(bool(self.backbone and self.weights_sha), "spec: backbone and weights_sha must not be empty")
-        for name, least in (("image_size", 1), ("expert_blocks", 1), ("cls_dim", 1), ("tap_dim", 1)):
-            check(least <= body[name] <= _LARGEST, f"spec: {name} is {body[name]}, must be {least} to {_LARGEST}")
-        for name in ("n_registers", "semantics"):
+        known = bool(self.backbone and self.weights_sha) or bool(self.origin)
+        check(known, "spec: backbone and weights_sha must not be empty")
+        least = 0 if self.origin else 1
+        for name, low in (("image_size", least), ("expert_blocks", least), ("cls_dim", 1), ("tap_dim", least)):
+            check(low <= body[name] <= _LARGEST, f"spec: {name} is {body[name]}, must be {low} to {_LARGEST}")
+        for name in ("n_registers", "semantics", "n_logits"):
             check(0 <= body[name] <= _LARGEST, f"spec: {name} is {body[name]}, must be 0 to {_LARGEST}")
         check(self.dtype in ("float16", "float32"), f'spec: dtype is {self.dtype!r}, must be "float16" or "float32"')
         pooled = re.fullmatch(r"pool:([1-9][0-9]{0,3})", self.patches)
@@ -88,6 +98,8 @@ class FeatureSpec:
         check(grid_ok, f"spec: grid is {body['grid']}, must be two sides (h, w)")
         fits = self.grid == (int(pooled[1]),) * 2 if pooled else (prod(self.grid) > 0) == (self.patches == "full")
         check(fits and (self.patches != "none" or self.grid == (0, 0)), f"spec: grid {self.grid} with {self.patches!r}")
+        tokens = self.n_registers or prod(self.grid)
+        check(bool(self.tap_dim or not tokens), "spec: tap_dim is 0, but there are registers or patches")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,12 +108,17 @@ class FeatureSpec:
 
     def datasets(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape of a row and dtype of every feature that a shard stores, by name."""
-        shapes = {"cls": (self.cls_dim,), "tap_cls": (self.tap_dim,)}
+        shapes: dict[str, tuple[int, ...]] = {"cls": (self.cls_dim,)}
+        if self.tap_dim:
+            shapes["tap_cls"] = (self.tap_dim,)
         if self.n_registers:
-            shapes["registers"] = (self.n_registers, self.tap_dim)  # type: ignore[assignment]
+            shapes["registers"] = (self.n_registers, self.tap_dim)
         if self.patches != "none":
-            shapes["patches"] = (prod(self.grid), self.tap_dim)  # type: ignore[assignment]
-        return {name: (shape, np.dtype(self.dtype).newbyteorder("<")) for name, shape in shapes.items()}
+            shapes["patches"] = (prod(self.grid), self.tap_dim)
+        stored = {name: (shape, np.dtype(self.dtype).newbyteorder("<")) for name, shape in shapes.items()}
+        if self.n_logits:  # float16 would move an energy by a thousandth
+            stored["logits"] = ((self.n_logits,), np.dtype("<f4"))
+        return stored
 
     @property
     def row_bytes(self) -> int:
@@ -116,8 +133,9 @@ class FeatureSpec:
         return first_difference(self.to_dict(), asked.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"grid": list(self.grid)}
+        """JSON-able fields; those that say nothing are left out."""
+        body = {field.name: getattr(self, field.name) for field in fields(self)} | {"grid": list(self.grid)}
+        return {name: value for name, value in body.items() if name not in _UNSAID or value != _UNSAID[name]}
 
     @classmethod
     def from_dict(cls, body: Any) -> Self:
@@ -126,7 +144,7 @@ class FeatureSpec:
         Raises:
             CacheInvalidError: for unknown, missing or impossible fields.
         """
-        return cls(**check_fields(body, _KINDS, "spec"))
+        return cls(**check_fields(_UNSAID | body if isinstance(body, dict) else body, _KINDS, "spec"))
 
 
 def first_difference(cached: Any, asked: Any, name: str = "") -> str | None:

@@ -155,7 +155,7 @@ class FeatureCache:
         """Features of some rows, in the order given; touches the named dataset only.
 
         Args:
-            name: ``"cls"``, ``"tap_cls"``, ``"registers"`` or ``"patches"``, as far as they are cached.
+            name: ``"cls"``, ``"tap_cls"``, ``"registers"``, ``"patches"`` or ``"logits"``, as far as they are cached.
             rows: row numbers (repeats allowed), a mask [n], a slice, or None for all.
 
         Returns:

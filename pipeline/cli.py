@@ -23,7 +23,7 @@ from stages.config import SCORE_NAMES, nearest, unknown_part
 from stages.errors import InputError, StageError
 
 if TYPE_CHECKING:
-    from cache import FeatureCache
+    from cache import FeatureCache, FeatureSpec
     from pipeline.study import Study
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -298,6 +298,11 @@ def _cache_folder(path: str, overrides: Sequence[str]) -> "FeatureCache | None":
     return FeatureCache.open(Path(path))
 
 
+def _network_line(spec: "FeatureSpec") -> str:
+    network = f"{spec.backbone} at {spec.image_size} px, weights {spec.weights_sha[:8]}" if spec.backbone else ""
+    return ", ".join(filter(None, (f"given, {spec.origin}" if spec.origin else "", network)))
+
+
 def cache_lines(cache: "FeatureCache") -> list[str]:
     """What is in a cache, a line each."""
     manifest, spec = cache.manifest, cache.spec
@@ -307,7 +312,7 @@ def cache_lines(cache: "FeatureCache") -> list[str]:
         f"cache      {cache.path}",
         f"set        {manifest.dataset}: {manifest.n_rows} rows + {manifest.n_failures} failures "
         f"= {manifest.n_inputs} inputs, {len(manifest.class_names)} classes",
-        f"features   {spec.backbone} at {spec.image_size} px, weights {spec.weights_sha[:8]}",
+        f"features   {_network_line(spec)}",
         f"datasets   {datasets} as {spec.dtype}",
         f"shards     {len(manifest.shards)}, {n_bytes / 2**20:.1f} MiB",
         f"identity   fingerprint {cache.fingerprint[:8]}, with its inputs {cache.identity[:8]}",

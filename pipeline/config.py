@@ -101,8 +101,8 @@ class SetConfig(StageConfig):
     images: str | None = None
     root: str | None = None  # folder that the paths of a list are relative to; its own folder where nothing is given
     classes: str | None = None  # text file, a class a line: images of other classes are left out
-    features: str | None = None
-    origin: str | None = None
+    features: str | None = None  # instead of images: a file of arrays, see stages/arrays.py
+    origin: str | None = Field(default=None, min_length=1)  # where these features come from; others do not mix
 
     @property
     def source(self) -> str:
@@ -142,7 +142,7 @@ class RunConfig(StageConfig):
     data: AbsolutePath | None = None  # what the paths of sets are relative to; the file's folder by default
     work: AbsolutePath
     seeds: Seeds = (0,)
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: BackboneConfig | None = None  # the default one where sets have images
     cache: CacheConfig
     sets: Several[SetConfig]
     split: SplitConfig = SplitConfig()
@@ -168,6 +168,11 @@ class RunConfig(StageConfig):
         changes = {key.removeprefix("train."): value for key, value in variant.set.items()}
         return TrainConfig.model_validate(self.train.model_dump() | changes)
 
+    @property
+    def has_features(self) -> bool:
+        """Whether its sets came as arrays, and not as images; all of them do or none."""
+        return self.sets[0].features is not None
+
     def sets_of(self, *roles: str) -> list[SetConfig]:
         """Sets that have one of these roles, in the order of the file."""
         return [entry for entry in self.sets if entry.role in roles]
@@ -187,6 +192,14 @@ class RunConfig(StageConfig):
     def to_dict(self) -> dict[str, Any]:
         """The resolved settings as JSON values."""
         return self.model_dump(mode="json")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_backbone(cls, value: Any) -> Any:
+        sets = value.get("sets") if isinstance(value, dict) else None
+        if isinstance(sets, list) and any(isinstance(entry, dict) and "images" in entry for entry in sets):
+            return {"backbone": {}} | value
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -208,12 +221,7 @@ class RunConfig(StageConfig):
                 yield "sets.average: this name is taken by the averages of the table"
             if entry.images is None and (key := "root" if entry.root else "classes" if entry.classes else None):
                 yield f"sets.{entry.name}.{key}: is for images; this set has none"
-            if entry.features is not None:
-                yield f"sets.{entry.name}.features: not supported yet; give images"
-            elif entry.images is None:
-                yield f"sets.{entry.name}.images: missing"
-            elif entry.origin is not None:
-                yield f"sets.{entry.name}.origin: says where features come from; this set has images"
+        yield from self._source_problems()
         for score in self.score.scores:
             if (unknown := unknown_part(score)) is not None:
                 yield f"score.scores: {_shown(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
@@ -240,6 +248,38 @@ class RunConfig(StageConfig):
                 get_scorer(name, self.score.profile, **settings)
             except InputError as error:
                 yield f"score.params.{error}"
+
+    def _source_problems(self) -> Iterator[str]:
+        for entry in self.sets:
+            if entry.images is not None and entry.features is not None:
+                yield f"sets.{entry.name}: has images and features; give one of them"
+            elif entry.images is None and entry.features is None:
+                yield f"sets.{entry.name}.images: missing"
+            elif entry.images is not None and entry.origin is not None:
+                yield f"sets.{entry.name}.origin: says where features come from; this set has images"
+            elif entry.features is not None and entry.origin is None:
+                yield (
+                    f"sets.{entry.name}.origin: missing; say in your words which network, weights and size gave these "
+                    "features, the same for all sets"
+                )
+        given = [entry for entry in self.sets if entry.features is not None]
+        for entry in given:
+            if entry.origin and given[0].origin and entry.origin != given[0].origin:
+                yield (
+                    f"sets.{entry.name}.origin: {_shown(entry.origin)} given, but set {given[0].name} has "
+                    f"{_shown(given[0].origin)}: features of different origin do not mix"
+                )
+        if not given:
+            return
+        if images := [entry.name for entry in self.sets if entry.images is not None]:
+            yield (
+                f"sets.{given[0].name}.features: set {images[0]} has images: nothing shows that both come from one "
+                "network; give features of all sets, or images of all"
+            )
+        if self.finetune is not None:
+            yield f"finetune: needs images; set {given[0].name} has features"
+        if "patches" in self.cache.model_fields_set:
+            yield f"cache.patches: says what to keep of images; of set {given[0].name} all is kept that its file has"
 
     def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
         seeds = variant.seeds

@@ -6,6 +6,7 @@
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec
 from cache.spec import first_difference
 from pipeline.config import RunConfig, SetConfig
+from stages.arrays import ARRAY_SEMANTICS, ArrayTable, network_of
 from stages.artifacts import read_json, write_json
 from stages.backbone import (
     COMPUTE_BATCH,
@@ -61,12 +63,23 @@ class Leg:
         return self.seed is None or (self.finetune_folder / "finetune.json").is_file()
 
     @property
+    def start(self) -> BackboneConfig:
+        """What the pre-trained network is built from.
+
+        Raises:
+            InputError: the study has features and names no network.
+        """
+        if self.config.backbone is None:
+            raise InputError("backbone: missing; features came as arrays, and this needs the network that made them")
+        return self.config.backbone
+
+    @property
     def backbone_config(self) -> BackboneConfig:
         """What its network is built from."""
         if self.seed is None:
-            return self.config.backbone
+            return self.start
         weights = str(self.finetune_folder / "backbone.safetensors")
-        return self.config.backbone.model_copy(update={"weights": weights})
+        return self.start.model_copy(update={"weights": weights})
 
     @property
     def probe_folder(self) -> Path:
@@ -97,7 +110,22 @@ class Leg:
 
     def asked(self) -> dict[str, Any]:
         """All settings that features depend on, known without opening the weights."""
-        backbone = self.config.backbone
+        if self.config.has_features:
+            network = {} if self.config.backbone is None else self._asked_network(self.config.backbone)
+            own = self.config.cache.model_dump(mode="json", include={"dtype"} & self.config.cache.model_fields_set)
+            return {"origin": self.config.sets[0].origin, **own, **network, "semantics": ARRAY_SEMANTICS}
+        cache = self.config.cache
+        return {
+            **self._asked_network(self.start),
+            "dtype": cache.dtype,
+            "patches": cache.patches,
+            "device": self.device,
+            "batch": COMPUTE_BATCH,
+            "threads": COMPUTE_THREADS,
+            "semantics": EXTRACTION_SEMANTICS,
+        }
+
+    def _asked_network(self, backbone: BackboneConfig) -> dict[str, Any]:
         weights: dict[str, Any] = {"weights": backbone.weights}
         if self.seed is not None:  # by what it was made of, so that a study may be moved
             about = read_json(self.finetune_folder / "finetune.json") or {}
@@ -105,18 +133,11 @@ class Leg:
         elif backbone.weights not in ("hub", "embedded") and Path(backbone.weights).is_file():
             stat = Path(backbone.weights).stat()
             weights |= {"weights_bytes": stat.st_size, "weights_mtime_ns": stat.st_mtime_ns}
-        cache = self.config.cache
         return {
             "backbone": backbone.name,
             **backbone.model_dump(mode="json", exclude={"name", "weights"}),
             **weights,
-            "expert_blocks": cache.expert_blocks,
-            "dtype": cache.dtype,
-            "patches": cache.patches,
-            "device": self.device,
-            "batch": COMPUTE_BATCH,
-            "threads": COMPUTE_THREADS,
-            "semantics": EXTRACTION_SEMANTICS,
+            "expert_blocks": self.config.cache.expert_blocks,
         }
 
     @cached_property
@@ -129,7 +150,7 @@ class Leg:
         """
         network = load_backbone(self.backbone_config, self.config.cache.expert_blocks, self.device)
         known = self.known_spec()
-        if known is not None and known.weights_sha != weights_sha(network.model):
+        if known is not None and known.weights_sha and known.weights_sha != weights_sha(network.model):
             raise CacheMismatchError(
                 f"backbone.weights: {self.backbone_config.weights} gives other weights now than those that the "
                 f"{self.name} features were extracted with: delete {self.link_path}, run make extract"
@@ -139,7 +160,7 @@ class Leg:
     @cached_property
     def architecture(self) -> Backbone:
         """Its network without weights; built on first use."""
-        return build_architecture(self.config.backbone, self.config.cache.expert_blocks)
+        return build_architecture(self.start, self.config.cache.expert_blocks)
 
     def known_spec(self) -> FeatureSpec | None:
         """What its features are, if they were extracted with these settings before; needs no weights."""
@@ -151,7 +172,37 @@ class Leg:
     def spec(self) -> FeatureSpec:
         """What its features are; loads the backbone where that is not known yet."""
         cache = self.config.cache
-        return self.known_spec() or self.loaded.feature_spec(cache.dtype, cache.patches)
+        known = self.known_spec()
+        if known is None and self.config.has_features:
+            raise InputError("the sets' features are not in caches yet, or with other settings: run make extract")
+        return known or self.loaded.feature_spec(cache.dtype, cache.patches)
+
+    def given_spec(self, tables: Mapping[str, ArrayTable]) -> FeatureSpec:
+        """What the features of a study are whose sets came as arrays, by name; only the first rows are read.
+
+        Raises:
+            InputError: arrays of different shapes, or tokens that are not the named network's.
+        """
+        config = self.config
+        dtypes = {table.dtype for table in tables.values()}
+        dtype = config.cache.dtype if "dtype" in config.cache.model_fields_set else max(dtypes)  # "float32" if in doubt
+        network = None
+        if config.backbone is not None and all(table.has_tokens for table in tables.values()):
+            known = self.known_spec()
+            if known is not None and known.weights_sha:
+                network = known.backbone, known.weights_sha, known.expert_blocks, known.image_size
+            else:
+                network = network_of(self.loaded)
+        origin = str(config.sets[0].origin)
+        specs = {name: table.spec(origin, dtype, network) for name, table in tables.items()}
+        (first, spec), *others = specs.items()
+        for name, other in others:
+            if spec != other:
+                raise InputError(
+                    f"sets.{name}.features: {tables[name].path} has {_shapes(other)}, set {first} has {_shapes(spec)}: "
+                    "sets of one study have the same arrays, row by row of the same shape"
+                )
+        return spec
 
     def link(self, spec: FeatureSpec, caches: dict[str, FeatureCache]) -> None:
         """Remember which caches its sets are in."""
@@ -217,6 +268,10 @@ class Leg:
             self.config.split.val,
             self.seed is None if cross_fit is None else cross_fit,
         )
+
+
+def _shapes(spec: FeatureSpec) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, (shape, _) in spec.datasets().items())
 
 
 def legs(config: RunConfig) -> list[Leg]:

@@ -6,7 +6,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,25 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, fingerprint, restore_manifest
+from cache import (
+    CacheDamagedError,
+    CacheError,
+    CacheInvalidError,
+    FeatureCache,
+    FeatureSpec,
+    fingerprint,
+    restore_manifest,
+)
 from pipeline.config import RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
 from pipeline.legs import Leg, legs
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
+from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, list_arrays
 from stages.artifacts import read_json
 from stages.backbone import stored_grid
 from stages.errors import InputError, StageError
-from stages.extract import Mapper, compare_versions, extract_set, repair_set
+from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import SampleTable, list_images, only_classes
 from stages.predict import Prediction, Predictor
@@ -64,6 +74,7 @@ class Study:
         self.record = RunRecord(config.work / "record.json", config)
         self._legs = legs(config)
         self._samples: dict[str, SampleTable] = {}
+        self._arrays: dict[str, ArrayTable] = {}
 
     # ------------------------------------------------------------------------------------------------ stage one
 
@@ -73,7 +84,7 @@ class Study:
 
     def _extract(self, leg: Leg) -> Lines:
         self._check_sets()
-        spec = leg.spec()
+        spec = self._given_spec(leg) if self.config.has_features else leg.spec()
         with self.record.running(f"extract {leg.name}", spec.fingerprint) as stage:
             found = {
                 entry.name: compare_versions(
@@ -89,30 +100,55 @@ class Study:
             caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
             missing = [entry for entry in self.config.sets if entry.name not in caches]
             stage.fresh = not missing
-            if missing:
-                for note in leg.loaded.transform_notes():
-                    self.progress.note(f"warning: {note}")
-                with engine_for(self.options.scheduler, self.options.workers) as engine:
-                    mapper: Mapper | None = None if isinstance(engine, SerialEngine) else engine.map
-                    for entry in missing:
-                        caches[entry.name] = extract_set(
-                            entry.name,
-                            self._table(entry),
-                            spec,
-                            self.config.cache.root,
-                            lambda: leg.loaded,
-                            max_failures=self.options.max_failures,
-                            changes=found[entry.name],
-                            mapper=mapper,
-                            progress=self.progress,
-                        )
-                        for note in check_features(caches[entry.name], by_class=entry.role == "id-train"):
-                            self.progress.note(note)
+            for entry, cache in self._fill(leg, spec, missing, found):
+                caches[entry.name] = cache
+                for note in check_features(cache, by_class=entry.role == "id-train"):
+                    self.progress.note(note)
             leg.link(spec, caches)
         rows = sum(cache.n_rows for cache in caches.values())
         failures = sum(cache.manifest.n_failures for cache in caches.values())
         done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
         return [f"extract {leg.name}: {done}; {rows} rows + {failures} failures in {self.config.cache.root}"]
+
+    def _fill(
+        self, leg: Leg, spec: FeatureSpec, missing: Sequence[SetConfig], found: Mapping[str, Changes | None]
+    ) -> Iterator[tuple[SetConfig, FeatureCache]]:
+        """Make the caches of some sets, one after the other."""
+        root = self.config.cache.root
+        if not missing:
+            return
+        if self.config.has_features:
+            if spec.expert_blocks:
+                for entry in missing:
+                    with _about(entry):
+                        check_end(self._given(entry), leg.loaded)
+            for entry in missing:
+                with _about(entry):
+                    changes = found[entry.name]
+                    cache = import_set(
+                        entry.name, self._given(entry), spec, root, changes=changes, progress=self.progress
+                    )
+                yield entry, cache
+            return
+        for note in leg.loaded.transform_notes():
+            self.progress.note(f"warning: {note}")
+        with engine_for(self.options.scheduler, self.options.workers) as engine:
+            mapper: Mapper | None = None if isinstance(engine, SerialEngine) else engine.map
+            for entry in missing:
+                yield (
+                    entry,
+                    extract_set(
+                        entry.name,
+                        self._table(entry),
+                        spec,
+                        root,
+                        lambda: leg.loaded,
+                        max_failures=self.options.max_failures,
+                        changes=found[entry.name],
+                        mapper=mapper,
+                        progress=self.progress,
+                    ),
+                )
 
     # ------------------------------------------------------------------------------------------------ stage two
 
@@ -152,7 +188,7 @@ class Study:
             assert leg.seed is not None
             with self.record.running(f"finetune seed {leg.seed}", fingerprint(data.identity)) as stage:
                 done = finetune(
-                    self.config.backbone,
+                    pretrained.start,
                     data,
                     self._table(train),
                     self._table(val[0] if val else train),
@@ -221,7 +257,7 @@ class Study:
         """Folder of a mixture that was trained with the settings of now."""
         folder = leg.mixture_folder(variant, seed)
         about = read_json(folder / "mofe.json")
-        settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes)
+        settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes, data.train.spec)
         if about is None:
             raise InputError(f"{folder} holds no trained mixture: run make train")
         if not mixture_is_fresh(folder, mixture_identity(data, settings, seed), data):
@@ -302,7 +338,8 @@ class Study:
     def predict(self, paths: Sequence[str], score_name: str | None = None) -> Lines:
         """Score new images with the fitted detector of the study; CSV."""
         leg = self._legs[0]
-        tables = [list_images(path) for path in paths]
+        spec = leg.spec()
+        sources = [self._new_source(path, spec) for path in paths]
         predictor = Predictor(self._source(leg), self.config.score, score_name, self.progress)
         out = io.StringIO()
         writer = csv.DictWriter(out, [field.name for field in fields(Prediction)], lineterminator="\n")
@@ -310,11 +347,16 @@ class Study:
         scratch = Path(tempfile.mkdtemp(prefix="predict-"))
         n_rows = 0
         try:
-            for number, (path, table) in enumerate(zip(paths, tables, strict=True)):
+            for number, (path, source) in enumerate(zip(paths, sources, strict=True)):
                 # A cache of its own, thrown away: new images take the same way as those that the detector knows.
-                cache = extract_set(
-                    f"predict-{number}", table, leg.spec(), scratch, lambda: leg.loaded, max_failures=1.0
-                )
+                name = f"predict-{number}"
+                if isinstance(source, ArrayTable):
+                    table, cache = source.samples, import_set(name, source, spec, scratch)
+                else:
+                    table, cache = (
+                        source,
+                        extract_set(name, source, spec, scratch, lambda: leg.loaded, max_failures=1.0),
+                    )
                 # One image file is its own name; of a folder, tar or list, each image adds its own.
                 one = table.ids == (Path(path).name,) and Path(path).is_file()
                 names = {id_: path if one else f"{path}/{id_}" for id_ in table.ids}
@@ -328,6 +370,21 @@ class Study:
         if not n_rows:
             raise InputError("none of the given images can be used")
         return [out.getvalue().rstrip("\n")]
+
+    def _new_source(self, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
+        """What `predict` is to score: images, or a file of features where the study's sets are such files."""
+        if not self.config.has_features:
+            return list_images(path)
+        if Path(path).suffix.lower() not in ARRAY_SUFFIXES:
+            raise InputError(
+                f"{path}: this study's sets have features, and nothing here makes such features of an image: give a "
+                f"file of them ({', '.join(ARRAY_SUFFIXES)})"
+            )
+        table = list_arrays(path)
+        network = (spec.backbone, spec.weights_sha, spec.expert_blocks, spec.image_size)
+        if difference := table.spec(spec.origin, spec.dtype, network).first_difference(spec):
+            raise InputError(f"{path}: other arrays than those of the study: {difference}")
+        return table
 
     def verify(self, repair: bool = False) -> Lines:
         """Compare every byte of every cache with its manifest; repair makes damaged shards again."""
@@ -355,7 +412,10 @@ class Study:
             self._say([f"{cache.path}: whole, {cache.n_rows} rows"])
         elif repair:
             files = [damage.file for damage in damages]
-            repair_set(cache, files, self._table(entry), lambda: leg.loaded, progress=self.progress)
+            if self.config.has_features:
+                repair_import(cache, files, self._given(entry), self.progress)
+            else:
+                repair_set(cache, files, self._table(entry), lambda: leg.loaded, progress=self.progress)
             damages = FeatureCache.open(cache.path).verify()
             self._say([f"{cache.path}: {'still damaged' if damages else 'repaired'}"])
         return len(damages)
@@ -390,10 +450,10 @@ class Study:
             InputError: a set is not there, or cannot be scored.
         """
         self._check_sets()
-        n_images = sum(len(self._table(entry)) for entry in self.config.sets)
+        n_rows = sum(len(self._table(entry)) for entry in self.config.sets)
         n_mixtures, n_left = (len(list(mixtures)) for mixtures in (self._mixtures(self._legs[0]), self.to_train()))
         return (
-            f"{self.config.name}: {len(self.config.sets)} sets of {n_images:,} images; {n_left} of {n_mixtures} "
+            f"{self.config.name}: {len(self.config.sets)} sets of {n_rows:,} {self._unit}; {n_left} of {n_mixtures} "
             f"mixtures to train, in {1 + len(self.config.variants)} variants; {self.config.work}"
         )
 
@@ -417,7 +477,7 @@ class Study:
         return lines
 
     def _plan_extract(self, leg: Leg) -> Lines:
-        spec = leg.known_spec()
+        spec = self._given_spec(leg) if self.config.has_features else leg.known_spec()
         if spec is None:
             shape = leg.architecture
             cache = self.config.cache
@@ -437,7 +497,7 @@ class Study:
                 state = f"fresh, {changes.cache.path}"
             elif changes:
                 state = f"{changes}: would extract {changes.to_extract}, take over the others, and {state[6:]}"
-            lines.append(f"extract {leg.name} {entry.name}: {len(table)} images, {state}")
+            lines.append(f"extract {leg.name} {entry.name}: {len(table)} {self._unit}, {state}")
         return lines
 
     def _plan_train(self, leg: Leg) -> Lines:
@@ -494,9 +554,9 @@ class Study:
             if entry not in self.config.sets_of("id-train", "id-val", "id-test"):
                 continue
             if unlabelled := int((table.labels < 0).sum()):
+                how = "label in the file" if entry.features else "a folder per class, or a list with labels"
                 raise InputError(
-                    f"set {entry.name!r}: {unlabelled} of {len(table)} images have no label: give a folder per class, "
-                    "or a list with labels"
+                    f"set {entry.name!r}: {unlabelled} of {len(table)} {self._unit} have no label: give {how}"
                 )
             if unknown := [name for name in table.class_names if name not in known]:
                 more = ", …" if len(unknown) > 5 else ""
@@ -504,20 +564,55 @@ class Study:
                     f"set {entry.name!r} has classes that id-train does not have: {', '.join(unknown[:5])}{more}"
                 )
 
+    @property
+    def _unit(self) -> str:
+        return "rows" if self.config.has_features else "images"
+
     def _table(self, entry: SetConfig) -> SampleTable:
+        if entry.features is not None:
+            return self._given(entry).samples
         if entry.name not in self._samples:
-            assert entry.images is not None
-            try:
-                table = list_images(entry.images, entry.root)
+            with _about(entry):
+                table = list_images(str(entry.images), entry.root)
                 self._samples[entry.name] = only_classes(table, entry.classes) if entry.classes else table
-            except InputError as error:
-                raise InputError(f"sets.{entry.name}.images: {error}") from error
         return self._samples[entry.name]
+
+    def _given(self, entry: SetConfig) -> ArrayTable:
+        if entry.name not in self._arrays:
+            with _about(entry):
+                self._arrays[entry.name] = list_arrays(entry.source)
+        return self._arrays[entry.name]
+
+    def _given_spec(self, leg: Leg) -> FeatureSpec:
+        """What the features of sets are that came as arrays; refuses those that do not go together."""
+        tables = {entry.name: self._given(entry) for entry in self.config.sets}
+        (train,) = self.config.sets_of("id-train")
+        columns, classes = tables[train.name].columns, tables[train.name].samples.class_names
+        if self.config.backbone is not None and "patches" not in columns:
+            raise InputError(
+                f"backbone: sets.{train.name}.features has no patches, so nothing reads it: leave [backbone] out, or "
+                "give the tokens tap_cls and patches that enter its last blocks"
+            )
+        if "logits" in columns and classes != tuple(map(str, range(columns["logits"].shape[1]))):
+            raise InputError(
+                f"sets.{train.name}.features: logits have {columns['logits'].shape[1]} columns, label names "
+                f"{len(classes)} classes: with logits, label is the number of a column, and each column has rows"
+            )
+        return leg.given_spec(tables)
 
     def _say(self, lines: Iterable[Any]) -> None:
         from pipeline.cli import show
 
         show(lines)
+
+
+@contextmanager
+def _about(entry: SetConfig) -> Iterator[None]:
+    """Name the key of the experiment file in front of what is wrong with a set."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"sets.{entry.name}.{'images' if entry.images else 'features'}: {error}") from error
 
 
 def table_lines(folder: Path) -> Lines:

@@ -41,8 +41,9 @@ class TrainConfig(StageConfig):
     model_config = ConfigDict(allow_inf_nan=False)
 
     experts: PositiveInt | Literal["auto"] = "auto"
-    expert: Literal["end", "adapter", "frozen", "dense"] = "end"  # what an expert is made of; see stages/experts.py
-    router_input: Literal["tap_cls", "cls"] = "tap_cls"
+    # What an expert is made of, see stages/experts.py; auto: "end", but "adapter" on features that came without tokens.
+    expert: Literal["auto", "end", "adapter", "frozen", "dense"] = "auto"
+    router_input: Literal["auto", "tap_cls", "cls"] = "auto"  # auto: "tap_cls" where there is one
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
     mixup: Literal["dynamic", "static", "none"] = "dynamic"
     epochs: PositiveInt = 20

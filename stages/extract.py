@@ -1,5 +1,7 @@
 """Verb: stage one. Images to a sealed cache of class embeddings and tokens, each image through the backbone once.
 
+Features that were computed elsewhere become a sealed cache as well, by `import_set`.
+
 A killed extraction goes on with the shards that are missing. Where images were changed, added or taken away since a
 version of the cache was sealed, the next version takes over the rows that are still true and computes the others.
 """
@@ -26,6 +28,7 @@ from cache import (
     FeatureSpec,
     InputTable,
     ShardPlan,
+    commit_shard,
     find_caches,
     next_cache_path,
     plan_shards,
@@ -33,6 +36,7 @@ from cache import (
     sha256,
     unseal,
 )
+from stages.arrays import ArrayTable
 from stages.backbone import Backbone
 from stages.errors import StageError
 from stages.images import ImageError, SampleTable
@@ -41,6 +45,7 @@ from stages.shards import ShardDone, ShardTask, extract_shard, make_shards
 
 # Versions that the bits of a cache may depend on.
 _MADE_WITH = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
+_WITHOUT_BACKBONE: dict[str, Any] = {}  # copying arrays depends on no version
 _READERS = 8  # threads that read files to compare their bytes: a network disk answers slowly
 
 
@@ -49,6 +54,10 @@ class Mapper(Protocol):
 
     def __call__(self, fn: Callable[[ShardTask], ShardDone], items: Iterable[ShardTask], /) -> Iterator[ShardDone]:
         """Map `fn` over the tasks."""
+
+
+# Makes shards and reports as it goes on; all are on disk when it is exhausted.
+Maker = Callable[[Sequence[ShardPlan]], Iterator[ShardDone]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +141,44 @@ def extract_set(
             versions = resumed_with(changes.cache.manifest.made_with, versions)
     listing = listing_of(samples)
     with _begin(name, root, spec, listing, samples.class_names, plans, versions) as builder:
-        return _fill(builder, samples, listing, backbone, changes, max_failures, mapper, progress)
+        maker = _image_maker(builder, samples, listing, backbone, changes, mapper)
+        return _fill(builder, len(samples), maker, max_failures, progress)
+
+
+def import_set(
+    name: str,
+    arrays: ArrayTable,
+    spec: FeatureSpec,
+    root: Path,
+    *,
+    rehash: bool = False,
+    changes: Changes | None = None,
+    progress: Progress | None = None,
+) -> FeatureCache:
+    """Copy features that were computed elsewhere to the sealed cache of one set; where it is fresh, only open it.
+
+    Args:
+        name: of the set.
+        arrays: its rows.
+        spec: what the features are, by `ArrayTable.spec`.
+        root: folder of all caches.
+        rehash: judge freshness by the bytes of every row, not by size and time of the file.
+        changes: what `compare_versions` said, where it was asked already.
+        progress: counts rows.
+
+    Raises:
+        InputError: a feature that is no finite number.
+        CacheError: see `cache.CacheBuilder`.
+    """
+    progress, samples = progress or NullProgress(), arrays.samples
+    changes = changes or compare_versions(name, samples, spec, root, rehash=rehash, progress=progress)
+    if changes and changes.fresh:
+        return changes.cache
+    if changes:
+        progress.note(f"{name}: {changes}: all {len(arrays)} rows are copied anew")
+    listing, plans = listing_of(samples), plan_shards(len(arrays), spec.row_bytes)
+    with _begin(name, root, spec, listing, samples.class_names, plans, _WITHOUT_BACKBONE) as builder:
+        return _fill(builder, len(arrays), _array_maker(builder, arrays, listing), 0.0, progress, "row")
 
 
 def repair_set(
@@ -159,53 +205,87 @@ def repair_set(
         CacheError: the cache is in use, or damaged beyond repair.
     """
     progress = progress or NullProgress()
+    _same_inputs(cache, samples, "images", progress)
+    loaded = backbone()  # first of all: where there are no weights, the cache stays sealed
+    listing = listing_of(samples)
+    with unseal(cache.path, damaged, listing, made_with()) as builder:
+        maker = _image_maker(builder, samples, listing, lambda: loaded, None, mapper)
+        return _fill(builder, len(samples), maker, 1.0, progress)
+
+
+def repair_import(
+    cache: FeatureCache, damaged: Sequence[str], arrays: ArrayTable, progress: Progress | None = None
+) -> FeatureCache:
+    """The same for a cache that `import_set` sealed; raises as `repair_set` does."""
+    progress, samples = progress or NullProgress(), arrays.samples
+    _same_inputs(cache, samples, "rows", progress)
+    listing = listing_of(samples)
+    with unseal(cache.path, damaged, listing, _WITHOUT_BACKBONE) as builder:
+        return _fill(builder, len(arrays), _array_maker(builder, arrays, listing), 0.0, progress, "row")
+
+
+def _same_inputs(cache: FeatureCache, samples: SampleTable, what: str, progress: Progress) -> None:
     with suppress(CacheDamagedError):  # a damaged listing is compared with the shards, by `unseal`
         changes = _compare(cache, samples, False, {}, progress)
         if not changes.fresh:
             raise CacheMismatchError(
-                f"{cache.path}: {samples.source} does not hold the images any more that it was made from ({changes}), "
+                f"{cache.path}: {samples.source} does not hold the {what} any more that it was made from ({changes}), "
                 "so it cannot be repaired: run make extract"
             )
-    loaded = backbone()  # first of all: where there are no weights, the cache stays sealed
-    listing = listing_of(samples)
-    with unseal(cache.path, damaged, listing, made_with()) as builder:
-        return _fill(builder, samples, listing, lambda: loaded, None, 1.0, mapper, progress)
 
 
-def _fill(
+def _image_maker(
     builder: CacheBuilder,
     samples: SampleTable,
     listing: InputTable,
     backbone: Callable[[], Backbone],
     changes: Changes | None,
-    max_failures: float,
     mapper: Mapper | None,
-    progress: Progress,
+) -> Maker:
+    def make(pending: Sequence[ShardPlan]) -> Iterator[ShardDone]:
+        loaded = backbone()
+        tasks = (_task(builder, plan, loaded, samples, listing, changes) for plan in pending)
+        return mapper(extract_shard, tasks) if mapper else make_shards(tasks, loaded)
+
+    return make
+
+
+def _array_maker(builder: CacheBuilder, arrays: ArrayTable, listing: InputTable) -> Maker:
+    def make(pending: Sequence[ShardPlan]) -> Iterator[ShardDone]:
+        for plan in pending:
+            values, digests = arrays.read(plan.start, plan.stop, builder.plan.spec)
+            rows = listing[plan.start : plan.stop].with_results(digests, np.zeros(len(plan), np.bool_))
+            commit_shard(builder.path, plan, values, rows, [])
+            yield ShardDone(len(plan), 0)
+
+    return make
+
+
+def _fill(
+    builder: CacheBuilder, n: int, make: Maker, max_failures: float, progress: Progress, unit: str = "image"
 ) -> FeatureCache:
-    """Make what is pending, and seal."""
-    name, n = builder.plan.dataset, len(samples)
+    """Make what is pending of `n` inputs, and seal."""
+    name = builder.plan.dataset
     done, failures = builder.counts()
     pending = builder.pending()
     if done:
-        progress.note(f"{name}: going on after {done} of {n} images")
+        progress.note(f"{name}: going on after {done} of {n} {unit}s")
     if builder.elsewhere:
         here, there = _different(made_with(), builder.elsewhere), _different(builder.elsewhere, made_with())
         progress.note(
             f"{name}: going on with {here} what was begun with {there}: features are then equal to the tolerance "
             "that the README states, not to the bit; the manifest lists both"
         )
-    progress.start(n, "image", f"extract {name}")
+    progress.start(n, unit, f"extract {name}")
     progress.advance(done, failures=failures)
     try:
         if pending:
-            loaded = backbone()
-            tasks = (_task(builder, plan, loaded, samples, listing, changes) for plan in pending)
-            for result in mapper(extract_shard, tasks) if mapper else make_shards(tasks, loaded):
+            for result in make(pending):
                 done, failures = done + result.inputs, failures + result.failures
                 progress.advance(result.inputs, failures=failures)
     except KeyboardInterrupt:
         progress.close()
-        progress.note(f"{name}: stopped after {done} of {n} images; finished shards are kept in {builder.path}")
+        progress.note(f"{name}: stopped after {done} of {n} {unit}s; finished shards are kept in {builder.path}")
         raise
     progress.close()
     failed = builder.failures()

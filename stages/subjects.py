@@ -24,6 +24,7 @@ from stages.refine import Refined, load_refined, refine, refined_path, save_refi
 from stages.split import Rows
 
 _FINETUNE_HEAD = "finetune"
+_GIVEN_HEAD = "given"  # logits that came with features
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class FrozenFeatures:
     def subject(self) -> Subject:
         """Banks and held-out rows of every fold."""
         data = self.source.data
-        train = _features(data.train)
-        held = train if data.held_out is data.train else _features(data.held_out)
+        train = _CachedRows.of(data.train)
+        held = train if data.held_out is data.train else _CachedRows.of(data.held_out)
         runs = tuple(
             Run(
                 self._bank(train, fold.train, index),
@@ -97,19 +98,36 @@ class FrozenFeatures:
         )
         final = data.split.final_train
         key = SubjectKey(self.source.name, "cls", "", self.source.seed)
-        return Subject(key, tuple(self._heads), runs, self._bank(train, final, None))
+        return Subject(key, (*self._heads, *train.given), runs, self._bank(train, final, None))
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""
-        return self._rows(_features(cache), labels, None)
+        return self._rows(_CachedRows.of(cache), labels, None)
 
-    def _rows(self, features: NDArray[np.float32], labels: Labels, fold: int | None) -> SetRows:
-        logits = {name: _pick(fitted, fold).logits(features) for name, fitted in self._heads.items()}
-        return SetRows(features, labels, logits)
+    def _rows(self, cached: "_CachedRows", labels: Labels, fold: int | None) -> SetRows:
+        logits = {name: _pick(fitted, fold).logits(cached.features) for name, fitted in self._heads.items()}
+        return SetRows(cached.features, labels, logits | cached.given)
 
-    def _bank(self, train: NDArray[np.float32], rows: Rows, fold: int | None) -> SetRows:
+    def _bank(self, train: "_CachedRows", rows: Rows, fold: int | None) -> SetRows:
         heads: dict[str, Head] = {name: _pick(fitted, fold).on_raw_features() for name, fitted in self._heads.items()}
-        return SetRows(train[rows], self.source.data.train_labels[rows], heads=heads)
+        own = train[rows]
+        return SetRows(own.features, self.source.data.train_labels[rows], own.given, heads=heads)
+
+
+@dataclass(frozen=True, eq=False)
+class _CachedRows:
+    """``cls`` of some rows, and the logits that came with it, if any did, by the name of their head; float32."""
+
+    features: NDArray[np.float32]
+    given: dict[str, NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, cache: FeatureCache) -> "_CachedRows":
+        features = np.asarray(cache.read("cls"), dtype=np.float32)
+        return cls(features, {_GIVEN_HEAD: cache.read("logits")} if cache.spec.n_logits else {})
+
+    def __getitem__(self, rows: Rows) -> "_CachedRows":
+        return _CachedRows(self.features[rows], {name: logits[rows] for name, logits in self.given.items()})
 
 
 class RefinedFeatures:
@@ -219,8 +237,10 @@ class RefinedFeatures:
         """The trained network of one run, loaded once."""
         if run not in self._mixtures:
             spec = self.source.data.train.spec
-            end = self.source.architecture().end
-            self._mixtures[run] = load_mixture(self._run_folder(run), end, spec.cls_dim, spec.tap_dim)
+            # The network is built only where experts are made of its end.
+            self._mixtures[run] = load_mixture(
+                self._run_folder(run), lambda: self.source.architecture().end(), spec.cls_dim, spec.tap_dim
+            )
         return self._mixtures[run]
 
     def _run_folder(self, run: str) -> Path:
@@ -256,7 +276,3 @@ class RefinedFeatures:
 def _pick(heads: FittedHeads, fold: int | None) -> LinearHead:
     """The head of one fold's model, or of the final one."""
     return heads.final if fold is None else heads.folds[fold]
-
-
-def _features(cache: FeatureCache) -> NDArray[np.float32]:
-    return np.asarray(cache.read("cls"), dtype=np.float32)

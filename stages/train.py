@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cache import FeatureCache
+from cache import FeatureCache, FeatureSpec
 from cache.fingerprint import fingerprint
 from stages.artifacts import read_json, write_text
 from stages.backbone import Tokens
@@ -67,13 +67,31 @@ class TrainSettings:
 PAPER = {"label_smoothing": 0.1, "lr": 3.5e-5, "head_lr": 3.5e-5, "router_lr": 3.5e-5, "ema": 0.0}
 
 
-def resolve_settings(config: TrainConfig, n_classes: int) -> TrainSettings:
+def resolve_settings(config: TrainConfig, n_classes: int, spec: FeatureSpec | None = None) -> TrainSettings:
     """Fill in the preset's values.
 
+    Args:
+        config: as the experiment has it.
+        n_classes: C.
+        spec: what there is to train on; by default all tokens, and a backbone whose end reads them.
+
     Raises:
-        InputError: ``alpha_min`` not below ``alpha_max`` with dynamic mixup.
+        InputError: ``alpha_min`` not below ``alpha_max`` with dynamic mixup; experts that need tokens, or the end of a
+            backbone, where there is none.
     """
     given = {k: v for k, v in config.model_dump().items() if v is not None and k != "preset"}
+    has_end, has_tap = (spec is None or spec.expert_blocks > 0), (spec is None or spec.tap_dim > 0)
+    if given["expert"] == "auto":
+        given["expert"] = "end" if has_end else "adapter"
+    if given["router_input"] == "auto":
+        given["router_input"] = "tap_cls" if has_tap else "cls"
+    if given["expert"] in ("end", "dense") and not has_end:
+        raise InputError(
+            f'train.expert: "{given["expert"]}" is made of copies of a backbone\'s end, which read tokens: give '
+            'features with tap_cls and patches and a [backbone], or take "adapter"'
+        )
+    if given["router_input"] == "tap_cls" and not has_tap:
+        raise InputError('train.router_input: the features have no tap_cls: give it, or take "cls"')
     if given["experts"] == "auto":
         given["experts"] = experts_for(n_classes)
     settings = TrainSettings(**((PAPER if config.preset == "paper" else {}) | given))
@@ -494,7 +512,7 @@ def train_mofe(
         StageError: the loss is not finite.
     """
     ranks = current()
-    settings = resolve_settings(config, data.n_classes)
+    settings = resolve_settings(config, data.n_classes, data.train.spec)
     identity = mixture_identity(data, settings, seed)
     if ranks.agree(mixture_is_fresh(folder, identity, data)):
         return False

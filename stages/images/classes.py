@@ -30,7 +30,7 @@ def only_classes(table: SampleTable, path: str) -> SampleTable:
         class_names=tuple(table.class_names[label] for label in kept),
         sizes=table.sizes[rows],
         mtimes_ns=table.mtimes_ns[rows],
-        contents=tuple(table.contents[row] for row in rows),
+        contents=tuple(table.contents[row] for row in rows.tolist()),
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, NoReturn, Protocol
@@ -75,7 +75,7 @@ class Sample(NamedTuple):
 class ImageReader:
     """Bytes of samples by index. Holds no open file: pickles, forks and threads are safe."""
 
-    contents: tuple[Content | bytes, ...]
+    contents: Sequence[Content | bytes]
 
     def __len__(self) -> int:
         return len(self.contents)
@@ -98,7 +98,7 @@ class SampleTable:
     sizes: np.ndarray  # [n] int64, bytes
     mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images and where unknown
     ignored: int  # files seen that are not images
-    contents: tuple[Content | bytes, ...] = field(repr=False)
+    contents: Sequence[Content | bytes] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,15 +115,15 @@ def make_table(source: str, samples: Iterable[Sample], ignored: int = 0) -> Samp
         InputError: There is no sample, or two have the same id.
     """
     # Code points and UTF-8 bytes sort alike.
-    rows = sorted((sample._replace(id=_utf8(sample.id)) for sample in samples), key=lambda sample: sample.id)
+    rows = sorted((sample._replace(id=storable(sample.id)) for sample in samples), key=lambda sample: sample.id)
     if not rows:
         others = f" ({ignored} other files)" if ignored else ""
         raise InputError(f"{source}: no images found{others}; image files end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     for one, other in pairwise(rows):
         if one.id == other.id:
             raise InputError(f"{source}: {one.id!r} is listed twice; name every image once")
-    classes = [None if row.class_name is None else _utf8(row.class_name) for row in rows]
-    class_names = _class_order({name for name in classes if name is not None})
+    classes = [None if row.class_name is None else storable(row.class_name) for row in rows]
+    class_names = class_order({name for name in classes if name is not None})
     index: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(class_names)}
     return SampleTable(
         source=source,
@@ -159,12 +159,12 @@ def given_class(label: str) -> str | None:
     return None if label in ("", "-1") else label
 
 
-def _utf8(name: str) -> str:
+def storable(name: str) -> str:
     """Name that can be stored: what is not UTF-8 (lone surrogates in a str) and zero bytes are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
 
 
-def _class_order(names: set[str]) -> tuple[str, ...]:
+def class_order(names: set[str]) -> tuple[str, ...]:
     """Names in order; numbers by value, so that complete labels 0 … C - 1 keep their number."""
     if all(name.isascii() and name.isdigit() and len(name) < 19 for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))

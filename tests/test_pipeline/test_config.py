@@ -201,7 +201,23 @@ def test_override_refused(study, override, message):
         ("[[sets]]\nname = 'a'\nrole = 'id-test'", "toy.toml: sets.a.images: missing"),
         (
             "[[sets]]\nname = 'a'\nrole = 'id-test'\nfeatures = 'a.npz'",
-            "toy.toml: sets.a.features: not supported yet; give images",
+            "toy.toml: sets.a.origin: missing; say in your words which network, weights and size gave these features",
+        ),
+        (
+            "[[sets]]\nname = 'a'\nrole = 'id-test'\nfeatures = 'a.npz'\norigin = 'x'",
+            "toy.toml: sets.a.features: set train has images: nothing shows that both come from one network; give",
+        ),
+        (
+            "[[sets]]\nname = 'a'\nrole = 'id-test'\nfeatures = 'a.npz'\norigin = ''",
+            'toy.toml: sets.a.origin: "" given, must have at least 1 character',
+        ),
+        (
+            "[[sets]]\nname = 'a'\nrole = 'id-test'\nimages = 'a'\nfeatures = 'a.npz'",
+            "toy.toml: sets.a: has images and features; give one of them",
+        ),
+        (
+            "[[sets]]\nname = 'a'\nrole = 'id-test'\nimages = 'a'\norigin = 'x'",
+            "toy.toml: sets.a.origin: says where features come from; this set has images",
         ),
         (
             "[[variants]]\nname = 'default'\nset = {}",
@@ -319,3 +335,44 @@ def test_what_cannot_be_extended_is_refused(study, tmp_path):
     assert "extends: 3 given, must be the path of an experiment file" in refusal(study(text="extends = 3\n"))
     assert "extends this file; a file cannot extend itself" in refusal(study(text='extends = "toy.toml"\n'))
     assert "nowhere.toml: No such file or directory" in refusal(study(text='extends = "nowhere.toml"\n'))
+
+
+FEATURES = """
+name = "given"
+work = "runs"
+
+[[sets]]
+name = "train"
+role = "id-train"
+features = "train.npz"
+origin = "dinov2-b14@518"
+
+[[sets]]
+name = "test"
+role = "id-test"
+features = "test.npz"
+origin = "dinov2-b14@518"
+"""
+
+
+def test_a_study_of_features_names_no_backbone(study):
+    config = load_config(study(text=FEATURES))
+    assert config.has_features
+    assert config.backbone is None
+    assert config.sets[0].features == str(study(text=FEATURES).parent / "train.npz")
+    assert load_config(study()).backbone.name == "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("[finetune]", "toy.toml: finetune: needs images; set train has features"),
+        ("[cache]\npatches = 'none'", "toy.toml: cache.patches: says what to keep of images; of set train all is kept"),
+        (
+            "[[sets]]\nname = 'o'\nrole = 'far-ood'\nfeatures = 'o.npz'\norigin = 'clip'",
+            'toy.toml: sets.o.origin: "clip" given, but set train has "dinov2-b14@518": features of different',
+        ),
+    ],
+)
+def test_a_study_of_features_refused(study, more, message):
+    assert refusal(study(text=FEATURES + more)).startswith(message)

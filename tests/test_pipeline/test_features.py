@@ -1,0 +1,238 @@
+"""Studies whose sets are files of features: everything that needs no image works, from the command line."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from stages.scorers import energy_score
+from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
+
+STUDY = """
+name = "given"
+work = "work"
+
+[[sets]]
+name = "train"
+role = "id-train"
+features = "train.npz"
+origin = "lite0@48"
+
+[[sets]]
+name = "test"
+role = "id-test"
+features = "test.npz"
+origin = "lite0@48"
+
+[[sets]]
+name = "near"
+role = "near-ood"
+features = "near.npz"
+origin = "lite0@48"
+
+[train]
+experts = 2
+epochs = 1
+
+[score]
+scores = ["energy", "knn", "knn+energy"]
+k = 5
+bootstrap = 100
+"""
+NETWORK = """
+[backbone]
+name = "tf_efficientnet_lite0"
+weights = "embedded"
+image_size = 48
+"""
+ROWS = {"train": 40, "test": 12, "near": 12}  # of each class
+
+
+def write(folder, caches, names, more="", logits=False):
+    """A study of some rows of the caches, as somebody else might hand them over."""
+    folder.mkdir()
+    for name, per_class in ROWS.items():
+        arrays = arrays_of(caches[name], per_class, names)
+        if logits:
+            arrays["logits"] = logits_of(arrays["cls"], caches["train"])
+        np.savez(folder / f"{name}.npz", **arrays)
+    (folder / "study.toml").write_text(STUDY + more)
+    return folder
+
+
+def arrays_of(cache, per_class, names):
+    rows = np.concatenate([np.flatnonzero(cache.labels == label)[:per_class] for label in np.unique(cache.labels)])
+    labels = np.array(cache.class_names)[cache.labels[rows]].astype(int)
+    return {name: cache.read(name, rows) for name in names} | {"label": labels, "id": cache.ids[rows]}
+
+
+def logits_of(cls, train):
+    """A head of one's own: the closer to a class mean, the higher."""
+    means = np.stack([train.read("cls", train.labels == label).mean(0, dtype=np.float32) for label in range(4)])
+    return -np.linalg.norm(cls.astype(np.float32)[:, None] - means, axis=2)
+
+
+def replaced(folder, name, **arrays):
+    """The same file with other arrays; None takes one away."""
+    with np.load(folder / f"{name}.npz") as stored:
+        kept = dict(stored) | arrays
+    np.savez(folder / f"{name}.npz", **{key: array for key, array in kept.items() if array is not None})
+
+
+def table(folder):
+    with open(folder / "work" / "scores" / "table.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def plain(caches, tmp_path_factory):
+    """``cls``, labels, ids and logits; run once. Everybody's: copy what you change."""
+    folder = write(tmp_path_factory.mktemp("given") / "plain", caches, ("cls",), logits=True)
+    done("run", folder / "study.toml")
+    return folder
+
+
+@pytest.fixture
+def study(plain, tmp_path):
+    """Arguments that name a copy of the finished study: its work folder may be changed, its files are shared."""
+    shutil.copytree(plain / "work", tmp_path / "work")
+    return [plain / "study.toml", *settings(f"work={tmp_path / 'work'}")]
+
+
+@pytest.fixture
+def copy(plain, tmp_path):
+    """A copy of the files and of what was made of them, which may be changed."""
+    return shutil.copytree(plain, tmp_path / "copy", copy_function=shutil.copy2)
+
+
+def test_a_study_of_features_runs_to_its_report(plain):
+    rows = table(plain)
+    assert (rows[0]["features"], rows[0]["head"], rows[0]["score"]) == ("cls", "none", "knn")
+    assert {(row["features"], row["head"]) for row in rows} == {
+        ("cls", "none"), ("cls", "probe"), ("cls", "given"),
+        ("mofe", "none"), ("mofe", "trained"), ("mofe", "refit"), ("mofe", "refit-group"),
+    }  # fmt: skip
+    assert float(rows[0]["auroc"]) > 0.8
+    assert "Features of <strong>lite0@48</strong>" in (plain / "work" / "report" / "index.html").read_text()
+    about = json.loads((plain / "work" / "model" / "pretrained" / "default" / "seed-0" / "mofe.json").read_text())
+    assert (about["settings"]["expert"], about["settings"]["router_input"]) == ("adapter", "cls")
+
+
+def test_given_logits_are_a_head(plain):
+    samples = pq.read_table(plain / "work" / "scores" / "samples" / "pretrained-cls-given-none-none-none.parquet")
+    with np.load(plain / "test.npz") as test, np.load(plain / "near.npz") as near:
+        logits = np.concatenate([test["logits"], near["logits"]])
+        labels = np.concatenate([test["label"], near["label"]])
+    np.testing.assert_array_equal(samples["energy"].to_numpy(), energy_score(logits))
+    assert samples["prediction"].to_pylist() == logits.argmax(1).astype(str).tolist()
+    accuracy = json.loads((plain / "work" / "scores" / "id.json").read_text())["accuracy"]
+    (own,) = [entry["accuracy"] for entry in accuracy if entry["head"] == "given"]
+    assert own == np.mean(logits[:48].argmax(1) == labels[:48])
+
+
+def test_a_second_run_does_nothing(study, tmp_path):
+    folders = [tmp_path / "work" / name for name in ("cache", "model", "scores")]
+    before = snapshot(*folders)
+    assert "extract pretrained: fresh; 232 rows + 0 failures" in " ".join(done("run", *study).out.split())
+    assert snapshot(*folders) == before
+
+
+def test_scoring_opens_no_file_of_features(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.study.list_arrays", lambda path: pytest.fail(f"{path} was opened"))
+    done("score", *study, *settings("score.k=3"))
+    assert json.loads(table(tmp_path)[0]["params"])["k"] == 3
+
+
+def test_plan_and_info(study, copy):
+    plan = " ".join(done("run", *study, "--dry-run").out.split())
+    assert plan.count("fresh, ") == 4
+    assert "extract pretrained near: 24 rows, fresh, " in plan
+    info = " ".join(done("info", *study).out.split())
+    assert "features given, lite0@48" in info
+    assert "logits [n, 4]" in info
+    replaced(copy, "near", cls=np.ones((24, 1280), np.float16))
+    assert "24 rows, 24 changed since" in " ".join(done("extract", copy / "study.toml", "--dry-run").out.split())
+
+
+def test_new_rows_are_scored_from_a_file(study, plain):
+    rows = list(csv.DictReader(io.StringIO(done("predict", *study, plain / "test.npz").out)))
+    assert len(rows) == 48
+    assert np.mean([row["decision"] == "ID" for row in rows]) > 0.8
+    assert rows[0]["path"].startswith(str(plain / "test.npz"))
+
+
+def test_images_cannot_be_scored(study, tmp_path):
+    (tmp_path / "a.jpg").touch()
+    assert refused("predict", *study, tmp_path / "a.jpg").endswith(
+        "a.jpg: this study's sets have features, and nothing here makes such features of an image: give a file of them "
+        "(.npz, .npy, .parquet)"
+    )
+
+
+def test_a_damaged_shard_is_copied_again(study, tmp_path):
+    (shard,) = (tmp_path / "work" / "cache").glob("test-*/shard-00000.h5")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    assert pipeline("verify", *study).status == 1
+    done("verify", *study, "--repair")
+    assert shard.read_bytes() == whole
+
+
+def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
+    names = ("cls", "tap_cls", "patches")
+    folder = write(tmp_path / "tokens", caches, names, NETWORK)
+    done("run", folder / "study.toml")
+    about = json.loads((folder / "work" / "model" / "pretrained" / "default" / "seed-0" / "mofe.json").read_text())
+    assert (about["settings"]["expert"], about["settings"]["router_input"]) == ("end", "tap_cls")
+    assert {row["features"] for row in table(folder)} == {"cls", "mofe"}
+    replaced(folder, "near", patches=np.zeros((24, 4, 192), np.float16))
+    answer = pipeline("extract", folder / "study.toml")
+    assert answer.status == 2
+    assert f"error: sets.near.features: {folder / 'near.npz'}: its tokens do not lead to its cls" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"near": {"label": None, "cls": np.ones((24, 7), np.float16)}},
+            "sets.near.features: {near} has cls [7], logits",
+        ),
+        (
+            {"near": {"logits": None}},
+            "sets.near.features: {near} has cls [1280], set train has cls [1280], logits [4]: ",
+        ),
+        ({"test": {"label": None}}, "set 'test': 48 of 48 rows have no label: give label in the file"),
+        ({"test": {"label": np.arange(48)}}, "set 'test' has classes that id-train does not have: 4, 5, 6, 7, 8, …"),
+        (
+            {"train": {"label": np.arange(160) % 3}, "test": {"label": np.arange(48) % 3}},
+            "sets.train.features: logits have 4 columns, label names 3 classes: ",
+        ),
+        ({"near": {"cls": None}}, "sets.near.features: {near}: 'cls' is missing"),
+    ],
+)
+def test_files_refused(copy, change, message):
+    for name, arrays in change.items():
+        replaced(copy, name, **arrays)
+    assert refused("extract", copy / "study.toml").startswith(message.format(near=copy / "near.npz"))
+
+
+def test_a_feature_that_is_no_number(copy):
+    replaced(copy, "near", cls=np.full((24, 1280), np.nan))
+    answer = pipeline("extract", copy / "study.toml")
+    assert answer.status == 2
+    assert f"error: sets.near.features: {copy / 'near.npz'}: cls of row 0 ('7/" in answer.err
+
+
+def test_settings_refused(study, copy):
+    message = refused("train", *study, *settings("train.expert=end"))
+    assert message.startswith('train.expert: "end" is made of copies of a backbone')
+    assert refused("train", *study, *settings("train.router_input=tap_cls")).startswith("train.router_input: the ")
+    with open(copy / "study.toml", "a", encoding="utf-8") as file:
+        file.write(NETWORK)
+    message = refused("extract", copy / "study.toml")
+    assert message.startswith("backbone: sets.train.features has no patches, so nothing reads it: ")
