@@ -24,6 +24,7 @@ from stages.errors import InputError, StageError
 
 if TYPE_CHECKING:
     from cache import FeatureCache, FeatureSpec
+    from pipeline.predictions import Format
     from pipeline.study import Study
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -248,12 +249,20 @@ def _known_score(_context: click.Context, _option: click.Parameter, value: str |
 @experiment_options
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy.")
+@click.option(
+    "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."
+)
 def predict(
-    experiment: str, overrides: tuple[str, ...], debug: bool, paths: tuple[str, ...], score_name: str | None
+    experiment: str,
+    overrides: tuple[str, ...],
+    debug: bool,
+    paths: tuple[str, ...],
+    score_name: str | None,
+    form: "Format",
 ) -> None:
-    """Score new images: score, threshold, decision."""
+    """Score new images: score, threshold, decision, class, expert, the nearest training images."""
     with _study(_config("predict", experiment, overrides), RunOptions()) as study:
-        show(study.predict(paths, score_name))
+        show(study.predict(paths, score_name, form))
 
 
 @verbs.command()

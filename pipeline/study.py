@@ -1,14 +1,8 @@
 """A study: its stages in order, which of them are fresh, and what each says when it is done."""
 
-import csv
-import io
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +21,7 @@ from cache import (
 from pipeline.config import RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
 from pipeline.legs import Leg, legs
+from pipeline.predictions import Format, predict_sources
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, list_arrays
@@ -36,7 +31,7 @@ from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import SampleTable, list_images, only_classes
-from stages.predict import Prediction, Predictor
+from stages.predict import Predictor
 from stages.sanity import check_features
 from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
@@ -335,41 +330,12 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
-    def predict(self, paths: Sequence[str], score_name: str | None = None) -> Lines:
-        """Score new images with the fitted detector of the study; CSV."""
+    def predict(self, paths: Sequence[str], score_name: str | None = None, form: Format = "csv") -> Lines:
+        """Score new images with the fitted detector of the study."""
         leg = self._legs[0]
-        spec = leg.spec()
-        sources = [self._new_source(path, spec) for path in paths]
+        sources = [self._new_source(path, leg.spec()) for path in paths]  # a missing path is said before any work
         predictor = Predictor(self._source(leg), self.config.score, score_name, self.progress)
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [field.name for field in fields(Prediction)], lineterminator="\n")
-        writer.writeheader()
-        scratch = Path(tempfile.mkdtemp(prefix="predict-"))
-        n_rows = 0
-        try:
-            for number, (path, source) in enumerate(zip(paths, sources, strict=True)):
-                # A cache of its own, thrown away: new images take the same way as those that the detector knows.
-                name = f"predict-{number}"
-                if isinstance(source, ArrayTable):
-                    table, cache = source.samples, import_set(name, source, spec, scratch)
-                else:
-                    table, cache = (
-                        source,
-                        extract_set(name, source, spec, scratch, lambda: leg.loaded, max_failures=1.0),
-                    )
-                # One image file is its own name; of a folder, tar or list, each image adds its own.
-                one = table.ids == (Path(path).name,) and Path(path).is_file()
-                names = {id_: path if one else f"{path}/{id_}" for id_ in table.ids}
-                for failure in cache.failures():
-                    print(f"{names[failure.id]}: cannot be used: {failure.reason}", file=sys.stderr)
-                found = predictor.predict([names[id_] for id_ in cache.ids], cache)
-                writer.writerows(asdict(prediction) for prediction in found)
-                n_rows += cache.n_rows
-        finally:
-            shutil.rmtree(scratch)
-        if not n_rows:
-            raise InputError("none of the given images can be used")
-        return [out.getvalue().rstrip("\n")]
+        return [predict_sources(predictor, leg, paths, sources, form)]
 
     def _new_source(self, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
         """What `predict` is to score: images, or a file of features where the study's sets are such files."""

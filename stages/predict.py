@@ -4,26 +4,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache import FeatureCache
+from stages.bank import FeatureBank
 from stages.config import ScoreConfig
 from stages.detectors import NO_HEAD, Detector, DetectorFactory, recommended
 from stages.errors import InputError
 from stages.progress import NullProgress, Progress
 from stages.scorers import threshold_at
+from stages.split import Rows
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures
+
+N_NEAREST = 3
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An id-train image, and how far from it a new one lies: √(2 − 2 cos) of their features."""
+
+    id: str
+    distance: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a fitted detector says of one new image."""
+    """What a fitted detector says of one new image.
+
+    Attributes:
+        path: as it was given.
+        score: higher = more OOD.
+        threshold: a score at or below it is admitted as ID.
+        threshold_lo: lower end of its 95 % confidence interval; None where the calibration rows are too few for it.
+        threshold_hi: upper end, likewise.
+        decision: ``"ID"`` or ``"OOD"``.
+        prediction: class name.
+        expert: that the image was routed to; None without experts.
+        nearest: the nearest of the training images that its score may look at, the routed expert's where there are
+            experts; ascending by distance.
+    """
 
     path: str
     score: float
     threshold: float
-    decision: str  # "ID" or "OOD"
-    prediction: str  # class name
+    threshold_lo: float | None
+    threshold_hi: float | None
+    decision: str
+    prediction: str
     expert: int | None
+    nearest: tuple[Neighbour, ...]
 
 
 class Predictor:
@@ -47,6 +76,8 @@ class Predictor:
         if source.mixtures:
             self._refined = RefinedFeatures(source, source.mixtures[0], progress or NullProgress())
         self._factory = DetectorFactory((self._refined or self._frozen).subject(), config)
+        self._bank_ids = source.data.train.ids[source.data.split.final_train]
+        self._banks: dict[int | None, tuple[FeatureBank, Rows]] = {}
         self.detector = recommended(self._factory) if score is None else self._asked(score)
         self.threshold = threshold_at(self.detector.calibration_scores)
         self._class_names = source.data.class_names
@@ -68,14 +99,39 @@ class Predictor:
             rows = self._frozen.rows(cache, labels)
         scores = self.detector.score_rows(rows)
         predicted = rows.logits[self.detector.head].argmax(1)
+        experts = [None] * len(rows) if rows.expert is None else rows.expert.tolist()
+        nearest = self._nearest(rows.features, experts)
+        admits = self.threshold
         return [
             Prediction(
                 path=path,
                 score=float(scores[index]),
-                threshold=self.threshold.threshold,
-                decision="ID" if scores[index] <= self.threshold.threshold else "OOD",
+                threshold=admits.threshold,
+                threshold_lo=admits.lo,
+                threshold_hi=admits.hi,
+                decision="ID" if scores[index] <= admits.threshold else "OOD",
                 prediction=self._class_names[predicted[index]],
-                expert=None if rows.expert is None else int(rows.expert[index]),
+                expert=experts[index],
+                nearest=nearest[index],
             )
             for index, path in enumerate(paths)
         ]
+
+    def _nearest(self, features: NDArray[np.float32], experts: Sequence[int | None]) -> list[tuple[Neighbour, ...]]:
+        found: list[tuple[Neighbour, ...]] = [()] * len(features)
+        for expert in dict.fromkeys(experts):
+            queries = [index for index, own in enumerate(experts) if own == expert]
+            bank, rows = self._bank(expert)
+            distances, neighbours = bank.search(features[queries], min(N_NEAREST, len(bank)))
+            for index, away, near in zip(queries, distances.tolist(), rows[neighbours].tolist(), strict=True):
+                pairs = zip(near, away, strict=True)
+                found[index] = tuple(Neighbour(str(self._bank_ids[row]), distance) for row, distance in pairs)
+        return found
+
+    def _bank(self, expert: int | None) -> tuple[FeatureBank, Rows]:
+        """An expert's training features, or all of them, and which rows of the subject's bank they are."""
+        if expert not in self._banks:
+            own = self._factory.subject.bank
+            rows = np.arange(len(own)) if own.expert is None else np.flatnonzero(own.expert == expert)
+            self._banks[expert] = FeatureBank(own.features[rows]), rows
+        return self._banks[expert]

@@ -471,7 +471,12 @@ def test_predict(demo, verb, new_images):
     paths = [folder / name for name in ("digit.pgm", "broken.png", "digit.png", "crop.png")]
     answer = done("predict", *verb, *paths)
     lines = list(csv.DictReader(io.StringIO(answer.out)))
-    assert list(lines[0]) == ["path", "score", "threshold", "decision", "prediction", "expert"]
+    naming = ["path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert"]
+    nearest = ["nearest_1", "distance_1", "nearest_2", "distance_2", "nearest_3", "distance_3"]
+    assert list(lines[0]) == naming + nearest
+    assert all(line["nearest_1"].startswith("5/") for line in lines[:2])
+    assert all(float(line["distance_1"]) <= float(line["distance_2"]) <= float(line["distance_3"]) for line in lines)
+    assert float(lines[2]["distance_1"]) > float(lines[0]["distance_3"])
     assert [line["path"] for line in lines] == [str(paths[0]), str(paths[2]), str(paths[3])]
     assert [line["decision"] for line in lines] == ["ID", "ID", "OOD"]
     assert [line["prediction"] for line in lines[:2]] == ["5", "5"]
@@ -512,6 +517,24 @@ def test_predict_a_folder(verb, new_images):
         f"{folder}/{name}" for name in ("crop.png", "digit.pgm", "digit.png")
     ]
     assert answer.err.startswith(f"{folder}/broken.png: cannot be used: ")
+
+
+def test_predict_as_json(verb, new_images):
+    folder, _ = new_images
+    answer = json.loads(done("predict", *verb, folder, "--format", "json").out)
+    lines = list(csv.DictReader(io.StringIO(done("predict", *verb, folder).out)))
+    assert len(lines) == len(answer["images"]) == 3
+    for line, image in zip(lines, answer["images"], strict=True):
+        assert [str(image[name]) for name in ("path", "score", "decision")] == [
+            line[name] for name in ("path", "score", "decision")
+        ]
+        assert [near["id"] for near in image["nearest"]] == [line[f"nearest_{rank}"] for rank in (1, 2, 3)]
+    assert answer["threshold"]["threshold"] == answer["images"][0]["threshold"]
+    assert answer["threshold"]["admit"] == 0.95
+    assert (answer["detector"]["features"], answer["detector"]["score"]) == ("mofe", "knn+energy")
+    (unusable,) = answer["unusable"]
+    assert unusable["path"] == f"{folder}/broken.png"
+    assert unusable["reason"]
 
 
 def test_predict_nothing_usable(verb, new_images, monkeypatch):

@@ -25,9 +25,10 @@ from stages.heads import load_heads
 from stages.images import ImageReader, list_images
 from stages.images.table import FileRange
 from stages.predict import Predictor
+from stages.progress import NullProgress
 from stages.refine import load_refined, refine, refined_path
 from stages.score import score
-from stages.subjects import BackboneSource, MixtureFolder
+from stages.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
 from stages.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.train import train_mofe, train_probe
 
@@ -651,6 +652,9 @@ def test_predict_says_of_an_image_what_the_table_was_made_of(source, folder, tab
         and entry["head"] == ("none" if score_name == "knn" else head)
     )
     assert predictor.threshold.threshold == pytest.approx(entry["threshold"])
+    ends = {(one.threshold, one.threshold_lo, one.threshold_hi) for one in found}
+    assert ends == {(predictor.threshold.threshold, predictor.threshold.lo, predictor.threshold.hi)}
+    assert [predictor.threshold.lo, predictor.threshold.hi] == [pytest.approx(entry["lo"]), pytest.approx(entry["hi"])]
 
 
 def test_predict_without_a_mixture_uses_the_frozen_features(source, folder, table):
@@ -660,6 +664,29 @@ def test_predict_without_a_mixture_uses_the_frozen_features(source, folder, tabl
     ids = samples["set"] == "test"
     np.testing.assert_allclose([one.score for one in found], samples["knn+energy"][ids], rtol=1e-5)
     assert {one.expert for one in found} == {None}
+
+
+@pytest.mark.parametrize("frozen_alone", [True, False])
+def test_predict_names_the_nearest_training_images(source, frozen_alone):
+    predictor = Predictor(replace(source, mixtures=()) if frozen_alone else source, CONFIG)
+    bank, cache = predictor.detector.subject.bank, source.tests[0].cache
+    ids = source.data.train.ids[source.data.split.final_train]
+    labels = np.full(cache.n_rows, -1, np.int32)
+    if frozen_alone:
+        rows = FrozenFeatures(source).rows(cache, labels)
+    else:
+        rows = RefinedFeatures(source, source.mixtures[0], NullProgress()).passing_rows(cache, labels)
+
+    def unit(features):
+        return features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)
+
+    away = np.sqrt(np.maximum(0, 2 - 2 * unit(rows.features) @ unit(bank.features).T))
+    if not frozen_alone:  # the routed expert's images alone
+        away[rows.expert[:, None] != bank.expert] = np.inf
+    for one, own in zip(predictor.predict(cache.ids.tolist(), cache), away, strict=True):
+        np.testing.assert_allclose([near.distance for near in one.nearest], np.sort(own)[:3], atol=1e-5)
+        named = [np.flatnonzero(ids == near.id)[0] for near in one.nearest]
+        np.testing.assert_allclose(own[named], np.sort(own)[:3], atol=1e-5)
 
 
 def test_predict_of_nothing_usable_is_empty(source, backbone, tmp_path):
