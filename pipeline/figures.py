@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 
 # Placeholder of each CSS variable: colours that nothing else in a figure has.
 _INK, _GRID = "#010203", "#010204"
-COLOURS = {"id": "#010205", "ood": "#010206", "baseline": "#010207", "method": "#010208"}
+COLOURS = {"id": "#010205", "ood": "#010206", "baseline": "#010207", "method": "#010208", "far": "#010209"}
 _VARIABLES = {_INK: "muted", _GRID: "grid"} | {placeholder: name for name, placeholder in COLOURS.items()}
 _STYLE: dict[Any, Any] = {  # matplotlib's own type of it is a Literal of every parameter
     "svg.fonttype": "none",
@@ -45,6 +45,7 @@ _STYLE: dict[Any, Any] = {  # matplotlib's own type of it is a Literal of every 
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "lines.solid_capstyle": "round",
+    "path.simplify": False,  # it would drop lines without length, which are dots
 }
 _BINS = 40
 _MOST_POINTS = 300  # of a ROC curve in the page; more cannot be seen
@@ -57,6 +58,15 @@ class Series:
     colour: str
     runs: Sequence[Sequence[float | None]]
     dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Points:
+    """Dots of one colour, ``[n, 2]``."""
+
+    colour: str
+    at: NDArray[np.floating]
+    size: float = 4
 
 
 def histogram_panel(
@@ -145,6 +155,41 @@ def range_panel(title: str, runs: Sequence[Sequence[Sequence[float]]], best_epoc
         axes.plot(epochs, low, color=COLOURS["method"], linewidth=0.8)
         axes.plot(epochs, middle, "o" if longest <= 12 else "", ls="-", color=COLOURS["method"], markersize=3)
         _epoch_axis(axes, best_epoch)
+
+    return _panel(title, draw)
+
+
+def scatter_panel(title: str, points: Sequence[Points], axes_names: tuple[str, str] | None = None) -> str:
+    """Dots over two axes; without names the axes are those of a map, whose numbers mean nothing."""
+
+    def draw(axes: "Axes") -> None:
+        for dots in points:
+            # One path of lines without length, whose round ends are the dots: an element each would be ten times it.
+            x, y = (np.stack([column, column, np.full_like(column, np.nan)], axis=1).ravel() for column in dots.at.T)
+            axes.plot(
+                x, y, color=COLOURS[dots.colour], linewidth=dots.size, alpha=0.6, solid_capstyle="round", clip_on=False
+            )
+        if axes_names is None:
+            axes.set(xticks=[], yticks=[])
+            axes.spines["bottom"].set_visible(False)
+        else:
+            axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+        axes.margins(0.05)
+
+    return _panel(title, draw)
+
+
+def line_panel(title: str, x: Sequence[float], series: Sequence[Series], axes_names: tuple[str, str]) -> str:
+    """Values over a few numbers, each at its own place."""
+
+    def draw(axes: "Axes") -> None:
+        places = np.arange(len(x))
+        for line in series:
+            for run in line.runs:
+                axes.plot(places, np.asarray(run, dtype=float), "o-", color=COLOURS[line.colour], markersize=4)
+        axes.set_xticks(places, [f"{number:g}" for number in x])
+        axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+        axes.margins(0.08)
 
     return _panel(title, draw)
 

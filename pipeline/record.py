@@ -7,12 +7,14 @@ is fresh and need not run again.
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +44,7 @@ class StageRecord:
     started: str  # ISO 8601, UTC
     duration_s: float
     status: Status
+    peak_memory_bytes: int = 0  # resident, of the process until then or of the largest of its workers; 0: not known
 
 
 class RunRecord:
@@ -79,7 +82,7 @@ class RunRecord:
         last, stage = self.stage(name) if self.is_fresh(name, fingerprint) else None, RunningStage()
 
         def write(status: Status) -> None:
-            own = StageRecord(fingerprint, started, round(time.monotonic() - clock, 3), status)
+            own = StageRecord(fingerprint, started, round(time.monotonic() - clock, 3), status, peak_memory_bytes())
             self._stages[name] = last if last and stage.fresh and status == "done" else own
             stages = {key: asdict(stage) for key, stage in self._stages.items()}
             write_json(self.path, self._context | {"stages": stages})
@@ -95,14 +98,22 @@ class RunRecord:
 
 def _read_stages(path: Path) -> dict[str, StageRecord]:
     names = {field.name for field in fields(StageRecord)}
+    required = {field.name for field in fields(StageRecord) if field.default is MISSING}
     stages = (read_json(path) or {}).get("stages")
     if not isinstance(stages, dict):
         return {}
     return {
         name: StageRecord(**stage)
         for name, stage in stages.items()
-        if isinstance(stage, dict) and stage.keys() == names
+        if isinstance(stage, dict) and required <= stage.keys() <= names
     }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory so far of this process or of one that it waited for."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return unit * max(resource.getrusage(which).ru_maxrss for which in who)
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -37,6 +37,9 @@ from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
 from stages.table import compact, read_summary
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mofe, train_probe
+
+if TYPE_CHECKING:
+    from pipeline.report import Evidence
 
 Lines = list[Any]  # what a verb says: text, or tables of rich
 
@@ -309,12 +312,28 @@ class Study:
         )
 
     def report(self) -> Lines:
-        """Write ``report/index.html``."""
+        """Write ``report/index.html``; the table as well."""
         from pipeline.report import write_report
 
         with self.record.running("report", ""):
-            path = write_report(self.config.work, self.progress)
+            path = write_report(self.config.work, self.progress, self.evidence())
         return [f"report: {path}"]
+
+    def evidence(self) -> "Evidence":
+        """What a report may look at beside the study's own files, as far as it is still there."""
+        from pipeline.report import Evidence
+
+        caches = {}
+        for entry in self.config.sets:
+            with suppress(InputError, CacheError):  # not there any more, or of other settings
+                caches[entry.name] = self._legs[0].cache(entry)
+        return Evidence(self.config.sets_of("id-train")[0].name, caches, self._images)
+
+    def _images(self, name: str) -> SampleTable:
+        (entry,) = (entry for entry in self.config.sets if entry.name == name)
+        if entry.images is None:
+            raise InputError(f"set {name} has features, no images")
+        return self._table(entry)
 
     def run(self) -> Lines:
         """Every stage that is not fresh, in order."""

@@ -22,7 +22,7 @@ DOORS = {
     "click": {"pipeline.cli"},
     "tqdm": {"pipeline.progress"},
     "matplotlib": {"pipeline.figures"},
-    "jinja2": {"pipeline.report"},
+    "jinja2": {"pipeline.report.page"},
     "datasets": {"stages.images.huggingface"},
 }
 # What a package may never import, whatever the module.

@@ -75,7 +75,9 @@ def test_what_stands_in_it(tmp_path, config):
     assert written["config"] == config.to_dict()
     assert written["versions"]["torch"] == metadata.version("torch")
     assert written["hardware"]["memory_bytes"] > 2**28
-    assert written["stages"]["extract"].keys() == {"fingerprint", "started", "duration_s", "status"}
+    stage = written["stages"]["extract"]
+    assert stage.keys() == {"fingerprint", "started", "duration_s", "status", "peak_memory_bytes"}
+    assert 2**24 < stage["peak_memory_bytes"] < written["hardware"]["memory_bytes"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"stages": 3}', '{"stages": {"score": {"status": "done"}}}', "\0"])
@@ -116,3 +118,13 @@ def test_hardware():
     assert about["cpu"]
     assert about["cores"] >= 1
     assert isinstance(about["gpus"], list)
+
+
+def test_a_record_of_before_the_memory_was_measured_is_still_read(tmp_path, config):
+    path = tmp_path / "record.json"
+    with RunRecord(path, config).running("score", "abc"):
+        pass
+    written = json.loads(path.read_text())
+    del written["stages"]["score"]["peak_memory_bytes"]
+    path.write_text(json.dumps(written))
+    assert RunRecord(path, config).is_fresh("score", "abc")

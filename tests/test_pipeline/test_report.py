@@ -1,9 +1,10 @@
 """The report page, made from work folders that the real functions wrote."""
 
+import base64
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,17 +15,30 @@ import pytest
 from pipeline.config import load_config
 from pipeline.figures import admitted
 from pipeline.record import RunRecord
-from pipeline.report import METRICS, ROUTINGS, duration, percent, points, verdict, write_report
-from stages.artifacts import write_json, write_text
+from pipeline.report import METRICS, ROUTINGS, Evidence, duration, percent, points, verdict, write_report
+from pipeline.report.gallery import MOST_PICTURES, galleries
+from pipeline.report.maps import _pca, feature_maps
+from pipeline.report.methods import size
+from pipeline.report.study import ScoredStudy
+from stages.artifacts import read_json, write_json, write_text
 from stages.errors import InputError
+from stages.images import decode_image, list_images
 from stages.metrics import auroc
+from stages.progress import NullProgress
 from stages.scorers import threshold_at
+from stages.subjects import BackboneSource, MixtureFolder, RefinedFeatures
 from stages.table import Evaluator, read_summary, summarise, write_table
 from stages.train import EpochRecord
+from tests.conftest import SOURCES
 
 OODS = [("near-birds", "near"), ("far-noise", "far")]
 N_ID, N_OOD = 80, 60
+SIZES = {"animals": N_ID} | {name: N_OOD for name, _ in OODS}
+# What is kept of these sets, and where their images are.
+CACHED = {"train": "train", "animals": "test", "near-birds": "near", "far-noise": "far"}
+IMAGES = {name: SOURCES[cache] for name, cache in CACHED.items()}
 CLASSES = ["<b>cat</b> & $dog$", "fox", "owl", "<img src=http://x.test/y>"]
+RUNNING = [0.9, 0.5, 0.7, 0.9]  # accuracy of each class
 STUDY = "a <script>alert(1)</script> study"
 EXPERIMENT = f"""
 name = "{STUDY}"
@@ -36,6 +50,9 @@ sets = [
   {{ name = "far-noise", role = "far-ood", images = "sklearn:photos" }},
 ]
 """
+
+
+VARIANTS = {"four": ("train.experts", 4, 2.2), "still": ("train.mixup", "static", 1.5)}
 
 
 def method(backbone, features, head, variant, seed, routing, score, calibrated=False):
@@ -62,10 +79,12 @@ def mixture(seed):
     ]
 
 
-def make_study(work, seeds=(0,), experts=2):
+def make_study(work, seeds=(0,), experts=2, variants=()):
     """A scored study with well-separated answers: the mixture's raw sum is best, the oracle would be better still."""
     rng = np.random.default_rng(7)
     methods = FROZEN + [pair for seed in seeds for pair in mixture(seed)]
+    for variant, (_, _, distance) in dict(variants).items():
+        methods.append((mixture(0)[1][0] | {"variant": variant}, distance))
     evaluator = Evaluator(OODS, {"id": N_ID, **{name: N_OOD for name, _ in OODS}}, replicates=100)
     rows, thresholds = [], []
     samples = {}
@@ -84,8 +103,19 @@ def make_study(work, seeds=(0,), experts=2):
     write_json(scores / "thresholds.json", thresholds)
     (scores / "samples").mkdir()
     sets = ["animals"] * N_ID + [name for name, _ in OODS for _ in range(N_OOD)]
+    n_all = len(sets)
+    label = [CLASSES[row % 4] for row in range(N_ID)] + [""] * (n_all - N_ID)
+    about = {
+        "set": sets,
+        "id": [id_ for name, n in SIZES.items() for id_ in list_images(IMAGES[name]).ids[:n]],
+        "label": label,
+        # Every eighth ID image is taken for the next class, of the other group, whose expert got it.
+        "prediction": [CLASSES[(row + (row % 8 == 0)) % 4] for row in range(n_all)],
+        "expert": [(row + (row % 8 == 0)) % experts for row in range(n_all)],
+    }
     for file, columns in samples.items():
-        pq.write_table(pa.table({"set": sets, **columns}), scores / "samples" / f"{file}.parquet")
+        own = about if "-mofe-" in file else about | {"expert": pa.nulls(n_all)}
+        pq.write_table(pa.table({**own, **columns}), scores / "samples" / f"{file}.parquet")
 
     frozen = {"backbone": "pretrained", "features": "cls", "variant": "", "seed": None}
     mofe = [frozen | {"features": "mofe", "variant": "default", "seed": seed} for seed in seeds]
@@ -105,6 +135,10 @@ def make_study(work, seeds=(0,), experts=2):
         "split": {"pretrained": "held-out split"},
         "overlap_with_id_train": {"near-birds": 3},
     }
+    for variant, (key, value, _) in dict(variants).items():
+        n_experts = value if key == "train.experts" else experts
+        other = {"variant": variant, "experts": n_experts, "load": {"id": [1] * n_experts}}
+        record["router"].append(record["router"][0] | other)
     write_json(scores / "id.json", record)
 
     for seed in seeds:
@@ -112,15 +146,21 @@ def make_study(work, seeds=(0,), experts=2):
         lines = [
             {"run": "final"}
             | asdict(
-                EpochRecord(epoch, 2.0 - epoch, 1.0, 1.0, 1e-4, [30, 50], 1.5 - epoch, 0.8, 0.9, [0.9] * 4, [0.1, 0.8])
+                EpochRecord(
+                    epoch, 2.0 - epoch, 1.0, 1.0, 1e-4, [30, 50], 1.5 - epoch, 0.8, 0.9, RUNNING, [0.1, 0.8, 0.45, 0.1]
+                )
             )
             for epoch in range(2)
         ]
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        groups = {name: index % 2 for index, name in enumerate(CLASSES)}
-        write_json(folder / "mofe.json", {"groups": groups, "best_epoch": 1})
+        groups = {name: index % experts for index, name in enumerate(CLASSES)}
+        write_json(folder / "mofe.json", {"groups": groups, "best_epoch": 1, "classes": CLASSES})
 
-    (work / "study.toml").write_text(EXPERIMENT)
+    more = "".join(
+        f"[[variants]]\nname = '{variant}'\nset = {{ '{key}' = {json.dumps(value)} }}\n"
+        for variant, (key, value, _) in dict(variants).items()
+    )
+    (work / "study.toml").write_text(EXPERIMENT + more)
     config = load_config(str(work / "study.toml"), [f"work={work}"])
     with RunRecord(work / "record.json", config).running("score", "fingerprint"):
         pass
@@ -338,6 +378,189 @@ def test_what_a_study_does_not_have_is_left_out(tmp_path):
     assert "routing" not in page.rows
     assert "training" not in page.rows
     assert page.body("table")[0]["class"] == "baseline"
+
+
+# -------------------------------------------------------------------------------------- experts, classes, variants
+
+
+def test_where_the_router_sent_each_group_and_how_each_expert_did(page):
+    """Of 80 ID images each eighth, the first of its class's group, went to the other expert as the next class."""
+    confusion = [row for row in page.body("routing") if row["name"].startswith("group")]
+    assert [row["cells"] for row in confusion] == [["30", "10"], ["0", "40"]]
+    assert [row["bold"] for row in confusion] == [[True, False], [False, True]]
+    experts = [row for row in page.body("routing") if row["name"] in ("0", "1")]
+    assert [row["cells"] for row in experts] == [
+        ["2", "30", "100.0", "100.0", "100.0", "75.0"],
+        ["2", "50", "80.0", "80.0", "100.0", "100.0"],
+    ]
+
+
+def test_classes_have_their_difficulty_and_alpha_the_hardest_first(page):
+    rows = page.body("classes")
+    assert [row["name"] for row in rows] == [CLASSES[index] for index in (1, 2, 0, 3)]
+    assert [row["cells"][1:4] for row in rows] == [
+        ["1.00", "0.800", "50.0"],
+        ["0.50", "0.450", "70.0"],
+        ["0.00", "0.100", "90.0"],
+        ["0.00", "0.100", "90.0"],
+    ]
+    assert [row["cells"][4:] for row in rows] == [["100.0", "20"], ["100.0", "20"], ["50.0", "20"], ["100.0", "20"]]
+
+
+def test_variants_stand_beside_each_other_with_what_they_change(tmp_path):
+    page = Page(write_report(make_study(tmp_path, variants=VARIANTS)).read_text("utf-8"))
+    rows = page.body("variants")
+    assert [row["name"] for row in rows] == ["default", "fourexperts = 4", "stillmixup = static"]
+    assert [row["cells"][0] for row in rows] == ["2", "4", "2"]
+    labels = [attributes["aria-label"] for tag, attributes in page.elements if "aria-label" in attributes]
+    assert "AUROC by number of experts" in labels
+    assert "FPR95 by number of experts" in labels
+    best = max(row["cells"][3] for row in rows)  # near AUROC
+    assert [row["bold"][3] for row in rows] == [row["cells"][3] == best for row in rows]
+
+
+def test_one_variant_has_no_others_beside_it(page):
+    assert "variants" not in page.rows
+
+
+def test_what_the_run_cost(full_page, evidence):
+    rows = {row["name"]: row["cells"] for row in full_page.body("cost")}
+    assert rows["score"][1] == "done"
+    assert rows["score"][3].endswith("iB")  # peak memory
+    for name, cache in evidence.caches.items():
+        n_bytes = sum(file.stat().st_size for file in cache.path.glob("shard-*.h5"))
+        assert rows[name] == [f"{cache.n_rows:,}", size(n_bytes), size(n_bytes / cache.n_rows)]
+
+
+# --------------------------------------------------------------------------------------------------- map and gallery
+
+
+@pytest.fixture(scope="module")
+def evidence(work, caches, data, probe, mixture, backbone):
+    """Real features of the study's sets, refined by a real mixture, and their images."""
+    folder = work / "model" / "pretrained" / "default" / "seed-0"
+    kept = {name: (folder / name).read_bytes() for name in ("mofe.json", "metrics.jsonl")}
+    shutil.copytree(mixture, folder, dirs_exist_ok=True)
+    trained = MixtureFolder("default", 0, folder)
+    source = BackboneSource("pretrained", None, data, probe, None, (trained,), (), lambda: backbone)
+    refined = RefinedFeatures(source, trained, NullProgress())
+    for name in SIZES:
+        cache = caches[CACHED[name]]
+        refined.rows(name, cache, np.full(cache.n_rows, -1, np.int32))
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    write_json(folder / "mofe.json", read_json(folder / "mofe.json") | {"identity": refined.identity})
+    return Evidence("train", {name: caches[cache] for name, cache in CACHED.items()}, images_of)
+
+
+def images_of(name):
+    return list_images(IMAGES[name])
+
+
+@pytest.fixture(scope="module")
+def full_page(work, evidence, tmp_path_factory):
+    copy = shutil.copytree(work, tmp_path_factory.mktemp("full") / "work")
+    return Page(write_report(copy, evidence=evidence).read_text("utf-8"))
+
+
+def test_features_are_on_maps_before_and_after_the_experts(full_page):
+    labels = [attributes["aria-label"] for tag, attributes in full_page.elements if "aria-label" in attributes]
+    for title in ("Before the experts", "After the experts"):
+        for way in ("PCA fitted on ID", "t-SNE"):
+            assert f"{title}, {way}" in labels
+    assert "Left out" not in full_page.text
+
+
+def test_what_a_map_needs_and_is_gone_is_said(page, work, evidence, tmp_path):
+    assert "Left out: no cached features of animals, near-birds, far-noise." in page.text
+    copy = shutil.copytree(work, tmp_path / "work")
+    shutil.rmtree(copy / "model" / "pretrained" / "default" / "seed-0" / "refined" / "final" / "sets")
+    told = feature_maps(ScoredStudy(copy, evidence), NullProgress())
+    assert told["why"] == "after the experts, the refined features are not kept any more"
+    assert [panel["title"] for panel in told["panels"]] == [
+        "Before the experts, PCA fitted on ID",
+        "Before the experts, t-SNE",
+    ]
+
+
+def test_ood_images_have_no_say_in_the_plane_of_pca():
+    rng = np.random.default_rng(0)
+    fitted, ood = rng.normal(size=(50, 8)).astype(np.float32), rng.normal(9, 5, size=(30, 8)).astype(np.float32)
+    alone, beside = _pca(fitted, {"id": fitted}), _pca(fitted, {"id": fitted, "ood": ood})
+    np.testing.assert_array_equal(alone["id"], beside["id"])
+    spread = alone["id"].var(axis=0, ddof=1)
+    assert spread == pytest.approx(np.linalg.eigvalsh(np.cov(fitted.T.astype(float)))[-1:-3:-1], rel=1e-4)
+
+
+class Counted:
+    """An image that counts how often any is read."""
+
+    reads = 0
+
+    def __init__(self, content):
+        self.content = content
+
+    def read(self):
+        Counted.reads += 1
+        return self.content if isinstance(self.content, bytes) else self.content.read()
+
+
+def test_the_gallery_shows_what_looks_least_like_what_it_is(full_page, work):
+    pictures = [found for tag, found in full_page.elements if tag == "img"]
+    assert len(pictures) == 36
+    (file,) = (work / "scores" / "samples").glob("pretrained-mofe-refit-*-predicted.parquet")
+    table = pq.read_table(file)
+    sets, ids, scores = (np.asarray(table[name].to_pylist()) for name in ("set", "id", "knn+energy"))
+    expected = []
+    for name in SIZES:
+        own = np.flatnonzero(sets == name)
+        order = np.argsort(-scores[own] if name == "animals" else scores[own], kind="stable")[:12]
+        expected += [(name, ids[row]) for row in own[order]]
+    assert [found["alt"] for found in pictures] == [id_ for _, id_ in expected]
+    for found, (name, id_) in zip(pictures, expected, strict=True):
+        shown = decode_image(base64.b64decode(found["src"].partition(",")[2]))
+        images = images_of(name)
+        image = decode_image(images.reader().read(images.ids.index(id_)))
+        assert max(shown.size) == min(112, max(image.size))
+        image.thumbnail(shown.size)
+        assert np.abs(np.asarray(shown, float) - np.asarray(image, float)).mean() < 12  # a JPEG of it
+
+
+def test_at_most_200_images_are_read_in_all(tmp_path):
+    def counted(name):
+        images = images_of(name)
+        return replace(images, contents=tuple(map(Counted, images.contents)))
+
+    Counted.reads = 0
+    study = ScoredStudy(make_study(tmp_path), Evidence("train", {}, counted))
+    galleries(study, 20)
+    assert Counted.reads == 18  # six of each of three sets
+    Counted.reads = 0
+    galleries(study)
+    assert Counted.reads == 36
+    assert MOST_PICTURES == 200
+
+
+def test_images_that_are_gone_or_others_are_listed_with_the_reason(page, work, evidence):
+    gallery = page.html[page.html.index('id="gallery"') :]
+    assert gallery.count("No pictures: nobody says where its images are.") == 3
+    assert "<img" not in gallery
+    scores = pq.read_table(next((work / "scores" / "samples").glob("*-mofe-refit-*-predicted.parquet")))
+    worst = int(np.argmax(scores["knn+energy"].to_numpy()[:N_ID]))
+    assert scores["id"][worst].as_py() in gallery
+    assert f"{scores['knn+energy'][worst].as_py():.3f}" in gallery
+
+    def other(name):
+        if name == "far-noise":
+            raise InputError("far-noise: no such file or folder")
+        images = images_of(name)
+        return replace(images, contents=images.contents[1:] + images.contents[:1])
+
+    *others, gone = galleries(ScoredStudy(work, replace(evidence, images=other)))
+    reasons = [picture.reason for found in others for picture in found["pictures"]]
+    assert reasons == ["another image now than the one that was scored"] * 24
+    assert gone["reason"] == "far-noise: no such file or folder"
+    assert [picture.uri for picture in gone["pictures"]] == [None] * 12
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""Names of the page: methods, metrics, and numbers as people read them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from stages.table import BASELINES
+
+Line = dict[str, Any]  # of summary.csv, table.json, id.json, thresholds.json
+
+
+class Method(NamedTuple):
+    """All that names a method, seed aside; compares equal to the tuples of `stages.table`."""
+
+    backbone: str
+    features: str
+    head: str
+    variant: str
+    routing: str
+    score: str
+    calibrated: str
+
+    @classmethod
+    def of(cls, line: Line) -> "Method":
+        """The method that a line of a table is about."""
+        return cls(*(str(line[field]) for field in cls._fields))
+
+
+BASELINE = Method(*BASELINES["knn"])
+SECOND_BASELINE = Method(*BASELINES["knn+energy"])
+
+
+class Metric(NamedTuple):
+    """A column of the page."""
+
+    column: str
+    name: str
+    arrow: str
+    positive: str  # which class FPR95 takes as positive
+
+
+METRICS = (
+    Metric("auroc", "AUROC", "↑", ""),
+    Metric("fpr95", "FPR95", "↓", "ID positive"),
+    Metric("fpr95_ood", "FPR95", "↓", "OOD positive"),
+)
+COMPARED = METRICS[:2]  # those with a paired difference in the summary
+
+HEADS = {  # what the page says of each
+    "probe": "Linear probe on the backbone's own features.",
+    "finetune": "The linear head that was trained together with the backbone.",
+    "trained": "The experts' own heads, as they trained the experts.",
+    "refit": "One regularised linear head over all classes, fitted on the refined features after training.",
+    "refit-group": "The same for each expert, over its own group's classes.",
+    "given": "Logits that came with the features.",
+}
+ROUTINGS = ("predicted", "top2", "oracle")
+KINDS = {
+    "end": "Each expert is a copy of the backbone's own end.",
+    "adapter": "Each expert is a small bottleneck added to the frozen features.",
+    "frozen": "No experts: a head with “other” for each group, on the frozen features (MOS).",
+    "dense": "One network of as many parameters as all experts have; nothing is routed.",
+}
+
+
+def score_name(method: Method) -> str:
+    """A score's column in ``samples/*.parquet``."""
+    return method.score + (" (calibrated)" if method.calibrated == "True" else "")
+
+
+def score_title(method: Method) -> str:
+    """A score as the field writes it: ``kNN+energy`` for ``knn+energy``."""
+    names = {"knn": "kNN", "msp": "MSP", "ncm": "NCM", "mos": "MOS"}
+    return "+".join(names.get(part, part) for part in method.score.split("+"))
+
+
+def method_name(method: Method) -> str:
+    """Short name of a method for people."""
+    features = {"cls": "Frozen" if method.backbone == "pretrained" else "Fine-tuned", "mofe": "MoFE"}[method.features]
+    return f"{features} {score_title(method)}" + (f" ({method.head})" if method.head not in ("none", "probe") else "")
+
+
+def percent(fraction: float | None) -> str:
+    """``93.1`` for 0.931.
+
+    >>> percent(0.931), percent(None)
+    ('93.1', '–')
+    """
+    return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.1f}"
+
+
+def points(fraction: float) -> str:
+    """A difference in percentage points, signed.
+
+    >>> points(0.012), points(-0.5), points(0.0)
+    ('+1.2', '−50.0', '0.0')
+    """
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def verdict(line: Mapping[str, Any], metric: Metric) -> str:
+    """Whether the interval of the difference to the frozen kNN excludes 0: ``better``, ``worse`` or ``open``."""
+    column = f"{metric.column}_minus_knn"
+    if line[f"{column}_lo"] <= 0 <= line[f"{column}_hi"]:
+        return "open"
+    return "better" if (line[column] > 0) == (metric.arrow == "↑") else "worse"
+
+
+def duration(seconds: float) -> str:
+    """A duration for people.
+
+    >>> duration(5.4), duration(192), duration(7260)
+    ('5.4 s', '3 min 12 s', '2 h 1 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    return f"{minutes[0]} min {minutes[1]} s" if seconds < 3600 else f"{hours[0]} h {hours[1]} min"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people.
+
+    >>> size(512), size(198_144), size(3_300_000), size(508e9)
+    ('512 B', '193.5 KiB', '3.1 MiB', '473.1 GiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.1f} {unit}" if unit != "B" else f"{n_bytes:.0f} B"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"

@@ -1,0 +1,154 @@
+"""The page: sections of one study or of several, and the templates that format them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.report import gallery, maps, mixtures, sections
+from pipeline.report.methods import (
+    BASELINE,
+    COMPARED,
+    HEADS,
+    KINDS,
+    METRICS,
+    ROUTINGS,
+    duration,
+    method_name,
+    percent,
+    points,
+    score_title,
+    size,
+    verdict,
+)
+from pipeline.report.study import DAMAGE, Evidence, ScoredStudy
+from stages.artifacts import write_text
+from stages.errors import InputError
+from stages.progress import NullProgress, Progress
+
+
+def write_report(work: Path, progress: Progress | None = None, evidence: Evidence | None = None) -> Path:
+    """Write ``<work>/report/index.html``; the same files give the same bytes.
+
+    Args:
+        work: folder of a study that was scored.
+        progress: counts OOD sets, training logs and maps.
+        evidence: what the study was made from, as far as it is still there: for the maps and the gallery.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        InputError: something that ``score`` writes is missing or damaged.
+    """
+    path = work / "report" / "index.html"
+    write_text(path, _page([(work, evidence)], progress or NullProgress()))
+    return path
+
+
+def write_joint_report(
+    works: Sequence[tuple[Path, Evidence | None]], folder: Path, progress: Progress | None = None
+) -> Path:
+    """Write ``<folder>/index.html`` about several studies, which stand beside each other in its first table.
+
+    Raises:
+        InputError: as `write_report`.
+    """
+    path = folder / "index.html"
+    write_text(path, _page(works, progress or NullProgress()))
+    return path
+
+
+def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> str:
+    from jinja2 import UndefinedError
+
+    studies, bodies = [], []
+    for number, (work, evidence) in enumerate(works):
+        try:
+            study = ScoredStudy(work, evidence)
+            shaped = _sections(study, progress, gallery.MOST_PICTURES // len(works))
+            bodies.append(_render("study.html.j2", shaped | {"id": f"study-{number}-" if len(works) > 1 else ""}))
+        except (*DAMAGE, UndefinedError) as error:
+            raise InputError(
+                f"{work / 'scores'} or record.json is not as this version writes it ({error}): "
+                "delete them, run make score"
+            ) from error
+        studies.append(study)
+    return _render("report.html.j2", {"studies": studies, "bodies": bodies, "side_by_side": _side_by_side(studies)})
+
+
+def _render(name: str, values: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "verdict": verdict,
+        "duration": duration,
+        "size": size,
+        "score_title": score_title,
+        "method_name": method_name,
+    }
+    names = {"metrics": METRICS, "compared": COMPARED, "baseline": BASELINE, "heads": HEADS, "kinds": KINDS}
+    return environment.get_template(name).render(names | dict(values))
+
+
+def _sections(study: ScoredStudy, progress: Progress, most_pictures: int) -> dict[str, Any]:
+    progress.start(len(study.oods) + len(study.logs) + 2, "plot", f"report {study.name}")
+    routers = mixtures.routers(study)
+    config = study.record.get("config")
+    shaped = {
+        "study": study,
+        "config": config,
+        "config_text": json.dumps(config, indent=2, ensure_ascii=False),
+        "table": sections.table(study),
+        "sets": sections.per_set(study),
+        "distributions": sections.distributions(study, progress),
+        "maps": maps.feature_maps(study, progress),
+        "variants": mixtures.variants(study),
+        "accuracy": sections.over_seeds(study.id["accuracy"], ("backbone", "features", "variant", "head")),
+        "routers": routers,
+        "routings": [name for name in ROUTINGS if any(name in line["id_accuracy"] for line in routers)],
+        "oracle": mixtures.oracle(study),
+        "classes": mixtures.classes(study),
+        "training": sections.training(study, progress),
+        "galleries": gallery.galleries(study, most_pictures),
+        "thresholds": sections.thresholds(study),
+        "cost": sections.cost(study),
+    }
+    progress.close()
+    return shaped
+
+
+def _side_by_side(studies: Sequence[ScoredStudy]) -> list[dict[str, Any]]:
+    """Studies with the same test sets together: the frozen baselines and the recommended method of each.
+
+    What was tested on other images is not to be compared: bold is the best of a group.
+    """
+    groups: dict[Any, list[ScoredStudy]] = {}
+    for study in studies:
+        tested = (study.n_id, tuple((ood, group, study.n_ood[ood]) for ood, group in study.oods))
+        groups.setdefault(tested, []).append(study)
+    found = []
+    for members in groups.values():
+        lines = [(study, method) for study in members for method in sections.per_set(study)["methods"]]
+        cells = {
+            group: [study.lines[method].get(("average", group)) for study, method in lines]
+            for group in members[0].ood_groups
+        }
+        found.append(
+            {
+                "studies": members,
+                "lines": lines,
+                "groups": members[0].ood_groups,
+                "best": {group: sections.best(own) for group, own in cells.items()},
+            }
+        )
+    return found

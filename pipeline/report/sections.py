@@ -1,0 +1,162 @@
+"""Sections about scores: the table, every OOD set, distributions, training, thresholds, cost."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.figures import epoch_panel, histogram_panel, range_panel, roc_panel
+from pipeline.report.methods import BASELINE, COMPARED, METRICS, SECOND_BASELINE, Line, Method, method_name, percent
+from pipeline.report.study import ScoredStudy
+from stages.progress import Progress
+
+
+def table(study: ScoredStudy) -> dict[str, Any]:
+    """Methods with averages (routing by the true label has none) under their features, the baseline first.
+
+    The uncalibrated rows of the refitted head stand in front; other heads, calibrated rows and top-2 routing behind.
+    """
+    methods = [method for method in study.lines if study.average(method) is not None]
+    front, behind = (
+        _sections(study, [method for method in methods if _stands_in_front(method) == wanted])
+        for wanted in (True, False)
+    )
+    cells = {group: [study.lines[method].get(("average", group)) for method in methods] for group in study.ood_groups}
+    return {
+        "parts": [part for part in (front, behind) if part],
+        "n_methods": len(methods),
+        "best": {group: best(lines) for group, lines in cells.items()},
+        "n_sets": {group: sum(group in ("all", own) for _, own in study.oods) for group in study.ood_groups},
+        "heads": {method.head for method in methods},
+        "calibrated": any(method.calibrated == "True" for method in methods),
+        "top2": any(method.routing == "top2" for method in methods),
+    }
+
+
+def _stands_in_front(method: Method) -> bool:
+    has_main_head = method.features == "cls" or method.head in ("none", "refit") or method.score == "mos"
+    return method.calibrated == "False" and method.routing != "top2" and has_main_head
+
+
+def _sections(study: ScoredStudy, methods: Iterable[Method]) -> dict[str, list[Method]]:
+    sections: dict[str, list[Method]] = {}
+    for method in methods:
+        sections.setdefault(study.features(method.backbone, method.features, method.variant), []).append(method)
+    return sections
+
+
+def per_set(study: ScoredStudy) -> dict[str, Any]:
+    """Every OOD set for the frozen baselines and the recommended method."""
+    methods = [m for m in dict.fromkeys((BASELINE, SECOND_BASELINE, study.recommended)) if m in study.lines]
+    lines = {ood: [study.lines[method].get(ood) for method in methods if method] for ood in study.oods}
+    everything = [line for own in lines.values() for line in own]
+    return {
+        "methods": methods,
+        "best": {name: best(lines[name, group]) for name, group in study.oods},
+        "scales": {metric.column: _scale(everything, metric.column) for metric in COMPARED},
+    }
+
+
+def best(lines: Iterable[Line | None]) -> dict[str, str]:
+    """The best of each metric as it is shown: what looks equal is equally good."""
+    known = [line for line in lines if line is not None]
+    return {
+        metric.column: percent((max if metric.arrow == "↑" else min)(line[f"{metric.column}_mean"] for line in known))
+        for metric in METRICS
+    }
+
+
+def _scale(lines: Iterable[Line | None], metric: str) -> tuple[float, float]:
+    """Where the drawn intervals of a column begin, and how far they go; 0 is always on it."""
+    columns = [f"{metric}_minus_knn{end}" for end in ("", "_lo", "_hi")]
+    known = [line for line in lines if line is not None and line[columns[0]] is not None]
+    values = [0.0, *(line[column] for line in known for column in columns)]
+    return min(values), (max(values) - min(values)) or 1.0
+
+
+def distributions(study: ScoredStudy, progress: Progress) -> dict[str, Any]:
+    """Histograms and ROC curves of every OOD set, for the baseline and the recommended method."""
+    shown = [method for method in dict.fromkeys((BASELINE, study.recommended)) if method in study.lines]
+    methods = dict(zip(("baseline", "method"), [method for method in shown if method], strict=False))
+    scores = {colour: study.scores(method) for colour, method in methods.items()}
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for ood, _ in study.oods:
+        panels[ood] = []
+        for colour, method in methods.items():
+            title = f"{method_name(method)}: scores of ID and {ood}"
+            cut = study.threshold(method, 0.95)
+            own = scores[colour]["id"], scores[colour][ood], cut["threshold"] if cut else None
+            panels[ood].append((method_name(method), histogram_panel(title, *own)))
+        curves = {colour: (own["id"], own[ood]) for colour, own in scores.items()}
+        panels[ood].append(("ROC", roc_panel(f"ROC of ID against {ood}", curves)))
+        progress.advance()
+    return {"methods": methods, "panels": panels, "seed": study.seed(shown[-1]) if shown[-1] else None}
+
+
+def over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
+    """Accuracies as mean and standard deviation over seeds."""
+    by_name: dict[tuple[Any, ...], list[Line]] = {}
+    for record in records:
+        by_name.setdefault(tuple(record[name] for name in names), []).append(record)
+    lines = []
+    for members in by_name.values():
+        values = [record["accuracy"] for record in members]
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        lines.append(members[0] | {"accuracy_mean": float(np.mean(values)), "accuracy_std": deviation})
+    return lines
+
+
+def training(study: ScoredStudy, progress: Progress) -> list[dict[str, Any]]:
+    """Loss, accuracy and range of α per epoch."""
+    sections = []
+    for log in study.logs:
+        names = ("router_accuracy", "router") if "router_accuracy" in log.runs[0][0] else ("train_accuracy", "training")
+        loss = {"training": log.series("method", "loss"), "held out": log.series("ood", "select_loss", dashed=True)}
+        accuracy = {
+            "held-out rows": log.series("method", "select_accuracy"),
+            names[1]: log.series("baseline", names[0], dashed=True),
+        }
+        panels = []
+        for title, lines in (("Loss", loss), ("Accuracy", accuracy)):
+            svg = epoch_panel(f"{log.title}: {title}", [*lines.values()], log.best_epoch, per_cent=title == "Accuracy")
+            legend = [(line.colour, line.dashed, meaning) for meaning, line in lines.items()]
+            panels.append({"title": title, "legend": legend, "svg": svg})
+        alpha = [[line["alpha"] for line in run] for run in log.runs if run[0].get("alpha") is not None]
+        if alpha:
+            svg = range_panel(f"{log.title}: Mixup α", alpha, log.best_epoch)
+            legend = [("method", False, "smallest, median and largest over classes")]
+            panels.append({"title": "Mixup α", "legend": legend, "svg": svg})
+        sections.append({"title": log.title, "panels": panels, "n_runs": len(log.runs), "best": log.best_epoch})
+        progress.advance()
+    return sections
+
+
+def thresholds(study: ScoredStudy) -> dict[str, Any]:
+    """Thresholds of the first seed by method and share of ID admitted."""
+    by_method: dict[Method, dict[float, Line]] = {}
+    for line in study.thresholds:
+        if line["seed"] == study.seed(Method.of(line)):
+            by_method.setdefault(Method.of(line), {})[line["admit"]] = line
+    admits = sorted({line["admit"] for line in study.thresholds})
+    shown = [method for method in (BASELINE, study.recommended) if method in by_method]
+    return {"admits": admits, "shown": dict.fromkeys(shown), "all": by_method}
+
+
+def cost(study: ScoredStudy) -> dict[str, Any]:
+    """What the run took: stages with their time and memory, and the caches that are still there."""
+    stages = study.record.get("stages", {})
+    caches = [
+        {
+            "set": name,
+            "rows": cache.n_rows,
+            "bytes": (n_bytes := sum(shard.nbytes for shard in cache.manifest.shards)),
+            "bytes_per_row": n_bytes / max(cache.n_rows, 1),
+        }
+        for name, cache in study.evidence.caches.items()
+    ]
+    return {
+        "stages": {name: stage for name, stage in stages.items() if name != "report"},
+        "seconds": sum(stage["duration_s"] for name, stage in stages.items() if name != "report"),
+        "caches": caches,
+        "cache_bytes": sum(cache["bytes"] for cache in caches),
+    }
