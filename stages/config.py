@@ -62,6 +62,7 @@ class TrainConfig(StageConfig):
     alpha_power: float | None = Field(default=None, gt=0)
     gradient_clip: float | None = Field(default=None, gt=0)
     ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but mixed with bfloat16 on a GPU
 
 
 class FinetuneConfig(StageConfig):

@@ -131,9 +131,9 @@ class Expert(nn.Module):
         return self
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Tap tokens to (features ``[B, D]``, logits ``[B, n_outputs]``)."""
+        """Tap tokens to (features ``[B, D]``, logits ``[B, n_outputs]``), as precise as the tokens in any autocast."""
         features = self.end(tokens)
-        return features, self.head(features)
+        return features.to(tokens.cls.dtype), self.head(features).to(tokens.cls.dtype)
 
 
 class Router(nn.Module):
@@ -170,8 +170,8 @@ class Router(nn.Module):
         self.scale.copy_((squares / count - mean**2).clamp_min(0).sqrt().clamp_min(1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, D']`` to class logits ``[B, C]``."""
-        return self.linear((x - self.mean) / self.scale)
+        """``[B, D']`` to class logits ``[B, C]``, as precise as the input in any autocast."""
+        return self.linear((x - self.mean) / self.scale).to(x.dtype)
 
 
 class MixtureOfFeatureExperts(nn.Module):

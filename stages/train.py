@@ -6,10 +6,11 @@ No image is opened and no backbone runs: experts start from the backbone's own e
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from stages.progress import NullProgress, Progress
 from stages.refine import REFINE_BATCH, Refined, refine, refined_path, save_refined
 from stages.split import Fold, Rows
 
-TRAIN_SEMANTICS = 2  # raise it when the same settings would train another model
+TRAIN_SEMANTICS = 3  # raise it when the same settings would train another model
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainSettings:
     alpha_power: float = 1.0
     gradient_clip: float = 1.0
     ema: float = 0.99  # decay of the moving average of the weights
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 # The official code's recipe, where METHOD-relevant settings differ from ours; its α_min = α_max is not copied, since
@@ -153,7 +155,7 @@ def train_mixture(
     """Train experts and router on cached tokens.
 
     In-group rows go to their true group's expert (teacher forcing), mixed with each other; as many out-of-group rows
-    of the same batch teach it "other" with weight ``other_weight``. Killed, it goes on after the last whole epoch.
+    of the same batch teach it "other" with weight ``other_weight``. Killed, it goes on after an epoch that was stored.
     Processes that are joined (`stages.distributed`) train one mixture together: all give the same arguments.
 
     Args:
@@ -165,10 +167,11 @@ def train_mixture(
         settings: resolved.
         make_end: gives a fresh copy of the backbone's end.
         seed: fixes order, partners and λ; all is drawn anew from (seed, epoch), so a resumed run is the same run.
-        checkpoint: file that a killed run goes on from; left to the caller to remove.
+        checkpoint: file that a killed run goes on from, stored after an epoch, though not so often that it slows the
+            training; left to the caller to remove.
         progress: counts images.
         difficulty: running accuracy per class for each epoch, measured elsewhere (cross-fitting).
-        device: where to train; on ``"cuda"`` in mixed precision.
+        device: where to train; on ``"cuda"`` in mixed precision, unless the settings say otherwise.
 
     Raises:
         InputError: features that are not finite, or that the experts cannot run on.
@@ -202,7 +205,8 @@ def train_mixture(
     progress.start(settings.epochs * len(rows), "image", f"train {checkpoint.stem.rpartition('-')[0]}, seed {seed}")
     progress.advance(len(history) * len(rows))
     accuracy = np.asarray(history[-1].accuracy) if history and history[-1].accuracy is not None else None
-    while len(history) < settings.epochs and not (select is not None and _out_of_patience(history, settings.patience)):
+    store = _Checkpoints(checkpoint) if ranks.first else None
+    while not _done(history, settings, select):
         epoch = len(history)
         if difficulty is not None:
             accuracy = difficulty[min(epoch, len(difficulty)) - 1] if epoch else None
@@ -219,11 +223,9 @@ def train_mixture(
         history.append(record)
         if select is None or _best_epoch(history) == epoch:
             best = {name: tensor.cpu().clone() for name, tensor in training.average.state_dict().items()}
-        if ranks.first:
-            save_checkpoint(
-                checkpoint,
-                {"training": training.state(), "best": best, "history": [asdict(record) for record in history]},
-            )
+        if store is not None and (store.due or _done(history, settings, select)):
+            records = [asdict(record) for record in history]
+            store.save({"training": training.state(), "best": best, "history": records})
     progress.close()
     mixture.to("cpu").load_state_dict(best)
     return TrainedMixture(mixture.eval(), history, len(history) - 1 if select is None else _best_epoch(history))
@@ -234,8 +236,35 @@ def _best_epoch(history: list[EpochRecord]) -> int:
     return int(np.argmin([record.select_loss for record in history if record.select_loss is not None]))
 
 
-def _out_of_patience(history: list[EpochRecord], patience: int | None) -> bool:
-    return patience is not None and bool(history) and len(history) - 1 - _best_epoch(history) >= patience
+def _done(history: list[EpochRecord], settings: TrainSettings, select: Rows | None) -> bool:
+    """Whether every epoch was trained, or patience has run out."""
+    if len(history) >= settings.epochs:
+        return True
+    if select is None or settings.patience is None or not history:
+        return False
+    return len(history) - 1 - _best_epoch(history) >= settings.patience
+
+
+_TRAIN_PER_STORE = 30  # seconds of training for each second of storing a checkpoint
+
+
+class _Checkpoints:
+    """Stores where a training is, so seldom that this takes at most a few per cent of its time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._next = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time went into training since the last was stored."""
+        return time.monotonic() >= self._next
+
+    def save(self, state: dict[str, Any]) -> None:
+        started = time.monotonic()
+        save_checkpoint(self.path, state)
+        stored = time.monotonic()
+        self._next = stored + _TRAIN_PER_STORE * (stored - started)
 
 
 class _Training:
@@ -254,11 +283,14 @@ class _Training:
         self.steps = 0
         self.ranks = current()
         self.device = mixture.group.device
-        self.optimiser = torch.optim.AdamW(_parameter_groups(mixture, settings), weight_decay=settings.weight_decay)
+        parameters = _parameter_groups(mixture, settings)
+        self.optimiser = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, fused=True)
         gpu = self.device.type == "cuda"
+        mixed = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
+        # GPUs older than bfloat16 have float16, whose small gradients need a scale.
         half = torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported() else torch.float16
-        self.autocast = torch.autocast(self.device.type, dtype=half, enabled=gpu)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=gpu and half is torch.float16)
+        self.autocast = torch.autocast(self.device.type, dtype=half, enabled=mixed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=mixed and half is torch.float16)
 
     def state(self) -> dict[str, Any]:
         """All that another process needs to go on to the same bits."""
@@ -396,11 +428,12 @@ class _Training:
             batch = own[start : start + REFINE_BATCH]
             tokens = read_tokens(self.data.held_out, batch, self.device, network.reads)
             truth = torch.from_numpy(labels[batch]).long().to(self.device)
-            out = network(tokens, network.group[truth])
+            with self.autocast:
+                out = network(tokens, network.group[truth])
+                loss = nn.functional.cross_entropy(out.logits, truth, reduction="sum")
+                loss = loss + nn.functional.cross_entropy(network.class_logits(tokens), truth, reduction="sum")
             right = out.logits.argmax(1) == truth
             arrived = out.gate.argmax(1) == network.group[truth]
-            loss = nn.functional.cross_entropy(out.logits, truth, reduction="sum")
-            loss = loss + nn.functional.cross_entropy(network.class_logits(tokens), truth, reduction="sum")
             correct += torch.bincount(truth[right], minlength=n_classes)
             sums += torch.stack([(right & arrived).sum(), arrived.sum(), loss])
         self.ranks.add(correct)

@@ -184,6 +184,25 @@ def test_killed_again_and_again_it_ends_as_if_never_killed(fit, tmp_path, expert
     assert bits(resumed) == bits(whole)
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0, [1, 2, 3, 4]), (1e9, [1, 4])])
+def test_storing_checkpoints_does_not_slow_the_training(seconds, expected, fit, monkeypatch, tmp_path):
+    """The first epoch and the last are stored, those between where storing is quick; a resumed run ends the same."""
+    epochs, save = [], train_module.save_checkpoint
+
+    def spied(path, state):
+        epochs.append(len(state["history"]))
+        save(path, state)
+
+    monkeypatch.setattr(train_module, "_TRAIN_PER_STORE", seconds)
+    whole = fit(epochs=4, expert="frozen")
+    monkeypatch.setattr(train_module, "save_checkpoint", spied)
+    with pytest.raises(KeyboardInterrupt):
+        fit(epochs=4, expert="frozen", checkpoint=tmp_path / "mine.checkpoint", progress=StopsIn(3))
+    assert epochs == expected[:-1]
+    assert bits(fit(epochs=4, expert="frozen", checkpoint=tmp_path / "mine.checkpoint")) == bits(whole)
+    assert epochs[-1] == 4
+
+
 # ------------------------------------------------------------------------------------------------- a step of learning
 
 
@@ -291,6 +310,27 @@ def test_progress_tells_loss_accuracy_and_load(fit, data):
     assert progress.fields["loss"] > 0
 
 
+# --------------------------------------------------------------------------------------------------- mixed precision
+
+
+def test_bfloat16_trains_nearly_the_same(fit, plain):
+    """What it costs is rounding; weights, their average and all that judges them stay float32."""
+    mixed = fit(precision="bfloat16")
+    assert bits(mixed) != bits(plain)
+    assert {parameter.dtype for parameter in mixed.mixture.parameters()} == {torch.float32}
+    for ours, whole in zip(mixed.history, plain.history, strict=True):
+        assert (ours.load, ours.lr) == (whole.load, whole.lr)
+        assert ours.loss == pytest.approx(whole.loss, rel=0.01)
+        assert ours.select_loss == pytest.approx(whole.select_loss, rel=0.02)
+
+
+def test_a_transformers_end_trains_in_bfloat16(few_of):
+    train = few_of(small_transformer("vit_tiny_patch16_224", img_size=32), "full")
+    mixed, whole = (train(precision=precision) for precision in ("bfloat16", "float32"))
+    assert mixed.history[0].loss == pytest.approx(whole.history[0].loss, rel=0.01)
+    assert not torch.equal(mixed.mixture.experts[0].head.weight, whole.mixture.experts[0].head.weight)
+
+
 # ------------------------------------------------------------------------------------------------ kinds of expert
 
 
@@ -342,7 +382,7 @@ def few_of(few_images, tmp_path):
 
         def train_one(**settings):
             chosen = resolve_settings(config.model_copy(update=settings), 4)
-            rows, checkpoint = data.split.final_train, tmp_path / f"{backbone.config.name}-{len(settings)}.checkpoint"
+            rows, checkpoint = data.split.final_train, tmp_path / f"{backbone.config.name}-{settings}.checkpoint"
             return train_mixture(data, rows, None, (0, 0, 1, 1), chosen, backbone.end, 0, checkpoint)
 
         return train_one
