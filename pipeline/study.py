@@ -249,6 +249,7 @@ class Study:
             mixtures=tuple(mixtures),
             tests=tuple(tests),
             architecture=lambda: leg.architecture,
+            network=None if self.config.backbone is None else lambda: leg.loaded,
         )
 
     def _trained(self, leg: Leg, data: Any, variant: str, seed: int) -> Path:

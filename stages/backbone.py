@@ -106,6 +106,14 @@ class TransformerEnd(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Tap tokens to the final class embedding ``[B, D]``."""
+        return self.tail.forward_head(self._refined(tokens), pre_logits=True)
+
+    def patch_tokens(self, tokens: Tokens) -> Tensor:
+        """Tap tokens to the patch tokens after the final norm, ``[B, P, D]``."""
+        x = self._refined(tokens)
+        return x[:, x.shape[1] - tokens.patches.shape[1] :]
+
+    def _refined(self, tokens: Tokens) -> Tensor:
         parts = [tokens.registers, tokens.patches]
         if self.has_class_token:
             parts.insert(0, tokens.tap_cls[:, None])
@@ -113,7 +121,7 @@ class TransformerEnd(nn.Module):
         kwargs = self.constants | {name: getattr(self, f"block_{name}") for name in self.buffer_names}
         for block in self.tail.blocks:
             x = block(x, **kwargs)
-        return self.tail.forward_head(self.tail.norm(x), pre_logits=True)
+        return self.tail.norm(x)
 
 
 class ConvolutionalEnd(nn.Module):
@@ -131,11 +139,18 @@ class ConvolutionalEnd(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Tap tokens to the pooled final vector ``[B, D]``."""
+        return self.tail.forward_head(self._map(tokens), pre_logits=True)
+
+    def patch_tokens(self, tokens: Tokens) -> Tensor:
+        """Tap tokens to the pixels of the map that is pooled, ``[B, P, D]``."""
+        return self._map(tokens).flatten(2).transpose(1, 2)
+
+    def _map(self, tokens: Tokens) -> Tensor:
         patches = tokens.patches if tokens.patches.shape[1] else tokens.tap_cls[:, None]
         height, width = self.grid if patches.shape[1] == self.grid[0] * self.grid[1] else _square(patches.shape[1])
         x = patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D', h, w)
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.tail.forward_head(self.tail.forward_features(x), pre_logits=True)
+        return self.tail.forward_features(x)
 
 
 class ResidualEnd(nn.Module):
@@ -148,6 +163,10 @@ class ResidualEnd(nn.Module):
         self.out = nn.Linear(dim, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    def patch_tokens(self, tokens: Tokens) -> Tensor:
+        """The patches as they were cached: such a backbone's are those that the whole network ends in."""
+        return tokens.patches
 
     def forward(self, tokens: Tokens) -> Tensor:
         """``cls`` and the tap's class token to refined ``cls``, ``[B, D]``."""

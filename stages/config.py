@@ -114,7 +114,7 @@ SCORE_NAMES = (
     "react", "ash-s", "ash-p", "ash-b", "scale", "lts", "vra", "dice", "gradnorm",
     "mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "cosine",
     "vim", "residual", "neco", "she", "fdbd", "nci", "pnml", "nnguide", "relation",
-    "knn-mean", "other",
+    "knn-mean", "patch-knn", "other",
 )  # fmt: skip
 
 Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ

@@ -33,6 +33,7 @@ from stages.scorers import (
     sum_scores,
 )
 from stages.scorers import Fold as KFold
+from stages.scorers.base import LazyRows
 
 Floats = NDArray[np.float32]
 Head = ClassifierHead | tuple[ClassifierHead, ...]
@@ -65,7 +66,7 @@ class SetRows:
     confidence: Floats | None = None
     others: Floats | None = None
     other: Floats | None = None
-    patches: Floats | None = None
+    patches: LazyRows | None = None
     heads: dict[str, Head] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -6,21 +6,23 @@ refined features are computed once per set and kept, so that another k or score 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import DTypeLike, NDArray
 
 from cache import CacheMismatchError, FeatureCache
 from stages.artifacts import read_json
-from stages.backbone import Backbone
-from stages.dataset import IdData, Labels
+from stages.backbone import Backbone, BackboneEnd
+from stages.dataset import IdData, Labels, read_tokens
 from stages.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads
 from stages.heads import FittedHeads, LinearHead, load_heads
 from stages.progress import Progress
-from stages.refine import Refined, load_refined, refine, refined_path, save_refined
+from stages.refine import REFINE_BATCH, Refined, load_refined, refine, refined_path, save_refined
 from stages.split import Rows
 
 _FINETUNE_HEAD = "finetune"
@@ -58,6 +60,8 @@ class BackboneSource:
         mixtures: trained on its cache.
         tests: the ID test set and the OOD sets, as this backbone sees them.
         architecture: gives the untrained network, whose end stored experts are loaded into.
+        network: gives the network that the caches were made with, whose end makes patch tokens; None where there is
+            none to be had.
     """
 
     name: str
@@ -68,10 +72,41 @@ class BackboneSource:
     mixtures: tuple[MixtureFolder, ...]
     tests: tuple[TestSet, ...]
     architecture: Callable[[], Backbone]
+    network: Callable[[], Backbone] | None = None
+
+
+class PatchTokens:
+    """Patch tokens after the final norm, ``[n, P, D]``: made from cached tap tokens when they are read as an array.
+
+    Rows of it are taken without reading anything; ``numpy.asarray(tokens[:16])`` reads 16 images.
+
+    Args:
+        end: gives the untrained end of the backbone that filled the cache.
+        cache: of a set, with patches.
+        rows: row numbers of the cache; all by default.
+    """
+
+    def __init__(self, end: Callable[[], BackboneEnd], cache: FeatureCache, rows: Rows | None = None) -> None:
+        self._end = end
+        self._cache = cache
+        self._rows = np.arange(cache.n_rows) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "PatchTokens":
+        return PatchTokens(self._end, self._cache, self._rows[rows])
+
+    @torch.inference_mode()
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.float32]:
+        end = self._end()
+        blocks = [self._rows[start : start + REFINE_BATCH] for start in range(0, max(1, len(self)), REFINE_BATCH)]
+        tokens = [end.patch_tokens(read_tokens(self._cache, block)).numpy() for block in blocks]
+        return np.concatenate(tokens).astype(dtype or np.float32, copy=False)
 
 
 class FrozenFeatures:
-    """The backbone's own class embedding."""
+    """The backbone's own class embedding, and its patch tokens where patches are cached."""
 
     def __init__(self, source: BackboneSource) -> None:
         self.source = source
@@ -86,8 +121,8 @@ class FrozenFeatures:
     def subject(self) -> Subject:
         """Banks and held-out rows of every fold."""
         data = self.source.data
-        train = _CachedRows.of(data.train)
-        held = train if data.held_out is data.train else _CachedRows.of(data.held_out)
+        train = self._cached(data.train)
+        held = train if data.held_out is data.train else self._cached(data.held_out)
         runs = tuple(
             Run(
                 self._bank(train, fold.train, index),
@@ -102,32 +137,43 @@ class FrozenFeatures:
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""
-        return self._rows(_CachedRows.of(cache), labels, None)
+        return self._rows(self._cached(cache), labels, None)
 
     def _rows(self, cached: "_CachedRows", labels: Labels, fold: int | None) -> SetRows:
         logits = {name: _pick(fitted, fold).logits(cached.features) for name, fitted in self._heads.items()}
-        return SetRows(cached.features, labels, logits | cached.given)
+        return SetRows(cached.features, labels, logits | cached.given, patches=cached.patches)
 
     def _bank(self, train: "_CachedRows", rows: Rows, fold: int | None) -> SetRows:
         heads: dict[str, Head] = {name: _pick(fitted, fold).on_raw_features() for name, fitted in self._heads.items()}
-        own = train[rows]
-        return SetRows(own.features, self.source.data.train_labels[rows], own.given, heads=heads)
+        own, labels = train[rows], self.source.data.train_labels[rows]
+        return SetRows(own.features, labels, own.given, patches=own.patches, heads=heads)
+
+    def _cached(self, cache: FeatureCache) -> "_CachedRows":
+        has_patches = "patches" in cache.spec.datasets() and self.source.network is not None
+        return _CachedRows.of(cache, PatchTokens(lambda: self._end, cache) if has_patches else None)
+
+    @cached_property
+    def _end(self) -> BackboneEnd:
+        assert self.source.network is not None
+        return self.source.network().end()
 
 
 @dataclass(frozen=True, eq=False)
 class _CachedRows:
-    """``cls`` of some rows, and the logits that came with it, if any did, by the name of their head; float32."""
+    """``cls`` of some rows, the logits that came with it, if any did, by the name of their head, float32; patches."""
 
     features: NDArray[np.float32]
     given: dict[str, NDArray[np.float32]]
+    patches: PatchTokens | None
 
     @classmethod
-    def of(cls, cache: FeatureCache) -> "_CachedRows":
+    def of(cls, cache: FeatureCache, patches: PatchTokens | None) -> "_CachedRows":
         features = np.asarray(cache.read("cls"), dtype=np.float32)
-        return cls(features, {_GIVEN_HEAD: cache.read("logits")} if cache.spec.n_logits else {})
+        return cls(features, {_GIVEN_HEAD: cache.read("logits")} if cache.spec.n_logits else {}, patches)
 
     def __getitem__(self, rows: Rows) -> "_CachedRows":
-        return _CachedRows(self.features[rows], {name: logits[rows] for name, logits in self.given.items()})
+        given = {name: logits[rows] for name, logits in self.given.items()}
+        return _CachedRows(self.features[rows], given, None if self.patches is None else self.patches[rows])
 
 
 class RefinedFeatures:

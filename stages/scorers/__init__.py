@@ -7,14 +7,11 @@ Higher = more OOD, everywhere. A new score is one file beside these, a line in `
     energy, msp, temperature, maxlogit, entropy, gen, klmatching    scores of the logits
     react, ash, scale, lts, vra, dice, gradnorm                     scores of the last layer's input and weights
     mos           the smallest probability of "other" over the groups
-    knn           distance to the k-th neighbour, in the routed expert's subspace where there are experts
-    ncm           distance to the nearest class mean, likewise
-    knn_mean      mean distance to the k nearest
     other         the routed expert's probability of "other"
-    knn           distance to the k-th neighbour
-    ncm           distance to the nearest class mean
     softmax, quantiles, shaping    what several of them share
-    cosine        cosine to the nearest class mean
+    knn, knn_mean distance to the k-th neighbour, and mean distance to the k nearest
+    patch_knn     the patches farthest from all patches of ID training images
+    ncm, cosine   the nearest class mean
     mahalanobis   distances with one covariance: to the nearest class mean, relative to all, to the mean (ssd); ++
     gmm           density of a Gaussian for each class
     vim, neco     outside, and inside, of the principal subspace of ID features (vim: residual too)
@@ -65,6 +62,7 @@ from stages.scorers.ncm import NCMScorer, class_means
 from stages.scorers.neco import NECOScorer, neco_score
 from stages.scorers.nnguide import NNGuideScorer, nnguide_score
 from stages.scorers.other import OtherScorer, other_score
+from stages.scorers.patch_knn import PatchKNNScorer, patch_knn_score
 from stages.scorers.pnml import PNMLScorer, pnml_score
 from stages.scorers.react import ReActScorer, react_score
 from stages.scorers.relation import RelationScorer, relation_score
@@ -114,6 +112,7 @@ SCORERS: dict[str, type[Scorer]] = {
         NNGuideScorer,
         RelationScorer,
         KNNMeanScorer,
+        PatchKNNScorer,
         OtherScorer,
     )
 }
@@ -185,6 +184,7 @@ __all__ = [
     "NNGuideScorer",
     "OtherScorer",
     "PNMLScorer",
+    "PatchKNNScorer",
     "ReActScorer",
     "RelationScorer",
     "RelativeMahalanobisPPScorer",
@@ -227,6 +227,7 @@ __all__ = [
     "neco_score",
     "nnguide_score",
     "other_score",
+    "patch_knn_score",
     "pnml_score",
     "react_score",
     "relation_score",

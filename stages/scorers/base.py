@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -53,6 +53,16 @@ class ClassifierHead:
         return ClassifierHead(self.weight[classes], self.bias[classes])
 
 
+class LazyRows(Protocol):
+    """Rows that are taken without being read, and read by ``numpy.asarray``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> "LazyRows": ...
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.floating]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreInputs:
     """Rows to fit on or to score. What a score does not need may be left out; arrays may be memory-mapped.
@@ -65,7 +75,7 @@ class ScoreInputs:
         expert: [n] integers, the expert whose features and logits these are; absent where there are no experts.
         others: [n, E], each group's probability of "other"; only where the heads of all experts see the same features.
         other: [n] logit of the routed expert's "other", beside the ``logits`` of its own trained head.
-        patches: [n, P, D] patch tokens after the final norm; an array, or anything that gives rows as one does.
+        patches: [n, P, D] patch tokens after the final norm; an array, or rows that become one when they are read.
         head: the linear head that makes the logits: one for all rows, or one for each expert.
 
     Raises:
@@ -78,7 +88,7 @@ class ScoreInputs:
     expert: NDArray[np.integer] | None = None
     others: NDArray[np.floating] | None = None
     other: NDArray[np.floating] | None = None
-    patches: NDArray[np.floating] | None = None
+    patches: NDArray[np.floating] | LazyRows | None = None
     head: ClassifierHead | tuple[ClassifierHead, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -171,14 +181,14 @@ class ScoreInputs:
 
 
 def join(parts: Sequence[ScoreInputs]) -> ScoreInputs:
-    """Rows of several, one after another, with the arrays that all of them have; a head only where there is one part.
+    """Rows of several, one after another, with the arrays that all of them have; head and patches only of one part.
 
     Raises:
         InputError: no part, or no array that all of them have.
     """
     if len(parts) == 1:
         return parts[0]
-    names = [each.name for each in fields(ScoreInputs) if each.name != "head"]
+    names = [each.name for each in fields(ScoreInputs) if each.name not in ("head", "patches")]
     shared: dict[str, Any] = {
         name: np.concatenate([part.need(name, "joining") for part in parts])
         for name in names

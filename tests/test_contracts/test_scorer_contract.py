@@ -22,10 +22,11 @@ def rows(n: int, seed: int, experts: int | None = None) -> ScoreInputs:
     features = (np.eye(5, 12)[labels] + rng.normal(scale=0.2, size=(n, 12))).astype(np.float32)
     others = np.clip((labels[:, None] % 2 != [0, 1]) + rng.normal(scale=0.2, size=(n, 2)), 0, 1).astype(np.float32)
     other = (3 - 6 * features[:, :5].max(axis=1)).astype(np.float32)
+    patches = np.stack([features, features[:, ::-1], features / 2 + 0.1], axis=1)
     if experts is None:
-        return ScoreInputs(features, head_over().logits(features), labels, None, others, other, head=head_over())
+        return ScoreInputs(features, head_over().logits(features), labels, None, others, other, patches, head_over())
     heads = tuple(head_over(np.arange(5) % experts == e) for e in range(experts))
-    routed = ScoreInputs(features, None, labels, labels % experts, others, other, head=heads)
+    routed = ScoreInputs(features, None, labels, labels % experts, others, other, patches, heads)
     return replace(routed, logits=routed.need("logits", "a test"))
 
 
@@ -75,6 +76,7 @@ def test_higher_is_more_ood(fitted, experts):
         expert=inside.expert,
         others=noise.uniform(0.6, 1, size=(200, 2)),
         other=np.full(200, 2.0),
+        patches=noise.normal(size=(200, 3, 12)),
         head=inside.head,
     )
     assert np.median(fitted.score(outside)) > np.median(fitted.score(inside))
@@ -119,14 +121,15 @@ def test_inputs_are_left_as_they_are(fitted, experts):
     x = rows(9, 1, experts)
     before = rows(9, 1, experts)
     fitted.score(x)
-    for array in ("features", "logits", "others", "other"):
+    for array in ("features", "logits", "others", "other", "patches"):
         np.testing.assert_array_equal(getattr(x, array), getattr(before, array))
 
 
 def test_half_precision_is_near_single(fitted, experts):
     x = rows(40, 1, experts)
     half = replace(
-        x, **{name: getattr(x, name).astype(np.float16) for name in ("features", "logits", "others", "other")}
+        x,
+        **{name: getattr(x, name).astype(np.float16) for name in ("features", "logits", "others", "other", "patches")},
     )
     scores = fitted.score(x)
     np.testing.assert_allclose(fitted.score(half), scores, atol=1e-2 * max(1, scores.std()))

@@ -82,7 +82,10 @@ def test_dinov2_tokens_are_timms_own(name, n_registers, expert_blocks):
     assert torch.equal(tokens.cls, model.norm(torch.cat([final_prefix, final_patches], 1))[:, 0])
     assert (backbone.dim, backbone.tap_dim, backbone.n_registers, backbone.grid) == (384, 384, n_registers, (4, 4))
     assert tokens.registers.shape == (3, n_registers, 384)
-    assert isinstance(backbone.end(), TransformerEnd)
+    end = backbone.end()
+    assert isinstance(end, TransformerEnd)
+    normalised = model.forward_features(images)[:, 1 + n_registers :]
+    torch.testing.assert_close(end.patch_tokens(tokens), normalised, rtol=1e-4, atol=1e-4)
 
 
 def test_patches_are_row_major():
@@ -188,6 +191,7 @@ def test_end_that_cannot_be_cut_out_is_a_block_that_starts_at_zero(name, kwargs)
     end = backbone.end()
     assert isinstance(end, ResidualEnd)
     assert torch.equal(end(tokens), tokens.cls)
+    assert torch.equal(end.patch_tokens(tokens), tokens.patches)
     end(tokens).square().sum().backward()
     assert end.out.weight.grad.abs().max() > 0  # zero, but not dead
 

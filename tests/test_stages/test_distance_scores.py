@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
+from stages.bank import FeatureBank
 from stages.errors import InputError, StageError
 from stages.scorers import ClassifierHead, ScoreInputs, get_scorer
 from stages.scorers.fdbd import fdbd_score
@@ -13,6 +14,7 @@ from stages.scorers.gmm import GaussianMixture, GMMScorer
 from stages.scorers.neco import NECOScorer, neco_score
 from stages.scorers.nnguide import NNGuideScorer, nnguide_score
 from stages.scorers.other import other_score
+from stages.scorers.patch_knn import PatchKNNScorer, patch_knn_score
 from stages.scorers.pnml import pnml_score
 from stages.scorers.vim import ViMScorer, virtual_origin
 
@@ -457,6 +459,33 @@ def test_knn_mean_of_one_neighbour_is_knn_and_k_is_cut():
     scores = [get_scorer(name, k=1).fit(train).score(x) for name in ("knn", "knn-mean")]
     np.testing.assert_allclose(*scores, atol=1e-7)
     assert get_scorer("knn-mean", k=100).fit(train).params() == {"k": 100, "k_used": 80}
+
+
+def test_patch_knn_averages_the_largest_share_and_at_least_one():
+    rng = np.random.default_rng(0)
+    bank, patches = rng.normal(size=(40, 5)), rng.normal(size=(6, 20, 5))
+    nearest = np.array([(1 - unit(each) @ unit(bank).T).min(axis=1) for each in patches])
+    for share, count in ((0.01, 1), (0.1, 2), (0.29, 5), (1.0, 20)):
+        expected = np.sort(nearest, axis=1)[:, -count:].mean(axis=1)
+        np.testing.assert_allclose(patch_knn_score(patches, FeatureBank(bank), share), expected, atol=1e-6)
+    for bad, says in ((bank, r"shape \(40, 5\)"), (np.zeros((2, 0, 5)), r"shape \(2, 0, 5\)")):
+        with pytest.raises(InputError, match=says):
+            patch_knn_score(bad, FeatureBank(bank))
+    patches[3, 2, 1] = np.nan
+    with pytest.raises(InputError, match="NaN or inf"):
+        patch_knn_score(patches, FeatureBank(bank))
+
+
+def test_a_bank_of_patches_is_no_larger_than_asked_and_the_same_every_time():
+    rng = np.random.default_rng(0)
+    train, x = ScoreInputs(patches=rng.normal(size=(50, 4, 5))), ScoreInputs(patches=rng.normal(size=(20, 4, 5)))
+    small = [PatchKNNScorer(bank=30).fit(train) for _ in range(2)]
+    assert small[0].params() == {"share": 0.01, "bank": 30, "bank_images": 7}
+    np.testing.assert_array_equal(small[0].score(x), small[1].score(x))
+    assert PatchKNNScorer().fit(train).params()["bank_images"] == 50
+    assert (small[0].score(x) >= PatchKNNScorer().fit(train).score(x)).all()  # fewer patches to be near to
+    with pytest.raises(InputError, match="patch-knn needs patch tokens, these images have none"):
+        PatchKNNScorer().fit(ScoreInputs(patches=np.zeros((3, 0, 5))))
 
 
 def test_one_class_has_no_regret():

@@ -49,6 +49,7 @@ def source(caches, data, probe, mixture, backbone, tmp_path_factory):
         mixtures=(MixtureFolder("default", 0, folder),),
         tests=tuple(ScoredSet(name, group, caches[name]) for name, group in GROUP_OF.items()),
         architecture=lambda: backbone,
+        network=lambda: backbone,
     )
 
 
@@ -338,7 +339,8 @@ def test_every_score_of_features_and_heads_runs_on_real_rows(source, tmp_path):
     result = score([source], CONFIG.model_copy(update={"scores": names}), tmp_path)
     assert all(np.isfinite([row.auroc, row.fpr95]).all() for row in result.rows)
     found = {(row.score, row.features) for row in result.rows} - {("knn", "cls")}
-    assert found == {(name, features) for name in names for features in ("cls", "mofe")} - {("other", "cls")}
+    nowhere = {("other", "cls"), ("patch-knn", "mofe")}
+    assert found == {(name, features) for name in names for features in ("cls", "mofe")} - nowhere
     heads = {row.head for row in result.rows if row.score == "vim" and row.features == "mofe"}
     assert heads == {"trained", "refit", "refit-group"}
     trained = load_refined(
@@ -349,6 +351,50 @@ def test_every_score_of_features_and_heads_runs_on_real_rows(source, tmp_path):
     samples = samples_of(tmp_path, asdict(next(row for row in result.rows if row.score == "other")))
     expected = softmax(np.c_[trained.logits, trained.other].astype(np.float64), axis=1)[:, -1]
     np.testing.assert_allclose(samples["other"][samples["set"] == "far"], expected, rtol=1e-5)
+
+
+def plain_patches(backbone, cache):
+    """Patches after the final norm, one image at a time, each of length 1."""
+    end = backbone.end()
+    with torch.inference_mode():
+        tokens = [end.patch_tokens(read_tokens(cache, slice(i, i + 1)))[0] for i in range(cache.n_rows)]
+    return [(each / each.norm(dim=1, keepdim=True)).double().numpy() for each in tokens]
+
+
+def test_patch_knn_is_the_mean_of_the_farthest_patches(source, backbone, tmp_path):
+    config = CONFIG.model_copy(update={"scores": ["patch-knn"], "params": {"patch-knn": {"share": 0.5}}})
+    result = score([replace(source, mixtures=())], config, tmp_path)
+    row = next(row for row in result.rows if row.score == "patch-knn")
+    known = source.data.split.final_train
+    assert (row.features, row.head, json.loads(row.params)["bank_images"]) == ("cls", "none", len(known))
+    train = plain_patches(backbone, source.data.train)
+    bank = np.concatenate([train[i] for i in known])
+    samples = samples_of(tmp_path, asdict(row))
+    for test in source.tests:
+        nearest = [np.sort((1 - each @ bank.T).min(axis=1)) for each in plain_patches(backbone, test.cache)]
+        expected = [each[-(len(each) // 2) :].mean() for each in nearest]
+        np.testing.assert_allclose(samples["patch-knn"][samples["set"] == test.name], expected, atol=1e-5)
+
+
+def test_patches_are_read_for_patch_knn_alone(source, tmp_path, monkeypatch):
+    read = []
+    original = FeatureCache.read
+
+    def watched(self, name, rows=None):
+        read.append(name)
+        return original(self, name, rows)
+
+    monkeypatch.setattr(FeatureCache, "read", watched)
+
+    def network():
+        raise AssertionError("no network is needed")
+
+    frozen = replace(source, mixtures=(), network=network)
+    names = [name for name in SCORE_NAMES if name not in ("patch-knn", "mos", "other")]
+    score([frozen], CONFIG.model_copy(update={"scores": names}), tmp_path)
+    assert set(read) == {"cls"}
+    score([replace(source, mixtures=())], CONFIG.model_copy(update={"scores": ["patch-knn"]}), tmp_path)
+    assert "patches" in read
 
 
 def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp_path):

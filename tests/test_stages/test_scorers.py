@@ -109,7 +109,8 @@ def inputs(n=60, dim=8, classes=5, experts=None, seed=0, noise=0.2):
     logits, others = rng.normal(size=(n, classes)), rng.uniform(size=(n, 2))
     head = ClassifierHead(np.eye(classes, dim) + np.linspace(0, 0.1, dim), np.linspace(-1, 1, classes))
     other = logits.mean(axis=1)
-    return ScoreInputs(features, logits, labels, expert, others, other, head=head)
+    patches = np.stack([features, features[:, ::-1]], axis=1)
+    return ScoreInputs(features, logits, labels, expert, others, other, patches, head)
 
 
 @pytest.mark.parametrize("name", SCORERS)
