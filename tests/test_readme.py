@@ -8,6 +8,7 @@ import torch
 
 from cache import FeatureSpec
 from stages.backbone import stored_grid
+from stages.scorers import SCORERS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 IMAGENET = 1_281_167
@@ -54,3 +55,17 @@ def bytes_table() -> str:
 def test_bytes_per_image():
     stated = re.search(r"<!-- bytes table: begin -->\n(.*?)\n<!-- bytes table: end -->", README, re.DOTALL)
     assert stated[1] == bytes_table()
+
+
+def test_scores_and_profiles_are_those_of_the_code():
+    """A row a score; its last column says which defaults another library has."""
+    stated = re.search(r"<!-- scores table: begin -->\n(.*?)\n<!-- scores table: end -->", README, re.DOTALL)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stated[1].splitlines()[2:]]
+    profiles = {
+        name: "; ".join(
+            f"{profile}: " + ", ".join(f"{key} = {value}" for key, value in settings.items())
+            for profile, settings in scorer.profiles.items()
+        )
+        for name, scorer in SCORERS.items()
+    }
+    assert {row[0].strip("`"): row[3] for row in rows} == profiles
