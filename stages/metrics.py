@@ -50,15 +50,15 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> OODMetrics:
     OODMetrics(n_id=3, n_ood=2, auroc=0.8333333333333334, fpr95=0.5, fpr95_ood=0.3333333333333333, \
 aupr_in=0.9027777777777777, aupr_out=0.7916666666666666)
     """
-    ids, oods = checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OOD")
+    curve = _curve(id_scores, ood_scores)
     return OODMetrics(
-        n_id=len(ids),
-        n_ood=len(oods),
-        auroc=auroc(ids, oods),
-        fpr95=fpr95(ids, oods),
-        fpr95_ood=fpr95_ood(ids, oods),
-        aupr_in=aupr_in(ids, oods),
-        aupr_out=aupr_out(ids, oods),
+        n_id=curve.n_id,
+        n_ood=curve.n_ood,
+        auroc=curve.auroc(),
+        fpr95=curve.fpr95(),
+        fpr95_ood=curve.fpr95_ood(),
+        aupr_in=curve.aupr_in(),
+        aupr_out=curve.aupr_out(),
     )
 
 
@@ -68,20 +68,86 @@ def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     >>> auroc([1, 2, 2], [2, 3])
     0.8333333333333334
     """
-    ids, oods = np.sort(checked_scores(id_scores, "ID")), checked_scores(ood_scores, "OOD")
-    below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
-    return float((below + not_above).sum() / (2 * len(ids) * len(oods)))
+    return _curve(id_scores, ood_scores).auroc()
 
 
 def fpr95(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     """FPR95, **ID positive**: the fraction of OOD that the threshold admitting 95 % of ID admits. Lower is better."""
-    return fpr_at_tpr(id_scores, ood_scores, 0.95)
+    return _curve(id_scores, ood_scores).fpr95()
 
 
 def fpr95_ood(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     """FPR95, **OOD positive**: the fraction of ID that the threshold flagging 95 % of OOD flags. Lower is better."""
-    ids, oods = checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OOD")
-    return fpr_at_tpr(-oods, -ids, 0.95)
+    return _curve(id_scores, ood_scores).fpr95_ood()
+
+
+def aupr_in(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """Area under the precision-recall curve, **ID positive**. Higher is better."""
+    return _curve(id_scores, ood_scores).aupr_in()
+
+
+def aupr_out(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
+    """Area under the precision-recall curve, **OOD positive**. Higher is better."""
+    return _curve(id_scores, ood_scores).aupr_out()
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """All that a threshold can do: at each distinct score t, ascending, how many rows of a side have s ≤ t."""
+
+    id_admitted: NDArray[np.int64]
+    ood_admitted: NDArray[np.int64]
+
+    @property
+    def n_id(self) -> int:
+        return int(self.id_admitted[-1])
+
+    @property
+    def n_ood(self) -> int:
+        return int(self.ood_admitted[-1])
+
+    def auroc(self) -> float:
+        below = np.concatenate([[0], self.id_admitted[:-1]])
+        wins = int(np.diff(self.ood_admitted, prepend=0) @ (below + self.id_admitted))  # in halves: a tie is one
+        return wins / (2 * self.n_id * self.n_ood)
+
+    def fpr95(self) -> float:
+        # A division rounds correctly, so 19 / 20 >= 0.95 holds; 0.95 * n >= rank would fail for some n.
+        return float(self.ood_admitted[np.argmax(self.id_admitted / self.n_id >= 0.95)] / self.n_ood)
+
+    def fpr95_ood(self) -> float:
+        id_flagged, ood_flagged = self._flagged()
+        return float(id_flagged[np.argmax(ood_flagged / self.n_ood >= 0.95)] / self.n_id)
+
+    def aupr_in(self) -> float:
+        return _area(self.id_admitted, self.ood_admitted)
+
+    def aupr_out(self) -> float:
+        id_flagged, ood_flagged = self._flagged()
+        return _area(ood_flagged, id_flagged)
+
+    def _flagged(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many rows of a side have s ≥ t, from the largest t down."""
+        sides = (self.id_admitted, self.ood_admitted)
+        id_flagged, ood_flagged = ((side[-1] - np.concatenate([[0], side[:-1]]))[::-1] for side in sides)
+        return id_flagged, ood_flagged
+
+
+def _area(true: NDArray[np.int64], false: NDArray[np.int64]) -> float:
+    """Under precision over recall by trapezoid, one point a distinct score, from (recall 0, precision 1)."""
+    recall = np.concatenate([[0.0], true / true[-1]])
+    precision = np.concatenate([[1.0], true / (true + false)])
+    return float(np.trapezoid(precision, recall))
+
+
+def _curve(id_scores: ArrayLike, ood_scores: ArrayLike) -> _Curve:
+    ids, oods = np.sort(checked_scores(id_scores, "ID")), np.sort(checked_scores(ood_scores, "OOD"))
+    both = np.concatenate([ids, oods])
+    order = np.argsort(both, kind="stable")  # merges the two sorted runs
+    ordered = both[order]
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each distinct score
+    ood_admitted = np.cumsum(order >= len(ids), dtype=np.int64)[last]
+    return _Curve(last + 1 - ood_admitted, ood_admitted)
 
 
 def fpr_at_tpr(positive: ArrayLike, negative: ArrayLike, tpr: float = 0.95) -> float:
@@ -111,26 +177,6 @@ def admitting_threshold(scores: ArrayLike, admit: float) -> float:
     # A division rounds correctly, so 19 / 20 >= 0.95 holds; 0.95 * n >= rank would fail for some n.
     share = np.arange(1, len(ordered) + 1) / len(ordered)
     return float(ordered[np.argmax(share >= admit)])
-
-
-def aupr_in(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Area under the precision-recall curve, **ID positive**. Higher is better."""
-    return _aupr(-checked_scores(id_scores, "ID"), -checked_scores(ood_scores, "OOD"))
-
-
-def aupr_out(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Area under the precision-recall curve, **OOD positive**. Higher is better."""
-    return _aupr(checked_scores(ood_scores, "OOD"), checked_scores(id_scores, "ID"))
-
-
-def _aupr(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
-    """Trapezoid over one point a distinct score, from (recall 0, precision 1); positives score high."""
-    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
-    true = len(positive) - np.searchsorted(np.sort(positive), thresholds)
-    false = len(negative) - np.searchsorted(np.sort(negative), thresholds)
-    recall = np.concatenate([[0.0], true / len(positive)])
-    precision = np.concatenate([[1.0], true / (true + false)])
-    return float(np.trapezoid(precision, recall))
 
 
 def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint16]:

@@ -26,12 +26,12 @@ def shape_activations(features: ArrayLike, variant: Variant, percentile: float) 
     z = activations(features, "ASH's")
     k = kept_count(z.shape[1], percentile)
     kept = largest_mask(z, k)
-    total = z.sum(axis=1, dtype=np.float64)
     if variant == "b":
-        return np.where(kept, (total / k)[:, None], 0).astype(np.float32)
-    pruned = np.where(kept, z, 0)
+        return kept * (z.sum(axis=1, dtype=np.float64) / k).astype(np.float32)[:, None]
+    pruned = z * kept
     if variant == "s":
-        pruned *= np.exp(mass_ratio(total, pruned.sum(axis=1, dtype=np.float64)))[:, None].astype(np.float32)
+        sums = (each.sum(axis=1, dtype=np.float64) for each in (z, pruned))
+        pruned *= np.exp(mass_ratio(*sums)).astype(np.float32)[:, None]
     return pruned
 
 

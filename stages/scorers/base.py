@@ -1,17 +1,21 @@
 """What a score may look at, and what a score is."""
 
 import inspect
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from threadpoolctl import threadpool_limits
 
 from stages.config import StageConfig, nearest
 from stages.errors import InputError, StageError
@@ -205,6 +209,14 @@ class _Learnt:
     memory: Any
 
 
+class _Block(NamedTuple):
+    """Some rows to score, by what was learnt for their expert."""
+
+    expert: int | None
+    learnt: _Learnt | None
+    rows: NDArray[np.integer] | slice
+
+
 @dataclass(eq=False)
 class Scorer(ABC):
     """A score with its settings and what it remembers of ID rows; higher = more OOD.
@@ -221,12 +233,15 @@ class Scorer(ABC):
         profiles: settings that another implementation's defaults differ in, by profile; the fields' own defaults are
             the paper's.
         follows: settings that come from ``[score]`` itself: ``k``, ``temperature``.
+        side_by_side: whether blocks of rows are scored side by side, each on one core; False where `judge` itself
+            fills the cores. The number of cores changes no score.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     follows: ClassVar[frozenset[str]] = frozenset()
+    side_by_side: ClassVar[bool] = True
 
     _learnt: dict[int | None, _Learnt] = field(init=False, repr=False, default_factory=dict)
 
@@ -307,19 +322,34 @@ class Scorer(ABC):
         for name in sorted(self.needs - {"bank", "select", "head"}):
             if not x.has(name):
                 raise InputError(f"{self.name} needs {name}, which these rows do not have")
+        if fits:
+            self._check_experts(x)
         scores = np.empty(len(x), dtype=np.float32)
-        if not fits:
-            for start, block in zip(range(0, len(x), _BLOCK), x.blocks(), strict=True):
-                scores[start : start + len(block)] = self.judge(block, None)
-            return scores
-        self._check_experts(x)
-        for expert, learnt in self._learnt.items():
-            rows = np.arange(len(x)) if x.expert is None else np.flatnonzero(x.expert == expert)
-            for start in range(0, len(rows), _BLOCK):
-                some = rows[start : start + _BLOCK]
-                own = x.of_expert(expert, some).of_classes(learnt.classes)
-                scores[some] = self.judge(own, learnt.memory)
+        with ExitStack() as stack:
+            run: Callable[..., Iterable[None]] = map
+            if self.side_by_side and len(x) > _BLOCK and (cores := len(os.sched_getaffinity(0))) > 1:
+                stack.enter_context(threadpool_limits(1))
+                run = stack.enter_context(ThreadPoolExecutor(cores)).map
+
+            def judge(block: _Block) -> None:
+                scores[block.rows] = self._judge_block(x, block)
+
+            for _ in run(judge, self._blocks(x)):
+                pass
         return scores
+
+    def _blocks(self, x: ScoreInputs) -> Iterator["_Block"]:
+        for expert, learnt in self._learnt.items() or [(None, None)]:
+            rows = None if expert is None else np.flatnonzero(x.expert == expert)
+            for start in range(0, len(x) if rows is None else len(rows), _BLOCK):
+                some = slice(start, start + _BLOCK)
+                yield _Block(expert, learnt, some if rows is None else rows[some])
+
+    def _judge_block(self, x: ScoreInputs, block: "_Block") -> Floats:
+        if block.learnt is None:
+            return self.judge(x.take(block.rows), None)
+        own = x.of_expert(block.expert, block.rows).of_classes(block.learnt.classes)
+        return self.judge(own, block.learnt.memory)
 
     def _check_experts(self, x: ScoreInputs) -> None:
         if (x.expert is None) != (None in self._learnt):

@@ -108,6 +108,7 @@ class KNNScorer(Scorer):
 
     name: ClassVar[str] = "knn"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    side_by_side: ClassVar[bool] = False  # faiss has threads of its own
     follows: ClassVar[frozenset[str]] = frozenset({"k"})
 
     k: Annotated[int, Field(ge=1)] = 50

@@ -45,6 +45,7 @@ class KNNMeanScorer(Scorer):
 
     name: ClassVar[str] = "knn-mean"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    side_by_side: ClassVar[bool] = False  # faiss has threads of its own
     follows: ClassVar[frozenset[str]] = frozenset({"k"})
 
     k: Annotated[int, Field(ge=1)] = 50

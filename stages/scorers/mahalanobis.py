@@ -18,6 +18,7 @@ from stages.scorers.moments import (
     float64_rows,
     moments_of,
     squared_distances,
+    whitened,
 )
 
 Matrix = NDArray[np.float64]
@@ -50,8 +51,9 @@ class TiedGaussians:
         Raises:
             InputError: another D, NaN or inf.
         """
-        rows = (float64_rows(features, normalise, len(self.whiten)) - self.origin) @ self.whiten
-        return squared_distances(rows, self.means).min(axis=1)
+        rows = float64_rows(features, normalise, len(self.whiten))
+        rows -= self.origin
+        return squared_distances(whitened(rows, self.whiten), self.means).min(axis=1)
 
 
 def mahalanobis_score(features: ArrayLike, classes: TiedGaussians, normalise: bool = False) -> Floats:

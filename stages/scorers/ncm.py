@@ -42,6 +42,7 @@ class NCMScorer(Scorer):
 
     name: ClassVar[str] = "ncm"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    side_by_side: ClassVar[bool] = False  # faiss has threads of its own
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FeatureBank:
         """Takes the class means.

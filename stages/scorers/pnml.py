@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
 from stages.scorers.base import ClassifierHead, Floats, ScoreInputs, Scorer
-from stages.scorers.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of
+from stages.scorers.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of, whitened
 
 Matrix = NDArray[np.float64]
 _SMALLEST = 1e-12  # probabilities are kept this far from 0 and 1: pytorch-ood's bound
@@ -43,7 +43,7 @@ def pnml_score(features: ArrayLike, weight: ArrayLike, bias: ArrayLike, whiten: 
     if logits.shape[1] == 1:
         return np.zeros(len(rows), dtype=np.float32)
     p = np.clip(softmax(logits, axis=1), _SMALLEST, 1 - _SMALLEST)
-    leverage = np.square(rows @ whiten).sum(axis=1, keepdims=True)
+    leverage = np.square(whitened(rows, whiten)).sum(axis=1, keepdims=True)
     terms = p / (p + (1 - p) * p ** (leverage / (1 + leverage)))
     return np.asarray(np.log(terms.sum(axis=1)) / np.log(logits.shape[1]), dtype=np.float32)
 

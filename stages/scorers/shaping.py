@@ -28,11 +28,13 @@ def largest_mask(z: NDArray[np.floating], k: int) -> NDArray[np.bool_]:
     [[True, False, True, False]]
     """
     smallest_kept = np.partition(z, -k, axis=1)[:, -k][:, None]
-    above, equal = z > smallest_kept, z == smallest_kept
-    room = k - above.sum(axis=1, keepdims=True)
-    if (equal.sum(axis=1, keepdims=True) > room).any():  # a tie at the border, in some row
-        equal &= np.cumsum(equal, axis=1) <= room
-    return above | equal
+    kept = z >= smallest_kept
+    tied = np.flatnonzero(np.count_nonzero(kept, axis=1) > k)  # at the border
+    if tied.size:
+        above, equal = z[tied] > smallest_kept[tied], z[tied] == smallest_kept[tied]
+        room = k - np.count_nonzero(above, axis=1)[:, None]
+        kept[tied] = above | (equal & (np.cumsum(equal, axis=1) <= room))
+    return kept
 
 
 def mass_ratio(all_of_it: NDArray[np.floating], kept: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -142,3 +142,21 @@ def test_what_cannot_be_fitted_or_scored_is_named():
         Farthest().fit(ScoreInputs(np.ones((2, 4)), labels=np.zeros(2, int)))
     with pytest.raises(InputError, match="2 heads, one for each expert"):
         ScoreInputs(np.ones((2, 4)), head=train.head)
+
+
+@pytest.mark.parametrize("name", ["energy", "react", "mahalanobis"])
+def test_the_number_of_cores_changes_no_score(name, monkeypatch):
+    """Blocks of rows are scored side by side where there are cores for it."""
+    rng = np.random.default_rng(0)
+    head = ClassifierHead(rng.normal(size=(3, 20)), np.zeros(3))
+    train, many = (
+        ScoreInputs(rng.normal(size=(n, 20)).astype(np.float32), labels=np.arange(n) % 3, head=head)
+        for n in (300, 9001)
+    )
+    scorer = get_scorer(name).fit(train)
+    scores = []
+    for cores in (1, 2, 3):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _process, cores=cores: set(range(cores)))
+        scores.append(scorer.score(many))
+    np.testing.assert_array_equal(scores[1], scores[0])
+    np.testing.assert_array_equal(scores[2], scores[0])
