@@ -290,7 +290,8 @@ class Study:
         data = self._legs[0].id_data()
         height, width = data.train.spec.grid
         rows = sum(map(len, data.train_rows().values()))
-        return float(self.config.variant_configs()[variant].epochs * rows * (1 + height * width))
+        settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes)
+        return float(settings.epochs * rows * (1 + height * width))
 
     def _score_identity(self, sources: Sequence[BackboneSource]) -> str:
         return fingerprint(

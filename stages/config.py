@@ -46,7 +46,7 @@ class TrainConfig(StageConfig):
     router_input: Literal["auto", "tap_cls", "cls"] = "auto"  # auto: "tap_cls" where there is one
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
     mixup: Literal["dynamic", "static", "none"] = "dynamic"
-    epochs: PositiveInt = 20
+    epochs: PositiveInt | None = None
     patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
     preset: Literal["default", "paper"] = "default"
     batch_size: PositiveInt | None = None

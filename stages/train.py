@@ -44,14 +44,14 @@ class TrainSettings:
     experts: int
     grouping: str
     mixup: str
-    epochs: int
+    epochs: int = 8  # with these rates the held-out ID loss is lowest after four to seven
     expert: ExpertKind = "end"
     router_input: RouterInput = "tap_cls"
     patience: int | None = None
     batch_size: int = 64
     lr: float = 3e-5  # of the experts' ends, which start from trained weights: ten times more ruins the features
-    head_lr: float = 1e-3
-    router_lr: float = 1e-3
+    head_lr: float = 1e-2  # new layers; with a tenth of it they lag, and what they teach the ends is late
+    router_lr: float = 1e-2
     weight_decay: float = 0.05
     label_smoothing: float = 0.0
     other_weight: float = 0.1
@@ -66,7 +66,7 @@ class TrainSettings:
 
 # The official code's recipe, where METHOD-relevant settings differ from ours; its α_min = α_max is not copied, since
 # with it the difficulty of a class cannot matter. It keeps no average of the weights.
-PAPER = {"label_smoothing": 0.1, "lr": 3.5e-5, "head_lr": 3.5e-5, "router_lr": 3.5e-5, "ema": 0.0}
+PAPER = {"epochs": 20, "label_smoothing": 0.1, "lr": 3.5e-5, "head_lr": 3.5e-5, "router_lr": 3.5e-5, "ema": 0.0}
 
 
 def resolve_settings(config: TrainConfig, n_classes: int, spec: FeatureSpec | None = None) -> TrainSettings:
