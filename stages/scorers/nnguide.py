@@ -41,14 +41,13 @@ def nnguide_score(features: ArrayLike, logits: ArrayLike, bank: ScoreInputs, k: 
     if not 1 <= k <= len(bank):
         raise InputError(f"nnguide.k: {k} given, must be 1 to {len(bank)}, the ID training rows")
     unit = l2_normalise(checked_dim(features, bank.need("features", "nnguide").shape[1]))
-    guidance = np.empty(len(unit))
-    for block, (queries,) in query_blocks(unit):
-        found = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        for rows in bank_blocks(bank):
-            guide = l2_normalise(rows.need("features", "nnguide")) * _energies(rows.need("logits", "nnguide"))[:, None]
-            found = keep_largest(found, queries @ guide.T)
-        guidance[block] = found[: block.stop - block.start].mean(axis=1, dtype=np.float64)
-    return np.asarray(-guidance * _energies(logits), dtype=np.float32)
+    found = np.full((len(unit), k), -np.inf, dtype=np.float32)
+    for rows in bank_blocks(bank):
+        guide = l2_normalise(rows.need("features", "nnguide")) * _energies(rows.need("logits", "nnguide"))[:, None]
+        for block, (queries,) in query_blocks(unit):
+            products = queries @ guide.T
+            found[block] = keep_largest(found[block], products[: block.stop - block.start])
+    return np.asarray(-found.mean(axis=1, dtype=np.float64) * _energies(logits), dtype=np.float32)
 
 
 def _energies(logits: ArrayLike) -> NDArray[np.float32]:

@@ -40,17 +40,19 @@ def relation_score(
     (array([-0.7], dtype=float32), array([-0.6], dtype=float32))
     """
     unit = l2_normalise(checked_dim(features, bank.need("features", "relation").shape[1]))
-    scores = np.empty(len(unit), dtype=np.float32)
-    for block, (queries, probabilities) in query_blocks(unit, _probabilities(logits)):
-        edges = np.zeros(len(queries))
-        for rows in bank_blocks(bank):
-            relations = queries @ l2_normalise(rows.need("features", "relation")).T
+    own = _probabilities(logits)
+    edges = np.zeros(len(unit))
+    for rows in bank_blocks(bank):
+        bank_unit = l2_normalise(rows.need("features", "relation"))
+        bank_probabilities = _probabilities(rows.need("logits", "relation"))
+        for block, (queries, probabilities) in query_blocks(unit, own):
+            relations = queries @ bank_unit.T
             np.maximum(relations, 0, out=relations)
-            relations *= probabilities @ _probabilities(rows.need("logits", "relation")).T
+            relations *= probabilities @ bank_probabilities.T
             relations[relations <= threshold] = 0
-            edges += (relations if power == 1 else relations**power).sum(axis=1, dtype=np.float64)
-        scores[block] = -edges[: block.stop - block.start]
-    return scores
+            sums = (relations if power == 1 else relations**power).sum(axis=1, dtype=np.float64)
+            edges[block] += sums[: block.stop - block.start]
+    return np.asarray(-edges, dtype=np.float32)
 
 
 def _probabilities(logits: ArrayLike) -> Floats:

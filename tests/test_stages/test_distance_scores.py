@@ -282,7 +282,17 @@ def test_a_feature_that_is_constant_over_id_rows(name):
     assert np.isfinite(scores).all()
 
 
-@pytest.mark.parametrize("name", [*GAUSSIAN, "vim", "pnml"])
+@pytest.mark.parametrize("name", EVERY)
+def test_one_id_row_is_enough_where_nothing_has_to_vary(name):
+    train = rows().take(np.array([0]))
+    if name in (*GAUSSIAN, "neco"):
+        with pytest.raises(InputError, match=r"do not vary|singular"):
+            get_scorer(name).fit(train)
+    else:
+        assert np.isfinite(get_scorer(name).fit(train).score(rows(n=9, seed=1))).all()
+
+
+@pytest.mark.parametrize("name", [*GAUSSIAN, "vim", "neco", "pnml"])
 def test_id_rows_that_are_all_alike_are_refused_where_they_must_vary(name):
     train = rows()
     same = ScoreInputs(np.zeros((80, D)), train.logits, train.labels, head=train.head)
