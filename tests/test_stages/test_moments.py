@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import InputError
-from stages.scorers import ScoreInputs
+from stages.scorers import ClassifierHead, ScoreInputs, get_scorer
 from stages.scorers.mahalanobis import MahalanobisScorer
 from stages.scorers.moments import FeatureMoments, Scatter, _triangular_whitening
 
@@ -104,6 +104,21 @@ def test_a_cholesky_factor_stands_for_eigenvectors_only_where_nothing_is_left_ou
     assert _triangular_whitening(matrix, "float32") is None  # 1e-8 of the largest counts as 0 there
     rows[:, 5] = rows[:, 4]
     assert _triangular_whitening(rows.T @ rows, 1e-12) is None
+
+
+def test_many_wide_classes_take_little_memory():
+    """D = 1536, C = 1000: with the test below, what a million rows take. rows × classes × D would be 9 × 10¹⁰ bytes."""
+    rng = np.random.default_rng(0)
+    n, dim, classes = 6000, 1536, 1000
+    head = ClassifierHead(rng.standard_normal((classes, dim), dtype=np.float32), np.zeros(classes, np.float32))
+    features = rng.standard_normal((n, dim), dtype=np.float32)
+    train = ScoreInputs(features=features, labels=np.arange(n) % classes, head=head)
+    for name in ("relative-mahalanobis", "vim"):
+        tracemalloc.start()
+        get_scorer(name).fit(train).score(train.take(slice(200)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 0.5 * 2**30, name
 
 
 def peak_of_a_fit(n, folder):
