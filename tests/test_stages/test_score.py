@@ -754,3 +754,35 @@ def test_table_csv_has_the_columns_that_users_script_against(folder):
     naming = ["backbone", "features", "head", "variant", "seed", "routing", "score", "params", "profile", "calibrated"]
     metrics = ["n_id", "n_ood", "auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out"]
     assert header == [*naming, "ood", "group", *metrics, "auroc_lo", "auroc_hi", "fpr95_lo", "fpr95_hi"]
+
+
+def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_path):
+    """Each by every head that it reads: finite, and the record says what came of which ID rows, by expert."""
+    result = score([source], CONFIG.model_copy(update={"scores": list(SCORE_NAMES)}), tmp_path)
+    ran = {name: {row.score for row in result.rows if row.features == name} for name in ("cls", "mofe")}
+    assert set(SCORE_NAMES) - ran["cls"] == {"mos", "other"}  # of a mixture alone
+    assert set(SCORE_NAMES) - ran["mofe"] == {"mos", "patch-knn"}
+    noted = {note.split(":")[0] for note in result.notes if ": it needs" in note}
+    assert {"mos", "patch-knn"} <= noted
+    assert np.isfinite([row.auroc for row in result.rows]).all()
+
+    params = {(row.head, row.routing, row.score): json.loads(row.params) for row in result.rows}
+    frozen, routed = params["probe", "none", "react"], params["refit-group", "predicted", "react"]
+    fold = data.split.folds[0]
+    activations = np.float32(data.train.read("cls"))[fold.train]
+    assert frozen["threshold"] == pytest.approx(np.percentile(activations, 90), rel=1e-6)
+    assert frozen["fitted_rows"] == len(fold.train) == sum(routed["fitted_rows"].values())
+    assert params["probe", "none", "temperature-scaling"]["fitted_rows"] == len(fold.select)
+    assert params["probe", "none", "energy"] == {"temperature": 1.0}
+
+
+def test_settings_and_profiles_reach_the_scores(source, tmp_path):
+    alone = replace(source, mixtures=())
+    settings = {"gen": {"gamma": 0.5}, "energy": {"temperature": 2.0}}
+    config = {"scores": ["knn", "gen", "energy", "kl-matching"], "profile": "pytorch-ood", "params": settings}
+    rows = score([alone], CONFIG.model_copy(update=config), tmp_path).rows
+    params = {row.score: json.loads(row.params) for row in rows}
+    assert params["gen"] == {"gamma": 0.5, "top": None, "floor": 1e-7}
+    assert params["energy"] == {"temperature": 2.0}
+    assert params["kl-matching"]["rows"] == "train"
+    assert {row.profile for row in rows} == {"pytorch-ood"}
