@@ -63,6 +63,41 @@ KINDS = {
 }
 
 
+_SCORE_TITLES = {
+    "msp": "MSP",
+    "knn": "kNN",
+    "knn-mean": "mean-kNN",
+    "patch-knn": "patch kNN",
+    "ncm": "NCM",
+    "mos": "MOS",
+    "gen": "GEN",
+    "kl-matching": "KL matching",
+    "temperature-scaling": "temperature-scaled MSP",
+    "react": "ReAct",
+    "ash-s": "ASH-S",
+    "ash-p": "ASH-P",
+    "ash-b": "ASH-B",
+    "scale": "SCALE",
+    "lts": "LTS",
+    "vra": "VRA",
+    "dice": "DICE",
+    "gradnorm": "GradNorm",
+    "mahalanobis": "Mahalanobis",
+    "mahalanobis-pp": "Mahalanobis++",
+    "relative-mahalanobis": "relative Mahalanobis",
+    "relative-mahalanobis-pp": "relative Mahalanobis++",
+    "ssd": "SSD",
+    "gmm": "GMM",
+    "vim": "ViM",
+    "neco": "NECO",
+    "she": "SHE",
+    "fdbd": "fDBD",
+    "nci": "NCI",
+    "pnml": "pNML",
+    "nnguide": "NNGuide",
+}  # the others are written as they are asked for
+
+
 def score_name(method: Method) -> str:
     """A score's column in ``samples/*.parquet``."""
     return method.score + (" (calibrated)" if method.calibrated == "True" else "")
@@ -70,8 +105,7 @@ def score_name(method: Method) -> str:
 
 def score_title(method: Method) -> str:
     """A score as the field writes it: ``kNN+energy`` for ``knn+energy``."""
-    names = {"knn": "kNN", "msp": "MSP", "ncm": "NCM", "mos": "MOS"}
-    return "+".join(names.get(part, part) for part in method.score.split("+"))
+    return "+".join(_SCORE_TITLES.get(part, part) for part in method.score.split("+"))
 
 
 def method_name(method: Method) -> str:

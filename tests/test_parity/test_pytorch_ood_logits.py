@@ -11,8 +11,11 @@ import pytest
 import torch
 from pytorch_ood.detector import ASH, DICE, GEN, LTS, SCALE, VRA, Entropy, GradNorm, KLMatching, MaxLogit, ReAct
 from pytorch_ood.detector import TemperatureScaling as PytorchOODTemperature
+from pytorch_ood.metrics import functional as reference
 from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score, roc_curve
 
+from stages.metrics import ood_metrics
 from stages.scorers import ClassifierHead, ScoreInputs, Scorer, entropy_score, get_scorer, lts_score
 
 PYTORCH_OOD = "pytorch-ood"
@@ -188,6 +191,24 @@ def test_gradnorm(parts):
     scorer: Scorer = get_scorer("gradnorm")
     scores = np.concatenate([scorer.score(few[name]) for name in ("id", "ood")])
     same(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["energy", "react", "gen", "gradnorm"])
+def test_metrics(parts, name):
+    """Of scores of real features, some saturated, against pytorch-ood (OOD positive) and scikit-learn."""
+    scorer = get_scorer(name).fit(parts["train"], parts["select"])
+    ids, oods = (np.float64(scorer.score(parts[part])) for part in ("id", "ood"))
+    found = ood_metrics(ids, oods)
+    scores, is_ood = np.concatenate([ids, oods]), np.repeat([0, 1], [len(ids), len(oods)])
+    ranked, labels = torch.from_numpy(scores), torch.from_numpy(-is_ood)  # negative: OOD
+    assert found.auroc == pytest.approx(roc_auc_score(is_ood, scores), abs=1e-9)
+    assert found.auroc == pytest.approx(reference.auroc(ranked, labels).item(), abs=1e-6)
+    false, true, _ = roc_curve(is_ood, scores, drop_intermediate=False)
+    assert found.fpr95_ood == pytest.approx(false[np.argmax(true >= 0.95)], abs=1e-9)
+    assert found.fpr95_ood == pytest.approx(reference.fpr_at_tpr(ranked, labels).item(), abs=1e-6)
+    assert found.fpr95 == pytest.approx(reference.fpr_at_tpr(-ranked, -labels - 1).item(), abs=1e-6)
+    assert found.aupr_in == pytest.approx(reference.aupr(ranked, labels, positive="id").item(), abs=1e-6)
+    assert found.aupr_out == pytest.approx(reference.aupr(ranked, labels, positive="ood").item(), abs=1e-6)
 
 
 def test_a_row_alone_and_constant_rows(parts, apply_head):
