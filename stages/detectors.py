@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from stages.config import ScoreConfig
 from stages.errors import InputError
+from stages.neighbours import NeighbourStore
 from stages.scorers import (
     ClassifierHead,
     ExpertCalibration,
+    KNNScorer,
     ScoreInputs,
     Scorer,
     Standardiser,
@@ -221,14 +223,16 @@ class DetectorFactory:
     Args:
         subject: choice of features.
         config: scores, k and temperature.
+        neighbours: remembers what kNN searched, so that another k costs no search.
 
     Raises:
         InputError: a score that nobody knows.
     """
 
-    def __init__(self, subject: Subject, config: ScoreConfig) -> None:
+    def __init__(self, subject: Subject, config: ScoreConfig, neighbours: NeighbourStore | None = None) -> None:
         self.subject = subject
         self.config = config
+        self._neighbours = neighbours
         self.k_record: dict[str, Any] = {"rule": "given"}
         self._parts: dict[tuple[str, str], Part] = {}
         self._k: int | None = None if config.k == "auto" else config.k
@@ -238,7 +242,7 @@ class DetectorFactory:
         """As given, or by the one rule from left-out ID classes (`stages.scorers.choose_k`)."""
         if self._k is None:
             folds = [KFold(run.bank.inputs(NO_HEAD), run.select.inputs(NO_HEAD)) for run in self.subject.runs]
-            self._k, self.k_record = choose_k(folds)
+            self._k, self.k_record = choose_k(folds, neighbours=self._neighbours)
         return self._k
 
     def detectors(self) -> list[Detector]:
@@ -318,7 +322,10 @@ class DetectorFactory:
         params: dict[str, Any] = {}
         for followed in scorer_class(name).follows - given.keys():
             params[followed] = self.k if followed == "k" else self.config.temperature
-        return get_scorer(name, self.config.profile, **params, **given)
+        scorer = get_scorer(name, self.config.profile, **params, **given)
+        if isinstance(scorer, KNNScorer):
+            scorer.neighbours = self._neighbours
+        return scorer
 
 
 def needs_of(score: str) -> frozenset[str]:

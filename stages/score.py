@@ -32,6 +32,7 @@ from stages.detectors import (
     needs_of,
 )
 from stages.errors import InputError
+from stages.neighbours import NeighbourStore
 from stages.progress import NullProgress, Progress
 from stages.scorers import threshold_at
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
@@ -77,9 +78,10 @@ def score(
     thresholds: list[dict[str, Any]] = []
     written: set[Path] = set()
     id_record: dict[str, Any] = {"accuracy": [], "router": [], "k": [], "split": {}}
+    neighbours = NeighbourStore(folder / "neighbours")
     for source in sources:
         id_record["split"][_label(source.name, source.seed)] = source.data.split.rule
-        for made in _subjects(source, config, progress):
+        for made in _subjects(source, config, neighbours, progress):
             subject = made.factory.subject
             detectors = made.factory.detectors()
             progress.start(len(detectors), "detector", f"score {'-'.join(_slug(subject.key))}")
@@ -112,6 +114,7 @@ def score(
     write_json(folder / "thresholds.json", thresholds)
     for left in set((folder / "samples").glob("*.parquet")) - written:  # of variants and seeds that are no more
         left.unlink()
+    neighbours.forget_others()
     write_table(folder, table, summary)
     notes = [
         f"{count} images of {name} are in the id-train set as well (same bytes)" for name, count in overlap.items()
@@ -173,7 +176,9 @@ def _top2_rows(rows: SetRows, twins: SetRows) -> SetRows:
     return replace(rows, logits=probability)
 
 
-def _subjects(source: BackboneSource, config: ScoreConfig, progress: Progress) -> Iterator[_Made]:
+def _subjects(
+    source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, progress: Progress
+) -> Iterator[_Made]:
     """Every choice of features of one backbone, one at a time: only one is in memory."""
     names = source.data.class_names
     labels = {
@@ -185,7 +190,8 @@ def _subjects(source: BackboneSource, config: ScoreConfig, progress: Progress) -
     asked = config.scores if "knn" in config.scores else ["knn", *config.scores]
     first = sorted(asked, key=lambda score: score != "knn")
     sets = {_key(test): frozen.rows(test.cache, labels[test.name]) for test in source.tests}
-    yield _Made(DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first})), sets)
+    factory = DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first}), neighbours)
+    yield _Made(factory, sets)
     for folder in source.mixtures:
         refined = RefinedFeatures(source, folder, progress)
         sets = {_key(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
@@ -194,7 +200,7 @@ def _subjects(source: BackboneSource, config: ScoreConfig, progress: Progress) -
         second = None
         if top2 := config.top2 and refined.n_experts > 1:
             second = {_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
-        yield _Made(DetectorFactory(refined.subject(top2), config), sets, oracle, second, refined)
+        yield _Made(DetectorFactory(refined.subject(top2), config, neighbours), sets, oracle, second, refined)
 
 
 def _check(sources: Sequence[BackboneSource]) -> None:

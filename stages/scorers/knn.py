@@ -1,15 +1,19 @@
 """Distance to the k-th nearest ID training feature, in the routed expert's subspace where there are experts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from stages.bank import FeatureBank
+from stages.bank import FeatureBank, IndexKind
 from stages.errors import InputError
+from stages.neighbours import NeighbourStore
 from stages.scorers.base import Floats, ScoreInputs, Scorer
+from stages.scorers.pairs import seeded_share
+
+_RECALL_ROWS = 256  # of held-out ID, to tell how many exact neighbours an approximate index finds
 
 
 def knn_score(features: ArrayLike, bank: FeatureBank, k: int, exclude_self: bool = False) -> NDArray[np.float32]:
@@ -59,12 +63,13 @@ class ExpertBanks:
         """Rows of each expert's bank."""
         return {expert: len(bank) for expert, bank in self.banks.items()}
 
-    def distances(self, x: ScoreInputs, k_max: int) -> NDArray[np.float32]:
+    def distances(self, x: ScoreInputs, k_max: int, neighbours: NeighbourStore | None = None) -> NDArray[np.float32]:
         """Distances to the ``k_max`` nearest rows of each row's own bank: a score for every k is a column.
 
         Args:
             x: rows with ``features``, and ``expert`` exactly where the bank has it.
             k_max: neighbours. Where a bank has fewer rows, its farthest fills the columns beyond.
+            neighbours: remembers what was searched.
 
         Returns:
             [n, k_max] float32, ascending.
@@ -87,7 +92,11 @@ class ExpertBanks:
         for e, bank in self.banks.items():
             rows = np.flatnonzero(expert == e)
             k = min(k_max, len(bank))
-            found, _ = bank.search(features[rows], k)
+            found = (
+                bank.search(features[rows], k)[0]
+                if neighbours is None
+                else neighbours.distances(bank, features[rows], k).T
+            )
             distances[rows, :k] = found
             distances[rows, k:] = found[:, -1:]
         return distances
@@ -100,10 +109,13 @@ class KNNScorer(Scorer):
     Attributes:
         k: which neighbour counts; clipped to a bank's size, and ``params()`` says so. The default is OpenOOD's and
             pytorch-ood's; the paper takes 50 for CIFAR-10, 1000 for ImageNet. `choose_k` chooses one from ID rows.
+        index: as in `FeatureBank`; what an approximate one finds of the exact neighbours of some held-out ID rows
+            (training rows where none were given) is in ``params()`` as ``recall``.
+        bank: share of the ID training rows to search in, drawn at random once and for all; the paper's code takes 0.5.
         device: as in `FeatureBank`.
 
     Raises:
-        InputError: ``k`` < 1.
+        InputError: a setting that is not allowed, such as ``k`` < 1.
     """
 
     name: ClassVar[str] = "knn"
@@ -112,20 +124,53 @@ class KNNScorer(Scorer):
     follows: ClassVar[frozenset[str]] = frozenset({"k"})
 
     k: Annotated[int, Field(ge=1)] = 50
+    index: IndexKind = "flat"
+    bank: Annotated[float, Field(gt=0, le=1)] = 1.0
     device: Literal["auto", "cpu"] = "auto"
+    neighbours: NeighbourStore | None = field(init=False, repr=False, default=None)
 
     def settings(self) -> dict[str, Any]:
-        """k; the device changes no result."""
-        return {"k": self.k}
+        """k, and what is not the exact search in all rows; the device changes no result."""
+        approximate = {} if self.index == "flat" else {"index": self.index}
+        return {"k": self.k} | approximate | ({} if self.bank == 1 else {"bank": self.bank})
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FeatureBank:
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> "Searched":
         """The bank."""
-        return FeatureBank(train.need("features", "a bank"), self.device)
+        features = train.need("features", "a bank")
+        if self.bank < 1:
+            features = features[seeded_share(len(features), self.bank)]
+        bank = FeatureBank(features, self.device, self.index)
+        judged = features if select is None or not len(select) else select.need("features", "the recall of an index")
+        return Searched(bank, judged[np.sort(np.random.default_rng(0).permutation(len(judged))[:_RECALL_ROWS])])
 
-    def judge(self, x: ScoreInputs, memory: FeatureBank) -> Floats:
+    def judge(self, x: ScoreInputs, memory: "Searched") -> Floats:
         """Distance to the k-th neighbour, [n]."""
-        return knn_score(x.need("features", self.name), memory, min(self.k, len(memory)))
+        return self._distances(x, memory, min(self.k, len(memory.bank)) - 1)[-1]
 
-    def facts(self, memory: FeatureBank) -> dict[str, Any]:
-        """``k_used``, where a bank has fewer than k rows."""
-        return {"k_used": len(memory)} if len(memory) < self.k else {}
+    def _distances(self, x: ScoreInputs, memory: "Searched", first: int) -> Floats:
+        """Distances to the neighbours from `first` on to the k-th, [k − first, n]."""
+        features, k = x.need("features", self.name), min(self.k, len(memory.bank))
+        if self.neighbours is None:
+            return memory.bank.search(features, k)[0].T[first:]
+        return self.neighbours.distances(memory.bank, features, k, first)
+
+    def facts(self, memory: "Searched") -> dict[str, Any]:
+        """``k_used``, where a bank has fewer than k rows; ``recall`` of an approximate index."""
+        n = len(memory.bank)
+        clipped = {"k_used": n} if n < self.k else {}
+        return clipped if self.index == "flat" else clipped | {"recall": memory.recall(min(self.k, n))}
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """A bank, and rows to judge its index by."""
+
+    bank: FeatureBank
+    judged: NDArray[np.floating]
+    recalls: dict[int, float] = field(default_factory=dict)
+
+    def recall(self, k: int) -> float:
+        """To four digits; measured once."""
+        if k not in self.recalls:
+            self.recalls[k] = round(self.bank.recall(self.judged, k), 4)
+        return self.recalls[k]

@@ -1,14 +1,14 @@
 """Mean distance to the k nearest ID training features."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import Field
 
 from stages.bank import FeatureBank
-from stages.scorers.base import Floats, ScoreInputs, Scorer
+from stages.scorers.base import Floats, ScoreInputs
+from stages.scorers.knn import KNNScorer, Searched
 
 
 def knn_mean_score(features: ArrayLike, bank: FeatureBank, k: int) -> Floats:
@@ -36,28 +36,11 @@ def knn_mean_score(features: ArrayLike, bank: FeatureBank, k: int) -> Floats:
 
 
 @dataclass(eq=False)
-class KNNMeanScorer(Scorer):
-    """`knn_mean_score` with its k and bank.
-
-    Attributes:
-        k: how many neighbours are averaged; clipped to a bank's size, and ``params()`` says so.
-    """
+class KNNMeanScorer(KNNScorer):
+    """`knn_mean_score` with the settings of `KNNScorer`; ``k`` says how many neighbours are averaged."""
 
     name: ClassVar[str] = "knn-mean"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
-    side_by_side: ClassVar[bool] = False  # faiss has threads of its own
-    follows: ClassVar[frozenset[str]] = frozenset({"k"})
 
-    k: Annotated[int, Field(ge=1)] = 50
-
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FeatureBank:
-        """The bank."""
-        return FeatureBank(train.need("features", "a bank"))
-
-    def judge(self, x: ScoreInputs, memory: FeatureBank) -> Floats:
+    def judge(self, x: ScoreInputs, memory: Searched) -> Floats:
         """Mean distance to the neighbours, [n]."""
-        return knn_mean_score(x.need("features", self.name), memory, min(self.k, len(memory)))
-
-    def facts(self, memory: FeatureBank) -> dict[str, Any]:
-        """``k_used``, where a bank has fewer than k rows."""
-        return {"k_used": len(memory)} if len(memory) < self.k else {}
+        return self._distances(x, memory, 0).mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -7,6 +7,7 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.metrics import auroc
+from stages.neighbours import NeighbourStore
 from stages.scorers.base import ScoreInputs
 from stages.scorers.knn import ExpertBanks
 
@@ -21,7 +22,9 @@ class Fold(NamedTuple):
     queries: ScoreInputs
 
 
-def choose_k(folds: Sequence[Fold], grid: Sequence[int] = K_GRID) -> tuple[int, dict[str, Any]]:
+def choose_k(
+    folds: Sequence[Fold], grid: Sequence[int] = K_GRID, neighbours: NeighbourStore | None = None
+) -> tuple[int, dict[str, Any]]:
     """The k that best tells left-out ID classes from the others.
 
     The classes are dealt, in sorted order, into min(5, C // 2) groups, at least 2. Each group in turn plays OOD: its
@@ -31,6 +34,7 @@ def choose_k(folds: Sequence[Fold], grid: Sequence[int] = K_GRID) -> tuple[int, 
     Args:
         folds: one for a held-out set; several where cross-fitting replaces it.
         grid: candidates; those above half of the smallest bank are dropped, for they would be clipped.
+        neighbours: remembers what was searched.
 
     Returns:
         k, and the record: the rule, the grid, mean AUROC for each k, how many classes, groups, folds and rows.
@@ -52,7 +56,7 @@ def choose_k(folds: Sequence[Fold], grid: Sequence[int] = K_GRID) -> tuple[int, 
     curves, skipped = [], 0
     for fold in folds:
         for group in range(groups):
-            curve, dropped = _pseudo_ood_auroc(fold, classes[group::groups], candidates)
+            curve, dropped = _pseudo_ood_auroc(fold, classes[group::groups], candidates, neighbours)
             skipped += dropped
             if curve is not None:
                 curves.append(curve)
@@ -76,7 +80,9 @@ def _smallest_bank(train: ScoreInputs) -> int:
     return len(train) if train.expert is None else int(np.unique(train.expert, return_counts=True)[1].min())
 
 
-def _pseudo_ood_auroc(fold: Fold, left_out: np.ndarray, candidates: Sequence[int]) -> tuple[list[float] | None, int]:
+def _pseudo_ood_auroc(
+    fold: Fold, left_out: np.ndarray, candidates: Sequence[int], neighbours: NeighbourStore | None
+) -> tuple[list[float] | None, int]:
     """AUROC for each candidate, from one search; and how many queries an emptied expert's bank could not answer."""
     bank = fold.bank.take(~np.isin(fold.bank.need("labels", "choosing k"), left_out))
     queries = fold.queries
@@ -86,5 +92,5 @@ def _pseudo_ood_auroc(fold: Fold, left_out: np.ndarray, candidates: Sequence[int
     pseudo_ood = np.isin(queries.need("labels", "choosing k"), left_out)
     if not len(bank) or pseudo_ood.all() or not pseudo_ood.any():
         return None, dropped
-    distances = ExpertBanks(bank).distances(queries, candidates[-1])
+    distances = ExpertBanks(bank).distances(queries, candidates[-1], neighbours)
     return [auroc(distances[~pseudo_ood, k - 1], distances[pseudo_ood, k - 1]) for k in candidates], dropped

@@ -1,10 +1,14 @@
-"""Exact neighbours: against brute force in float64."""
+"""Exact neighbours: against brute force in float64. Blocks and approximate ones: against exact ones."""
+
+import tracemalloc
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages import bank as bank_module
 from stages.bank import FeatureBank, l2_normalise
 from stages.errors import InputError
 
@@ -107,3 +111,104 @@ def test_impossible_searches_are_refused(queries, options, says):
 def test_no_queries_no_neighbours():
     distances, rows = FeatureBank(np.ones((4, 3))).search(np.empty((0, 3)), k=2)
     assert distances.shape == rows.shape == (0, 2)
+
+
+# ------------------------------------------------------------------------------- banks that are larger than memory
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 40), st.integers(1, 8), st.integers(1, 30), st.booleans(), st.integers(0, 99))
+def test_blocks_equal_one_index(n_bank, n_queries, dim, block, tied, seed):
+    rng = np.random.default_rng(seed)
+    bank, queries = rng.normal(size=(n_bank, dim)), rng.normal(size=(n_queries, dim))
+    if tied:
+        bank, queries = bank.round(), queries.round()
+    k = int(rng.integers(1, n_bank + 1))
+    with patch.object(bank_module, "_BANK_BLOCK", block):
+        distances, rows = FeatureBank(bank, held_bytes=0).search(queries, k)
+        plain, _ = FeatureBank(bank).search(queries, k)
+        np.testing.assert_allclose(distances, plain, atol=1e-6)
+        unit = [np.float64(l2_normalise(array)) for array in (bank, queries)]
+        own = np.maximum(0, 2 - 2 * np.einsum("nd,nkd->nk", unit[1], unit[0][rows]))  # squared, of the row named
+        np.testing.assert_allclose(own, np.float64(distances) ** 2, atol=1e-6)
+        assert all(len(set(found)) == k for found in rows.tolist())
+
+
+def test_a_bank_is_read_from_its_file_by_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_module, "_BANK_BLOCK", 500)
+    rng = np.random.default_rng(3)
+    bank, queries = np.float16(rng.normal(size=(20_000, 64))), np.float32(rng.normal(size=(50, 64)))
+    np.save(tmp_path / "bank.npy", bank)
+    plain, _ = FeatureBank(bank).search(queries, k=20)
+    tracemalloc.start()
+    distances, _ = FeatureBank(np.load(tmp_path / "bank.npy", mmap_mode="r"), held_bytes=1 << 20).search(queries, k=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(distances, plain, atol=1e-6)
+    assert peak < 1 << 20  # the unit vectors would take 5 MB
+
+
+def test_leave_one_out_by_blocks(monkeypatch):
+    monkeypatch.setattr(bank_module, "_BANK_BLOCK", 7)
+    rows = np.random.default_rng(2).normal(size=(40, 6))
+    distances, found = FeatureBank(rows, held_bytes=0).search(rows, k=39, exclude_self=True)
+    assert (found != np.arange(40)[:, None]).all()
+    np.testing.assert_allclose(distances, brute_force(rows, rows)[:, 1:], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ approximate search
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    """4,000 rows and 300 queries around 40 centres, as features of classes lie."""
+    rng = np.random.default_rng(4)
+    centres = rng.normal(size=(40, 32))
+    return [centres[rng.integers(40, size=n)] + 0.3 * rng.normal(size=(n, 32)) for n in (4000, 300)]
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_an_approximate_index_says_what_it_finds(index, clusters):
+    bank, queries = FeatureBank(clusters[0], index=index), clusters[1]
+    distances, rows = bank.search(queries, k=10)
+    exact, exact_rows = FeatureBank(clusters[0]).search(queries, k=10)
+    found = np.mean([len(np.intersect1d(*pair)) for pair in zip(rows, exact_rows, strict=True)]) / 10
+    assert bank.recall(queries, k=10) == pytest.approx(found, abs=1e-3)
+    assert found > 0.9
+    assert (distances >= exact - 1e-6).all()
+    np.testing.assert_array_equal(FeatureBank(clusters[0], index=index).search(queries, k=10)[0], distances)
+
+
+def test_an_index_that_misses_much_says_so(monkeypatch):
+    monkeypatch.setattr(bank_module, "_PROBES", 2)
+    rng = np.random.default_rng(5)
+    rows, queries = rng.normal(size=(4000, 32)), rng.normal(size=(300, 32))  # without clusters: neighbours lie anywhere
+    assert 0.01 < FeatureBank(rows, index="ivf").recall(queries, k=10) < 0.5
+    assert FeatureBank(rows).recall(queries, k=10) == 1
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("n", [1, 30, 200])
+def test_an_approximate_index_gives_k_neighbours_of_any_bank(index, n, clusters):
+    distances, rows = FeatureBank(clusters[0][:n], index=index).search(clusters[1], k=n)
+    assert (np.sort(rows, axis=1) == np.arange(n)).all()
+    np.testing.assert_allclose(distances, brute_force(clusters[0][:n], clusters[1]), atol=1e-6)
+
+
+def test_an_approximate_index_needs_its_bank_in_memory():
+    with pytest.raises(InputError, match=r"too large to be held, as hnsw needs it: take index = flat, or a share"):
+        FeatureBank(np.ones((4, 3)), index="hnsw", held_bytes=40)
+
+
+def test_a_bank_is_known_by_what_it_holds_and_how_it_searches():
+    rows = np.eye(4, 3) + 1
+    digest = FeatureBank(rows).digest
+    assert FeatureBank(rows.copy(order="F")).digest == digest
+    assert FeatureBank(rows, held_bytes=0).digest == digest
+    others = [
+        FeatureBank(rows[::-1]),
+        FeatureBank(rows[:3]),
+        FeatureBank(np.float32(rows)),
+        FeatureBank(rows, index="ivf"),
+    ]
+    assert len({digest, *(other.digest for other in others)}) == 5

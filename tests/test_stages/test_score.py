@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache
 from stages import backbone as backbone_module
+from stages.bank import FeatureBank
 from stages.config import SCORE_NAMES, ScoreConfig, TrainConfig
 from stages.dataset import id_data, read_tokens
 from stages.errors import InputError
@@ -589,6 +590,26 @@ def test_another_k_opens_no_image_and_no_backbone(source, folder, table, tmp_pat
     assert rows[0].params == '{"k": 1}'
     changed = [row.auroc != before["auroc"] for row, before in zip(rows, table, strict=True) if row.score == "knn"]
     assert np.mean(changed) > 0.5
+
+
+def test_another_k_costs_no_search(source, folder, table, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as closed:
+        closed.setattr(FeatureBank, "search", lambda *_: pytest.fail("a bank was searched again"))
+        rows = score([source], CONFIG.model_copy(update={"k": 3}), tmp_path).rows
+    plain = score([source], CONFIG.model_copy(update={"k": 3}), tmp_path / "anew").rows
+    assert [asdict(row) for row in rows] == [asdict(row) for row in plain]
+    assert any(row.auroc != before["auroc"] for row, before in zip(rows, table, strict=True) if row.score == "knn")
+
+
+def test_distances_of_features_that_are_no_more_go(source, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "neighbours" / "of another bank").mkdir()
+    (tmp_path / "neighbours" / "of another bank" / "queries.safetensors").touch()
+    score([source], CONFIG, tmp_path)
+    kept = {path.relative_to(tmp_path) for path in (tmp_path / "neighbours").rglob("*")}
+    assert kept == {path.relative_to(folder) for path in (folder / "neighbours").rglob("*")}
+    assert kept
 
 
 def test_the_baseline_is_scored_where_nobody_asks_for_it(source, tmp_path):
