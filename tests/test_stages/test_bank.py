@@ -161,10 +161,10 @@ def test_leave_one_out_by_blocks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def clusters():
-    """4,000 rows and 300 queries around 40 centres, as features of classes lie."""
+    """1,500 rows and 200 queries around 40 centres, as features of classes lie."""
     rng = np.random.default_rng(4)
     centres = rng.normal(size=(40, 32))
-    return [centres[rng.integers(40, size=n)] + 0.3 * rng.normal(size=(n, 32)) for n in (4000, 300)]
+    return [centres[rng.integers(40, size=n)] + 0.3 * rng.normal(size=(n, 32)) for n in (1500, 200)]
 
 
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])
