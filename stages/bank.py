@@ -137,6 +137,11 @@ class FeatureBank:
         index.add(self._unit)
         return index
 
+    def prepare(self) -> None:
+        """Do now what the first search would do before it: normalise what is held, build an index."""
+        if self._is_held and self._built is None:
+            _ = self._unit
+
     def recall(self, queries: ArrayLike, k: int) -> float:
         """Share of the k exact neighbours that `search` finds, over some queries; 1 for a flat index."""
         if self.index == "flat":

@@ -1,8 +1,11 @@
 """Figures of the README that follow from the code are those of the code."""
 
+import io
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 
@@ -69,3 +72,37 @@ def test_scores_and_profiles_are_those_of_the_code():
         for name, scorer in SCORERS.items()
     }
     assert {row[0].strip("`"): row[3] for row in rows} == profiles
+
+
+def run(name: str, **replaced: str) -> str:
+    """What the Python between two marks of the README prints."""
+    code = re.search(rf"<!-- {name}: begin -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    for word, instead in replaced.items():
+        assert word in code
+        code = code.replace(word, instead)
+    with redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue()
+
+
+def test_ones_own_arrays_are_scored_in_ten_lines(caches, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in {"train": "train", "test": "test", "textures": "far", "places": "near"}.items():
+        np.save(f"{name}.npy", caches[source].read("cls"))
+    np.save("train.label.npy", caches["train"].labels)
+    lines = run("own arrays").splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:5]] == [
+        ["| knn", name] for name in ("textures", "places", "average")
+    ]
+    assert float(lines[2].split(" | ")[2]) > 95  # photographs are far from digits
+    assert len(lines) == 2 + 3 * 3
+
+
+def test_the_parts_are_used_as_shown(caches):
+    paths = {
+        f"cache/{name}-…": str(caches[source].path)
+        for name, source in (("train", "train"), ("test", "test"), ("ood", "far"))
+    }
+    shown = run("caches", **paths)
+    assert shown.startswith("OODMetrics(n_id=")
+    assert shown.endswith("[-2.3132617]\n")

@@ -140,6 +140,8 @@ class KNNScorer(Scorer):
         if self.bank < 1:
             features = features[seeded_share(len(features), self.bank)]
         bank = FeatureBank(features, self.device, self.index)
+        if self.neighbours is None:  # else all may be known, and nothing searched
+            bank.prepare()
         judged = features if select is None or not len(select) else select.need("features", "the recall of an index")
         return Searched(bank, judged[np.sort(np.random.default_rng(0).permutation(len(judged))[:_RECALL_ROWS])])
 

@@ -1,0 +1,101 @@
+"""One's own arrays, scored from Python: the same scores as fitting by hand, the same metrics as from them."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from stages.compare import compare_scores
+from stages.errors import InputError
+from stages.metrics import ood_metrics
+from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, Standardiser, energy_score, get_scorer
+
+
+@pytest.fixture(scope="module")
+def mine():
+    """Features of 3 classes, and of two OOD sets; a linear head."""
+    rng = np.random.default_rng(0)
+    means = 4 * rng.normal(size=(5, 12))
+
+    def rows(n, classes):
+        labels = rng.choice(classes, n)
+        return {"features": np.float32(means[labels] + rng.normal(size=(n, 12))), "labels": labels}
+
+    sets = {name: rows(n, [0, 1, 2]) for name, n in (("train", 300), ("held_out", 80), ("test", 90))}
+    ood = {"near": rows(60, [3])["features"], "far": rows(70, [4])["features"] * 2}
+    return sets | {"ood": ood, "head": (means[:3], -0.5 * (means[:3] ** 2).sum(1))}
+
+
+def test_scores_are_those_of_the_fitted_objects(mine):
+    scores = ["knn", "mahalanobis", "energy", "vim", "react", "knn+energy"]
+    found = compare_scores(**mine, scores=scores, params={"knn": {"k": 3}})
+    head = ClassifierHead(*mine["head"])
+    train, test, held_out = (ScoreInputs(**mine[name], head=head) for name in ("train", "test", "held_out"))
+    near = ScoreInputs(features=mine["ood"]["near"], head=head)
+    for name in scores[:-1]:
+        scorer = get_scorer(name, **({"k": 3} if name == "knn" else {})).fit(train, held_out)
+        np.testing.assert_array_equal(found.scores[name]["id"], scorer.score(test))
+        np.testing.assert_array_equal(found.scores[name]["near"], scorer.score(near))
+    energy = energy_score(head.logits(mine["test"]["features"]))
+    np.testing.assert_allclose(found.scores["energy"]["id"], energy, rtol=1e-6)
+    knn = get_scorer("knn", k=3).fit(train)
+    parts = [(knn.score(x), get_scorer("energy").score(x)) for x in (held_out, test)]
+    scales = [Standardiser.fit(part) for part in parts[0]]
+    total = sum(scale.apply(part) for scale, part in zip(scales, parts[1], strict=True))
+    np.testing.assert_allclose(found.scores["knn+energy"]["id"], total, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_the_metrics_of_the_scores(mine):
+    found = compare_scores(**mine, scores=["knn", "msp"])
+    assert [(row["score"], row["ood"]) for row in found.rows] == [
+        (score, ood) for score in ("knn", "msp") for ood in ("near", "far", "average")
+    ]
+    for row in found.rows:
+        if row["ood"] == "average":
+            own = [other for other in found.rows if other["score"] == row["score"] and other["ood"] != "average"]
+            assert row["fpr95"] == pytest.approx(np.mean([other["fpr95"] for other in own]))
+            assert (row["n_id"], row["n_ood"]) == (90, 130)
+        else:
+            metrics = asdict(ood_metrics(found.scores[row["score"]]["id"], found.scores[row["score"]][row["ood"]]))
+            assert {name: row[name] for name in metrics} == metrics
+    assert found.rows[0]["params"] == {"k": 50}
+    shown = str(found).splitlines()
+    assert shown[0] == "| score | ood | auroc | fpr95 | fpr95_ood | aupr_in | aupr_out |"
+    assert shown[2].startswith(f"| knn | near | {100 * found.rows[0]['auroc']:.2f} |")
+    assert len(shown) == 2 + 6
+
+
+def test_plain_arrays_are_enough_for_knn(mine):
+    arrays = {name: mine[name]["features"] for name in ("train", "test")}
+    plain = compare_scores(**arrays, ood=mine["ood"])
+    np.testing.assert_array_equal(plain.scores["knn"]["far"], compare_scores(**mine).scores["knn"]["far"])
+
+
+def test_every_score_of_features_and_logits_runs(mine):
+    names = [name for name, scorer in SCORERS.items() if not scorer.needs & {"others", "other", "patches"}]
+    found = compare_scores(**mine, scores=names)
+    assert {row["score"] for row in found.rows} == set(names)
+    assert all(np.isfinite(scores).all() for sets in found.scores.values() for scores in sets.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ood": {}}, "compare_scores needs an OOD set to tell ID rows from, none given"),
+        ({"ood": {"id": np.ones((2, 12))}}, "an OOD set is called 'id', a word of the result's own"),
+        ({"scores": ["knnn"]}, "no score is called 'knnn'; did you mean 'knn'"),
+        ({"params": {"knn": {"q": 1}}}, r"knn\.q: unknown setting"),
+        ({"params": {"energy": {"temperature": 1.0}}}, r"params\.energy: no score that is asked for has this name"),
+        ({"scores": ["knn+energy"], "held_out": None}, r"knn\+energy: a sum is standardised on held-out ID rows: give"),
+        ({"scores": ["energy"], "head": None}, "energy needs logits, which these rows do not have"),
+        (
+            {"test": {"features": np.ones((2, 12)), "label": [1, 2]}},
+            "rows have 'label'; known are features, logits and",
+        ),
+        ({"test": {"features": np.ones((2, 12)), "labels": [1]}}, "score inputs need one number of rows"),
+        ({"test": np.full((2, 12), np.nan)}, "2 of 2 query features hold NaN or inf"),
+    ],
+)
+def test_refused(mine, change, message):
+    with pytest.raises(InputError, match=message):
+        compare_scores(**mine | change)
