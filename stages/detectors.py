@@ -41,6 +41,7 @@ Floats = NDArray[np.float32]
 Head = ClassifierHead | tuple[ClassifierHead, ...]
 NO_HEAD = "none"
 _TRAINED = "trained"  # the heads that have "other"
+_WEIGHTS = "the weights of a linear head"
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,9 +265,16 @@ class DetectorFactory:
             return tuple(head for head in self.subject.heads if head in self.subject.bank.heads)
         return self.subject.heads if reads_head(score) else (NO_HEAD,)
 
-    def left_out(self) -> dict[str, str]:
-        """Scores that are asked for and do not apply, and what each needs."""
-        return {score: why for score in self.config.scores if (why := self.why_not(score))}
+    def left_out(self) -> list[tuple[str, str, str]]:
+        """What is asked for and does not apply: (score, what it needs, the head that lacks it, or "" for all)."""
+        found = []
+        for score in self.config.scores:
+            if why := self.why_not(score):
+                found.append((score, why, ""))
+            elif "head" in needs_of(score):
+                lacking = (head for head in self.subject.heads if head not in self.subject.bank.heads)
+                found += [(score, _WEIGHTS, head) for head in lacking]
+        return found
 
     def why_not(self, score: str) -> str | None:
         """What a score needs that these rows do not have; None where it applies."""
@@ -280,7 +288,7 @@ class DetectorFactory:
         if needs & {"head", "logits"} and not subject.heads:
             return "logits"
         if "head" in needs and not subject.bank.heads:
-            return "the weights of a linear head"
+            return _WEIGHTS
         return None
 
     def detector(self, head: str, score: str, calibrated: bool = False) -> Detector:

@@ -102,9 +102,10 @@ def score(
                 id_record["k"].append(asdict(subject.key) | made.factory.k_record | {"k": made.factory.k})
             if subject.n_experts:
                 id_record["router"].append(_router_record(made))
-            for lacking, what in made.factory.left_out().items():
+            for lacking, what, head in made.factory.left_out():
                 if subject.n_experts or not source.mixtures or not needs_of(lacking) & {"others", "other"}:
-                    left_out.setdefault((lacking, what), []).append(_words(subject))
+                    where = f"head {head} of {_words(subject)}" if head else _words(subject)
+                    left_out.setdefault((lacking, what), []).append(where)
             for routing, results in scored.items():
                 written |= _write_samples(folder / "samples", subject, routing, results, made.shown(routing), source)
     id_record["overlap_with_id_train"] = overlap = _overlap(sources[0])
@@ -119,8 +120,8 @@ def score(
     notes = [
         f"{count} images of {name} are in the id-train set as well (same bytes)" for name, count in overlap.items()
     ]
-    for (lacking, what), where in left_out.items():
-        notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(where))}: it needs {what}")
+    for (lacking, what), places in left_out.items():
+        notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
     return ScoreResult(table, summary, notes)
 
 

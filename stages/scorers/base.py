@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,7 @@ from stages.errors import InputError, StageError
 
 Floats = NDArray[np.float32]
 Temperature = Annotated[float, Field(gt=0)]
+RowsName = Literal["train", "select"]
 _BLOCK = 4096  # rows at once, fitting and scoring: memory stays flat as rows grow
 
 
@@ -365,19 +366,20 @@ def _rows_of(x: ScoreInputs, expert: int | None) -> NDArray[np.integer] | slice:
     return slice(None) if expert is None or x.expert is None else np.flatnonzero(x.expert == expert)
 
 
-def fitting_rows(which: str, train: ScoreInputs, select: ScoreInputs | None, who: str) -> ScoreInputs:
-    """Rows that a threshold is taken from: ``"train"`` or ``"select"``.
+def fitting_rows(
+    which: RowsName, train: ScoreInputs, select: ScoreInputs | None, who: str
+) -> tuple[ScoreInputs, dict[str, Any]]:
+    """Rows that a threshold is taken from, ``"train"`` or ``"select"``, and what to record of them.
 
-    An expert that no held-out row went to takes its training rows: their number is in the record.
+    An expert that no held-out row went to takes its training rows, and the record says so.
 
     Raises:
         InputError: held-out rows are asked for and none were given.
     """
-    if which == "train":
-        return train
-    if select is None:
+    if which == "select" and select is None:
         raise InputError(f"{who} needs held-out ID rows to fit on: give them to fit() as well")
-    return select if len(select) else train
+    rows = select if which == "select" and select is not None and len(select) else train
+    return rows, {"fitted_on": "train" if rows is train else "select", "fitted_rows": len(rows)}
 
 
 # ------------------------------------------------------------------------------------------------------ settings

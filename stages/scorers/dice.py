@@ -80,5 +80,5 @@ class DICEScorer(Scorer):
         return dice_score(x.need("features", self.name), memory.head)
 
     def facts(self, memory: _Memory) -> dict[str, Any]:
-        """Of how many training rows the mean is."""
-        return {"fitted_rows": memory.rows}
+        """Which rows the mean is of."""
+        return {"fitted_on": "train", "fitted_rows": memory.rows}

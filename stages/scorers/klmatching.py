@@ -8,21 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
-from stages.scorers.base import Floats, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.base import Floats, RowsName, ScoreInputs, Scorer, fitting_rows
 from stages.scorers.softmax import softmax_of
 
 Unpredicted = Literal["left out", "one-hot"]
 
 
-class Templates(NamedTuple):
-    """Log of the mean softmax of the rows that were predicted as each class, [K, C], and how many rows there were."""
-
-    log_mean: NDArray[np.float64]
-    rows: int
-
-
-def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "left out") -> Templates:
-    """Mean softmax of each predicted class's rows.
+def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "left out") -> NDArray[np.float64]:
+    """Log of the mean softmax of the rows that are predicted as each class, [K, C].
 
     Args:
         blocks: logits [n, C], all rows in any number of blocks.
@@ -31,7 +24,7 @@ def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "lef
     Raises:
         InputError: no rows, and as `scaled_logits`.
 
-    >>> np.exp(class_templates([[[0.0, -np.inf], [5.0, 5.0]]]).log_mean).tolist()
+    >>> np.exp(class_templates([[[0.0, -np.inf], [5.0, 5.0]]])).tolist()
     [[0.75, 0.25]]
     """
     sums: NDArray[np.float64] = np.zeros((0, 0))
@@ -52,17 +45,17 @@ def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "lef
     if unpredicted == "one-hot":
         means = np.concatenate([means, np.eye(len(counts))[~seen]])
     # A probability too small for float64 is the smallest that it has: log 0 would make every divergence infinite.
-    return Templates(np.log(np.maximum(means, np.finfo(np.float64).tiny)), int(counts.sum()))
+    return np.log(np.maximum(means, np.finfo(np.float64).tiny))
 
 
-def kl_matching_score(logits: ArrayLike, templates: Templates) -> Floats:
+def kl_matching_score(logits: ArrayLike, log_templates: NDArray[np.float64]) -> Floats:
     """min_c KL(p ‖ d_c), p = softmax(l), d_c the mean softmax of class c; higher = more OOD.
 
     Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
 
     Args:
         logits: [n, C].
-        templates: of `class_templates`.
+        log_templates: [K, C] of `class_templates`.
 
     Returns:
         [n] float32, at least 0 up to rounding.
@@ -75,8 +68,13 @@ def kl_matching_score(logits: ArrayLike, templates: Templates) -> Floats:
     """
     p, _, surprise = softmax_of(logits)
     negative_entropy = -np.multiply(p, surprise, out=np.zeros_like(p), where=p > 0).sum(axis=1)
-    cross = p @ templates.log_mean.T
+    cross = p @ log_templates.T
     return np.asarray(np.maximum(negative_entropy - cross.max(axis=1), 0), dtype=np.float32)
+
+
+class _Memory(NamedTuple):
+    log_templates: NDArray[np.float64]
+    record: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -93,18 +91,19 @@ class KLMatchingScorer(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "bank", "select"})
     profiles: ClassVar = {"pytorch-ood": {"rows": "train", "unpredicted": "left out"}}
 
-    rows: Literal["train", "select"] = "select"
+    rows: RowsName = "select"
     unpredicted: Unpredicted = "one-hot"
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Templates:
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> _Memory:
         """Typical softmaxes of ID rows."""
-        rows = fitting_rows(self.rows, train, select, self.name)
-        return class_templates((block.need("logits", self.name) for block in rows.blocks()), self.unpredicted)
+        rows, record = fitting_rows(self.rows, train, select, self.name)
+        logits = (block.need("logits", self.name) for block in rows.blocks())
+        return _Memory(class_templates(logits, self.unpredicted), record)
 
-    def judge(self, x: ScoreInputs, memory: Templates) -> Floats:
+    def judge(self, x: ScoreInputs, memory: _Memory) -> Floats:
         """Divergence a row, [n]."""
-        return kl_matching_score(x.need("logits", self.name), memory)
+        return kl_matching_score(x.need("logits", self.name), memory.log_templates)
 
-    def facts(self, memory: Templates) -> dict[str, Any]:
-        """How many rows, and how many templates came of them."""
-        return {"fitted_rows": memory.rows, "templates": len(memory.log_mean)}
+    def facts(self, memory: _Memory) -> dict[str, Any]:
+        """Of which rows, and how many templates came of them."""
+        return memory.record | {"templates": len(memory.log_templates)}

@@ -1,13 +1,13 @@
 """Energy of rectified features."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from stages.scorers.base import ClassifierHead, Floats, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.base import ClassifierHead, Floats, RowsName, ScoreInputs, Scorer, fitting_rows
 from stages.scorers.energy import energy_score
 from stages.scorers.quantiles import quantiles
 from stages.scorers.shaping import activations
@@ -40,7 +40,7 @@ def react_score(features: ArrayLike, head: ClassifierHead, threshold: float) -> 
 class _Memory(NamedTuple):
     head: ClassifierHead
     threshold: float
-    rows: int
+    record: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -57,20 +57,20 @@ class ReActScorer(Scorer):
     profiles: ClassVar = {"openood": {"rows": "select"}}
 
     percentile: Annotated[float, Field(gt=0, le=100)] = 90.0
-    rows: Literal["train", "select"] = "train"
+    rows: RowsName = "train"
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> _Memory:
         """C and the head."""
-        rows = fitting_rows(self.rows, train, select, self.name)
+        rows, record = fitting_rows(self.rows, train, select, self.name)
         found = quantiles(
             lambda: (block.need("features", self.name) for block in rows.blocks()), [self.percentile / 100]
         )
-        return _Memory(train.need_head(self.name), found[0], len(rows))
+        return _Memory(train.need_head(self.name), found[0], record)
 
     def judge(self, x: ScoreInputs, memory: _Memory) -> Floats:
         """Energy of the rectified row, [n]."""
         return react_score(x.need("features", self.name), memory.head, memory.threshold)
 
     def facts(self, memory: _Memory) -> dict[str, Any]:
-        """c, and of how many rows."""
-        return {"threshold": memory.threshold, "fitted_rows": memory.rows}
+        """c, and of which rows."""
+        return {"threshold": memory.threshold} | memory.record

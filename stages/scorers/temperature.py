@@ -109,5 +109,5 @@ class TemperatureScalingScorer(Scorer):
         return msp_score(x.need("logits", self.name), memory.temperature)
 
     def facts(self, memory: FittedTemperature) -> dict[str, Any]:
-        """T* and of how many held-out rows."""
-        return {"temperature": memory.temperature, "fitted_rows": memory.rows}
+        """T* and of which rows."""
+        return {"temperature": memory.temperature, "fitted_on": "select", "fitted_rows": memory.rows}

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.errors import InputError
-from stages.scorers.base import ClassifierHead, Floats, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.base import ClassifierHead, Floats, RowsName, ScoreInputs, Scorer, fitting_rows
 from stages.scorers.energy import energy_score
 from stages.scorers.quantiles import column_quantiles, quantiles
 from stages.scorers.shaping import activations
@@ -51,7 +51,7 @@ class _Memory(NamedTuple):
     head: ClassifierHead
     low: NDArray[np.float32]
     high: NDArray[np.float32]
-    rows: int
+    record: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ class VRAScorer(Scorer):
     high: Annotated[float, Field(ge=0, le=100)] = 95.0
     each: bool = True
     below: Below = "zero"
-    rows: Literal["train", "select"] = "train"
+    rows: RowsName = "train"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,20 +86,20 @@ class VRAScorer(Scorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> _Memory:
         """α, β and the head."""
-        rows = fitting_rows(self.rows, train, select, self.name)
+        rows, record = fitting_rows(self.rows, train, select, self.name)
         shares = [self.low / 100, self.high / 100]
         if self.each:
             low, high = column_quantiles(rows.need("features", self.name), shares)
         else:
             found = quantiles(lambda: (block.need("features", self.name) for block in rows.blocks()), shares)
             low, high = np.asarray(found, dtype=np.float32)[:, None]
-        return _Memory(train.need_head(self.name), low, high, len(rows))
+        return _Memory(train.need_head(self.name), low, high, record)
 
     def judge(self, x: ScoreInputs, memory: _Memory) -> Floats:
         """Energy of the rectified row, [n]."""
         return vra_score(x.need("features", self.name), memory.head, memory.low, memory.high, self.below)
 
     def facts(self, memory: _Memory) -> dict[str, Any]:
-        """Of how many rows; α and β where all features have one."""
+        """Of which rows; α and β where all features have one."""
         one = {} if self.each else {"alpha": float(memory.low[0]), "beta": float(memory.high[0])}
-        return one | {"fitted_rows": memory.rows}
+        return one | memory.record

@@ -1,12 +1,14 @@
 """Detectors against their formulas written out plainly, on small drawn features."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from stages.config import SCORE_NAMES, ScoreConfig
 from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, reads_head, recommended
 from stages.errors import InputError
-from stages.scorers import Fold, choose_k, get_scorer
+from stages.scorers import ClassifierHead, Fold, choose_k, get_scorer
 
 CLASSES, DIM = 4, 6
 GROUP = np.array([0, 1, 0, 1])
@@ -175,7 +177,22 @@ def test_other_is_what_the_routed_expert_says():
     sums = np.exp(test.logits["trained"].astype(np.float64)).sum(axis=1) + np.exp(test.other)
     np.testing.assert_allclose(plain.score_rows(test), np.exp(test.other) / sums, rtol=1e-5)
     assert make(subject(), scores=["other"]).detectors() == []
-    assert make(subject(), scores=["other"]).left_out() == {"other": "a mixture of two experts or more"}
+    assert make(subject(), scores=["other"]).left_out() == [("other", "a mixture of two experts or more", "")]
+
+
+def test_what_a_score_needs_and_rows_do_not_have_is_said():
+    """Logits that came with the features have no weights: scores that need them run on the other heads."""
+    plain = subject()
+    probe = ClassifierHead(np.ones((CLASSES, DIM)), np.zeros(CLASSES))
+    given = replace(plain, heads=("given", "probe"), bank=replace(plain.bank, heads={"probe": probe}))
+    weights = "the weights of a linear head"
+    both = make(given, scores=["react", "energy", "patch-knn"])
+    assert (both.heads_of("react"), both.heads_of("energy")) == (("probe",), ("given", "probe"))
+    assert both.left_out() == [("react", weights, "given"), ("patch-knn", "patch tokens", "")]
+    assert make(plain, scores=["dice"]).left_out() == [("dice", weights, "")]
+    without = make(replace(plain, heads=()), scores=["msp", "knn+energy", "knn"])
+    assert without.left_out() == [("msp", "logits", ""), ("knn+energy", "logits", "")]
+    assert [detector.score for detector in without.detectors()] == ["knn"]
 
 
 def test_routed_are_scores_of_an_expert():

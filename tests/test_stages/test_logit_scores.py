@@ -1,6 +1,7 @@
 """Scores of logits, and of the last layer's input and weights: formulas written out plainly, profiles, edges."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,6 +249,8 @@ def test_an_expert_without_held_out_rows_keeps_temperature_1_and_the_record_says
     scorer = get_scorer("temperature-scaling").fit(routed, routed.take(routed.expert == 0))
     assert scorer.params()["fitted_rows"] == {"0": 3, "1": 0}
     assert scorer.params()["temperature"]["1"] == 1
+    react = get_scorer("react", "openood").fit(replace(routed, head=rows(6).head), routed.take(routed.expert == 0))
+    assert react.params()["fitted_on"] == {"0": "select", "1": "train"}
     own = routed.take(routed.expert == 1)
     np.testing.assert_array_equal(scorer.score(own), msp_score(own.logits))
 
@@ -273,7 +276,7 @@ def test_thresholds_come_from_the_rows_that_the_profile_names():
     for profile, source in features.items():
         params = get_scorer("react", profile).fit(train, select).params()
         assert params["threshold"] == pytest.approx(np.percentile(source.features, 90), rel=1e-6)
-        assert params["fitted_rows"] == len(source)
+        assert (params["fitted_on"], params["fitted_rows"]) == ("train" if source is train else "select", len(source))
     vra = get_scorer("vra", "openood").fit(train, select).params()
     assert [vra["alpha"], vra["beta"]] == pytest.approx(np.percentile(select.features, [10, 90]), rel=1e-6)
     with pytest.raises(InputError, match="react needs held-out ID rows to fit on"):
