@@ -91,18 +91,12 @@ def test_ones_own_arrays_are_scored_in_ten_lines(caches, tmp_path, monkeypatch):
         np.save(f"{name}.npy", caches[source].read("cls"))
     np.save("train.label.npy", caches["train"].labels)
     lines = run("own arrays").splitlines()
-    assert [line.split(" | ")[:2] for line in lines[2:5]] == [
-        ["| knn", name] for name in ("textures", "places", "average")
-    ]
+    assert [line.split(" | ")[1] for line in lines[2:5]] == ["textures", "places", "average"]
     assert float(lines[2].split(" | ")[2]) > 95  # photographs are far from digits
     assert len(lines) == 2 + 3 * 3
 
 
 def test_the_parts_are_used_as_shown(caches):
-    paths = {
-        f"cache/{name}-…": str(caches[source].path)
-        for name, source in (("train", "train"), ("test", "test"), ("ood", "far"))
-    }
-    shown = run("caches", **paths)
+    shown = run("caches", **{f"cache/{name}-…": str(caches[name].path) for name in ("train", "test", "far")})
     assert shown.startswith("OODMetrics(n_id=")
     assert shown.endswith("[-2.3132617]\n")
