@@ -219,6 +219,12 @@ def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any
 @click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
 @click.option("--work", type=click.Path(path_type=Path), default="runs/results", show_default=True, help="Where to.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study.")
+@click.option(
+    "--controls",
+    metavar="NAME,…",
+    callback=lambda _context, _option, names: None if names is None else names.split(","),
+    help="Of the control variants, only these.",
+)
 @click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @run_options
@@ -226,6 +232,7 @@ def results(
     data: Path,
     work: Path,
     overrides: tuple[str, ...],
+    controls: list[str] | None,
     unchecked: bool,
     debug: bool,
     dry_run: bool,
@@ -236,7 +243,7 @@ def results(
     from pipeline.results import run_results
 
     options = _run_options(scheduler, workers)
-    show(run_results(data, work, overrides, options, unchecked=unchecked, dry_run=dry_run))
+    show(run_results(data, work, overrides, options, controls=controls, unchecked=unchecked, dry_run=dry_run))
 
 
 def _known_score(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.comparison import check_comparable, write_results
-from pipeline.config import RunConfig, RunOptions, load_config
+from pipeline.comparison import BASELINES, check_comparable, write_results
+from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
 from pipeline.progress import TqdmProgress
 from pipeline.report import duration
 from pipeline.study import Study
+from stages.config import nearest
 from stages.errors import InputError
 from stages.images import ImageError, list_images
 from stages.progress import Progress
@@ -86,6 +87,7 @@ def run_results(
     overrides: Sequence[str] = (),
     options: RunOptions | None = None,
     *,
+    controls: Sequence[str] | None = None,
     unchecked: bool = False,
     dry_run: bool = False,
     studies: Sequence[Path] = STUDIES,
@@ -98,6 +100,7 @@ def run_results(
         work: folder of the studies and of ``results.md`` and ``results.csv``.
         overrides: ``a.b=value`` for every study.
         options: how to run.
+        controls: names of the variants to run beside the default and the baselines'; by default all.
         unchecked: run on other images than the listed ones as well; the results say so.
         dry_run: say what would run, and no more.
         studies: experiment files; ``images`` of their sets are looked for in `data` by file name.
@@ -106,7 +109,7 @@ def run_results(
     Raises:
         InputError: a setting is wrong, or the images are not those of the list.
     """
-    configs = [_config(path, data, work, overrides) for path in studies]
+    configs = [_config(path, data, work, overrides, controls) for path in studies]
     difference = compare_images(data, listed)
     if difference is not None and not unchecked:
         raise InputError(
@@ -139,13 +142,26 @@ def run_results(
     yield from write_results(configs, work, difference)
 
 
-def _config(path: Path, data: Path, work: Path, overrides: Sequence[str]) -> RunConfig:
+def _config(
+    path: Path, data: Path, work: Path, overrides: Sequence[str], controls: Sequence[str] | None = None
+) -> RunConfig:
     plain = load_config(path)
     images = [f"sets.{entry.name}.images={image_source(data, entry.images or '')}" for entry in plain.sets]
     config = load_config(path, [f"work={work / plain.name}", *images, *overrides])
+    if controls is not None:
+        config = _with_controls(config, controls)
     config.require_roles("run")
     check_comparable(config)
     return config
+
+
+def _with_controls(config: RunConfig, controls: Sequence[str]) -> RunConfig:
+    """The same study with some of its variants; those of the baselines always stay."""
+    known = [variant.name for variant in config.variants]
+    if unknown := [name for name in controls if name not in known]:
+        raise ConfigError(f"--controls: {config.name} has no variant {unknown[0]!r}{nearest(unknown[0], known)}")
+    kept = {*controls, *(baseline.variant for baseline in BASELINES)}
+    return config.model_copy(update={"variants": tuple(v for v in config.variants if v.name in kept)})
 
 
 class Remaining:

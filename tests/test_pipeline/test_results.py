@@ -243,6 +243,17 @@ def test_other_images_are_refused(benchmark, finished, tmp_path):
     assert "Images: NOT the benchmark's: 16 missing" in (tmp_path / "work" / "results.md").read_text()
 
 
+def test_some_controls_are_enough(benchmark, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "work")
+    results(benchmark, tmp_path / "work", controls=[])
+    text = (tmp_path / "work" / "results.md").read_text()
+    assert "MoFE dense-1: knn+energy" in text  # a baseline stays
+    assert "MoFE static" in (finished / "results.md").read_text()
+    assert "MoFE static" not in text
+    with pytest.raises(ConfigError, match="--controls: one has no variant 'statik'; did you mean 'static'"):
+        results(benchmark, tmp_path / "work", controls=["statik"])
+
+
 def test_what_cannot_be_compared_is_refused_before_any_work(benchmark, tmp_path):
     with pytest.raises(ConfigError, match=r"one: the results need MoFE default: knn\+energy \(refit\), frozen: knn,"):
         results(benchmark, tmp_path / "work", 'score.scores=["msp"]')
