@@ -14,6 +14,7 @@ experts' scores, weighted by the gate; what the detector learnt from routed rows
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,6 +156,13 @@ class Part:
     scorer: Scorer
     calibration: Floats
     second: Floats | None = None
+    _scores: WeakKeyDictionary[SetRows, Floats] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    def score(self, rows: SetRows, head: str) -> Floats:
+        """Raw scores of rows, ``[n]``, computed once however many detectors the part is in."""
+        if rows not in self._scores:
+            self._scores[rows] = self.scorer.score(rows.inputs(head))
+        return self._scores[rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +208,7 @@ class Detector:
 
     def score_rows(self, rows: SetRows) -> Floats:
         """Score of each row, ``[n]``; higher = more OOD."""
-        return self.combine([part.scorer.score(rows.inputs(self.head)) for part in self.parts], rows.expert)
+        return self.combine([part.score(rows, self.head) for part in self.parts], rows.expert)
 
     @property
     def calibration_scores(self) -> Floats:

@@ -87,6 +87,10 @@ def test_as_a_program(study):
         (["run", "TOY"], "sets: run needs a set with role id-test"),
         (["predict", "TOY"], "Missing argument 'PATH...'."),
         (["predict", "TOY", "a.jpg", "--score", "kn"], "Invalid value for '--score': 'kn'"),
+        (
+            ["predict", "TOY", "a.jpg", "--score", "knn+enrgy"],
+            "Invalid value for '--score': 'enrgy' is not a known score; did you mean 'energy'?",
+        ),
     ],
 )
 def test_refused(arguments, message, study, refused):

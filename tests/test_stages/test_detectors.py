@@ -8,7 +8,7 @@ import pytest
 from stages.config import SCORE_NAMES, ScoreConfig
 from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, reads_head, recommended
 from stages.errors import InputError
-from stages.scorers import ClassifierHead, Fold, choose_k, get_scorer
+from stages.scorers import ClassifierHead, EnergyScorer, Fold, choose_k, get_scorer
 
 CLASSES, DIM = 4, 6
 GROUP = np.array([0, 1, 0, 1])
@@ -262,3 +262,17 @@ def test_temperature_reaches_the_scorer():
 def test_nothing_asked_means_the_sum_on_the_best_head():
     assert (recommended(make(subject())).head, recommended(make(subject())).score) == ("probe", "knn+energy")
     assert recommended(make(subject(experts=2))).head == "refit"
+
+
+def test_a_score_is_computed_once_for_all_detectors_that_it_is_part_of(monkeypatch):
+    """Alone, calibrated and in a sum."""
+    judged = []
+    judge = EnergyScorer.judge
+    monkeypatch.setattr(EnergyScorer, "judge", lambda self, x, memory: judged.append(len(x)) or judge(self, x, memory))
+    routed, test = subject(experts=2), draw(30, 7, experts=2)
+    detectors = make(routed, scores=["energy", "knn+energy"]).detectors()
+    judged.clear()
+    first, again = ([detector.score_rows(test) for detector in detectors] for _ in range(2))
+    assert len(detectors) == 8
+    assert judged == [30, 30]  # by each of two heads
+    np.testing.assert_array_equal(first, again)
