@@ -131,9 +131,10 @@ class FrozenFeatures:
             )
             for index, fold in enumerate(data.split.folds)
         )
-        final = data.split.final_train
+        # Where there is one fold, its model is the final one: its bank need not be in memory twice.
+        final = self._bank(train, data.split.final_train, None) if data.split.cross_fitted else runs[0].bank
         key = SubjectKey(self.source.name, "cls", "", self.source.seed)
-        return Subject(key, (*self._heads, *train.given), runs, self._bank(train, final, None))
+        return Subject(key, (*self._heads, *train.given), runs, final)
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""

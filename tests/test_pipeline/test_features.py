@@ -134,6 +134,15 @@ def test_given_logits_are_a_head(plain):
     assert own == np.mean(logits[:48].argmax(1) == labels[:48])
 
 
+def test_scores_that_need_what_was_not_given_are_said(study, tmp_path):
+    answer = " ".join(done("score", *study, *settings('score.scores=["knn", "patch-knn", "vim"]')).out.split())
+    assert "patch-knn: not of the backbone's own features, variant default: it needs patch tokens" in answer
+    assert "vim: not of head given of the b" in answer
+    heads = {row["head"] for row in table(tmp_path) if row["score"] == "vim"}
+    assert "probe" in heads
+    assert "given" not in heads  # it reads the weights that make the logits, and these came without
+
+
 def test_a_second_run_does_nothing(study, tmp_path):
     folders = [tmp_path / "work" / name for name in ("cache", "model", "scores")]
     before = snapshot(*folders)
@@ -185,10 +194,12 @@ def test_a_damaged_shard_is_copied_again(study, tmp_path):
 def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
     names = ("cls", "tap_cls", "patches")
     folder = write(tmp_path / "tokens", caches, names, NETWORK)
-    done("run", folder / "study.toml")
+    done("run", folder / "study.toml", *settings('score.scores=["knn", "patch-knn"]'))
     about = json.loads((folder / "work" / "model" / "pretrained" / "default" / "seed-0" / "mofe.json").read_text())
     assert (about["settings"]["expert"], about["settings"]["router_input"]) == ("end", "tap_cls")
-    assert {row["features"] for row in table(folder)} == {"cls", "mofe"}
+    assert {(row["features"], row["score"]) for row in table(folder)} == {
+        ("cls", "knn"), ("cls", "patch-knn"), ("mofe", "knn"),
+    }  # fmt: skip
     replaced(folder, "near", patches=np.zeros((24, 4, 192), np.float16))
     answer = pipeline("extract", folder / "study.toml")
     assert answer.status == 2
