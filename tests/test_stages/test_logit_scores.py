@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -233,6 +234,33 @@ def test_fifty_steps_stop_short_and_depend_on_the_start():
     )
     assert abs(stopped[0] - stopped[1]) > 1e-3
     assert all(abs(t - minimum) > 1e-3 for t in stopped)
+
+
+def test_openood_s_temperature_is_that_of_its_code():
+    """Its setup(), on the same logits: T from 1.5, L-BFGS of learning rate 0.01, at most 50 iterations."""
+    select = rows(90, 1, 1.2)
+    logits, labels = torch.from_numpy(logits_of(select)), torch.from_numpy(select.labels)
+    temperature = torch.nn.Parameter(torch.ones(1) * 1.5)
+    optimizer = torch.optim.LBFGS([temperature], lr=0.01, max_iter=50)
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = torch.nn.CrossEntropyLoss()(logits / temperature, labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(evaluate)
+    found = get_scorer("temperature-scaling", "openood").fit(rows(), select).params()["temperature"]
+    assert found == pytest.approx(temperature.item(), rel=1e-5)
+
+
+def test_openood_s_vra_and_react_are_their_formulas():
+    train, select, x = rows(), rows(60, 1, 0.9), rows(23, 2, 0.8)
+    low, high = np.percentile(select.features, [10, 90])
+    for name, bottom in (("vra", low), ("react", -np.inf)):
+        expected = energy_of_each(x, lambda z, bottom=bottom: np.clip(z, bottom, high))
+        scores = get_scorer(name, "openood").fit(train, select).score(x)
+        np.testing.assert_allclose(scores, expected, rtol=2e-5, err_msg=name)
 
 
 def test_rows_whose_class_the_head_does_not_know_fit_no_temperature():
