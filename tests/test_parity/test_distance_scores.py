@@ -122,14 +122,15 @@ def assert_same(name, scores, expected):
     assert (np.diff(scores[order])[apart] > 0).all()
 
 
-def test_a_singular_covariance_is_another_matter():
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_singular_covariance_is_another_matter(size):
     """Not compared above: a minimal example.
 
     Directions without variance are left out here and by scikit-learn (so OpenOOD). pytorch-ood inverts the scatter
     with 1e-6 on its diagonal, and what leaves the ID rows' plane by 1 scores half a million.
     """
     rng = np.random.default_rng(0)
-    train = np.c_[rng.normal(size=(50, 2)), np.zeros(50)].astype(np.float32)
+    train = np.c_[size * rng.normal(size=(50, 2)), np.zeros(50)].astype(np.float32)
     off = np.float32([[0, 0, 1]])
     plain, ridge = (get_scorer("mahalanobis", profile).fit(ScoreInputs(train, labels=np.zeros(50, int))).score(
         ScoreInputs(off)) for profile in ("paper", "pytorch-ood"))  # fmt: skip
