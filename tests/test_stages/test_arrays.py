@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cache import FeatureCache
 from stages import arrays as module
-from stages.arrays import KEYS, check_end, list_arrays, network_of
+from stages.arrays import KEYS, ArrayTable, check_end, list_arrays, network_of
 from stages.errors import InputError
 from stages.extract import import_set
 
@@ -321,3 +321,24 @@ def test_tokens_of_another_place_or_network_are_refused(caches, backbone, tmp_pa
 
 def test_all_keys_are_documented():
     assert all(f"``{key}``" in module.__doc__ for key in KEYS)
+
+
+def test_what_was_begun_goes_on(tmp_path, monkeypatch):
+    path, read = tmp_path / "f.npz", ArrayTable.read
+    cls = np.random.default_rng(0).random((9_000, 2), np.float32)  # three shards
+    np.savez(path, cls=cls)
+    asked = []
+
+    def stopped(self, start, stop, spec):
+        asked.append(start)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return read(self, start, stop, spec)
+
+    monkeypatch.setattr(ArrayTable, "read", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        imported(list_arrays(str(path)), tmp_path)
+    cache = imported(list_arrays(str(path)), tmp_path)
+    assert asked == [0, 4096, 4096, 8192]
+    np.testing.assert_array_equal(cache.read("cls"), cls)
+    assert cache.verify() == []
