@@ -12,7 +12,7 @@ needs them, so that ``--help`` and a mistake in the experiment file answer at on
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,11 +86,11 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-experiment_options = _options(
-    click.argument("experiment", metavar="EXPERIMENT.toml"),
+override_options = _options(
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable."),
     click.option("--debug", is_flag=True, help="Print the traceback of an error."),
 )
+experiment_options = _options(click.argument("experiment", metavar="EXPERIMENT.toml"), override_options)
 run_options = _options(
     click.option("--dry-run", is_flag=True, help="Say what would run, what is fresh and the bytes it would write."),
     click.option("--scheduler", metavar="ADDRESS", help="Hand the work to the Dask cluster of this scheduler."),
@@ -198,11 +198,43 @@ def score(experiment: str, overrides: tuple[str, ...], debug: bool, **options: A
 
 
 @verbs.command()
-@experiment_options
+@click.argument("experiments", nargs=-1, required=True, metavar="EXPERIMENT.toml...")
+@override_options
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the page of several studies; by default `report` beside their work folders.",
+)
 @run_options
-def report(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
-    """Write report/index.html."""
-    _run_verb("report", experiment, overrides, **options)
+def report(
+    experiments: tuple[str, ...], overrides: tuple[str, ...], debug: bool, output: Path | None, **options: Any
+) -> None:
+    """Write report/index.html, or one page of several studies."""
+    if len(experiments) > 1:
+        _report_together(experiments, overrides, output, **options)
+    elif output is not None:
+        raise click.UsageError("--output is for several studies; the page of one stands in its work folder")
+    else:
+        _run_verb("report", experiments[0], overrides, **options)
+
+
+def _report_together(
+    experiments: Sequence[str],
+    overrides: Sequence[str],
+    output: Path | None,
+    *,
+    dry_run: bool,
+    scheduler: str | None,
+    workers: int | None,
+) -> None:
+    options = _run_options(scheduler, workers)
+    configs = [_config("report", experiment, overrides) for experiment in experiments]
+    from pipeline.joint import joint_folder, joint_report
+
+    with ExitStack() as stack:
+        studies = [stack.enter_context(_study(config, options)) for config in configs]
+        folder = joint_folder(studies, output)
+        show(f"report: would write {folder / 'index.html'}" if dry_run else joint_report(studies, folder))
 
 
 @verbs.command()

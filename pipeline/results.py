@@ -135,7 +135,7 @@ def run_results(
             yield from study.train()
             # Its table has hundreds of rows and stands in its summary.md; here only what it says beside.
             yield from (line for line in study.score() if isinstance(line, str))
-            yield from study.report()
+            yield from study.write_report()
     finally:
         for study in opened:
             study.progress.close()

@@ -314,7 +314,12 @@ class Study:
         )
 
     def report(self) -> Lines:
-        """Write ``report/index.html``; the table as well."""
+        """The table, and ``report/index.html``."""
+        lines = self.write_report()
+        return [*table_lines(self.config.work / "scores"), *lines]
+
+    def write_report(self) -> Lines:
+        """Write ``report/index.html``."""
         from pipeline.report import write_report
 
         with self.record.running("report", ""):
@@ -347,7 +352,7 @@ class Study:
                 self._say(self._extract(leg))
                 self._say(self._train(leg))
         lines = self.score()
-        return [*lines, *self.report()]
+        return [*lines, *self.write_report()]
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
@@ -605,7 +610,15 @@ def _about(entry: SetConfig) -> Iterator[None]:
 def table_lines(folder: Path) -> Lines:
     """The summary as a table for the terminal, without the calibrated scores, and where the files are."""
     summary = read_summary(folder)
-    header, body = compact([line for line in summary if not line["calibrated"]])
+    calibrated = sum(line["calibrated"] and line["ood"] == "average" and line["group"] == "all" for line in summary)
+    more = f" (with {calibrated} rows calibrated over experts)" if calibrated else ""
+    table = terminal_table([line for line in summary if not line["calibrated"]])
+    return [table, f"scores: {folder / 'summary.md'}{more}, {folder / 'table.csv'}, {folder / 'thresholds.json'}"]
+
+
+def terminal_table(summary: Sequence[dict[str, Any]]) -> Table:
+    """Averages of a summary for the terminal, the best of each column in bold."""
+    header, body = compact(summary)
     table = Table(
         title="per cent; FPR95 with ID positive (admit 95 % of ID, report the OOD admitted)", title_style="dim"
     )
@@ -620,9 +633,7 @@ def table_lines(folder: Path) -> Lines:
                 for index, cell in enumerate(row)
             )
         )
-    calibrated = sum(line["calibrated"] and line["ood"] == "average" and line["group"] == "all" for line in summary)
-    more = f" (with {calibrated} rows calibrated over experts)" if calibrated else ""
-    return [table, f"scores: {folder / 'summary.md'}{more}, {folder / 'table.csv'}, {folder / 'thresholds.json'}"]
+    return table
 
 
 def _best(column: str, cells: Sequence[str]) -> str | None:

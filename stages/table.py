@@ -181,11 +181,20 @@ def _mean(members: Iterable[tuple[OODRow, Replicates]], metric: str) -> float:
 
 
 def write_table(folder: Path, rows: Sequence[OODRow], summary: Sequence[dict[str, Any]]) -> None:
-    """Write ``table.csv``, ``table.json`` and ``summary.csv``, ``.md``, ``.tex``."""
+    """Write ``table.csv``, ``table.json`` and the summary, see `write_summary`."""
     table = [asdict(row) for row in rows]
     write_text(folder / "table.csv", _csv(table, [field.name for field in fields(OODRow)]))
     write_text(folder / "table.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    write_summary(folder, summary)
+
+
+def write_summary(folder: Path, summary: Sequence[dict[str, Any]]) -> None:
+    """Write ``summary.csv`` and ``.json``, which have all of it, and ``.md`` and ``.tex``, the averages for people.
+
+    Lines of several studies have a column ``study``.
+    """
     write_text(folder / "summary.csv", _csv(summary, list(summary[0]) if summary else []))
+    write_text(folder / "summary.json", json.dumps(list(summary), indent=1, ensure_ascii=False) + "\n")
     header, body = compact(summary)
     write_text(folder / "summary.md", _markdown(header, body))
     write_text(folder / "summary.tex", _latex(header, body))
@@ -228,11 +237,13 @@ def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
         Header and cells. FPR95 has ID positive, as in the paper.
     """
     header = ["backbone", "features", "head", "variant", "routing", "score"]
+    if summary and "study" in summary[0]:
+        header.insert(0, "study")
+    naming = (*header, "calibrated")
     metrics = [(group, metric) for group in GROUPS for metric in ("auroc", "fpr95")]
     header += [f"{group} {metric.upper()} {'↑' if metric in _HIGHER_IS_BETTER else '↓'}" for group, metric in metrics]
     averages = [line for line in summary if line["ood"] == "average"]
     body = []
-    naming = ("backbone", "features", "head", "variant", "routing", "score", "calibrated")
     for _, members in groupby(averages, key=lambda line: tuple(line[name] for name in naming)):
         cells = {line["group"]: line for line in members}
         first = next(iter(cells.values()))
@@ -260,7 +271,8 @@ def _latex(header: list[str], body: list[list[str]]) -> str:
         {"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     )
     rows = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in (header, *body)]
-    columns = "l" * 6 + "r" * (len(header) - 6)
+    n_names = header.index("score") + 1
+    columns = "l" * n_names + "r" * (len(header) - n_names)
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{columns}}}",

@@ -1,6 +1,7 @@
 """The page: sections of one study or of several, and the templates that format them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,24 +43,28 @@ def write_report(work: Path, progress: Progress | None = None, evidence: Evidenc
         InputError: something that ``score`` writes is missing or damaged.
     """
     path = work / "report" / "index.html"
-    write_text(path, _page([(work, evidence)], progress or NullProgress()))
+    write_text(path, _page([(work, evidence)], progress or NullProgress())[0])
     return path
 
 
 def write_joint_report(
     works: Sequence[tuple[Path, Evidence | None]], folder: Path, progress: Progress | None = None
-) -> Path:
+) -> tuple[Path, list[ScoredStudy]]:
     """Write ``<folder>/index.html`` about several studies, which stand beside each other in its first table.
+
+    Returns:
+        Path of the page, and the studies as they were read.
 
     Raises:
         InputError: as `write_report`.
     """
     path = folder / "index.html"
-    write_text(path, _page(works, progress or NullProgress()))
-    return path
+    page, studies = _page(works, progress or NullProgress())
+    write_text(path, page)
+    return path, studies
 
 
-def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> str:
+def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> tuple[str, list[ScoredStudy]]:
     from jinja2 import UndefinedError
 
     studies, bodies = [], []
@@ -67,14 +72,25 @@ def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> 
         try:
             study = ScoredStudy(work, evidence)
             shaped = _sections(study, progress, gallery.MOST_PICTURES // len(works))
-            bodies.append(_render("study.html.j2", shaped | {"id": f"study-{number}-" if len(works) > 1 else ""}))
+            prefix = f"study-{number}-" if len(works) > 1 else ""
+            bodies.append(_own_ids(_render("study.html.j2", shaped | {"id": prefix}), prefix))
         except (*DAMAGE, UndefinedError) as error:
             raise InputError(
                 f"{work / 'scores'} or record.json is not as this version writes it ({error}): "
                 "delete them, run make score"
             ) from error
         studies.append(study)
-    return _render("report.html.j2", {"studies": studies, "bodies": bodies, "side_by_side": _side_by_side(studies)})
+    values = {"studies": studies, "bodies": bodies, "side_by_side": side_by_side(studies)}
+    return _render("report.html.j2", values), studies
+
+
+def _own_ids(body: str, prefix: str) -> str:
+    """The same with ids of markers and clips that no other study of the page has: equal plots give equal ones.
+
+    >>> _own_ids('<path id="m0123456789"/><use href="#m0123456789"/>', "b-")
+    '<path id="b-m0123456789"/><use href="#b-m0123456789"/>'
+    """
+    return re.sub(r"""(id="|href="#|url\(#)([mp][0-9a-f]{10})""", rf"\g<1>{prefix}\g<2>", body)
 
 
 def _render(name: str, values: Mapping[str, Any]) -> str:
@@ -127,7 +143,7 @@ def _sections(study: ScoredStudy, progress: Progress, most_pictures: int) -> dic
     return shaped
 
 
-def _side_by_side(studies: Sequence[ScoredStudy]) -> list[dict[str, Any]]:
+def side_by_side(studies: Sequence[ScoredStudy]) -> list[dict[str, Any]]:
     """Studies with the same test sets together: the frozen baselines and the recommended method of each.
 
     What was tested on other images is not to be compared: bold is the best of a group.
@@ -138,7 +154,7 @@ def _side_by_side(studies: Sequence[ScoredStudy]) -> list[dict[str, Any]]:
         groups.setdefault(tested, []).append(study)
     found = []
     for members in groups.values():
-        lines = [(study, method) for study in members for method in sections.per_set(study)["methods"]]
+        lines = [(study, method) for study in members for method in sections.compared_methods(study)]
         cells = {
             group: [study.lines[method].get(("average", group)) for study, method in lines]
             for group in members[0].ood_groups

@@ -45,10 +45,15 @@ def _sections(study: ScoredStudy, methods: Iterable[Method]) -> dict[str, list[M
     return sections
 
 
+def compared_methods(study: ScoredStudy) -> list[Method]:
+    """The frozen baselines and what `predict` takes, as far as they were scored."""
+    return [m for m in dict.fromkeys((BASELINE, SECOND_BASELINE, study.recommended)) if m in study.lines and m]
+
+
 def per_set(study: ScoredStudy) -> dict[str, Any]:
     """Every OOD set for the frozen baselines and the recommended method."""
-    methods = [m for m in dict.fromkeys((BASELINE, SECOND_BASELINE, study.recommended)) if m in study.lines]
-    lines = {ood: [study.lines[method].get(ood) for method in methods if method] for ood in study.oods}
+    methods = compared_methods(study)
+    lines = {ood: [study.lines[method].get(ood) for method in methods] for ood in study.oods}
     everything = [line for own in lines.values() for line in own]
     return {
         "methods": methods,

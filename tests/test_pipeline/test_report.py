@@ -30,6 +30,7 @@ from stages.subjects import BackboneSource, MixtureFolder, RefinedFeatures
 from stages.table import Evaluator, read_summary, summarise, write_table
 from stages.train import EpochRecord
 from tests.conftest import SOURCES
+from tests.test_pipeline.command import done, refused, settings
 
 OODS = [("near-birds", "near"), ("far-noise", "far")]
 N_ID, N_OOD = 80, 60
@@ -600,3 +601,66 @@ def test_numbers_are_written_for_people():
         "3 min 12 s",
         "2 h 2 min",
     ]
+
+
+# ---------------------------------------------------------------------------------------------------- several studies
+
+
+@pytest.fixture(scope="module")
+def joint(work, tmp_path_factory):
+    """The page of two studies with the same test sets, and what the command line says."""
+    root = tmp_path_factory.mktemp("joint")
+    shutil.copytree(work, root / "a" / "work")
+    make_study(root / "b", seeds=())
+    record = json.loads((root / "b" / "record.json").read_text())
+    (root / "b" / "record.json").write_text(json.dumps(record | {"name": "frozen alone"}))
+    files = []
+    for name, folder in (("a.toml", "a/work"), ("b.toml", "b")):
+        (root / name).write_text(f"work = {json.dumps(folder)}\n" + EXPERIMENT)
+        files.append(root / name)
+    said = done("report", *files, "--output", root / "joint").out
+    return root, files, said
+
+
+def test_several_studies_stand_side_by_side_in_one_page(joint):
+    root, _, said = joint
+    assert said.rstrip().endswith(str(root / "joint" / "index.html"))
+    page = Page((root / "joint" / "index.html").read_text("utf-8"))
+    rows = page.body("studies")
+    assert [row["name"] for row in rows] == [
+        *("Frozen kNN", "Frozen kNN+energy", "MoFE kNN+energy (refit)"),
+        *("Frozen kNN", "Frozen kNN+energy"),
+    ]
+    for index in range(1, 10):  # bold is the best of both
+        values = [float(row["cells"][index - 1]) for row in rows]
+        better = max if index % 3 == 1 else min
+        assert [row["bold"][index - 1] for row in rows] == [value == better(values) for value in values]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {"study-0-top", "study-0-table", "study-1-top", "study-1-table"} <= set(ids)
+    linked = {attributes["href"][1:] for _, attributes in page.elements if "href" in attributes}
+    assert linked <= set(ids)
+    assert "study-0-routing" in ids
+    assert "study-1-routing" not in ids  # it has no mixture
+
+
+def test_the_joint_summary_says_which_study(joint):
+    root, _, said = joint
+    lines = read_summary(root / "joint")
+    assert {line["study"] for line in lines} == {STUDY, "frozen alone"}
+    own = [{k: v for k, v in line.items() if k != "study"} for line in lines if line["study"] == STUDY]
+    alone = read_summary(root / "a" / "work" / "scores")
+    assert sorted(map(str, own)) == sorted(map(str, alone))
+    assert json.loads((root / "joint" / "summary.json").read_text())[0]["study"] == STUDY
+    assert (root / "joint" / "summary.md").read_text().startswith("| study | backbone |")
+    assert r"\begin{tabular}{lllllll" in (root / "joint" / "summary.tex").read_text()
+    assert said.count("frozen alone") == 2  # a row of the table for each of its two methods
+
+
+def test_where_the_page_of_several_studies_goes(joint, tmp_path):
+    root, files, _ = joint
+    said = done("report", *files, "--dry-run").out
+    assert said == f"report: would write {root / 'report' / 'index.html'}\n"
+    assert "--output is for several studies" in refused("report", files[0], "--output", tmp_path)
+    lost = settings(f"work={tmp_path}")
+    assert refused("report", *files, *lost).endswith("table.json is missing: run make score")
