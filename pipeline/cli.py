@@ -257,6 +257,7 @@ def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any
     callback=lambda _context, _option, names: None if names is None else names.split(","),
     help="Of the control variants, only these.",
 )
+@click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them.")
 @click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @run_options
@@ -265,6 +266,7 @@ def results(
     work: Path,
     overrides: tuple[str, ...],
     controls: list[str] | None,
+    finetune: bool,
     unchecked: bool,
     debug: bool,
     dry_run: bool,
@@ -275,7 +277,10 @@ def results(
     from pipeline.results import run_results
 
     options = _run_options(scheduler, workers)
-    show(run_results(data, work, overrides, options, controls=controls, unchecked=unchecked, dry_run=dry_run))
+    lines = run_results(
+        data, work, overrides, options, controls=controls, finetune=finetune, unchecked=unchecked, dry_run=dry_run
+    )
+    show(lines)
 
 
 def _known_score(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:

@@ -38,6 +38,7 @@ class Method:
     variant: str
     routing: str
     score: str
+    backbone: str = "pretrained"
 
     @property
     def label(self) -> str:
@@ -45,6 +46,8 @@ class Method:
         head = "" if self.head == NO_HEAD else f" ({self.head})"
         routing = ", top 2" if self.routing == "top2" else ""
         name = "frozen" if self.features == "cls" else f"MoFE {self.variant}{routing}"
+        if self.backbone == "finetuned":
+            name = "fine-tuned" if self.features == "cls" else f"fine-tuned, {name}"
         return f"{name}: {self.score}{head}"
 
 
@@ -65,7 +68,22 @@ def methods_of(config: RunConfig) -> list[Method]:
     variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
     mos = [Method("mofe", "trained", name, "predicted", "mos") for name in frozen_experts]
-    return [*frozen, *refined, *top2, *variants, *(mos if "mos" in config.score.scores else [])]
+    own = [*frozen, *refined, *top2, *variants, *(mos if "mos" in config.score.scores else [])]
+    return [*own, *_finetuned(config, scores)]
+
+
+def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
+    """Each score on the fine-tuned features, with the head that was trained with them; then each mixture on them."""
+    if config.finetune is None:
+        return []
+    backbone = "finetuned"
+    heads = {score: "finetune" if reads_head(score) else NO_HEAD for score in scores}
+    names = config.finetune.variants or list(config.variant_configs())
+    return [
+        *(Method("cls", head, "", "none", score, backbone) for score, head in heads.items()),
+        Method("cls", "probe", "", "none", RECOMMENDED.score, backbone),
+        *(replace(RECOMMENDED, variant=name, backbone=backbone) for name in names),
+    ]
 
 
 def check_comparable(config: RunConfig) -> None:
@@ -102,14 +120,22 @@ class ScoredStudy:
 
     def seeds(self, method: Method) -> Seeds:
         """Averages over each group's sets, by seed."""
-        seeds = self.config.variant_seeds()[method.variant] if method.variant else (None,)
+        seeds: tuple[int | None, ...] = self.config.variant_seeds()[method.variant] if method.variant else (None,)
+        if method.backbone == "finetuned":
+            tuned = self.config.finetune_seeds()
+            seeds = tuple(seed for seed in tuned if seed in seeds) if method.variant else tuned
         return {seed: self._averages(method, seed) for seed in seeds}
 
     def accuracy(self, method: Method) -> list[float]:
         """ID accuracy of the method's head for each seed; none where it has no head, or routes in its own way."""
         if method.routing == "top2":
             return []
-        wanted = {"backbone": "pretrained", "features": method.features, "variant": method.variant, "head": method.head}
+        wanted = {
+            "backbone": method.backbone,
+            "features": method.features,
+            "variant": method.variant,
+            "head": method.head,
+        }
         return [entry["accuracy"] for entry in self._accuracies if wanted.items() <= entry.items()]
 
     def _averages(self, method: Method, seed: int | None) -> dict[str, tuple[OODRow, Replicates]]:
@@ -118,7 +144,6 @@ class ScoredStudy:
             sizes = {"id" if name == self._id else name: len(values) for name, values in scores.items()}
             self._evaluator = Evaluator(self._oods, sizes, self.config.score.bootstrap)
         name = asdict(method) | {
-            "backbone": "pretrained",
             "seed": seed,
             "params": "",
             "profile": self.config.score.profile,
@@ -130,7 +155,13 @@ class ScoredStudy:
     def _scores(self, method: Method, seed: int | None) -> dict[str, NDArray[np.float32]]:
         # A score on features alone stands in the file of every head.
         head = method.head if method.head != NO_HEAD else "probe" if method.features == "cls" else "refit"
-        words = ["pretrained", method.features, head, method.variant or "none", "none" if seed is None else str(seed)]
+        words = [
+            method.backbone,
+            method.features,
+            head,
+            method.variant or "none",
+            "none" if seed is None else str(seed),
+        ]
         path = self._folder / "samples" / f"{'-'.join([*words, method.routing])}.parquet"
         try:
             table = pq.read_table(path, columns=["set", method.score])
@@ -218,7 +249,7 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
     groups = list(dict.fromkeys(line["group"] for line in lines))
     by_method: dict[Method, list[dict[str, Any]]] = {}
     for line in lines:
-        method = Method(*(line[name] for name in ("features", "head", "variant", "routing", "score")))
+        method = Method(*(line[name] for name in ("features", "head", "variant", "routing", "score", "backbone")))
         by_method.setdefault(method, []).append(line)
     arrows = {"fpr95": "FPR95 ↓", "auroc": "AUROC ↑"}
     names = [f"{group} {arrows[metric]}" for group in groups for metric in _METRICS]
@@ -228,7 +259,7 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
 
     def whole(method: Method, show: Callable[[dict[str, Any], str], str]) -> list[str]:
         line = by_method[method][0]
-        seeds = "–" if not method.variant else str(line["n_seeds"])
+        seeds = "–" if not method.variant and method.backbone == "pretrained" else str(line["n_seeds"])
         return [method.label, seeds, *cells(method, show), _mean(line, "id_accuracy")]
 
     header = ["", "seeds", *names, "ID accuracy ↑"]

@@ -164,6 +164,12 @@ class RunConfig(StageConfig):
         own = {variant.name: variant.seeds or self.seeds for variant in self.variants}
         return {"default": self.seeds} | own
 
+    def finetune_seeds(self) -> tuple[int, ...]:
+        """Seeds of the fine-tuned backbones; none where nothing is fine-tuned."""
+        if self.finetune is None:
+            return ()
+        return self.seeds if self.finetune.seeds is None else self.finetune.seeds
+
     def _variant(self, variant: VariantConfig) -> TrainConfig:
         changes = {key.removeprefix("train."): value for key, value in variant.set.items()}
         return TrainConfig.model_validate(self.train.model_dump() | changes)
@@ -229,6 +235,7 @@ class RunConfig(StageConfig):
             yield f"score.scores: {_shown(self.score.scores)} given, must be one or more different names"
         yield from self._score_settings_problems()
         yield from _alpha_problem("train", self.train)
+        yield from self._finetune_problems()
         for variant in self.variants:
             yield from self._variant_problems(variant)
         for name in _repeated(["default", *(variant.name for variant in self.variants)]):
@@ -280,6 +287,20 @@ class RunConfig(StageConfig):
             yield f"finetune: needs images; set {given[0].name} has features"
         if "patches" in self.cache.model_fields_set:
             yield f"cache.patches: says what to keep of images; of set {given[0].name} all is kept that its file has"
+
+    def _finetune_problems(self) -> Iterator[str]:
+        seeds, variants = self.finetune_seeds(), (self.finetune and self.finetune.variants) or ()
+        if self.finetune is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
+            yield (
+                f"finetune.seeds: {_shown(seeds)} given, must be one or more different numbers of the study's seeds "
+                f"{_shown(self.seeds)}"
+            )
+        if self.finetune is not None and self.finetune.joint:
+            yield "finetune.joint: not supported yet; leave it out"
+        known = ["default", *(variant.name for variant in self.variants)]
+        for name in variants:
+            if name not in known:
+                yield f"finetune.variants: {_shown(name)} is not a variant{nearest(name, known)}"
 
     def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
         seeds = variant.seeds

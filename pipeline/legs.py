@@ -276,5 +276,5 @@ def _shapes(spec: FeatureSpec) -> str:
 
 def legs(config: RunConfig) -> list[Leg]:
     """All backbones of a study, the pre-trained one first."""
-    finetuned = [Leg(config, "finetuned", seed) for seed in config.seeds] if config.finetune else []
+    finetuned = [Leg(config, "finetuned", seed) for seed in config.finetune_seeds()]
     return [Leg(config, "pretrained"), *finetuned]

@@ -88,6 +88,7 @@ def run_results(
     options: RunOptions | None = None,
     *,
     controls: Sequence[str] | None = None,
+    finetune: bool = False,
     unchecked: bool = False,
     dry_run: bool = False,
     studies: Sequence[Path] = STUDIES,
@@ -101,6 +102,7 @@ def run_results(
         overrides: ``a.b=value`` for every study.
         options: how to run.
         controls: names of the variants to run beside the default and the baselines'; by default all.
+        finetune: run the end-to-end fine-tunes as well, and what follows from their features.
         unchecked: run on other images than the listed ones as well; the results say so.
         dry_run: say what would run, and no more.
         studies: experiment files; ``images`` of their sets are looked for in `data` by file name.
@@ -109,7 +111,7 @@ def run_results(
     Raises:
         InputError: a setting is wrong, or the images are not those of the list.
     """
-    configs = [_config(path, data, work, overrides, controls) for path in studies]
+    configs = [_config(path, data, work, overrides, controls, finetune) for path in studies]
     difference = compare_images(data, listed)
     if difference is not None and not unchecked:
         raise InputError(
@@ -128,11 +130,15 @@ def run_results(
         return
     try:
         for number, study in enumerate(opened):
-            yield from study.extract()
+            yield from study.extract("pretrained")
             for variant, _ in study.to_train():
                 remaining.expect(number, variant, study.training_cost(variant))
         for study in opened:
-            yield from study.train()
+            yield from study.train("pretrained")
+            if study.config.finetune is not None:
+                yield from study.finetune()
+                yield from study.extract("finetuned")
+                yield from study.train("finetuned")
             # Its table has hundreds of rows and stands in its summary.md; here only what it says beside.
             yield from (line for line in study.score() if isinstance(line, str))
             yield from study.write_report()
@@ -143,13 +149,20 @@ def run_results(
 
 
 def _config(
-    path: Path, data: Path, work: Path, overrides: Sequence[str], controls: Sequence[str] | None = None
+    path: Path,
+    data: Path,
+    work: Path,
+    overrides: Sequence[str],
+    controls: Sequence[str] | None = None,
+    finetune: bool = False,
 ) -> RunConfig:
     plain = load_config(path)
     images = [f"sets.{entry.name}.images={image_source(data, entry.images or '')}" for entry in plain.sets]
     config = load_config(path, [f"work={work / plain.name}", *images, *overrides])
     if controls is not None:
         config = _with_controls(config, controls)
+    if not finetune:
+        config = config.model_copy(update={"finetune": None})
     config.require_roles("run")
     check_comparable(config)
     return config

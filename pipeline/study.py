@@ -53,7 +53,7 @@ class Study:
     Args:
         config: the study.
         options: how to run it.
-        on_trained: told the variant and the seconds of every mixture that was trained.
+        on_trained: told the variant and the seconds of every mixture that was trained on pre-trained features.
 
     Raises:
         InputError: a file stands where a folder is to be.
@@ -171,7 +171,7 @@ class Study:
                     f"train {leg.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "
                     f"{about['settings']['experts']} experts, epoch {about['best_epoch']} kept, {folder}"
                 )
-                if done and self._on_trained is not None:
+                if done and leg.seed is None and self._on_trained is not None:
                     self._on_trained(variant, time.monotonic() - started)
         return lines
 
@@ -267,7 +267,10 @@ class Study:
 
     def _mixtures(self, leg: Leg) -> Iterator[tuple[str, int]]:
         """Variant and seed of every mixture on a leg's features."""
+        asked = None if leg.seed is None or self.config.finetune is None else self.config.finetune.variants
         for variant, seeds in self.config.variant_seeds().items():
+            if asked is not None and variant not in asked:
+                continue
             yield from ((variant, seed) for seed in leg.train_seeds if seed in seeds)
 
     def to_train(self, leg: Leg | None = None) -> list[tuple[str, int]]:

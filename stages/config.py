@@ -103,7 +103,6 @@ class FinetuneConfig(StageConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile
     workers: NonNegativeInt | Literal["auto"] = "auto"  # processes that decode and augment in the background
-    tensorboard: bool = False  # scalars for TensorBoard as well
 
 
 # What [score] scores may name, and sums of them ("knn+energy"): those of `stages.scorers.SCORERS`, in this module so

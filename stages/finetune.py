@@ -116,7 +116,7 @@ def finetune(
     )
     n_loads = settings.epochs * sum(map(len, sets)) // ranks.world
     loader = ImageLoader(sets, worker_count(config.workers, n_loads, ranks.world), pin=device != "cpu")
-    run = _Run(folder, identity, settings, config.tensorboard)
+    run = _Run(folder, identity, settings)
     if data.train.manifest.n_failures:
         progress.note(
             f"finetune: {data.train.manifest.n_failures} images of {train_samples.source} take no part, they cannot be "
@@ -177,10 +177,9 @@ def _objective(
 class _Run:
     """What a run has on disk, and what it has to remember: history and best weights."""
 
-    def __init__(self, folder: Path, identity: str, settings: FinetuneSettings, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, identity: str, settings: FinetuneSettings) -> None:
         self.folder, self.identity, self.settings = folder, identity, settings
         self.checkpoint = folder / f"finetune-{identity[:8]}.checkpoint"
-        self.tensorboard = folder / "tensorboard" if tensorboard else None
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
 

@@ -147,6 +147,14 @@ def test_what_is_no_literal_is_text(study, text):
         ("split.val=1", "--set split.val: 1 given, must be less than 1"),
         ("train=3", "--set train: 3 given, must be a table"),
         ("sets=3", "--set sets: 3 given, must be a list"),
+        (
+            "finetune.seeds=[3]",
+            "--set finetune.seeds: [3] given, must be one or more different numbers of the study's seeds [0]",
+        ),
+        (
+            'finetune.variants=["defualt"]',
+            "--set finetune.variants: \"defualt\" is not a variant; did you mean 'default'?",
+        ),
         ("seeds=[]", "--set seeds: [] given, must be one or more different numbers"),
         ("seeds=[1, 1]", "--set seeds: [1, 1] given, must be one or more different numbers"),
         ("seeds=[0, -1]", "--set seeds #2: -1 given, must be greater than or equal to 0"),

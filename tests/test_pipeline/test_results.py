@@ -298,6 +298,7 @@ def test_shipped_studies_differ_in_their_images_alone():
         for key in ("name", "work", "cache", "sets"):
             del config[key]
         del config["backbone"]["image_size"]
+        del config["finetune"]["seeds"]  # a fine-tune of the larger one takes hours: one seed of it, three of the other
         for variant in config["variants"]:
             variant["set"].pop("train.grouping", None)
     assert one == two
@@ -314,3 +315,37 @@ def test_labels_tell_methods_apart():
     labels = [method.label for method in methods_of(load_config(STUDIES[0]))]
     assert len(set(labels)) == len(labels)
     assert Method("mofe", "refit", "default", "top2", "knn+energy").label == "MoFE default, top 2: knn+energy (refit)"
+
+
+# -------------------------------------------------------------------------------------------------------- fine-tunes
+
+
+def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_path):
+    """They stand beside the others, whose lines stay as they were; the same command again makes nothing anew."""
+    work, options = tmp_path / "results", {"finetune": True}
+    shutil.copytree(finished, work)
+    tune = ["finetune.epochs=1", "finetune.seeds=[0]", 'finetune.variants=["default"]']
+    results(benchmark, work, *tune, **options)
+    before = {tuple(line.values()) for line in lines_of(finished)}
+    lines = lines_of(work)
+    assert before <= {tuple(line.values()) for line in lines}
+    own = [line for line in lines if line["backbone"] == "finetuned" and line["benchmark"] == "one"]
+    near = [(line["features"], line["head"], line["score"], line["n_seeds"]) for line in own if line["group"] == "near"]
+    assert near == [
+        *(("cls", "none" if score == "knn" else "finetune", score, "1") for score in ("msp", "energy", "knn")),
+        ("cls", "finetune", "knn+energy", "1"),
+        ("cls", "probe", "knn+energy", "1"),
+        ("mofe", "refit", "knn+energy", "1"),
+    ]
+    assert all(line["id_accuracy_mean"] for line in own if line["head"] != "none")
+    assert "| fine-tuned, MoFE default: knn+energy (refit) |" in (work / "results.md").read_text()
+    models = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+    results(benchmark, work, *tune, **options)
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == models
+    results(benchmark, work, *tune)  # without the option they are left out again
+    assert {tuple(line.values()) for line in lines_of(work)} == before
+
+
+def test_the_benchmarks_fine_tunes():
+    caltech, tiny = (load_config(path) for path in STUDIES)
+    assert (caltech.finetune_seeds(), tiny.finetune_seeds()) == ((0, 1, 2), (0,))

@@ -319,4 +319,6 @@ def test_dynamic_turns_mixup_on_where_nothing_mixes():
 
 
 def test_where_it_works_is_no_part_of_what_it_makes():
-    assert resolve_recipe(FinetuneConfig(workers=3, tensorboard=True), 10) == resolve_recipe(FinetuneConfig(), 10)
+    assert resolve_recipe(FinetuneConfig(workers=3, seeds=[1], variants=["default"]), 10) == resolve_recipe(
+        FinetuneConfig(), 10
+    )
