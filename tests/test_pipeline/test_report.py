@@ -30,6 +30,7 @@ from stages.subjects import BackboneSource, MixtureFolder, RefinedFeatures
 from stages.table import Evaluator, read_summary, summarise, write_table
 from stages.train import EpochRecord
 from tests.conftest import SOURCES
+from tests.test_pipeline.browser import CHROMIUM, opened
 from tests.test_pipeline.command import done, refused, settings
 
 OODS = [("near-birds", "near"), ("far-noise", "far")]
@@ -459,9 +460,14 @@ def images_of(name):
 
 
 @pytest.fixture(scope="module")
-def full_page(work, evidence, tmp_path_factory):
+def full_path(work, evidence, tmp_path_factory):
     copy = shutil.copytree(work, tmp_path_factory.mktemp("full") / "work")
-    return Page(write_report(copy, evidence=evidence).read_text("utf-8"))
+    return write_report(copy, evidence=evidence)
+
+
+@pytest.fixture(scope="module")
+def full_page(full_path):
+    return Page(full_path.read_text("utf-8"))
 
 
 def test_features_are_on_maps_before_and_after_the_experts(full_page):
@@ -664,3 +670,52 @@ def test_where_the_page_of_several_studies_goes(joint, tmp_path):
     assert "--output is for several studies" in refused("report", files[0], "--output", tmp_path)
     lost = settings(f"work={tmp_path}")
     assert refused("report", *files, *lost).endswith("table.json is missing: run make score")
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+PHONE, DESKTOP = 390, 1280
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package is chromium)")
+
+
+@pytest.fixture(scope="module")
+def tab():
+    with opened() as tab:
+        yield tab
+
+
+@in_browser
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+@pytest.mark.parametrize("pages", ["one study", "several studies"])
+def test_the_page_in_a_browser(tab, full_path, joint, width, pages):
+    path = full_path if pages == "one study" else joint[0] / "joint" / "index.html"
+    tab.errors.clear()
+    tab.requests.clear()
+    tab.show(path, width)
+    assert tab.look() == []
+    assert tab.errors == []
+    assert [url.partition(":")[0] for url in tab.requests if not url.startswith("data:")] == ["file"]
+    html = path.read_text("utf-8")
+    assert tab.evaluate("document.images.length") == html.count("<img ") == (36 if pages == "one study" else 72)
+    assert tab.evaluate("document.querySelectorAll('table').length") == html.count("<table>") > 8
+    assert tab.evaluate("document.querySelectorAll('figure > svg').length") == html.count('<svg role="img"') > 8
+    shown = np.asarray(decode_image(tab.picture()))
+    assert shown.shape[1] == width
+    assert shown.std() > 10  # not blank
+
+
+@in_browser
+def test_the_browser_finds_what_is_wrong_with_a_page(tab, tmp_path):
+    page = tmp_path / "bad.html"
+    wide = "<div style='width:2000px;height:1px'></div>"
+    bad = "<img src='gone.png' alt='gone'><script>console.error('oh'); fail()</script>"
+    page.write_text(f"<!doctype html><meta name=viewport content='width=device-width'>{wide}{bad}<table></table>")
+    tab.show(page, DESKTOP)
+    layout = " ".join(tab.look())
+    assert "wider than 1280" in layout
+    assert "no picture: gone" in layout
+    assert "nothing to see: <table>" in layout
+    said = " ".join(tab.errors)
+    assert "oh" in said
+    assert "Uncaught" in said
+    assert any(url.endswith("gone.png") for url in tab.requests)
