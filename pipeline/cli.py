@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
+from pipeline.processes import SaidElsewhereError, is_first, started, together
 from stages.config import SCORE_NAMES, nearest, unknown_part
-from stages.errors import InputError, StageError
+from stages.errors import InputError, PeerLostError, StageError
 
 if TYPE_CHECKING:
     from cache import FeatureCache, FeatureSpec
@@ -45,14 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             verbs.invoke(context)
     except click.exceptions.Exit as done:
         return done.exit_code
+    except SaidElsewhereError as failed:
+        return failed.status
     except KeyboardInterrupt:
-        click.echo("interrupted; what is finished is kept: the same command goes on where it was", err=True)
+        if is_first():
+            click.echo("interrupted; what is finished is kept: the same command goes on where it was", err=True)
         return 130
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
         status, message = explain(error)
-        click.echo(f"error: {' '.join(message.split())}", err=True)
+        # Who lost another has nothing to say, and of several that misread the same command line one says so.
+        if not isinstance(error, PeerLostError) and (is_first() or not isinstance(error, click.UsageError)):
+            click.echo(f"error: {' '.join(message.split())}", err=True)
         return status
     return 0
 
@@ -115,6 +121,15 @@ backbone_option = click.option(
 )
 
 
+_TOGETHER = ("train", "finetune")  # verbs that several processes may run together
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train in N processes together, on GPUs one each; torchrun does the same.",
+)
+
+
 def _config(verb: str, experiment: str, overrides: Sequence[str], backbone: str = "all") -> RunConfig:
     config = load_config(experiment, overrides)
     config.require_roles(verb)
@@ -151,13 +166,19 @@ def _run_verb(
     workers: int | None,
     max_failures: float = RunOptions.max_failures,
     rehash: bool = False,
+    processes: int | None = None,
     **arguments: Any,
 ) -> None:
     """What all verbs that run a stage have in common; ``arguments`` go to the method of the same name."""
     options = _run_options(scheduler, workers, max_failures=max_failures, rehash=rehash)
-    config = _config(verb, experiment, overrides, **arguments)
-    with _study(config, options) as study:
-        show(study.plan(verb, **arguments) if dry_run else getattr(study, verb)(**arguments))
+    if started() > 1 and verb not in _TOGETHER:
+        raise click.UsageError(f"torchrun is for {' and '.join(_TOGETHER)}; {verb} runs in one process")
+    with together(processes, lambda error: explain(error)[0]):
+        config = _config(verb, experiment, overrides, **arguments)
+        with _study(config, options) as study:
+            lines = study.plan(verb, **arguments) if dry_run else getattr(study, verb)(**arguments)
+            if is_first():
+                show(lines)
 
 
 @verbs.command()
@@ -174,6 +195,7 @@ def extract(experiment: str, overrides: tuple[str, ...], debug: bool, **options:
 @verbs.command()
 @experiment_options
 @run_options
+@processes_option
 @backbone_option
 def train(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Stage two: probe and Mixture of Feature Experts, on cached features."""
@@ -183,6 +205,7 @@ def train(experiment: str, overrides: tuple[str, ...], debug: bool, **options: A
 @verbs.command()
 @experiment_options
 @run_options
+@processes_option
 def finetune(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Stage two, the other half: the whole backbone end to end, on images."""
     _run_verb("finetune", experiment, overrides, **options)

@@ -50,12 +50,13 @@ class StageRecord:
 class RunRecord:
     """The record of a study; every change is on disk before the next line runs."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
-        """Go on with the record at ``path``, or begin one.
+    def __init__(self, path: Path, config: RunConfig, writes: bool = True) -> None:
+        """Go on with the record at ``path``, or begin one; of several processes that work together one writes it.
 
         A record that cannot be read only costs the knowledge of what is fresh, so it is begun anew.
         """
         self.path = path
+        self._writes = writes
         self._context = {
             "name": config.name,
             "config": config.to_dict(),
@@ -85,7 +86,8 @@ class RunRecord:
             own = StageRecord(fingerprint, started, round(time.monotonic() - clock, 3), status, peak_memory_bytes())
             self._stages[name] = last if last and stage.fresh and status == "done" else own
             stages = {key: asdict(stage) for key, stage in self._stages.items()}
-            write_json(self.path, self._context | {"stages": stages})
+            if self._writes:
+                write_json(self.path, self._context | {"stages": stages})
 
         write("running")
         try:

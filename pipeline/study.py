@@ -27,11 +27,13 @@ from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, list_arrays
 from stages.artifacts import read_json
 from stages.backbone import stored_grid
+from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import SampleTable, list_images, only_classes
 from stages.predict import Predictor
+from stages.progress import NullProgress, Progress
 from stages.sanity import check_features
 from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
@@ -68,8 +70,9 @@ class Study:
         self.config = config
         self.options = options
         self._on_trained = on_trained
-        self.progress = TqdmProgress()
-        self.record = RunRecord(config.work / "record.json", config)
+        self._speaks = current().first
+        self.progress: Progress = TqdmProgress() if self._speaks else NullProgress()
+        self.record = RunRecord(config.work / "record.json", config, writes=self._speaks)
         self._legs = legs(config)
         self._samples: dict[str, SampleTable] = {}
         self._arrays: dict[str, ArrayTable] = {}
@@ -164,8 +167,12 @@ class Study:
             configs = self.config.variant_configs()
             for variant, seed in self._mixtures(leg):
                 folder, started = leg.mixture_folder(variant, seed), time.monotonic()
-                done = train_mofe(data, configs[variant], lambda: leg.loaded.end(), seed, folder, self.progress)
+                done = train_mofe(
+                    data, configs[variant], lambda: leg.loaded.end(), seed, folder, self.progress, leg.device
+                )
                 stage.fresh &= not done
+                if not self._speaks:  # nor are the files there yet: rank 0 still fits the heads
+                    continue
                 about = read_json(folder / "mofe.json") or {}
                 lines.append(
                     f"train {leg.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "

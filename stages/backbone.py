@@ -73,9 +73,13 @@ class Tokens:
         """Apply one function to every field."""
         return Tokens(*(function(getattr(self, field.name)) for field in fields(self)))
 
+    def combine(self, other: "Tokens", function: Callable[[Tensor, Tensor], Tensor]) -> "Tokens":
+        """Apply one function to every field of both."""
+        return Tokens(*(function(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
     def concatenate(self, other: "Tokens") -> "Tokens":
         """The rows of both."""
-        return Tokens(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+        return self.combine(other, lambda x, y: torch.cat([x, y]))
 
     def __getitem__(self, rows: Any) -> "Tokens":
         return self.map(lambda x: x[rows])

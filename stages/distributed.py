@@ -6,13 +6,16 @@ files and speaks. In an ordinary process there is one rank, and nothing here doe
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from stages.errors import PeerLostError
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,14 @@ class Ranks:
         return slice(self.rank, None, self.world)
 
     def add(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place."""
+        """Sum a tensor over all processes, in place.
+
+        Raises:
+            PeerLostError: another process has ended.
+        """
         if self.world > 1:
-            distributed.all_reduce(values)
+            with _peers():
+                distributed.all_reduce(values)
         return values
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -54,12 +62,25 @@ class Ranks:
             parameter.grad = gradient.view_as(parameter) if flag else None
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 holds: a plain value or tensors on the CPU; only rank 0's argument counts."""
+        """What rank 0 holds: a plain value or tensors on the CPU; only rank 0's argument counts.
+
+        Raises:
+            PeerLostError: another process has ended.
+        """
         if self.world == 1:
             return value
         values = [value]
-        distributed.broadcast_object_list(values, src=0)
+        with _peers():
+            distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch has no narrower one that Gloo raises
+        raise PeerLostError("another of the processes that train together has ended") from error
 
 
 def current() -> Ranks:
@@ -79,8 +100,24 @@ def init_from_environment() -> Ranks:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # The others wait while rank 0 refines features and fits heads, which takes hours on a large set.
-        distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=2))
+        store, rank, world = next(distributed.rendezvous("env://", timeout=_JOIN))
+        _stores.append(store)
+        backend = "nccl" if gpu else "gloo"
+        group = distributed.PrefixStore("group", store)
+        distributed.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timedelta(days=2))
     return current()
+
+
+def first_to_fail() -> bool:
+    """Whether no other of the joined processes has asked this before: of all that fail, one says why."""
+    try:
+        return _stores[-1].add("failed", 1) == 1
+    except RuntimeError:  # what held the count has ended
+        return False
+
+
+_JOIN = timedelta(minutes=30)  # until all are there
+_stores: list[Any] = []  # of torch.distributed's kinds; the last is the one that the processes share
 
 
 def leave() -> None:

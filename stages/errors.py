@@ -1,8 +1,9 @@
 """Errors of the stages.
 
 StageError                 a stage failed (exit status 1)
-└── InputError             what the user gave is wrong (exit status 2)
-    └── stages.images.ImageError   one image cannot be used; listed, never raised to the user
+├── InputError             what the user gave is wrong (exit status 2)
+│   └── stages.images.ImageError   one image cannot be used; listed, never raised to the user
+└── PeerLostError          another of several processes has ended, and says why
 """
 
 
@@ -12,3 +13,7 @@ class StageError(Exception):
 
 class InputError(StageError):
     """What the user gave cannot be used; the message says what, where and what to do."""
+
+
+class PeerLostError(StageError):
+    """One of the processes that work together has ended; it, not this one, knows why."""

@@ -7,20 +7,15 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.backbone import Tokens
 
+class Mixing(NamedTuple):
+    """Who is mixed with whom, and how much."""
 
-class Mixed(NamedTuple):
-    """A mixed batch."""
-
-    tokens: Tokens
-    targets: Tensor  # (B, outputs)
-    lam: Tensor  # (B,) share of the row itself; 1 − λ is its partner's
-    partner: Tensor  # (B,) row that it was mixed with
+    lam: NDArray[np.float32]  # (B,) share of the row itself; 1 − λ is its partner's
+    partner: NDArray[np.int64]  # (B,) row that it is mixed with
 
 
 def class_difficulty(accuracy: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -69,21 +64,18 @@ def mixing_weight(alpha: NDArray[np.floating], rng: np.random.Generator) -> NDAr
     return np.where(alpha > 0, rng.beta(np.maximum(alpha, 1e-8), np.maximum(alpha, 1e-8)), 1.0)
 
 
-def mix_features(tokens: Tokens, targets: Tensor, alpha: NDArray[np.floating], rng: np.random.Generator) -> Mixed:
-    """Interpolate token sequences and soft targets of a batch with a permutation of itself.
+def draw_mixing(alpha: NDArray[np.floating], rng: np.random.Generator) -> Mixing:
+    """λ and partner of each row of a batch that goes to one expert, the partners a permutation of it.
 
     Args:
-        tokens: of B rows that go to one expert; never mixes across experts.
-        targets: ``[B, outputs]`` soft targets.
         alpha: ``[B]`` Beta parameter of each row; a pair takes its first row's. 0 leaves a row as it is.
         rng: draws λ and the partners.
     """
     lam = mixing_weight(alpha, rng)
-    partner = torch.from_numpy(rng.permutation(len(tokens))).to(targets.device)
-    weight = torch.from_numpy(lam.astype(np.float32)).to(targets.device)
+    return Mixing(lam.astype(np.float32), rng.permutation(len(lam)))
 
-    def mix(x: Tensor) -> Tensor:
-        w = weight.view(-1, *[1] * (x.ndim - 1))
-        return w * x + (1 - w) * x[partner]
 
-    return Mixed(tokens.map(mix), mix(targets), weight, partner)
+def interpolate(first: Tensor, second: Tensor, lam: Tensor) -> Tensor:
+    """λ · first + (1 − λ) · second, with λ ``[B]`` for each row of ``[B, …]``."""
+    weight = lam.view(-1, *[1] * (first.ndim - 1))
+    return weight * first + (1 - weight) * second

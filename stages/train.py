@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from stages.errors import InputError, StageError
 from stages.experts import ExpertKind, MixtureOfFeatureExperts, RouterInput, save_mixture, soft_cross_entropy
 from stages.grouping import class_prototypes, experts_for, group_classes
 from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
-from stages.mixup import class_alpha, mix_features, running_accuracy
+from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
 from stages.refine import REFINE_BATCH, Refined, refine, refined_path, save_refined
 from stages.split import Fold, Rows
@@ -267,6 +267,18 @@ class _Checkpoints:
         self._next = stored + _TRAIN_PER_STORE * (stored - started)
 
 
+class _Part(NamedTuple):
+    """What one expert learns from a batch, rows counted in the batch; all but `inside` is this process's share."""
+
+    expert: int
+    inside: NDArray[np.int64]  # rows of its group, of all processes
+    mixing: Mixing  # of all of them
+    own: NDArray[np.int64]  # rows of its group
+    partners: NDArray[np.int64]  # what each of `own` is mixed with
+    lam: NDArray[np.float32]  # their λ
+    other: NDArray[np.int64]  # rows of other groups
+
+
 class _Training:
     """A mixture while it is trained: its weights, their moving average, and the optimiser.
 
@@ -329,12 +341,10 @@ class _Training:
         self.mixture.train()
         for index, batch in enumerate(batches):
             batch = np.sort(batch)  # sorted rows read the shards forwards
-            tokens = read_tokens(data.train, batch, self.device, self.mixture.reads)
-            labels = data.train_labels[batch]
             lr = _lr_factor(settings, epoch + index / len(batches), 1 / len(batches))
-            losses = self._step(tokens, labels, alpha, lr, rng, load, mixing)
+            losses = self._step(batch, alpha, lr, rng, load, mixing)
             if not np.isfinite(losses).all():
-                _check_finite(data.train, batch, tokens)
+                _check_finite(data.train, batch, self.mixture.reads)
                 raise StageError(
                     f"train: the loss is not finite in epoch {epoch}: lower train.lr (now {settings.lr:g})"
                 )
@@ -356,8 +366,7 @@ class _Training:
 
     def _step(
         self,
-        tokens: Tokens,
-        labels: Labels,
+        batch: Rows,
         alpha: NDArray[np.float64],
         lr: float,
         rng: np.random.Generator,
@@ -368,32 +377,29 @@ class _Training:
 
         Nothing is learned where a loss is not finite.
         """
-        mixture, settings, share = self.mixture, self.settings, self.ranks.share
+        mixture, settings, data = self.mixture, self.settings, self.data
+        labels = data.train_labels[batch]
         truth = torch.from_numpy(labels).long().to(self.device)
-        group = mixture.group[truth].cpu().numpy()
+        parts = self._share(labels, alpha, rng)
+        for part in parts:
+            load[part.expert] += len(part.inside)
+            lam = torch.from_numpy(part.mixing.lam).to(self.device)
+            mixing.index_add_(0, truth[part.inside], torch.minimum(lam, 1 - lam))
+        needed = np.unique(np.concatenate([rows for part in parts for rows in (part.own, part.partners, part.other)]))
+        tokens = read_tokens(data.train, batch[needed], self.device, mixture.reads)
+        routed = np.sort(np.concatenate([part.own for part in parts]))
         with self.autocast:
             expert_loss = torch.zeros((), device=self.device)
-            for expert in range(mixture.n_experts):
-                inside, outside = np.flatnonzero(group == expert), np.flatnonzero(group != expert)
-                if len(inside) == 0:
-                    continue
-                load[expert] += len(inside)
-                outside = rng.permutation(outside)[: len(inside) if settings.other_weight else 0]
-                targets = mixture.class_targets(truth[inside], expert, settings.label_smoothing)
-                mixed = mix_features(tokens[inside], targets, alpha[labels[inside]], rng)
-                mixing.index_add_(0, truth[inside], torch.minimum(mixed.lam, 1 - mixed.lam))
-                both, targets = mixed.tokens, mixed.targets
-                if len(outside):
-                    other = mixture.class_targets(truth[outside], expert)
-                    both = both.concatenate(tokens[outside])
-                    targets = torch.cat([targets, settings.other_weight * other])
-                own = both[share]
-                if len(own):
-                    _, outputs = mixture.experts[expert](own)
-                    expert_loss = expert_loss + soft_cross_entropy(outputs, targets[share])
-            router_loss = nn.functional.cross_entropy(
-                mixture.class_logits(tokens[share]), truth[share], reduction="sum"
-            )
+            for part in parts:
+                if len(part.own) + len(part.other):
+                    first, second, other = (
+                        tokens[np.searchsorted(needed, rows)] for rows in (part.own, part.partners, part.other)
+                    )
+                    both, targets = self._mixed(part, first, second, other, truth)
+                    _, outputs = mixture.experts[part.expert](both)
+                    expert_loss = expert_loss + soft_cross_entropy(outputs, targets)
+            seen = tokens[np.searchsorted(needed, routed)]
+            router_loss = nn.functional.cross_entropy(mixture.class_logits(seen), truth[routed], reduction="sum")
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale((expert_loss + router_loss) / len(labels)).backward()
         self.ranks.add_gradients(list(mixture.parameters()))
@@ -407,6 +413,37 @@ class _Training:
             self.scaler.update()
             self._follow()
         return losses
+
+    def _share(self, labels: Labels, alpha: NDArray[np.float64], rng: np.random.Generator) -> list[_Part]:
+        """What each expert learns from a batch of rows with these labels, and which of it this process computes."""
+        group = self.mixture.group.cpu().numpy()[labels]
+        parts = []
+        for expert in range(self.mixture.n_experts):
+            inside, outside = np.flatnonzero(group == expert), np.flatnonzero(group != expert)
+            if len(inside) == 0:
+                continue
+            outside = rng.permutation(outside)[: len(inside) if self.settings.other_weight else 0]
+            mixing = draw_mixing(alpha[labels[inside]], rng)
+            own = np.arange(len(inside) + len(outside))[self.ranks.share]
+            mine, others = own[own < len(inside)], own[own >= len(inside)] - len(inside)
+            drawn = Mixing(mixing.lam[mine], mixing.partner[mine])
+            parts.append(_Part(expert, inside, mixing, inside[mine], inside[drawn.partner], drawn.lam, outside[others]))
+        return parts
+
+    def _mixed(self, part: _Part, first: Tokens, second: Tokens, other: Tokens, truth: Tensor) -> tuple[Tokens, Tensor]:
+        """An expert's own rows mixed with their partners, and rows of other groups as they are, with soft targets."""
+        mixture, settings = self.mixture, self.settings
+        lam = torch.from_numpy(part.lam).to(self.device)
+        mixed = first.combine(second, lambda x, y: interpolate(x, y, lam))
+        own, partners = (
+            mixture.class_targets(truth[rows], part.expert, settings.label_smoothing)
+            for rows in (part.own, part.partners)
+        )
+        targets = interpolate(own, partners, lam)
+        if len(part.other) == 0:
+            return mixed, targets
+        weighted = settings.other_weight * mixture.class_targets(truth[part.other], part.expert)
+        return mixed.concatenate(other), torch.cat([targets, weighted])
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -440,8 +477,7 @@ class _Training:
         both, arrivals, loss_sum = self.ranks.add(sums).tolist()
         if not math.isfinite(loss_sum):
             for start in range(0, len(select), REFINE_BATCH):
-                batch = select[start : start + REFINE_BATCH]
-                _check_finite(self.data.held_out, batch, read_tokens(self.data.held_out, batch, reads=network.reads))
+                _check_finite(self.data.held_out, select[start : start + REFINE_BATCH], network.reads)
             raise StageError(f"train: the held-out loss is not finite after epoch {record.epoch}: lower train.lr")
         record.select_loss = round(loss_sum / len(select), 6)
         record.select_accuracy = round(both / len(select), 6)
@@ -468,11 +504,11 @@ def _check_experts(mixture: MixtureOfFeatureExperts, cache: FeatureCache, rows: 
         )
 
 
-def _check_finite(cache: FeatureCache, rows: Rows, tokens: Tokens) -> None:
+def _check_finite(cache: FeatureCache, rows: Rows, reads: Sequence[str]) -> None:
     """Say which image it is where the features are to blame for a loss that is not finite."""
-    for name, values in vars(tokens).items():
+    for name, values in vars(read_tokens(cache, rows, reads=reads)).items():
         if not torch.isfinite(values).all():
-            raise not_finite(cache, rows, values.cpu().numpy(), name)
+            raise not_finite(cache, rows, values.numpy(), name)
 
 
 def _parameter_groups(mixture: MixtureOfFeatureExperts, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -504,8 +540,19 @@ def _lr_factor(settings: TrainSettings, done: float, step: float) -> float:
 def train_probe(data: IdData, folder: Path) -> FittedHeads:
     """Fit the linear probe on frozen ``cls``, or read it where it is fresh.
 
-    Writes ``probe.safetensors`` and, last, ``probe.json``.
+    Writes ``probe.safetensors`` and, last, ``probe.json``. Of processes that are joined, rank 0 fits and the others
+    wait.
+
+    Raises:
+        PeerLostError: rank 0 has ended.
     """
+    ranks = current()
+    fitted = _fitted_probe(data, folder) if ranks.first else None
+    ranks.agree(None)  # nobody goes on before the files are there
+    return _fitted_probe(data, folder) if fitted is None else fitted
+
+
+def _fitted_probe(data: IdData, folder: Path) -> FittedHeads:
     identity = fingerprint({"data": data.identity, "semantics": TRAIN_SEMANTICS})
     stored = load_heads(folder, "probe", identity)
     if stored is not None:

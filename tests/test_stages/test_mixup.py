@@ -1,5 +1,7 @@
 """Dynamic-β Mixup: a hard class is mixed more, and nothing else changes. Who is mixed with whom: see test_train.py."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from stages.backbone import Tokens
-from stages.mixup import class_alpha, class_difficulty, mix_features, running_accuracy
+from stages.mixup import class_alpha, class_difficulty, draw_mixing, interpolate, running_accuracy
 
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=20).map(np.array)
 
@@ -19,6 +21,22 @@ def batch(n: int, classes: int = 3) -> tuple[Tokens, torch.Tensor, torch.Tensor]
     shapes = ((n, 6), (n, 5), (n, 2, 5), (n, 4, 5))
     labels = torch.arange(n) % classes
     return Tokens(*(torch.randn(s, generator=generator) for s in shapes)), labels, F.one_hot(labels, classes).float()
+
+
+class Mixed(NamedTuple):
+    """A batch mixed with itself, and how."""
+
+    tokens: Tokens
+    targets: torch.Tensor
+    lam: torch.Tensor
+    partner: torch.Tensor
+
+
+def mix_features(tokens, targets, alpha, rng) -> Mixed:
+    """What a training does to the rows of one expert."""
+    lam, partner = map(torch.from_numpy, draw_mixing(alpha, rng))
+    mixed = tokens.map(lambda x: interpolate(x, x[partner], lam))
+    return Mixed(mixed, interpolate(targets, targets[partner], lam), lam, partner)
 
 
 def strength(lam: torch.Tensor) -> float:

@@ -1,0 +1,122 @@
+"""Several processes for one command: really started, from the command line, two Gloo processes on the CPU."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.test_pipeline.command import done
+from tests.test_pipeline.tiny import STUDY, draw
+
+ALONE = [sys.executable, "-m", "pipeline"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--standalone",
+    "-m",
+    "pipeline",
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """An extracted study."""
+    home = tmp_path_factory.mktemp("together")
+    draw(home / "images/train", "sklearn:digits[0-2]/train", 32)
+    text = STUDY[: STUDY.index('[[sets]]\nname = "test"')] + STUDY[STUDY.index("[train]") :]
+    (home / "tiny.toml").write_text(text)
+    done("extract", home / "tiny.toml")
+    return home / "tiny.toml"
+
+
+def command(*words, start=ALONE, **kwargs):
+    """A process of its own, with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*start, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def trained(study, name, *options, start=ALONE):
+    """Folder of a mixture that a command has trained in a work folder of its own."""
+    work = study.parent / name
+    shutil.copytree(study.parent / "work", work, dirs_exist_ok=True)
+    process = command("train", study, "--set", f"work={work}", *options, start=start)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("train pretrained default seed 0: done") == 1  # rank 0 alone speaks
+    return work / "model" / "pretrained" / "default" / "seed-0"
+
+
+BOTH = pytest.mark.parametrize(
+    ("start", "options"), [(ALONE, ["--processes", 2]), (TORCHRUN, [])], ids=["option", "torchrun"]
+)
+
+
+@pytest.fixture(scope="module")
+def alone(study):
+    """What one process trains."""
+    return trained(study, "one")
+
+
+@BOTH
+def test_two_processes_train_what_one_trains(study, alone, start, options):
+    two = trained(study, f"two-{len(options)}", *options, start=start)
+    expected, found = (load_file(folder / "mofe.safetensors") for folder in (alone, two))
+    for name, tensor in expected.items():
+        assert np.allclose(found[name], tensor, atol=1e-4), name
+    assert (
+        json.loads((two / "mofe.json").read_text())["identity"]
+        == json.loads((alone / "mofe.json").read_text())["identity"]
+    )
+    record = json.loads((two.parents[3] / "record.json").read_text())
+    assert record["stages"]["train pretrained"]["status"] == "done"
+
+
+@BOTH
+def test_what_fails_in_all_is_said_once(study, start, options):
+    work = study.parent / f"failed-{len(options)}"
+    shutil.copytree(study.parent / "work", work)
+    process = command("train", study, "--set", "train.lr=1e30", "--set", f"work={work}", *options, start=start)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.count("error: train: the loss is not finite") == 1
+    if start is ALONE:
+        assert "Traceback" not in err
+
+
+def test_a_killed_process_ends_the_others(study):
+    work = study.parent / "killed"
+    shutil.copytree(study.parent / "work", work)
+    process = command("train", study, "--set", f"work={work}", "--set", "train.epochs=10000", "--processes", 2)
+    deadline = time.monotonic() + 60
+    while not (children := _children(process.pid)) or not list(work.glob("model/*/*/*/*.checkpoint")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(children[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: process 1 of 2 was killed by SIGKILL: what is finished is kept, the same command goes on" in err
+    assert "Traceback" not in err
+
+
+def test_other_verbs_run_in_one_process(study):
+    process = command("extract", study, start=TORCHRUN)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "error: torchrun is for train and finetune; extract runs in one process" in err
+
+
+def _children(pid):
+    listed = subprocess.run(["pgrep", "-P", str(pid), "-f", "pipeline train"], capture_output=True, text=True)
+    return [int(line) for line in listed.stdout.split()]
