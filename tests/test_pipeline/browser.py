@@ -4,6 +4,7 @@ python -m tests.test_pipeline.browser PAGE.html PICTURE.png [WIDTH [HEIGHT]]
 """
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
@@ -159,11 +162,12 @@ def opened() -> Iterator[Tab]:
 
 
 def main() -> None:
-    """Write a picture of the top of a page."""
+    """Write a picture of the top of a page, of few colours: small enough to be kept."""
     page, picture, *size = sys.argv[1:]
     with opened() as tab:
         tab.show(Path(page), *map(int, size or ["1280"]))
-        Path(picture).write_bytes(tab.picture())
+        shown = Image.open(io.BytesIO(tab.picture())).convert("RGB")
+    shown.quantize(64).save(picture, optimize=True)
 
 
 if __name__ == "__main__":
