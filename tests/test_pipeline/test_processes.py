@@ -83,6 +83,28 @@ def test_two_processes_train_what_one_trains(study, alone, start, options):
     assert record["stages"]["train pretrained"]["status"] == "done"
 
 
+def finetuned(study, name, *options, start=ALONE):
+    """Records of a fine-tune that a command has run in a work folder of its own."""
+    work = study.parent / name
+    shutil.copytree(study.parent / "work", work)
+    (study.parent / "tuned.toml").write_text(
+        study.read_text() + "\n[finetune]\nepochs = 1\nmixup = 0.8\ndrop_path = 0.1\n"
+    )
+    process = command("finetune", study.parent / "tuned.toml", "--set", f"work={work}", *options, start=start)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("finetune seed 0: done") == 1
+    (record,) = (work / "finetune" / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    return json.loads(record)
+
+
+def test_two_processes_fine_tune_what_one_does(study):
+    alone, two = finetuned(study, "tuned-1"), finetuned(study, "tuned-2", start=TORCHRUN)
+    assert two.keys() == alone.keys()
+    for name in ("loss", "select_loss"):
+        assert two[name] == pytest.approx(alone[name], abs=1e-3)
+
+
 @BOTH
 def test_what_fails_in_all_is_said_once(study, start, options):
     work = study.parent / f"failed-{len(options)}"
