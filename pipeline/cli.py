@@ -78,9 +78,16 @@ def explain(error: Exception) -> tuple[int, str]:
     return 1, f"unexpected {type(error).__name__}: {error}; this is a defect of the program, --debug says where"
 
 
+_TOGETHER = ("train", "finetune")  # verbs that several processes may run together
+
+
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
-def verbs() -> None:
+@click.pass_context
+def verbs(context: click.Context) -> None:
     """Cache features of a vision backbone, train a Mixture of Feature Experts on them, score OOD detection."""
+    verb = context.invoked_subcommand
+    if started() > 1 and verb not in _TOGETHER:
+        raise click.UsageError(f"torchrun is for {' and '.join(_TOGETHER)}; {verb} runs in one process")
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -121,7 +128,6 @@ backbone_option = click.option(
 )
 
 
-_TOGETHER = ("train", "finetune")  # verbs that several processes may run together
 processes_option = click.option(
     "--processes",
     type=click.IntRange(min=1),
@@ -171,8 +177,6 @@ def _run_verb(
 ) -> None:
     """What all verbs that run a stage have in common; ``arguments`` go to the method of the same name."""
     options = _run_options(scheduler, workers, max_failures=max_failures, rehash=rehash)
-    if started() > 1 and verb not in _TOGETHER:
-        raise click.UsageError(f"torchrun is for {' and '.join(_TOGETHER)}; {verb} runs in one process")
     with together(processes, lambda error: explain(error)[0]):
         config = _config(verb, experiment, overrides, **arguments)
         with _study(config, options) as study:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from stages.errors import PeerLostError
+from stages.errors import InputError, PeerLostError
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,17 @@ def init_from_environment() -> Ranks:
     """Join the other processes where ``torchrun`` has started several (NCCL on GPUs, Gloo on the CPU).
 
     Each takes the GPU of its local rank. `leave` ends it.
+
+    Raises:
+        InputError: more processes on this machine than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         gpu = torch.cuda.is_available()
         if gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            local, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= n_gpus:
+                raise InputError(f"more processes than GPUs: this machine has {n_gpus}; start one process for each")
+            torch.cuda.set_device(local)
         # The others wait while rank 0 refines features and fits heads, which takes hours on a large set.
         store, rank, world = next(distributed.rendezvous("env://", timeout=_JOIN))
         _stores.append(store)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.test_pipeline.command import done
+from tests.test_pipeline.command import done, refused
 from tests.test_pipeline.tiny import STUDY, draw
 
 ALONE = [sys.executable, "-m", "pipeline"]
@@ -137,6 +137,31 @@ def test_other_verbs_run_in_one_process(study):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "error: torchrun is for train and finetune; extract runs in one process" in err
+
+
+def test_an_interrupt_ends_all_of_them(study):
+    work = study.parent / "interrupted"
+    shutil.copytree(study.parent / "work", work)
+    words = ("train", study, "--set", f"work={work}", "--set", "train.epochs=10000", "--processes", 2)
+    process = command(*words, start_new_session=True)  # a group of its own, as a terminal gives it
+    while "train pretrained" not in (work / "record.json").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)  # the pipe is open for as long as one of them lives
+    assert process.returncode == 130
+    (line,) = (line for line in err.splitlines() if " image/s" not in line)  # the others show progress
+    assert line.startswith("interrupted; what is finished is kept")
+
+
+@pytest.mark.parametrize("verb", ["score", "results", "predict"])
+def test_no_other_verb_runs_under_torchrun(study, monkeypatch, verb):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert refused(verb, study) == f"torchrun is for train and finetune; {verb} runs in one process"
+    assert refused("train", study, "--processes", 3) == (
+        "--processes 3 given, but torchrun has started 2: leave it out"
+    )
 
 
 def _children(pid):
