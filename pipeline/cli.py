@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with verbs.make_context("python -m pipeline", arguments.copy()) as context:
+        with verbs.make_context("python -m pipeline", arguments.copy(), obj=arguments) as context:
             verbs.invoke(context)
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -177,7 +177,8 @@ def _run_verb(
 ) -> None:
     """What all verbs that run a stage have in common; ``arguments`` go to the method of the same name."""
     options = _run_options(scheduler, workers, max_failures=max_failures, rehash=rehash)
-    with together(processes, lambda error: explain(error)[0]):
+    command: Sequence[str] = click.get_current_context().obj
+    with together(command, processes, lambda error: explain(error)[0]):
         config = _config(verb, experiment, overrides, **arguments)
         with _study(config, options) as study:
             lines = study.plan(verb, **arguments) if dry_run else getattr(study, verb)(**arguments)

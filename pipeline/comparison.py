@@ -67,7 +67,7 @@ def methods_of(config: RunConfig) -> list[Method]:
     top2 = [replace(RECOMMENDED, routing="top2")] if config.score.top2 else []
     variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
-    mos = [Method("mofe", "trained", name, "predicted", "mos") for name in frozen_experts]
+    mos = [Method("mofe", "trained", name, "none", "mos") for name in frozen_experts]
     own = [*frozen, *refined, *top2, *variants, *(mos if "mos" in config.score.scores else [])]
     return [*own, *_finetuned(config, scores)]
 

@@ -45,10 +45,11 @@ def is_first() -> bool:
 
 
 @contextmanager
-def together(processes: int | None, status: Callable[[Exception], int]) -> Iterator[None]:
+def together(command: Sequence[str], processes: int | None, status: Callable[[Exception], int]) -> Iterator[None]:
     """Join the other processes for what follows, and start them first where that was asked for.
 
     Args:
+        command: what the others run, the arguments after ``python -m pipeline``.
         processes: how many in all, this one among them; None: as torchrun started them, or this one alone.
         status: exit status of an error.
 
@@ -64,7 +65,7 @@ def together(processes: int | None, status: Callable[[Exception], int]) -> Itera
     elif processes in (None, 1):
         yield
     else:
-        with _others(processes), _joined(status):
+        with _others(command, processes), _joined(status):
             yield
 
 
@@ -86,7 +87,7 @@ def _joined(status: Callable[[Exception], int]) -> Iterator[None]:
 
 
 @contextmanager
-def _others(processes: int) -> Iterator[None]:
+def _others(command: Sequence[str], processes: int) -> Iterator[None]:
     """Run the other processes of this command while this one is rank 0; none outlives it.
 
     Raises:
@@ -103,7 +104,7 @@ def _others(processes: int) -> Iterator[None]:
     with _environment(shared | {"RANK": "0", "LOCAL_RANK": "0"}):
         others = [
             subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *sys.argv[1:]],
+                [sys.executable, "-m", "pipeline", *command],
                 env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

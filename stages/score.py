@@ -38,7 +38,7 @@ from stages.scorers import threshold_at
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
 from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
 
-SCORE_SEMANTICS = 2  # raise it when the same caches, models and settings would give another table
+SCORE_SEMANTICS = 3  # raise it when the same caches, models and settings would give another table
 ADMIT = (0.95, 0.99)
 _TAKEN = {"id", "average"}  # names that the table uses itself
 
@@ -146,15 +146,15 @@ class _Made:
     def scores(self, detector: Detector) -> dict[str, dict[str, NDArray[np.float32]]]:
         """Scores of each set by each routing that the detector depends on."""
         own = {name: detector.score_rows(rows) for name, rows in self.sets.items()}
-        if self.mixture is None:
+        if not detector.is_routed:
             return {"none": own}
         routes = {"predicted": own}
-        if self.second is not None and detector.is_routed:
+        if self.second is not None:
             routes["top2"] = {
                 name: gate_weighted(own[name], detector.score_rows(twins), gate_share(self.sets[name], twins))
                 for name, twins in self.second.items()
             }
-        if self.oracle is not None and detector.is_routed:
+        if self.oracle is not None:
             routes["oracle"] = own | {"id": detector.score_rows(self.oracle)}
         return routes
 

@@ -83,6 +83,16 @@ def test_two_processes_train_what_one_trains(study, alone, start, options):
     assert record["stages"]["train pretrained"]["status"] == "done"
 
 
+def test_called_from_python_the_others_run_the_same_command(study):
+    work = study.parent / "called"
+    shutil.copytree(study.parent / "work", work)
+    words = ["train", str(study), "--set", f"work={work}", "--processes", "2"]
+    process = command(start=[sys.executable, "-c", f"from pipeline.cli import main; raise SystemExit(main({words!r}))"])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("train pretrained default seed 0: done") == 1
+
+
 def finetuned(study, name, *options, start=ALONE):
     """Records of a fine-tune that a command has run in a work folder of its own."""
     work = study.parent / name

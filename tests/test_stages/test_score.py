@@ -398,7 +398,7 @@ def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp
     result = score([groups_alone], config, tmp_path)
     rows = [row for row in result.rows if row.score == "mos"]
     naming = {(row.variant, row.head, row.routing, row.calibrated) for row in rows}
-    assert naming == {("mos", "trained", "predicted", False)}
+    assert naming == {("mos", "trained", "none", False)}  # every group is asked, nothing is routed
     assert result.notes == [
         'mos: not of variant default: it needs a mixture trained with train.expert = "frozen" and two experts or more'
     ]
