@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
+from stages.dataset import IdData, read_blocks
 from stages.errors import InputError
 
 BALANCED_STARTS = 10
@@ -37,6 +38,19 @@ def class_prototypes(
     if sums is None:
         raise ValueError("no rows to make prototypes of")
     return sums / np.maximum(counts, 1)[:, None]
+
+
+def group_training_classes(data: IdData, n_groups: int, method: str, seed: int) -> list[int]:
+    """Group of each class by the frozen ``cls`` of the final model's training rows; see `group_classes`."""
+    blocks = read_blocks(data.train, "cls", data.split.final_train)
+    prototypes = class_prototypes(((values, data.train_labels[rows]) for rows, values in blocks), data.n_classes)
+    return group_classes(prototypes, n_groups, method, data.class_names, seed)
+
+
+def grouping_content(method: str) -> str:
+    """What a grouping is, for the identity of what is made with it: a file by its text, else its name."""
+    path = Path(method)
+    return path.read_text(encoding="utf-8") if path.is_file() else method
 
 
 def group_classes(

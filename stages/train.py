@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from stages.dataset import IdData, Labels, epoch_windows, not_finite, read_block
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.experts import ExpertKind, MixtureOfFeatureExperts, RouterInput, save_mixture, soft_cross_entropy
-from stages.grouping import class_prototypes, experts_for, group_classes
+from stages.grouping import experts_for, group_training_classes, grouping_content
 from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
@@ -606,6 +606,19 @@ def train_mofe(
             data, rows, select, groups, settings, make_end, seed, checkpoint, progress, device=device, **kwargs
         )
 
+    runs = _train_runs(data, settings, train)
+    if ranks.first:
+        about = {"identity": identity, "settings": asdict(settings), "seed": seed}
+        about |= {"best_epoch": runs["final"].best_epoch}
+        history = [{"run": name, **asdict(record)} for name, run in runs.items() for record in run.history]
+        _finish(data, {name: run.mixture for name, run in runs.items()}, history, about, folder, progress)
+    return True
+
+
+def _train_runs(
+    data: IdData, settings: TrainSettings, train: Callable[..., TrainedMixture]
+) -> dict[str, TrainedMixture]:
+    """The first half: every model of the split, by the name of its run; the final one is the last."""
     runs = {name: train(name, fold.train, fold.select) for name, fold in data.runs()}
     if data.split.cross_fitted:
         # No row is left to stop on: the folds' median of epochs, and the difficulty that they measured.
@@ -619,48 +632,59 @@ def train_mofe(
             # A fold that stopped early has measured its last.
             difficulty=[np.mean([fold[min(e, len(fold) - 1)] for fold in measured], axis=0) for e in range(epochs)],
         )
-    if not ranks.first:
-        return True
+    return runs
+
+
+def _finish(
+    data: IdData,
+    mixtures: Mapping[str, MixtureOfFeatureExperts],
+    history: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    """The second half, wherever the experts were trained: refined features of the bank, refitted heads, all files.
+
+    Args:
+        data: features that the experts read from now on.
+        mixtures: trained, by the name of the run (`IdData.train_rows`).
+        history: lines of ``metrics.jsonl``.
+        about: what ``mofe.json`` says of the training: ``identity``, ``settings``, ``seed``, ``best_epoch``.
+        folder: where to.
+        progress: counts images.
+    """
+    identity, final = about["identity"], mixtures["final"]
+    groups: list[int] = final.group.tolist()
     # From here on the folder is of this identity, or of none: what an older run left must not be taken for whole.
     (folder / "mofe.json").unlink(missing_ok=True)
     bank = {
         name: _refine_training_rows(
-            data, runs[name].mixture, rows, refined_path(folder, name, "id-train"), identity, progress
+            data, mixtures[name], rows, refined_path(folder, name, "id-train"), identity, progress
         )
         for name, rows in data.train_rows().items()
     }
-    heads = _refit_heads(data, groups, bank, runs, progress)
-    lines = [json.dumps({"run": name, **asdict(record)}) for name, run in runs.items() for record in run.history]
-    write_text(folder / "metrics.jsonl", "\n".join(lines) + "\n")
+    heads = _refit_heads(data, groups, bank, mixtures, progress)
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     save_heads(folder, "heads", heads, identity)
-    final = runs["final"]
     description = {
-        "identity": identity,
-        "settings": asdict(settings),
-        "seed": seed,
+        **about,
         "classes": list(data.class_names),
         "groups": dict(zip(data.class_names, groups, strict=True)),
         "data": data.identity,
         "features": data.train.spec.fingerprint,
-        "best_epoch": final.best_epoch,
-        "parameters": sum(parameter.numel() for parameter in final.mixture.parameters()),
+        "parameters": sum(parameter.numel() for parameter in final.parameters()),
     }
-    for name, run in runs.items():
-        if name != "final":
-            save_mixture(folder / name, run.mixture, description)
-    save_mixture(folder, final.mixture, description)
+    for name, mixture in mixtures.items():
+        save_mixture(folder if name == "final" else folder / name, mixture, description)
     for checkpoint in folder.glob("*.checkpoint"):  # of runs with other settings, too
         checkpoint.unlink()
-    return True
 
 
 def _groups(data: IdData, settings: TrainSettings, seed: int) -> list[int]:
     """``[C]`` group of each class; one for all where nothing is routed."""
     if settings.expert == "dense":
         return [0] * data.n_classes
-    blocks = read_blocks(data.train, "cls", data.split.final_train)
-    prototypes = class_prototypes(((values, data.train_labels[rows]) for rows, values in blocks), data.n_classes)
-    return group_classes(prototypes, settings.experts, settings.grouping, data.class_names, seed)
+    return group_training_classes(data, settings.experts, settings.grouping, seed)
 
 
 def _checkpoint_path(folder: Path, run: str, identity: str) -> Path:
@@ -670,10 +694,8 @@ def _checkpoint_path(folder: Path, run: str, identity: str) -> Path:
 
 def mixture_identity(data: IdData, settings: TrainSettings, seed: int) -> str:
     """What a trained mixture is made of: features, split, settings (a grouping file by its content) and seed."""
-    grouping = Path(settings.grouping)
-    content = grouping.read_text(encoding="utf-8") if grouping.is_file() else settings.grouping
-    made_of = {"data": data.identity, "settings": asdict(settings) | {"grouping": content}, "seed": seed}
-    return fingerprint(made_of | {"semantics": TRAIN_SEMANTICS})
+    own = asdict(settings) | {"grouping": grouping_content(settings.grouping)}
+    return fingerprint({"data": data.identity, "settings": own, "seed": seed, "semantics": TRAIN_SEMANTICS})
 
 
 def mixture_is_fresh(folder: Path, identity: str, data: IdData) -> bool:
@@ -703,7 +725,7 @@ def _refit_heads(
     data: IdData,
     groups: Sequence[int],
     bank: dict[str, Refined],
-    runs: dict[str, TrainedMixture],
+    mixtures: Mapping[str, MixtureOfFeatureExperts],
     progress: Progress | None,
 ) -> dict[str, FittedHeads]:
     """Heads for scoring. The heads that train the experts are bad OOD scorers (saturated, and taught "other")."""
@@ -711,9 +733,7 @@ def _refit_heads(
     rows: list[HeadRows] = []
     routed: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     for name, fold in data.runs():
-        held = (
-            bank[name] if data.held_out is data.train else refine(runs[name].mixture, data.held_out, progress=progress)
-        )
+        held = bank[name] if data.held_out is data.train else refine(mixtures[name], data.held_out, progress=progress)
         rows.append(_head_rows(data, fold, bank[name].features, held.features))
         routed.append((bank[name].expert[fold.train], held.expert[fold.select]))
     heads = {"refit": fit_heads(rows, _final_rows(data, bank["final"].features), data.n_classes)}
