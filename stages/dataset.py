@@ -1,6 +1,6 @@
 """What stage two and three know of the ID data: sealed caches, labels in the study's classes, and the split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from stages.errors import InputError
 from stages.split import Fold, Rows, Split, split_rows, split_with_validation_set
 
 Labels = NDArray[np.int32]
+ReadRows = Callable[[Rows], NDArray[np.floating]]  # features [n, D] of rows, by their numbers
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,29 @@ def read_blocks(cache: FeatureCache, name: str, rows: Rows) -> Iterator[tuple[Ro
         if not np.isfinite(values).all():
             raise not_finite(cache, block["row"], values, name)
         yield block["row"], values
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Features of some rows ``[N, D]`` that are read when they are sliced (`stages.logistic.FeatureRows`).
+
+    Attributes:
+        read: of a cache, or of a memory map.
+        rows: which, in this order.
+        dim: D.
+    """
+
+    read: ReadRows
+    rows: Rows
+    dim: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return len(self.rows), self.dim
+
+    def __getitem__(self, part: slice) -> NDArray[np.floating]:
+        return self.read(self.rows[part])
 
 
 def not_finite(cache: FeatureCache, rows: Rows, values: NDArray[np.floating], name: str) -> InputError:

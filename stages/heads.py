@@ -8,7 +8,6 @@ its small deviation, gives an OOD row that moves it an enormous logit. Held-out 
 scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: −0.176 against −0.175).
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from stages.artifacts import read_json, read_tensors, write_described
+from stages.logistic import FeatureRows, blocks, fit_logistic, one_blas_thread, standardisation
 from stages.scorers import ClassifierHead
 
 Floats = NDArray[np.float32]
@@ -63,16 +61,18 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Features ``[N, D]`` and labels ``[N]`` to fit on, and others to judge by."""
+    """Features ``[N, D]`` and labels ``[N]`` to fit on, and others to judge by; features are read a block at a time."""
 
-    features: Floats
+    features: FeatureRows
     labels: NDArray[np.int32]
-    select_features: Floats
+    select_features: FeatureRows
     select_labels: NDArray[np.int32]
 
 
-def fit_head(features: Floats, labels: NDArray[np.int32], n_classes: int, strength: float) -> LinearHead:
+def fit_head(features: FeatureRows, labels: NDArray[np.int32], n_classes: int, strength: float) -> LinearHead:
     """Multinomial logistic regression with an L2 penalty on centred, commonly scaled features.
+
+    Memory does not grow with N, labels aside; the result does not depend on the number of cores.
 
     Args:
         features: ``[N, D]``.
@@ -80,31 +80,26 @@ def fit_head(features: Floats, labels: NDArray[np.int32], n_classes: int, streng
         n_classes: C.
         strength: scikit-learn's ``C``, the inverse of the penalty.
     """
-    mean = features.mean(0)
-    scale = np.maximum(np.sqrt(features.var(0).mean(keepdims=True)), 1e-6)
-    classes = np.unique(labels)
+    standardise = standardisation(features)
+    classes, own = np.unique(labels, return_inverse=True)
     weight = np.zeros((n_classes, features.shape[1]), dtype=np.float32)
     bias = np.full(n_classes, -np.inf, dtype=np.float32)
     if len(classes) == 1:
         bias[classes] = 0
-        return LinearHead(mean, scale, weight, bias)
-    model = LogisticRegression(C=strength, max_iter=1000)
-    with warnings.catch_warnings():
-        # A weak penalty on separable rows has its optimum far out; a thousand steps towards it are enough.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(((features - mean) / scale).astype(np.float64), labels)
-    coefficients, intercept = model.coef_, model.intercept_
-    if len(classes) == 2:  # scikit-learn gives the difference of the two logits
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercept = np.concatenate([-intercept, intercept]) / 2
-    weight[classes], bias[classes] = coefficients, intercept
-    return LinearHead(mean, scale, weight, bias)
+    else:
+        weight[classes], bias[classes] = fit_logistic(features, own, len(classes), strength, standardise)
+    return LinearHead(*standardise, weight, bias)
 
 
-def log_likelihood(head: LinearHead, features: Floats, labels: NDArray[np.int32]) -> NDArray[np.float64]:
+def log_likelihood(head: LinearHead, features: FeatureRows, labels: NDArray[np.int32]) -> NDArray[np.float64]:
     """Log p(label) of each row, ``[N]``; higher is better."""
-    logits = head.logits(features).astype(np.float64)
-    return np.take_along_axis(log_softmax(logits, axis=1), labels[:, None].astype(np.int64), axis=1)[:, 0]
+    likelihood = np.empty(len(labels))
+    with one_blas_thread():
+        for block in blocks(len(labels)):
+            logits = head.logits(np.asarray(features[block], dtype=np.float32)).astype(np.float64)
+            own = labels[block, None].astype(np.int64)
+            likelihood[block] = np.take_along_axis(log_softmax(logits, axis=1), own, axis=1)[:, 0]
+    return likelihood
 
 
 def choose_strength(
@@ -145,7 +140,9 @@ class FittedHeads:
     judged: dict[str, float]
 
 
-def fit_heads(folds: Sequence[HeadRows], final: tuple[Floats, NDArray[np.int32]] | None, n_classes: int) -> FittedHeads:
+def fit_heads(
+    folds: Sequence[HeadRows], final: tuple[FeatureRows, NDArray[np.int32]] | None, n_classes: int
+) -> FittedHeads:
     """Choose the strength on the folds' select rows, then fit every head with it.
 
     Args:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from stages.artifacts import read_json, write_text
 from stages.backbone import Tokens
 from stages.checkpoint import load_checkpoint, save_checkpoint
 from stages.config import TrainConfig
-from stages.dataset import IdData, Labels, epoch_windows, not_finite, read_blocks, read_tokens
+from stages.dataset import IdData, Labels, ReadRows, RowsOf, epoch_windows, not_finite, read_blocks, read_tokens
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.experts import ExpertKind, MixtureOfFeatureExperts, RouterInput, save_mixture, soft_cross_entropy
@@ -34,7 +35,7 @@ from stages.progress import NullProgress, Progress
 from stages.refine import REFINE_BATCH, Refined, refine, refined_path, save_refined
 from stages.split import Fold, Rows
 
-TRAIN_SEMANTICS = 3  # raise it when the same settings would train another model
+TRAIN_SEMANTICS = 4  # raise it when the same settings would train another model
 
 
 @dataclass(frozen=True)
@@ -557,16 +558,14 @@ def _fitted_probe(data: IdData, folder: Path) -> FittedHeads:
     stored = load_heads(folder, "probe", identity)
     if stored is not None:
         return stored["probe"]
-    features = _read_cls(data.train)
-    held_out = features if data.held_out is data.train else _read_cls(data.held_out)
-    folds = [_head_rows(data, fold, features, held_out) for fold in data.split.folds]
-    heads = {"probe": fit_heads(folds, _final_rows(data, features), data.n_classes)}
+    for cache in (data.train, data.held_out):
+        for _ in read_blocks(cache, "cls", np.arange(cache.n_rows)):
+            pass  # rows that are not finite are refused here, by their names
+    train, held_out = partial(data.train.read, "cls"), partial(data.held_out.read, "cls")
+    folds = [_head_rows(data, train, held_out, fold.train, fold.select) for fold in data.split.folds]
+    heads = {"probe": fit_heads(folds, _final_rows(data, train, data.split.final_train), data.n_classes)}
     save_heads(folder, "probe", heads, identity)
     return heads["probe"]
-
-
-def _read_cls(cache: FeatureCache) -> NDArray[np.float32]:
-    return np.concatenate([values for _, values in read_blocks(cache, "cls", np.arange(cache.n_rows))])
 
 
 def train_mofe(
@@ -730,44 +729,47 @@ def _refit_heads(
 ) -> dict[str, FittedHeads]:
     """Heads for scoring. The heads that train the experts are bad OOD scorers (saturated, and taught "other")."""
     group = np.asarray(groups)
-    rows: list[HeadRows] = []
-    routed: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    refined: list[tuple[Fold, Refined, Refined]] = []
     for name, fold in data.runs():
         held = bank[name] if data.held_out is data.train else refine(mixtures[name], data.held_out, progress=progress)
-        rows.append(_head_rows(data, fold, bank[name].features, held.features))
-        routed.append((bank[name].expert[fold.train], held.expert[fold.select]))
-    heads = {"refit": fit_heads(rows, _final_rows(data, bank["final"].features), data.n_classes)}
+        refined.append((fold, bank[name], held))
+    rows = [
+        _head_rows(data, own.features.__getitem__, held.features.__getitem__, fold.train, fold.select)
+        for fold, own, held in refined
+    ]
+    final, ending = bank["final"], data.split.final_train
+    heads = {"refit": fit_heads(rows, _final_rows(data, final.features.__getitem__, ending), data.n_classes)}
     for expert in range(max(groups) + 1):
         # Judged on select rows that the router sent to the right expert: only they can be classified at all.
-        own = [
-            HeadRows(
-                fold.features[train == expert],
-                fold.labels[train == expert],
-                fold.select_features[arrived],
-                fold.select_labels[arrived],
+        rows = [
+            _head_rows(
+                data,
+                own.features.__getitem__,
+                held.features.__getitem__,
+                fold.train[own.expert[fold.train] == expert],
+                fold.select[
+                    (held.expert[fold.select] == expert) & (group[data.held_out_labels[fold.select]] == expert)
+                ],
             )
-            for fold, (train, select) in zip(rows, routed, strict=True)
-            if len(arrived := np.flatnonzero((select == expert) & (group[fold.select_labels] == expert)))
+            for fold, own, held in refined
         ]
-        ending = data.split.final_train[bank["final"].expert[data.split.final_train] == expert]
-        final = (bank["final"].features[ending], data.train_labels[ending])
-        strength, judged = choose_strength(own, data.n_classes) if own else (heads["refit"].strength, {})
-        folds = tuple(
-            fit_head(fold.features[train == expert], fold.labels[train == expert], data.n_classes, strength)
-            for fold, (train, _) in zip(rows, routed, strict=True)
-        )
+        judging = [fold_rows for fold_rows in rows if len(fold_rows.select_labels)]
+        strength, judged = choose_strength(judging, data.n_classes) if judging else (heads["refit"].strength, {})
+        folds = tuple(fit_head(own.features, own.labels, data.n_classes, strength) for own in rows)
+        last = _final_rows(data, final.features.__getitem__, ending[final.expert[ending] == expert])
         heads[f"refit-group-{expert}"] = FittedHeads(
-            folds, fit_head(*final, data.n_classes, strength), strength, judged
+            folds, fit_head(*last, data.n_classes, strength) if last else folds[0], strength, judged
         )
     return heads
 
 
-def _head_rows(data: IdData, fold: Fold, features: NDArray[np.float32], held_out: NDArray[np.float32]) -> HeadRows:
-    train, select = (data.train_labels[fold.train], data.held_out_labels[fold.select])
-    return HeadRows(features[fold.train], train, held_out[fold.select], select)
+def _head_rows(data: IdData, train: ReadRows, held_out: ReadRows, rows: Rows, select: Rows) -> HeadRows:
+    dim = data.train.spec.cls_dim
+    return HeadRows(
+        RowsOf(train, rows, dim), data.train_labels[rows], RowsOf(held_out, select, dim), data.held_out_labels[select]
+    )
 
 
-def _final_rows(data: IdData, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], Labels] | None:
-    """Rows that the final head is fitted on; None where the only fold's head is the final one."""
-    rows = data.split.final_train
-    return (features[rows], data.train_labels[rows]) if data.split.cross_fitted else None
+def _final_rows(data: IdData, train: ReadRows, rows: Rows) -> tuple[RowsOf, Labels] | None:
+    """Rows that a final head is fitted on; None where the only fold's head is the final one."""
+    return (RowsOf(train, rows, data.train.spec.cls_dim), data.train_labels[rows]) if data.split.cross_fitted else None
