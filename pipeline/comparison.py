@@ -78,11 +78,10 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
         return []
     backbone = "finetuned"
     heads = {score: "finetune" if reads_head(score) else NO_HEAD for score in scores}
-    names = config.finetune.variants or list(config.variant_configs())
     return [
         *(Method("cls", head, "", "none", score, backbone) for score, head in heads.items()),
         Method("cls", "probe", "", "none", RECOMMENDED.score, backbone),
-        *(replace(RECOMMENDED, variant=name, backbone=backbone) for name in names),
+        *(replace(RECOMMENDED, variant=name, backbone=backbone) for name in config.variant_seeds(backbone)),
     ]
 
 
@@ -120,10 +119,9 @@ class ScoredStudy:
 
     def seeds(self, method: Method) -> Seeds:
         """Averages over each group's sets, by seed."""
-        seeds: tuple[int | None, ...] = self.config.variant_seeds()[method.variant] if method.variant else (None,)
-        if method.backbone == "finetuned":
-            tuned = self.config.finetune_seeds()
-            seeds = tuple(seed for seed in tuned if seed in seeds) if method.variant else tuned
+        seeds: tuple[int | None, ...] = self.config.finetune_seeds() if method.backbone == "finetuned" else (None,)
+        if method.variant:
+            seeds = self.config.variant_seeds(method.backbone)[method.variant]
         return {seed: self._averages(method, seed) for seed in seeds}
 
     def accuracy(self, method: Method) -> list[float]:

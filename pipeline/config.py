@@ -49,6 +49,7 @@ _PATHS: dict[str, tuple[str, ...]] = {
 _BELOW_DATA = {"sets.*.images", "sets.*.features", "sets.*.root"}
 _KINDS = {"model_type": "be a table", "dict_type": "be a table", "tuple_type": "be a list", "list_type": "be a list"}
 _OOD_ROLES = ("near-ood", "far-ood")
+JOINT = "joint"  # the variant whose experts were trained together with the backbone, by `finetune.joint`
 
 
 class ConfigError(InputError):
@@ -159,10 +160,15 @@ class RunConfig(StageConfig):
         """
         return {"default": self.train} | {variant.name: self._variant(variant) for variant in self.variants}
 
-    def variant_seeds(self) -> dict[str, tuple[int, ...]]:
-        """Seeds by name of variant, in the order of `variant_configs`."""
-        own = {variant.name: variant.seeds or self.seeds for variant in self.variants}
-        return {"default": self.seeds} | own
+    def variant_seeds(self, backbone: str = "pretrained") -> dict[str, tuple[int, ...]]:
+        """Seeds by name of the variants on a backbone's features, in the order of `variant_configs`, `JOINT` last."""
+        own = {"default": self.seeds} | {variant.name: variant.seeds or self.seeds for variant in self.variants}
+        if backbone == "pretrained" or self.finetune is None:
+            return own
+        tuned, asked = self.finetune_seeds(), self.finetune.variants
+        found = {name: tuple(seed for seed in tuned if seed in seeds) for name, seeds in own.items()}
+        found = {name: seeds for name, seeds in found.items() if seeds and (asked is None or name in asked)}
+        return found | ({JOINT: tuned} if self.finetune.joint else {})
 
     def finetune_seeds(self) -> tuple[int, ...]:
         """Seeds of the fine-tuned backbones; none where nothing is fine-tuned."""
@@ -296,11 +302,25 @@ class RunConfig(StageConfig):
                 f"{_shown(self.seeds)}"
             )
         if self.finetune is not None and self.finetune.joint:
-            yield "finetune.joint: not supported yet; leave it out"
+            yield from self._joint_problems()
         known = ["default", *(variant.name for variant in self.variants)]
         for name in variants:
             if name not in known:
                 yield f"finetune.variants: {_shown(name)} is not a variant{nearest(name, known)}"
+
+    def _joint_problems(self) -> Iterator[str]:
+        if self.train.expert not in ("auto", "end"):
+            yield (
+                f"finetune.joint: trains copies of the backbone's end, and train.expert = {_shown(self.train.expert)} "
+                'is another kind of expert: give "end" there, others as [[variants]]'
+            )
+        if self.cache.patches != "full":
+            yield (
+                'finetune.joint: its experts read all patches: give cache.patches = "full", not '
+                f"{_shown(self.cache.patches)}"
+            )
+        if JOINT in (variant.name for variant in self.variants):
+            yield f"variants.{JOINT}: this name is taken by the experts that finetune.joint trains"
 
     def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
         seeds = variant.seeds

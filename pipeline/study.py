@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from cache import (
     fingerprint,
     restore_manifest,
 )
-from pipeline.config import RunConfig, RunOptions, SetConfig
+from pipeline.config import JOINT, RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
 from pipeline.legs import Leg, legs
 from pipeline.predictions import Format, predict_sources
@@ -27,18 +28,28 @@ from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, list_arrays
 from stages.artifacts import read_json
 from stages.backbone import stored_grid
+from stages.dataset import IdData
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import SampleTable, list_images, only_classes
+from stages.objective import MixturePlan
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
 from stages.sanity import check_features
 from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
 from stages.table import compact, read_summary
-from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mofe, train_probe
+from stages.train import (
+    finish_joint,
+    joint_identity,
+    mixture_identity,
+    mixture_is_fresh,
+    resolve_settings,
+    train_mofe,
+    train_probe,
+)
 
 if TYPE_CHECKING:
     from pipeline.report import Evidence
@@ -164,12 +175,9 @@ class Study:
             stage.fresh = True
             probe = train_probe(data, leg.probe_folder)
             lines.append(f"train {leg.name}: probe with strength {probe.strength:g} ({data.split.rule})")
-            configs = self.config.variant_configs()
             for variant, seed in self._mixtures(leg):
                 folder, started = leg.mixture_folder(variant, seed), time.monotonic()
-                done = train_mofe(
-                    data, configs[variant], lambda: leg.loaded.end(), seed, folder, self.progress, leg.device
-                )
+                done = self._train_mixture(leg, data, variant, seed)
                 stage.fresh &= not done
                 if not self._speaks:  # nor are the files there yet: rank 0 still fits the heads
                     continue
@@ -182,11 +190,20 @@ class Study:
                     self._on_trained(variant, time.monotonic() - started)
         return lines
 
+    def _train_mixture(self, leg: Leg, data: IdData, variant: str, seed: int) -> bool:
+        """Train and finish one mixture, or only finish that which was trained together with the leg's backbone."""
+        folder = leg.mixture_folder(variant, seed)
+        if variant == JOINT:
+            return finish_joint(data, leg.finetune_folder, lambda: leg.architecture.end(), folder, self.progress)
+        config = self.config.variant_configs()[variant]
+        return train_mofe(data, config, lambda: leg.loaded.end(), seed, folder, self.progress, leg.device)
+
     def finetune(self) -> Lines:
-        """Fine-tune the whole backbone on images, once a seed."""
+        """Fine-tune the whole backbone on images, once a seed; with ``finetune.joint``, together with experts."""
         assert self.config.finetune is not None
         pretrained = self._legs[0]
         data = pretrained.id_data(cross_fit=False)
+        plan = self._joint_plan(data)
         (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
         lines: Lines = []
         for leg in self._legs[1:]:
@@ -202,6 +219,7 @@ class Study:
                     leg.finetune_folder,
                     leg.device,
                     self.progress,
+                    plan,
                 )
                 stage.fresh = not done
             about = read_json(leg.finetune_folder / "finetune.json") or {}
@@ -210,6 +228,13 @@ class Study:
                 f"held-out ID accuracy {100 * about['select_accuracy']:.1f} %, {leg.finetune_folder}"
             )
         return lines
+
+    def _joint_plan(self, data: IdData) -> MixturePlan | None:
+        """The experts of ``[train]`` as a fine-tune trains them together with the backbone, if that is asked for."""
+        if self.config.finetune is None or not self.config.finetune.joint:
+            return None
+        settings = resolve_settings(self.config.train, data.n_classes, data.train.spec)
+        return MixturePlan(**{field.name: getattr(settings, field.name) for field in fields(MixturePlan)})
 
     # ---------------------------------------------------------------------------------------------- stage three
 
@@ -259,30 +284,34 @@ class Study:
             network=None if self.config.backbone is None else lambda: leg.loaded,
         )
 
-    def _trained(self, leg: Leg, data: Any, variant: str, seed: int) -> Path:
+    def _trained(self, leg: Leg, data: IdData, variant: str, seed: int) -> Path:
         """Folder of a mixture that was trained with the settings of now."""
         folder = leg.mixture_folder(variant, seed)
         about = read_json(folder / "mofe.json")
-        settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes, data.train.spec)
         if about is None:
             raise InputError(f"{folder} holds no trained mixture: run make train")
-        if not mixture_is_fresh(folder, mixture_identity(data, settings, seed), data):
+        if not mixture_is_fresh(folder, self._mixture_identity(leg, data, variant, seed), data):
             raise InputError(
                 f"{folder}: trained with other settings or features than this run's, or not whole: run make train"
             )
         return folder
 
+    def _mixture_identity(self, leg: Leg, data: IdData, variant: str, seed: int) -> str:
+        if variant == JOINT:
+            return joint_identity(data, leg.finetune_folder)
+        settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes, data.train.spec)
+        return mixture_identity(data, settings, seed)
+
     def _mixtures(self, leg: Leg) -> Iterator[tuple[str, int]]:
         """Variant and seed of every mixture on a leg's features."""
-        asked = None if leg.seed is None or self.config.finetune is None else self.config.finetune.variants
-        for variant, seeds in self.config.variant_seeds().items():
-            if asked is not None and variant not in asked:
-                continue
+        for variant, seeds in self.config.variant_seeds(leg.backbone).items():
             yield from ((variant, seed) for seed in leg.train_seeds if seed in seeds)
 
     def to_train(self, leg: Leg | None = None) -> list[tuple[str, int]]:
         """Variant and seed of every mixture that is not fresh; by default of the pre-trained backbone's."""
         leg = leg or self._legs[0]
+        if not self._is_finetuned(leg):
+            return list(self._mixtures(leg))
         try:
             data = leg.id_data()
         except (InputError, CacheError):  # not extracted yet
@@ -479,7 +508,8 @@ class Study:
         return lines
 
     def _plan_extract(self, leg: Leg) -> Lines:
-        spec = self._given_spec(leg) if self.config.has_features else leg.known_spec()
+        known = leg.known_spec() if self._is_finetuned(leg) else None
+        spec = self._given_spec(leg) if self.config.has_features else known
         if spec is None:
             shape = leg.architecture
             cache = self.config.cache
@@ -545,7 +575,8 @@ class Study:
             data = self._legs[0].id_data(cross_fit=False)
         except (InputError, CacheError):  # what it was made from is gone, so it is no longer what it says
             return False
-        return finetune_is_fresh(leg.finetune_folder, finetune_identity(data, self.config.finetune, leg.seed))
+        identity = finetune_identity(data, self.config.finetune, leg.seed, self._joint_plan(data))
+        return finetune_is_fresh(leg.finetune_folder, identity)
 
     def _check_sets(self) -> None:
         """Refuse sets that are not there or cannot be scored before hours of extraction rather than after."""

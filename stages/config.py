@@ -98,7 +98,7 @@ class FinetuneConfig(StageConfig):
     ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
     patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
     freeze: NonNegativeInt = 0  # first blocks (ViT) or stages (CNN) that stay as they are
-    joint: NonNegativeInt = 0  # blocks or stages before the experts that are trained together with them
+    joint: NonNegativeInt = 0  # blocks or stages before the experts that are trained together with them; 0: no experts
     checkpointing: bool = False  # gradient checkpointing: less memory, a third more work
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile

@@ -44,10 +44,11 @@ from stages.augment import (
 from stages.backbone import Backbone, build_model, compile_parts, freeze_first, n_parts, weights_sha
 from stages.checkpoint import load_checkpoint, save_checkpoint
 from stages.config import BackboneConfig, FinetuneConfig
-from stages.dataset import IdData
+from stages.dataset import IdData, read_blocks
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.experts import MixtureOfFeatureExperts, save_mixture
+from stages.grouping import group_training_classes, grouping_content
 from stages.images import SampleTable
 from stages.mixup import class_alpha, running_accuracy
 from stages.objective import JointObjective, LinearObjective, Mixed, MixturePlan, drop_paths_by_row
@@ -107,7 +108,7 @@ def finetune(
     keep_freed_memory()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        objective = _objective(backbone, data, settings, mixture, device)
+        objective = _objective(backbone, data, settings, mixture, seed, device)
     augment, plain = transforms(objective.model, backbone, settings)
     fold = data.split.folds[0]
     sets = (
@@ -127,13 +128,18 @@ def finetune(
         _train(tuning, run, progress, seed)
     if ranks.first:
         objective.load_state_dict(run.best)
-        _write(run, objective, backbone, data, seed)
+        _write(run, objective, backbone, data, seed, mixture)
     ranks.agree(None)  # nobody goes on before the files are there
     return True
 
 
 def _objective(
-    backbone: BackboneConfig, data: IdData, settings: FinetuneSettings, mixture: MixturePlan | None, device: str
+    backbone: BackboneConfig,
+    data: IdData,
+    settings: FinetuneSettings,
+    mixture: MixturePlan | None,
+    seed: int,
+    device: str,
 ) -> Any:
     """The network to train, on the device, with what stays as it is frozen."""
     model = build_model(backbone, drop_path_rate=settings.drop_path)
@@ -159,12 +165,10 @@ def _objective(
         raise InputError(
             f"finetune.joint: {settings.joint} given, {backbone.name} has {before} blocks or stages before the experts"
         )
-    experts = MixtureOfFeatureExperts(
-        tapped.end, tapped.dim, tapped.tap_dim, mixture.groups, "end", mixture.router_input
-    )
-    experts.router.standardise(
-        torch.from_numpy(data.train.read(mixture.router_input, data.split.folds[0].train)).float()
-    )
+    groups = current().agree(group_training_classes(data, mixture.experts, mixture.grouping, seed))
+    experts = MixtureOfFeatureExperts(tapped.end, tapped.dim, tapped.tap_dim, groups, "end", mixture.router_input)
+    blocks = read_blocks(data.train, mixture.router_input, data.split.folds[0].train)
+    experts.router.standardise(torch.from_numpy(values) for _, values in blocks)
     cast(Any, model).reset_classifier(data.n_classes)
     freeze_first(model, before - settings.joint, "finetune.joint")
     objective = JointObjective(tapped, experts, mixture, settings.label_smoothing)
@@ -506,11 +510,12 @@ def _checkpoint_gradients(model: Any) -> None:
 def finetune_identity(data: IdData, config: FinetuneConfig, seed: int, mixture: MixturePlan | None = None) -> str:
     """What a fine-tuned backbone is made of: images and their split, weights to start from, settings and seed."""
     start = data.train.spec
+    joint = None if mixture is None else asdict(mixture) | {"grouping": grouping_content(mixture.grouping)}
     return fingerprint(
         {
             "data": data.identity,
             "settings": asdict(resolve_recipe(config, len(data.split.folds[0].train))),
-            "mixture": None if mixture is None else asdict(mixture),
+            "mixture": joint,
             "seed": seed,
             "weights": start.weights_sha,
             "image_size": start.image_size,
@@ -529,18 +534,21 @@ def finetune_is_fresh(folder: Path, identity: str) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def _write(run: _Run, objective: Any, backbone: BackboneConfig, data: IdData, seed: int) -> None:
+def _write(
+    run: _Run, objective: Any, backbone: BackboneConfig, data: IdData, seed: int, plan: MixturePlan | None
+) -> None:
     folder, model = run.folder, objective.model
-    (folder / "finetune.json").unlink(missing_ok=True)  # killed in between, new weights must not pass for the old
+    for name in ("finetune.json", "mofe.json"):  # killed in between, new weights must not pass for the old
+        (folder / name).unlink(missing_ok=True)
     head = model.get_classifier()
     write_tensors(folder / "head.safetensors", _arrays({"weight": head.weight, "bias": head.bias}))
     model.reset_classifier(0)
     write_tensors(folder / "backbone.safetensors", _arrays(model.state_dict()))
     best = run.history[run.best_epoch]
-    if run.settings.joint:
+    if plan is not None:
         groups = dict(zip(data.class_names, objective.groups.tolist(), strict=True))
         mixture = objective.mixture
-        settings = {"expert": mixture.kind, "router_input": mixture.router_input, "experts": mixture.n_experts}
+        settings = asdict(plan) | {"expert": mixture.kind, "experts": mixture.n_experts, "joint": run.settings.joint}
         save_mixture(folder, mixture, {"identity": run.identity, "groups": groups, "settings": settings})
     write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
     write_json(

@@ -125,13 +125,14 @@ class MixturePlan:
     """A mixture that is to be trained together with the blocks before it.
 
     Attributes:
-        groups: ``[C]`` the group of each class.
+        experts, grouping: how classes are grouped, by the features to start from.
         router_input: what the router reads.
         lr, head_lr, router_lr: of the experts' ends, their heads, and the router.
         label_smoothing, other_weight: as in stage two on cached features.
     """
 
-    groups: tuple[int, ...]
+    experts: int
+    grouping: str
     router_input: RouterInput
     lr: float
     head_lr: float
@@ -158,7 +159,7 @@ class JointObjective(nn.Module):
         super().__init__()
         self.model: Any = backbone.model
         self.mixture = mixture
-        self.groups: NDArray[np.int64] | None = np.asarray(plan.groups, dtype=np.int64)
+        self.groups: NDArray[np.int64] | None = mixture.group.cpu().numpy()
         self._backbone = backbone
         self._plan = plan
         self._smoothing = label_smoothing

@@ -27,7 +27,14 @@ from stages.config import TrainConfig
 from stages.dataset import IdData, Labels, ReadRows, RowsOf, epoch_windows, not_finite, read_blocks, read_tokens
 from stages.distributed import current
 from stages.errors import InputError, StageError
-from stages.experts import ExpertKind, MixtureOfFeatureExperts, RouterInput, save_mixture, soft_cross_entropy
+from stages.experts import (
+    ExpertKind,
+    MixtureOfFeatureExperts,
+    RouterInput,
+    load_mixture,
+    save_mixture,
+    soft_cross_entropy,
+)
 from stages.grouping import experts_for, group_training_classes, grouping_content
 from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
@@ -612,6 +619,59 @@ def train_mofe(
         history = [{"run": name, **asdict(record)} for name, run in runs.items() for record in run.history]
         _finish(data, {name: run.mixture for name, run in runs.items()}, history, about, folder, progress)
     return True
+
+
+def finish_joint(
+    data: IdData,
+    source: Path,
+    make_end: Callable[[], nn.Module],
+    folder: Path,
+    progress: Progress | None = None,
+) -> bool:
+    """Make a variant of the mixture that a fine-tune trained together with the backbone of these features.
+
+    Nothing is trained: heads are refitted and the bank refined as `train_mofe` does it, into the same files.
+
+    Args:
+        data: features of the fine-tuned backbone; without cross-fitting.
+        source: folder with the fine-tune's ``finetune.json``, ``mofe.safetensors`` and ``mofe.json``.
+        make_end: gives a copy of the backbone's end, whatever its weights.
+        folder: where the variant goes.
+        progress: counts images.
+
+    Returns:
+        Whether anything was done: False where the folder is fresh.
+
+    Raises:
+        InputError: `source` holds no whole mixture.
+    """
+    ranks = current()
+    identity = joint_identity(data, source)
+    if ranks.agree(mixture_is_fresh(folder, identity, data)):
+        return False
+    if ranks.first:
+        spec = data.train.spec
+        mixture = load_mixture(source, make_end, spec.cls_dim, spec.tap_dim)
+        about, tuned = (read_json(source / name) or {} for name in ("mofe.json", "finetune.json"))
+        about = {"identity": identity, "settings": about["settings"], "seed": tuned["seed"]}
+        about |= {"best_epoch": tuned["best_epoch"]}
+        epochs = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        history = [{"run": "final", **json.loads(line)} for line in epochs]
+        _finish(data, {"final": mixture}, history, about, folder, progress)
+    return True
+
+
+def joint_identity(data: IdData, source: Path) -> str:
+    """What such a variant is made of: features, split, and the fine-tune that left it in `source`.
+
+    Raises:
+        InputError: no fine-tune stands there, or one without experts.
+    """
+    tuned, about = (read_json(source / name) or {} for name in ("finetune.json", "mofe.json"))
+    made_by = tuned.get("identity")
+    if made_by is None or about.get("identity") != made_by:
+        raise InputError(f"{source} holds no backbone with experts that were trained together: run make finetune")
+    return fingerprint({"data": data.identity, "joint": made_by, "semantics": TRAIN_SEMANTICS})
 
 
 def _train_runs(

@@ -7,6 +7,8 @@
     few_images the images of `few`
     mixture    folder of a mixture of 2 experts trained on `data`, 2 epochs, seed 0
     probe      the linear probe on `data`
+    vit        a ViT of six small blocks with seeded random weights
+    vit_data   the ID side of a study on its features of `few_images`, a quarter held out, never cross-fitted
 
 All are made once a session and belong to everybody: copy what you change.
 """
@@ -29,6 +31,7 @@ from stages.dataset import id_data
 from stages.extract import extract_set
 from stages.images import list_images
 from stages.train import train_mofe, train_probe
+from tests.test_stages.small_vit import cached, small_vit
 
 torch.set_num_threads(1)
 
@@ -102,3 +105,13 @@ def mixture(backbone, data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def probe(data, tmp_path_factory):
     return train_probe(data, tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    return small_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def vit_data(vit, few_images, tmp_path_factory):
+    return cached(vit, few_images, tmp_path_factory.mktemp("vit-caches"))

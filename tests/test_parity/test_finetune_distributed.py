@@ -1,6 +1,5 @@
 """Two processes that fine-tune one backbone have the loss curve of one alone: real ones, joined by Gloo."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.test_parity.test_distributed import together
-from tests.test_stages.small_vit import cached, small_vit, tune
+from tests.test_stages.small_vit import metrics, tune
 
 EVERYTHING = {
     "rand_augment": "rand-m9-mstd0.5-inc1",
@@ -20,31 +19,17 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    return small_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def data(vit, few_images, tmp_path_factory):
-    return cached(vit, few_images, tmp_path_factory.mktemp("caches"))
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     "settings",
     [{"drop_path": 0.0}, EVERYTHING, {"beta": "dynamic", "cutmix": 1.0, "accumulate": 2, "head_epochs": 1}],
     ids=["plain", "everything", "dynamic"],
 )
-def test_two_processes_have_the_loss_curve_of_one(vit, data, few_images, tmp_path, settings):
+def test_two_processes_have_the_loss_curve_of_one(vit, vit_data, few_images, tmp_path, settings):
     def work(ranks):
-        return [tune(vit, data, few_images, tmp_path / "two", **settings) for _ in range(2)]
+        return [tune(vit, vit_data, few_images, tmp_path / "two", **settings) for _ in range(2)]
 
     assert together(work) == [[True, False]] * 2  # both train, one writes, and then it is fresh for both
-    assert tune(vit, data, few_images, tmp_path / "one", **settings)
+    assert tune(vit, vit_data, few_images, tmp_path / "one", **settings)
     for ours, alone in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert ours.keys() == alone.keys()
         for name in ("loss", "select_loss"):
@@ -57,14 +42,14 @@ def test_two_processes_have_the_loss_curve_of_one(vit, data, few_images, tmp_pat
         np.testing.assert_allclose(weights[name], tensor, atol=2e-3, err_msg=name)
 
 
-def test_both_refuse_what_one_cannot_load(vit, data, few_images, tmp_path):
+def test_both_refuse_what_one_cannot_load(vit, vit_data, few_images, tmp_path):
     """The one that finds it must not leave the other waiting for its gradients."""
     contents = list(few_images.contents)
-    contents[int(data.split.folds[0].train[0])] = b"no image"
+    contents[int(vit_data.split.folds[0].train[0])] = b"no image"
 
     def work(ranks):
         try:
-            tune(vit, data, replace(few_images, contents=tuple(contents)), tmp_path)
+            tune(vit, vit_data, replace(few_images, contents=tuple(contents)), tmp_path)
         except Exception as error:
             return [type(error).__name__, str(error)]
         return []

@@ -80,6 +80,46 @@ def test_a_variant_may_have_fewer_seeds(study):
     assert config.variant_seeds() == {"default": (0, 1, 2), "dense": (2, 0), "static": (0, 1, 2)}
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.expert=adapter",
+            'trains copies of the backbone\'s end, and train.expert = "adapter" is another kind of expert: give '
+            '"end" there, others as [[variants]]',
+        ),
+        ("cache.patches=pool:4", 'its experts read all patches: give cache.patches = "full", not "pool:4"'),
+    ],
+)
+def test_experts_that_cannot_be_trained_with_the_backbone_are_refused(study, override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(study(), ["finetune.joint=1", override])
+    assert str(error.value) == f"--set finetune.joint: {message}"
+
+
+def test_a_variant_may_not_have_the_name_of_the_jointly_trained_one(study):
+    path = study("\n[[variants]]\nname = 'joint'\nset = { train.experts = 2 }\n")
+    load_config(path)
+    with pytest.raises(ConfigError, match=r"variants\.joint: this name is taken by the experts that finetune\.joint"):
+        load_config(path, ["finetune.joint=1"])
+
+
+def test_variants_on_fine_tuned_features(study):
+    path = study("seeds = [2, 0]\n\n[[variants]]\nname = 'static'\nset = { train.mixup = 'static' }\n")
+    tuned = ["seeds=[0, 1, 2]", "finetune.seeds=[0, 1]"]
+
+    def variants(*more):
+        return load_config(path, [*tuned, *more]).variant_seeds("finetuned")
+
+    assert variants() == {"default": (0, 1), "dense": (0,), "static": (0, 1)}
+    assert variants("finetune.seeds=[1]", 'finetune.variants=["dense", "static"]') == {"static": (1,)}
+    assert variants("finetune.variants=[]") == {}
+    assert variants("finetune.variants=[]", "finetune.joint=2") == {"joint": (0, 1)}
+    assert load_config(path, [*tuned, "finetune.joint=2"]).variant_seeds() == {
+        "default": (0, 1, 2), "dense": (2, 0), "static": (0, 1, 2)
+    }  # fmt: skip
+
+
 def test_set_takes_literals_text_and_names_of_entries(study, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -325,7 +325,7 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
     """They stand beside the others, whose lines stay as they were; the same command again makes nothing anew."""
     work, options = tmp_path / "results", {"finetune": True}
     shutil.copytree(finished, work)
-    tune = ["finetune.epochs=1", "finetune.seeds=[0]", 'finetune.variants=["default"]']
+    tune = ["finetune.epochs=1", "finetune.seeds=[0]", 'finetune.variants=["default"]', "finetune.joint=1"]
     results(benchmark, work, *tune, **options)
     before = {tuple(line.values()) for line in lines_of(finished)}
     lines = lines_of(work)
@@ -336,7 +336,11 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
         *(("cls", "none" if score == "knn" else "finetune", score, "1") for score in ("msp", "energy", "knn")),
         ("cls", "finetune", "knn+energy", "1"),
         ("cls", "probe", "knn+energy", "1"),
-        ("mofe", "refit", "knn+energy", "1"),
+        *[("mofe", "refit", "knn+energy", "1")] * 2,
+    ]
+    assert [line["variant"] for line in own if (line["features"], line["group"]) == ("mofe", "near")] == [
+        "default",
+        "joint",
     ]
     assert all(line["id_accuracy_mean"] for line in own if line["head"] != "none")
     assert "| fine-tuned, MoFE default: knn+energy (refit) |" in (work / "results.md").read_text()

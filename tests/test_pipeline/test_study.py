@@ -341,6 +341,48 @@ def test_finetune_in_verbs(home, caches, tmp_path):
     assert "finetune seed 0: done" in done("finetune", *study).out
 
 
+def test_experts_trained_together_with_the_backbone_are_a_variant(home, caches, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(home / "work", work)
+    study = [home / "finetune.toml", *settings(f"work={work}", f"cache.root={caches}", "finetune.joint=1")]
+    planned = done("run", *study, "--dry-run").out
+    assert "train finetuned-seed-0 joint seed 0: would run" in planned
+    out = done("run", *study).out
+    assert "train finetuned-seed-0 default seed 0: done, 2 experts" in out
+    assert "train finetuned-seed-0 joint seed 0: done, 2 experts, epoch 0 kept" in out
+    rows = table_of(work)
+    joint, default = ([row for row in rows if row["variant"] == name] for name in ("joint", "default"))
+    assert {(row["backbone"], row["features"], row["seed"]) for row in joint} == {("finetuned", "mofe", "0")}
+    names = ("head", "routing", "score", "calibrated", "ood", "group")
+    of_cache = [row for row in default if row["backbone"] == "finetuned"]
+    assert [[row[name] for name in names] for row in joint] == [[row[name] for name in names] for row in of_cache]
+    assert [row["auroc"] for row in joint] != [row["auroc"] for row in of_cache]
+    assert "MoFE · joint · 2 experts" in (work / "report" / "index.html").read_text()
+    assert "model      finetuned-seed-0 joint seed 0: 2 experts, " in done("info", *study).out
+
+    # Nothing is done twice; nothing that is gone or of other settings passes for it.
+    before = snapshot(work / "model", work / "finetune", work / "scores")
+    again = done("run", *study).out
+    assert "finetune seed 0: fresh" in again
+    assert "train finetuned-seed-0 joint seed 0: fresh" in again
+    assert snapshot(work / "model", work / "finetune", work / "scores") == before
+    weights = work / "model" / "finetuned" / "joint" / "seed-0" / "mofe.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    assert "or not whole: run make train" in refused("score", *study)
+    planned = done("run", *study, "--dry-run").out
+    assert "train finetuned-seed-0 default seed 0: fresh" in planned
+    assert "train finetuned-seed-0 joint seed 0: would run" in planned
+    assert "joint seed 0: done" in done("train", *study, "--backbone", "finetuned").out
+    assert weights.read_bytes() == whole
+    for other in ("finetune.joint=2", "train.router_lr=0.001"):
+        assert refused("score", *study, *settings(other), "--backbone", "finetuned").endswith("run make finetune")
+    planned = done("run", *study, *settings("finetune.joint=2"), "--dry-run").out
+    assert "finetune seed 0: would run" in planned
+    assert "extract finetuned-seed-0 train: 96 images, would write" in planned
+    assert "train finetuned-seed-0 joint seed 0: would run" in planned
+
+
 # ---------------------------------------------------------------------------------------------------------- sources
 
 

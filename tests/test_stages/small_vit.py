@@ -1,6 +1,8 @@
 """A ViT of six small blocks with seeded random weights, and what is needed to fine-tune it on a few digits."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -10,13 +12,24 @@ from stages.dataset import IdData, id_data
 from stages.extract import extract_set
 from stages.finetune import finetune
 from stages.images import SampleTable
-from stages.progress import Progress
+from stages.progress import NullProgress, Progress
 from tests.test_stages.drawn import create
 
 NAME = "test_vit"
 SMALL = FinetuneConfig(
     epochs=2, batch_size=15, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0, drop_path=0.2, workers=0
 )
+
+
+class StopsIn(NullProgress):
+    """Interrupts after the first batch of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def advance(self, n=1, **fields):
+        if fields.get("epoch") == self.epoch:
+            raise KeyboardInterrupt
 
 
 def small_vit(folder: Path, name: str = NAME, image_size: int = 32) -> BackboneConfig:
@@ -33,6 +46,11 @@ def cached(config: BackboneConfig, images: SampleTable, folder: Path, patches: s
     spec = backbone.feature_spec("float32", patches)
     cache = extract_set("few", images, spec, folder, lambda: backbone)
     return id_data(cache, None, val_share=0.25, cross_fit=False)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What ``metrics.jsonl`` of a fine-tune says, an epoch each."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def tune(

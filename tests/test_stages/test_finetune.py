@@ -23,6 +23,7 @@ from stages.finetune import finetune, read_finetuned_head
 from stages.images import decode_image
 from stages.progress import NullProgress
 from stages.recipe import resolve_recipe
+from tests.test_stages.small_vit import StopsIn, metrics
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
 TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0)
@@ -57,21 +58,6 @@ def files(folder) -> list[bytes]:
         (folder / name).read_bytes()
         for name in ("backbone.safetensors", "head.safetensors", "metrics.jsonl", "finetune.json")
     ]
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-class StopsIn(NullProgress):
-    """Interrupts after the first batch of an epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def advance(self, n=1, **fields):
-        if fields.get("epoch") == self.epoch:
-            raise KeyboardInterrupt
 
 
 def test_it_learns(tuned):

@@ -20,29 +20,18 @@ from stages.config import FinetuneConfig
 from stages.errors import InputError, StageError
 from stages.finetune import read_finetuned_head
 from stages.objective import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
-from stages.progress import NullProgress
 from stages.recipe import FinetuneSettings, resolve_recipe
 from tests.test_stages.drawn import create
-from tests.test_stages.small_vit import NAME, cached, small_vit, tune
+from tests.test_stages.small_vit import NAME, StopsIn, metrics, tune
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    return small_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def data(vit, few_images, tmp_path_factory):
-    return cached(vit, few_images, tmp_path_factory.mktemp("caches"))
-
-
-@pytest.fixture(scope="module")
-def run(vit, data, few_images, tmp_path_factory):
+def run(vit, vit_data, few_images, tmp_path_factory):
     """Fine-tune with some settings into a new folder, or the one given; gives the folder."""
 
     def run(folder=None, images=few_images, **settings):
         folder = folder or tmp_path_factory.mktemp("finetune")
-        assert tune(vit, data, images, folder, **settings)
+        assert tune(vit, vit_data, images, folder, **settings)
         return folder
 
     return run
@@ -55,10 +44,6 @@ def plain(run):
 
 def backbone_of(folder):
     return load_file(folder / "backbone.safetensors")
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(folder):
@@ -85,13 +70,13 @@ def test_checkpointed_gradients_are_the_gradients(run, plain):
     np.testing.assert_allclose(curve(run(checkpointing=True)), curve(plain), atol=1e-5)
 
 
-def test_no_gradient_checkpointing_in_a_family(vit, data, few_images, tmp_path, monkeypatch):
+def test_no_gradient_checkpointing_in_a_family(vit, vit_data, few_images, tmp_path, monkeypatch):
     def none(self, enable=True):
         assert not enable, "gradient checkpointing not supported"  # as timm's models without it say
 
     monkeypatch.setattr(timm.models.VisionTransformer, "set_grad_checkpointing", none)
     with pytest.raises(InputError, match=r"finetune\.checkpointing: timm's VisionTransformer has no"):
-        tune(vit, data, few_images, tmp_path, checkpointing=True)
+        tune(vit, vit_data, few_images, tmp_path, checkpointing=True)
 
 
 def test_half_precision_is_near(run, plain):
@@ -158,19 +143,14 @@ def test_freezing_counts_from_the_image(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_more_blocks_than_there_are(vit, data, few_images, tmp_path):
+def test_more_blocks_than_there_are(vit, vit_data, few_images, tmp_path):
     with pytest.raises(InputError, match=r"finetune\.freeze: 7 given, the backbone has 6 blocks"):
-        tune(vit, data, few_images, tmp_path, freeze=7)
+        tune(vit, vit_data, few_images, tmp_path, freeze=7)
 
 
 def test_the_head_alone_comes_first(run, vit, tmp_path):
-    class StopsIn(NullProgress):
-        def advance(self, n=1, **fields):
-            if fields.get("epoch") == 1:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, head_epochs=1, epochs=3, progress=StopsIn())
+        run(tmp_path, head_epochs=1, epochs=3, progress=StopsIn(1))
     (path,) = tmp_path.glob("*.checkpoint")
     state, before = load_checkpoint(path)["tuning"]["objective"], build_model(vit).state_dict()
     for name, tensor in before.items():
@@ -240,7 +220,7 @@ def test_difficulty_makes_harder_classes_mix_more(run):
 # ------------------------------------------------------------------------------------------------- kills and failures
 
 
-def test_killed_it_goes_on_to_the_same_run(vit, data, run, tmp_path):
+def test_killed_it_goes_on_to_the_same_run(vit, vit_data, run, tmp_path):
     """A real SIGKILL in the second epoch, while others load the images; it goes on without them."""
     settings = {"mixup": 0.8, "ema": 0.9, "beta": "dynamic"}
     whole = run(**settings)
@@ -257,13 +237,13 @@ def test_killed_it_goes_on_to_the_same_run(vit, data, run, tmp_path):
     assert files(run(tmp_path / "killed", **settings)) == files(whole)
 
 
-def test_images_that_fail_are_all_listed_and_none_is_replaced(vit, data, few_images, tmp_path):
-    contents, fold = list(few_images.contents), data.split.folds[0]
+def test_images_that_fail_are_all_listed_and_none_is_replaced(vit, vit_data, few_images, tmp_path):
+    contents, fold = list(few_images.contents), vit_data.split.folds[0]
     broken = [int(fold.train[4]), int(fold.train[20]), int(fold.select[0])]
     for row in broken:
         contents[row] = b"no image"
     with pytest.raises(InputError, match=r"3 images cannot be used any more .* run make extract"):
-        tune(vit, data, replace(few_images, contents=tuple(contents)), tmp_path)
+        tune(vit, vit_data, replace(few_images, contents=tuple(contents)), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines} == {few_images.ids[row] for row in broken}
     assert all(line["reason"] for line in lines)
