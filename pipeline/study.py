@@ -38,6 +38,7 @@ from stages.objective import MixturePlan
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
 from stages.sanity import check_features
+from stages.scalars import require_tensorboard
 from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
 from stages.table import compact, read_summary
@@ -383,6 +384,9 @@ class Study:
 
     def run(self) -> Lines:
         """Every stage that is not fresh, in order."""
+        for key, stage in (("train", self.config.train), ("finetune", self.config.finetune)):
+            if stage is not None and stage.tensorboard:
+                require_tensorboard(f"{key}.tensorboard")  # now, and not after hours of the stages before
         self._say(self._extract(self._legs[0]))
         self._say(self._train(self._legs[0]))
         if self.config.finetune is not None:

@@ -63,6 +63,7 @@ class TrainConfig(StageConfig):
     gradient_clip: float | None = Field(default=None, gt=0)
     ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but mixed with bfloat16 on a GPU
+    tensorboard: bool = False  # an event file beside metrics.jsonl; needs the extra "tensorboard"
 
 
 class FinetuneConfig(StageConfig):
@@ -103,6 +104,7 @@ class FinetuneConfig(StageConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile
     workers: NonNegativeInt | Literal["auto"] = "auto"  # processes that decode and augment in the background
+    tensorboard: bool = False  # an event file beside metrics.jsonl; needs the extra "tensorboard"
 
 
 # What [score] scores may name, and sums of them ("knn+energy"): those of `stages.scorers.SCORERS`, in this module so

@@ -11,6 +11,7 @@ summed. All that is random is drawn for the whole batch, so the loss is that of 
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,7 @@ from stages.mixup import class_alpha, running_accuracy
 from stages.objective import JointObjective, LinearObjective, Mixed, MixturePlan, drop_paths_by_row
 from stages.progress import NullProgress, Progress
 from stages.recipe import FinetuneSettings, resolve_recipe
+from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
 
 FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 
@@ -75,7 +77,8 @@ def finetune(
 ) -> bool:
     """Train backbone and head on the training rows, keep the epoch with the best held-out ID loss.
 
-    Writes ``metrics.jsonl`` after every epoch and, at the end, ``backbone.safetensors`` (loadable by plain timm),
+    Writes ``metrics.jsonl`` after every epoch, with ``config.tensorboard`` its scalars as well (`stages.scalars`),
+    and, at the end, ``backbone.safetensors`` (loadable by plain timm),
     ``head.safetensors``, with ``config.joint`` also ``mofe.safetensors`` and ``mofe.json``, and, last,
     ``finetune.json``. Killed, it goes on after the last whole epoch. Of processes that are joined, all train and rank
     0 writes.
@@ -101,9 +104,13 @@ def finetune(
     """
     ranks = current()
     progress = progress if progress is not None and ranks.first else NullProgress()
+    if config.tensorboard:
+        require_tensorboard("finetune.tensorboard")
     settings = resolve_recipe(config, len(data.split.folds[0].train))
     identity = finetune_identity(data, config, seed, mixture)
     if ranks.agree(finetune_is_fresh(folder, identity)):
+        if config.tensorboard and ranks.first:
+            scalars_of_metrics(folder)
         return False
     keep_freed_memory()
     with torch.random.fork_rng():
@@ -125,7 +132,7 @@ def finetune(
         )
     tuning = _Tuning(objective, loader, data.n_classes, settings, seed, device, progress)
     with generators_kept():
-        _train(tuning, run, progress, seed)
+        _train(tuning, run, progress, seed, config.tensorboard)
     if ranks.first:
         objective.load_state_dict(run.best)
         _write(run, objective, backbone, data, seed, mixture)
@@ -204,7 +211,7 @@ class _Run:
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))
 
 
-def _train(tuning: "_Tuning", run: _Run, progress: Progress, seed: int) -> None:
+def _train(tuning: "_Tuning", run: _Run, progress: Progress, seed: int, tensorboard: bool) -> None:
     """Train every epoch that is left, on from the checkpoint if there is one."""
     settings, ranks = run.settings, current()
     stored = ranks.agree(load_checkpoint(run.checkpoint) if ranks.first else None)
@@ -214,21 +221,28 @@ def _train(tuning: "_Tuning", run: _Run, progress: Progress, seed: int) -> None:
     n_images = len(tuning.loader.sets[_TRAIN])
     progress.start(settings.epochs * n_images, "image", f"finetune seed {seed}")
     progress.advance(len(run.history) * n_images)
-    while not run.ended:
-        epoch = len(run.history)
-        try:
-            record = tuning.epoch(epoch, run.history[-1].get("accuracy") if run.history else None)
-        except _NotFiniteError as error:
-            raise StageError(_diverged(str(error), epoch, run)) from None
-        except _UnusableError:
-            raise _list_unusable(tuning.loader, run.folder) from None
-        run.history.append(record)
-        if run.best_epoch == epoch:
-            run.best = {name: tensor.cpu().clone() for name, tensor in tuning.judged.state_dict().items()}
-        if ranks.first:
-            save_checkpoint(run.checkpoint, {"tuning": tuning.state(), "best": run.best, "history": run.history})
-            run.write_metrics()
+    with scalar_log(run.folder, tensorboard, run.history) if ranks.first else nullcontext() as log:
+        while not run.ended:
+            record = _epoch(tuning, run)
+            run.history.append(record)
+            if run.best_epoch == record["epoch"]:
+                run.best = {name: tensor.cpu().clone() for name, tensor in tuning.judged.state_dict().items()}
+            if log is not None:
+                save_checkpoint(run.checkpoint, {"tuning": tuning.state(), "best": run.best, "history": run.history})
+                run.write_metrics()
+                log(record)
     progress.close()
+
+
+def _epoch(tuning: "_Tuning", run: _Run) -> dict[str, Any]:
+    """Train the next epoch; what stops it is said as a user can use it."""
+    epoch = len(run.history)
+    try:
+        return tuning.epoch(epoch, run.history[-1].get("accuracy") if run.history else None)
+    except _NotFiniteError as error:
+        raise StageError(_diverged(str(error), epoch, run)) from None
+    except _UnusableError:
+        raise _list_unusable(tuning.loader, run.folder) from None
 
 
 class _NotFiniteError(Exception):

@@ -13,7 +13,7 @@ from stages.errors import InputError
 SMALL_DATA = 50_000  # images below which preset = "auto" takes the small-data recipe
 
 # Settings that say how or where to work; the result is the same whatever they are.
-_NOT_OF_THE_RESULT = {"preset", "workers", "seeds", "variants"}
+_NOT_OF_THE_RESULT = {"preset", "workers", "seeds", "variants", "tensorboard"}
 
 
 @dataclass(frozen=True)

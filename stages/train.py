@@ -40,6 +40,7 @@ from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_h
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
 from stages.refine import REFINE_BATCH, Refined, refine, refined_path, save_refined
+from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
 from stages.split import Fold, Rows
 
 TRAIN_SEMANTICS = 4  # raise it when the same settings would train another model
@@ -76,6 +77,9 @@ class TrainSettings:
 # with it the difficulty of a class cannot matter. It keeps no average of the weights.
 PAPER = {"epochs": 20, "label_smoothing": 0.1, "lr": 3.5e-5, "head_lr": 3.5e-5, "router_lr": 3.5e-5, "ema": 0.0}
 
+# Keys of [train] that say how or where to work, or stand for others; the result is the same whatever they are.
+_NOT_SETTINGS = {"preset", "tensorboard"}
+
 
 def resolve_settings(config: TrainConfig, n_classes: int, spec: FeatureSpec | None = None) -> TrainSettings:
     """Fill in the preset's values.
@@ -89,7 +93,7 @@ def resolve_settings(config: TrainConfig, n_classes: int, spec: FeatureSpec | No
         InputError: ``alpha_min`` not below ``alpha_max`` with dynamic mixup; experts that need tokens, or the end of a
             backbone, where there is none.
     """
-    given = {k: v for k, v in config.model_dump().items() if v is not None and k != "preset"}
+    given = {k: v for k, v in config.model_dump().items() if v is not None and k not in _NOT_SETTINGS}
     has_end, has_tap = (spec is None or spec.expert_blocks > 0), (spec is None or spec.tap_dim > 0)
     if given["expert"] == "auto":
         given["expert"] = "end" if has_end else "adapter"
@@ -598,9 +602,13 @@ def train_mofe(
         StageError: the loss is not finite.
     """
     ranks = current()
+    if config.tensorboard:
+        require_tensorboard("train.tensorboard")
     settings = resolve_settings(config, data.n_classes, data.train.spec)
     identity = mixture_identity(data, settings, seed)
     if ranks.agree(mixture_is_fresh(folder, identity, data)):
+        if config.tensorboard and ranks.first:
+            scalars_of_metrics(folder)
         return False
     groups = ranks.agree(_groups(data, settings, seed))
 
@@ -617,7 +625,8 @@ def train_mofe(
         about = {"identity": identity, "settings": asdict(settings), "seed": seed}
         about |= {"best_epoch": runs["final"].best_epoch}
         history = [{"run": name, **asdict(record)} for name, run in runs.items() for record in run.history]
-        _finish(data, {name: run.mixture for name, run in runs.items()}, history, about, folder, progress)
+        mixtures = {name: run.mixture for name, run in runs.items()}
+        _finish(data, mixtures, history, about, folder, progress, config.tensorboard)
     return True
 
 
@@ -701,6 +710,7 @@ def _finish(
     about: Mapping[str, Any],
     folder: Path,
     progress: Progress | None,
+    tensorboard: bool = False,
 ) -> None:
     """The second half, wherever the experts were trained: refined features of the bank, refitted heads, all files.
 
@@ -711,6 +721,7 @@ def _finish(
         about: what ``mofe.json`` says of the training: ``identity``, ``settings``, ``seed``, ``best_epoch``.
         folder: where to.
         progress: counts images.
+        tensorboard: whether the history is written as scalars as well.
     """
     identity, final = about["identity"], mixtures["final"]
     groups: list[int] = final.group.tolist()
@@ -724,6 +735,8 @@ def _finish(
     }
     heads = _refit_heads(data, groups, bank, mixtures, progress)
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    with scalar_log(folder, tensorboard, history):
+        pass
     save_heads(folder, "heads", heads, identity)
     description = {
         **about,

@@ -341,6 +341,14 @@ def test_finetune_in_verbs(home, caches, tmp_path):
     assert "finetune seed 0: done" in done("finetune", *study).out
 
 
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_event_files_that_cannot_be_written_are_refused_before_the_first_stage(home, tmp_path, monkeypatch, stage):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # what Python does without the package
+    asked = settings(f"{stage}.tensorboard=true", f"work={tmp_path / 'new'}")
+    assert refused("run", home / "finetune.toml", *asked).startswith(f"{stage}.tensorboard: needs the package")
+    assert not (tmp_path / "new").exists()
+
+
 def test_experts_trained_together_with_the_backbone_are_a_variant(home, caches, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(home / "work", work)
