@@ -1,6 +1,7 @@
 """FeatureCache: a sealed cache, to read from; and where caches stand under their root."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class FeatureCache:
         self._datasets = manifest.spec.datasets()
         self._readers: dict[int, ShardReader] = {}  # they remember where datasets lie, mapped or not
         self._mapped: dict[int, dict[str, npt.NDArray[Any]]] = {}  # longest mapped first
+        self._mapping = threading.Lock()  # several threads may read
 
     @classmethod
     def open(cls, path: str | Path, expected: FeatureSpec | None = None) -> Self:
@@ -298,16 +300,17 @@ class FeatureCache:
         return numbers.astype(np.int64)
 
     def _array(self, index: int, name: str) -> npt.NDArray[Any]:
-        arrays = self._mapped.get(index)
-        if arrays is None:
-            if len(self._mapped) >= _MAPPED:
-                longest = next(iter(self._mapped))
-                del self._mapped[longest]
-                self._readers[longest].close()
-            arrays = self._mapped[index] = {}
-        if name not in arrays:
-            arrays[name] = self._map(index, name)
-        return arrays[name]
+        with self._mapping:
+            arrays = self._mapped.get(index)
+            if arrays is None:
+                if len(self._mapped) >= _MAPPED:
+                    longest = next(iter(self._mapped))
+                    del self._mapped[longest]
+                    self._readers[longest].close()
+                arrays = self._mapped[index] = {}
+            if name not in arrays:
+                arrays[name] = self._map(index, name)
+            return arrays[name]
 
     def _map(self, index: int, name: str) -> npt.NDArray[Any]:
         shard, (shape, dtype) = self.manifest.shards[index], self._datasets[name]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cache.files import write_file
@@ -56,3 +56,27 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
         return load_file(path)
     except (OSError, SafetensorError, TypeError):  # TypeError: of a type that numpy does not have
         return None
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
+    """Named arrays of a file, memory-mapped and read-only: rows are read when they are looked at.
+
+    Returns:
+        None where there is no such file, it is damaged, or it holds other than float32 and int64.
+    """
+    try:
+        with safe_open(path, "numpy") as file:  # checks that the header fits the file
+            names = list(file.keys())
+        content = np.memmap(path, np.uint8, "r")
+        begin = 8 + int(content[:8].view("<u8")[0])
+        header = json.loads(content[8:begin].tobytes())
+        return {name: _mapped(content[begin:], **header[name]) for name in names}
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+_MAPPED_TYPES = {"F32": "<f4", "I64": "<i8"}
+
+
+def _mapped(content: NDArray[np.uint8], dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
+    return content[slice(*data_offsets)].view(_MAPPED_TYPES[dtype]).reshape(shape)

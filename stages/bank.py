@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache.fingerprint import canonical_json, pieces_sha256
-from stages.errors import InputError
+from stages.errors import InputError, NotFiniteError
+from stages.lazy import LazyArray, Rows2D
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
@@ -60,7 +61,7 @@ class FeatureBank:
     """Nearest neighbours by cosine among ID features; the distance is √(2 − 2·cos), that of the unit vectors.
 
     Args:
-        features: [n, D], any float type; normalised here. May be memory-mapped, and larger than memory.
+        features: [n, D], any float type; normalised here. May be memory-mapped or lazy, and larger than memory.
         device: ``"auto"`` takes a GPU where faiss sees one, ``"cpu"`` never.
         index: ``"flat"`` is exact; ``"ivf"`` and ``"hnsw"`` may miss neighbours, see `recall`.
         held_bytes: largest size of the unit vectors that are kept in memory.
@@ -76,12 +77,12 @@ class FeatureBank:
 
     def __init__(
         self,
-        features: ArrayLike,
+        features: ArrayLike | LazyArray,
         device: Literal["auto", "cpu"] = "auto",
         index: IndexKind = "flat",
         held_bytes: int = _HELD_BYTES,
     ) -> None:
-        self._features = checked_features(features, "bank")
+        self._features = _checked_bank(features)
         if not self._features.size:
             raise InputError(f"a bank of shape {self._features.shape} has no features to compare with")
         self._device = device
@@ -105,15 +106,17 @@ class FeatureBank:
     def digest(self) -> str:
         """SHA-256 over the features and what is searched with: equal banks give equal distances."""
         about = [self.index, self._features.dtype.str, self._features.shape, _PROBES, _LINKS, _BREADTH]
-        blocks = (np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for _, block in self._blocks())
+        blocks = (
+            np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for _, block in _blocks_of(self._features)
+        )
         return pieces_sha256(piece for part in ([canonical_json(about)], blocks) for piece in part)
 
     @cached_property
     def _unit(self) -> NDArray[np.float32]:
-        return l2_normalise(self._features)
-
-    def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        return ((start, self._features[start : start + _BANK_BLOCK]) for start in range(0, len(self), _BANK_BLOCK))
+        unit = np.empty(self._features.shape, dtype=np.float32)
+        for start, block in _blocks_of(self._features):
+            unit[start : start + len(block)] = l2_normalise(block)
+        return unit
 
     @cached_property
     def _built(self) -> Any:
@@ -196,7 +199,7 @@ class FeatureBank:
                 distances[block], rows[block] = self._measured(unit[block], cosine, rows[block])
             return distances, rows
         heaps = [faiss.ResultHeap(len(unit[block]), k, keep_max=True) for block in blocks]
-        for start, features in self._blocks():
+        for start, features in _blocks_of(self._features):
             some = l2_normalise(features)
             for block, heap in zip(blocks, heaps, strict=True):
                 cosine, found = _nearest(unit[block], min(k, len(some)), some)
@@ -250,15 +253,35 @@ def _one_thread() -> Iterator[None]:
 
 
 def checked_features(features: ArrayLike, which: str) -> NDArray[np.floating]:
-    """``features`` as a float array [n, D], or an `InputError` that says what is wrong with the ``which`` rows."""
+    """``features`` as a float array [n, D].
+
+    Raises:
+        InputError: says what is wrong with the ``which`` rows.
+    """
     array = np.asarray(features)  # of a memory-mapped array, the same bytes
     if array.ndim != 2:
         raise InputError(f"{which} features have shape {array.shape}; rows and columns expected")
     if not np.issubdtype(array.dtype, np.floating):
         array = array.astype(np.float32)
-    blocks = (array[start : start + _BANK_BLOCK] for start in range(0, len(array), _BANK_BLOCK))
-    finite = [np.isfinite(block).all(axis=1) for block in blocks]
+    _check_finite(array, which)
+    return array
+
+
+def _checked_bank(features: ArrayLike | LazyArray) -> Rows2D:
+    if not isinstance(features, LazyArray):
+        return checked_features(features, "bank")
+    _check_finite(features, "bank")
+    return features
+
+
+def _check_finite(features: Rows2D, which: str) -> None:
+    finite = [np.isfinite(block).all(axis=1) for _, block in _blocks_of(features)]
     bad = np.flatnonzero(~np.concatenate(finite)) if finite else np.empty(0)
     if bad.size:
-        raise InputError(f"{bad.size} of {len(array)} {which} features hold NaN or inf, row {bad[0]} first")
-    return array
+        raise NotFiniteError(f"{bad.size} of {len(features)} {which} features hold NaN or inf, row {bad[0]} first")
+
+
+def _blocks_of(features: Rows2D) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """First row and rows of each block."""
+    starts = range(0, len(features), _BANK_BLOCK)
+    return ((start, np.asarray(features[start : start + _BANK_BLOCK])) for start in starts)

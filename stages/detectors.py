@@ -11,16 +11,16 @@ With top-2 routing a row has a twin, the same row through the router's second ch
 experts' scores, weighted by the gate; what the detector learnt from routed rows stays what it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.config import ScoreConfig
-from stages.errors import InputError
+from stages.errors import InputError, NotFiniteError
+from stages.lazy import LazyArray, ReadOnce, Rows2D
 from stages.neighbours import NeighbourStore
 from stages.scorers import (
     ClassifierHead,
@@ -36,18 +36,19 @@ from stages.scorers import (
     sum_scores,
 )
 from stages.scorers import Fold as KFold
-from stages.scorers.base import LazyRows
+from stages.scorers.base import LazyRows, check_finite
 
 Floats = NDArray[np.float32]
 Head = ClassifierHead | tuple[ClassifierHead, ...]
 NO_HEAD = "none"
 _TRAINED = "trained"  # the heads that have "other"
 _WEIGHTS = "the weights of a linear head"
+_BLOCK = 1 << 15  # rows that are read at once, and that every score sees before the next are read
 
 
 @dataclass(frozen=True, eq=False)
 class SetRows:
-    """Rows of a set as one choice of features sees them.
+    """Rows of a set as one choice of features sees them; features and logits may be more than memory holds.
 
     Attributes:
         features: ``[n, D]``.
@@ -63,9 +64,9 @@ class SetRows:
         heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
     """
 
-    features: Floats
+    features: Rows2D | ReadOnce
     labels: NDArray[np.int32]
-    logits: dict[str, Floats] = field(default_factory=dict)
+    logits: Mapping[str, Rows2D | ReadOnce] = field(default_factory=dict)
     expert: NDArray[np.int64] | None = None
     confidence: Floats | None = None
     others: Floats | None = None
@@ -88,6 +89,30 @@ class SetRows:
             self.patches,
             self.heads.get(head),
         )
+
+    def blocks(self) -> Iterator[tuple[slice, "SetRows"]]:
+        """All rows in order, some at a time, each block read once for all who look at it; and which rows they are."""
+        for start in range(0, len(self), _BLOCK):
+            some = slice(start, start + _BLOCK)
+            small = {
+                name: None if (values := getattr(self, name)) is None else values[some]
+                for name in ("expert", "confidence", "others", "other", "patches")
+            }
+            logits = {head: _read_once(values, some) for head, values in self.logits.items()}
+            yield some, SetRows(_read_once(self.features, some), self.labels[some], logits, **small, heads=self.heads)
+
+    def predictions(self) -> dict[str, NDArray[np.int32]]:
+        """``[n]`` the most probable class by each head."""
+        found = {head: np.empty(len(self), dtype=np.int32) for head in self.logits}
+        for some, block in self.blocks():
+            for head, logits in block.logits.items():
+                found[head][some] = np.asarray(logits).argmax(axis=1)
+        return found
+
+
+def _read_once(values: Rows2D | ReadOnce, some: slice) -> Rows2D | ReadOnce:
+    rows = values[some]
+    return ReadOnce(rows) if isinstance(rows, LazyArray) else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,19 +175,14 @@ class Subject:
 class Part:
     """A scorer fitted for the final model, and the raw scores of all calibration rows by their folds' models.
 
-    `second`: of the same rows through the router's second choice, where top-2 rows are asked.
+    `head` is whose logits it reads, ``"none"`` where it reads none. `second` are the scores of the same rows through
+    the router's second choice, where top-2 rows are asked.
     """
 
     scorer: Scorer
+    head: str
     calibration: Floats
     second: Floats | None = None
-    _scores: WeakKeyDictionary[SetRows, Floats] = field(default_factory=WeakKeyDictionary, repr=False)
-
-    def score(self, rows: SetRows, head: str) -> Floats:
-        """Raw scores of rows, ``[n]``, computed once however many detectors the part is in."""
-        if rows not in self._scores:
-            self._scores[rows] = self.scorer.score(rows.inputs(head))
-        return self._scores[rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +228,7 @@ class Detector:
 
     def score_rows(self, rows: SetRows) -> Floats:
         """Score of each row, ``[n]``; higher = more OOD."""
-        return self.combine([part.score(rows, self.head) for part in self.parts], rows.expert)
+        return score_together([self], rows)[0]
 
     @property
     def calibration_scores(self) -> Floats:
@@ -224,6 +244,29 @@ class Detector:
         second = self.combine(raw, np.concatenate([_known(rows.expert) for rows in twins]))
         share = np.concatenate([gate_share(run.calibrate, rows) for run, rows in zip(runs, twins, strict=True)])
         return gate_weighted(self.calibration_scores, second, share)
+
+
+def score_together(detectors: Sequence[Detector], rows: SetRows) -> list[Floats]:
+    """Scores of rows by several detectors, ``[n]`` each; higher = more OOD.
+
+    Rows are read once, a block at a time, and a part is computed once however many detectors it is in.
+    """
+    parts = list(dict.fromkeys(part for detector in detectors for part in detector.parts))
+    raw = dict(zip(parts, _raw_scores([(part.scorer, part.head) for part in parts], rows), strict=True))
+    return [detector.combine([raw[part] for part in detector.parts], rows.expert) for detector in detectors]
+
+
+def _raw_scores(scorers: Sequence[tuple[Scorer, str]], rows: SetRows) -> list[Floats]:
+    """Scores of rows by fitted scorers with their heads, ``[n]`` each."""
+    found = [np.empty(len(rows), dtype=np.float32) for _ in scorers]
+    for some, block in rows.blocks():
+        for (scorer, head), scores in zip(scorers, found, strict=True):
+            try:
+                scores[some] = scorer.score(block.inputs(head))
+            except NotFiniteError as error:
+                check_finite(rows.inputs(head), "scored", error)
+                raise
+    return found
 
 
 class DetectorFactory:
@@ -256,10 +299,11 @@ class DetectorFactory:
 
     def detectors(self) -> list[Detector]:
         """Every score for every head that it applies to; with experts, raw and calibrated."""
+        asked = [(head, score) for score in self.config.scores for head in self.heads_of(score)]
+        self._fit(key for head, score in asked for key in _parts_of(head, score))
         return [
             self.detector(head, score, calibrated)
-            for score in self.config.scores
-            for head in self.heads_of(score)
+            for head, score in asked
             for calibrated in ((False, True) if self.subject.n_experts > 1 and not _reads_others(score) else (False,))
         ]
 
@@ -301,7 +345,9 @@ class DetectorFactory:
 
     def detector(self, head: str, score: str, calibrated: bool = False) -> Detector:
         """One fitted detector."""
-        parts = tuple(self._part(head if reads_head(name) else NO_HEAD, name) for name in score.split("+"))
+        keys = _parts_of(head, score)
+        self._fit(keys)
+        parts = tuple(self._parts[key] for key in keys)
         experts: tuple[ExpertCalibration, ...] = ()
         if calibrated:
             experts = tuple(
@@ -319,19 +365,25 @@ class DetectorFactory:
             scales.append(Standardiser.fit(scores))
         return Detector(self.subject, head, score, calibrated, parts, experts, tuple(scales))
 
-    def _part(self, head: str, name: str) -> Part:
-        if (head, name) not in self._parts:
-            subject = self.subject
-            scorers = [self._scorer(name).fit(run.bank.inputs(head), run.select.inputs(head)) for run in subject.runs]
-            judged = list(zip(scorers, subject.runs, strict=True))
-            calibration = [scorer.score(run.calibrate.inputs(head)) for scorer, run in judged]
-            second = [scorer.score(run.second.inputs(head)) for scorer, run in judged if run.second is not None]
-            final = scorers[0]
-            if len(scorers) > 1:
-                final = self._scorer(name).fit(subject.bank.inputs(head), subject.select(head))
-            twice = np.concatenate(second) if second else None
-            self._parts[head, name] = Part(final, np.concatenate(calibration), twice)
-        return self._parts[head, name]
+    def _fit(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Fit what is not fitted yet of (head, score); rows to calibrate on are read once for all of it."""
+        new = [key for key in dict.fromkeys(keys) if key not in self._parts]
+        subject = self.subject
+        calibration: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
+        second: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
+        scorers: list[Scorer] = []
+        for run in subject.runs:
+            scorers = [self._scorer(name).fit(run.bank.inputs(head), run.select.inputs(head)) for head, name in new]
+            pairs = [(scorer, head) for scorer, (head, _) in zip(scorers, new, strict=True)]
+            for kept, rows in ((calibration, run.calibrate), (second, run.second)):
+                if rows is not None:
+                    for key, scores in zip(new, _raw_scores(pairs, rows), strict=True):
+                        kept[key].append(scores)
+        if len(subject.runs) > 1:
+            scorers = [self._scorer(name).fit(subject.bank.inputs(head), subject.select(head)) for head, name in new]
+        for key, scorer in zip(new, scorers, strict=True):
+            twice = np.concatenate(second[key]) if second[key] else None
+            self._parts[key] = Part(scorer, key[0], np.concatenate(calibration[key]), twice)
 
     def _scorer(self, name: str) -> Scorer:
         given = self.config.params.get(name, {})
@@ -342,6 +394,11 @@ class DetectorFactory:
         if isinstance(scorer, KNNScorer):
             scorer.neighbours = self._neighbours
         return scorer
+
+
+def _parts_of(head: str, score: str) -> list[tuple[str, str]]:
+    """(head, score) of each summand."""
+    return [(head if reads_head(name) else NO_HEAD, name) for name in score.split("+")]
 
 
 def needs_of(score: str) -> frozenset[str]:

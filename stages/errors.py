@@ -2,6 +2,7 @@
 
 StageError                 a stage failed (exit status 1)
 ├── InputError             what the user gave is wrong (exit status 2)
+│   ├── NotFiniteError     rows hold NaN or inf
 │   └── stages.images.ImageError   one image cannot be used; listed, never raised to the user
 └── PeerLostError          another of several processes has ended, and says why
 """
@@ -13,6 +14,10 @@ class StageError(Exception):
 
 class InputError(StageError):
     """What the user gave cannot be used; the message says what, where and what to do."""
+
+
+class NotFiniteError(InputError):
+    """Some of the rows hold NaN or inf."""
 
 
 class PeerLostError(StageError):

@@ -98,9 +98,9 @@ class Predictor:
         else:
             rows = self._frozen.rows(cache, labels)
         scores = self.detector.score_rows(rows)
-        predicted = rows.logits[self.detector.head].argmax(1)
+        predicted = rows.predictions()[self.detector.head]
         experts = [None] * len(rows) if rows.expert is None else rows.expert.tolist()
-        nearest = self._nearest(rows.features, experts)
+        nearest = self._nearest(np.asarray(rows.features), experts)
         admits = self.threshold
         return [
             Prediction(

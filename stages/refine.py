@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import FeatureCache
-from stages.artifacts import read_json, read_tensors, write_described
+from stages.artifacts import map_tensors, read_json, write_described
 from stages.backbone import Tokens
 from stages.dataset import read_tokens
 from stages.experts import MixtureOfFeatureExperts
@@ -127,10 +127,14 @@ def save_refined(path: Path, refined: Refined, identity: Mapping[str, str]) -> N
 
 
 def load_refined(path: Path, identity: Mapping[str, str]) -> Refined | None:
-    """Read a set's refined features; None where there are none of this identity."""
+    """A set's refined features; None where there are none of this identity.
+
+    Features and logits are memory-mapped: rows of them are read when they are looked at.
+    """
     if read_json(path.with_suffix(".json")) != identity:
         return None
-    stored = read_tensors(path)
+    stored = map_tensors(path)
     if stored is None or stored.keys() != {field.name for field in fields(Refined)}:  # damaged, or an older version's
         return None
-    return Refined(**stored)
+    mapped = ("features", "logits")
+    return Refined(**{name: array if name in mapped else np.array(array) for name, array in stored.items()})

@@ -5,8 +5,9 @@ another k, temperature or score costs a search and some arithmetic.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from stages.detectors import (
     gate_share,
     gate_weighted,
     needs_of,
+    score_together,
 )
 from stages.errors import InputError
 from stages.neighbours import NeighbourStore
@@ -40,6 +42,9 @@ from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
 
 SCORE_SEMANTICS = 3  # raise it when the same caches, models and settings would give another table
 ADMIT = (0.95, 0.99)
+Scores = dict[str, NDArray[np.float32]]  # of each set
+Predictions = dict[str, dict[str, NDArray[np.int32]]]  # class of each row, by set and head
+_SAMPLES = 1 << 16  # rows that are written at once
 _TAKEN = {"id", "average"}  # names that the table uses itself
 
 
@@ -85,29 +90,31 @@ def score(
             subject = made.factory.subject
             detectors = made.factory.detectors()
             progress.start(len(detectors), "detector", f"score {'-'.join(_slug(subject.key))}")
-            scored: dict[str, list[tuple[Detector, dict[str, NDArray[np.float32]]]]] = {}
-            for detector in detectors:
-                for routing, scores in made.scores(detector).items():
+            scored: dict[str, list[tuple[Detector, Scores]]] = {}
+            for detector, routes in zip(detectors, made.scores(detectors), strict=True):
+                for routing, scores in routes.items():
                     name = _columns(detector, routing, config)
                     rows += evaluator.rows(name, scores["id"], {ood: scores[ood] for ood, _ in oods})
                     scored.setdefault(routing, []).append((detector, scores))
                     thresholds += _thresholds(detector, name)
                 progress.advance()
             progress.close()
+            predicted = {routing: made.predictions(routing) for routing in made.routings}
             id_record["accuracy"] += [
                 asdict(subject.key) | {"head": head, "accuracy": accuracy, "n": len(made.sets["id"])}
-                for head, accuracy in _accuracy(made.sets["id"]).items()
+                for head, accuracy in _accuracy(made, predicted[made.routings[0]]).items()
             ]
             if any("k" in part.scorer.follows for detector in detectors for part in detector.parts):
                 id_record["k"].append(asdict(subject.key) | made.factory.k_record | {"k": made.factory.k})
             if subject.n_experts:
-                id_record["router"].append(_router_record(made))
+                id_record["router"].append(_router_record(made, predicted))
             for lacking, what, head in made.factory.left_out():
                 if subject.n_experts or not source.mixtures or not needs_of(lacking) & {"others", "other"}:
                     where = f"head {head} of {_words(subject)}" if head else _words(subject)
                     left_out.setdefault((lacking, what), []).append(where)
             for routing, results in scored.items():
-                written |= _write_samples(folder / "samples", subject, routing, results, made.shown(routing), source)
+                shown = _Shown(made.routed(routing), predicted.get(routing, predicted[made.routings[0]]))
+                written |= _write_samples(folder / "samples", subject, routing, results, shown, source)
     id_record["overlap_with_id_train"] = overlap = _overlap(sources[0])
     summary = summarise(rows)
     table = [row for row, _ in rows]
@@ -123,6 +130,14 @@ def score(
     for (lacking, what), places in left_out.items():
         notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
     return ScoreResult(table, summary, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What the samples say of each set beside its scores: rows as they were routed, and classes by each head."""
+
+    sets: Mapping[str, SetRows]
+    predictions: Predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,38 +158,61 @@ class _Made:
     second: dict[str, SetRows] | None = None
     mixture: RefinedFeatures | None = None
 
-    def scores(self, detector: Detector) -> dict[str, dict[str, NDArray[np.float32]]]:
-        """Scores of each set by each routing that the detector depends on."""
-        own = {name: detector.score_rows(rows) for name, rows in self.sets.items()}
-        if not detector.is_routed:
-            return {"none": own}
-        routes = {"predicted": own}
-        if self.second is not None:
-            routes["top2"] = {
-                name: gate_weighted(own[name], detector.score_rows(twins), gate_share(self.sets[name], twins))
-                for name, twins in self.second.items()
-            }
-        if self.oracle is not None:
-            routes["oracle"] = own | {"id": detector.score_rows(self.oracle)}
-        return routes
+    @property
+    def routings(self) -> tuple[str, ...]:
+        """Ways to send rows to experts, what the router does first; ``none`` without experts."""
+        if self.mixture is None:
+            return ("none",)
+        return ("predicted", *(["top2"] if self.second is not None else []), "oracle")
 
-    def shown(self, routing: str) -> dict[str, SetRows]:
-        """Rows of each set as a routing has them."""
-        if routing == "oracle" and self.oracle is not None:
-            return self.sets | {"id": self.oracle}
+    def scores(self, detectors: Sequence[Detector]) -> list[dict[str, Scores]]:
+        """Of each detector: scores of each set by each routing that it depends on."""
+        routed = [detector for detector in detectors if detector.is_routed]
+        plain = _scores(detectors, self.sets)
+        second = dict(zip(routed, _scores(routed, self.second or {}), strict=True))
+        oracle = dict(zip(routed, _scores(routed, {} if self.oracle is None else {"id": self.oracle}), strict=True))
+        found: list[dict[str, Scores]] = []
+        for detector, own in zip(detectors, plain, strict=True):
+            if not detector.is_routed:
+                found.append({"none": own})
+                continue
+            routes = {"predicted": own}
+            if self.second is not None:
+                routes["top2"] = {
+                    name: gate_weighted(own[name], second[detector][name], gate_share(self.sets[name], twins))
+                    for name, twins in self.second.items()
+                }
+            if self.oracle is not None:
+                routes["oracle"] = own | oracle[detector]
+            found.append(routes)
+        return found
+
+    def routed(self, routing: str) -> dict[str, SetRows]:
+        """Rows of each set as a routing sends them; top-2's as the first choice has them."""
+        return self.sets | {"id": self.oracle} if routing == "oracle" and self.oracle is not None else self.sets
+
+    def predictions(self, routing: str) -> dict[str, dict[str, NDArray[np.int32]]]:
+        """``[n]`` class of each row of each set, by each head."""
         if routing == "top2" and self.second is not None:
-            return {name: _top2_rows(rows, self.second[name]) for name, rows in self.sets.items()}
-        return self.sets
+            return {name: _top2_predictions(rows, self.second[name]) for name, rows in self.sets.items()}
+        return {name: rows.predictions() for name, rows in self.routed(routing).items()}
 
 
-def _top2_rows(rows: SetRows, twins: SetRows) -> SetRows:
-    """Rows of the first choice with what two experts make of the classes: the gate-weighted mean of their softmaxes."""
-    share = gate_share(rows, twins)
-    probability = {
-        head: gate_weighted(softmax(logits, axis=1), softmax(twins.logits[head], axis=1), share[:, None])
-        for head, logits in rows.logits.items()
-    }
-    return replace(rows, logits=probability)
+def _scores(detectors: Sequence[Detector], sets: Mapping[str, SetRows]) -> list[Scores]:
+    """Of each detector: scores of each set, which is read once for all of them."""
+    by_set = {name: score_together(detectors, rows) for name, rows in sets.items()}
+    return [{name: scores[index] for name, scores in by_set.items()} for index in range(len(detectors))]
+
+
+def _top2_predictions(rows: SetRows, twins: SetRows) -> dict[str, NDArray[np.int32]]:
+    """``[n]`` class by each head, of what two experts make of the rows: the gate-weighted mean of their softmaxes."""
+    found = {head: np.empty(len(rows), dtype=np.int32) for head in rows.logits}
+    for (some, first), (_, second) in zip(rows.blocks(), twins.blocks(), strict=True):
+        share = gate_share(first, second)[:, None]
+        for head, logits in first.logits.items():
+            one, other = (softmax(np.asarray(values), axis=1) for values in (logits, second.logits[head]))
+            found[head][some] = gate_weighted(one, other, share).argmax(axis=1)
+    return found
 
 
 def _subjects(
@@ -239,11 +277,12 @@ def _thresholds(detector: Detector, name: dict[str, Any]) -> list[dict[str, Any]
     return [name | asdict(threshold_at(scores, admit)) for admit in ADMIT]
 
 
-def _accuracy(rows: SetRows) -> dict[str, float]:
-    return {head: float(np.mean(logits.argmax(1) == rows.labels)) for head, logits in rows.logits.items()}
+def _accuracy(made: _Made, predicted: Predictions) -> dict[str, float]:
+    labels = made.sets["id"].labels
+    return {head: float(np.mean(classes == labels)) for head, classes in predicted["id"].items()}
 
 
-def _router_record(made: _Made) -> dict[str, Any]:
+def _router_record(made: _Made, predicted: Mapping[str, Predictions]) -> dict[str, Any]:
     """Accuracy and load of the router, and ID accuracy by routing: what a wrong route costs."""
     subject, test, mixture = made.factory.subject, made.sets["id"], made.mixture
     assert mixture is not None
@@ -252,14 +291,13 @@ def _router_record(made: _Made) -> dict[str, Any]:
         for name, rows in made.sets.items()
         if rows.expert is not None
     }
-    routings = ["predicted", *(["top2"] if made.second else []), "oracle"]
     return (
         asdict(subject.key)
         | mixture.about
         | {
             "experts": subject.n_experts,
             "accuracy": float(np.mean(test.expert == mixture.group[test.labels])),
-            "id_accuracy": {routing: _accuracy(made.shown(routing)["id"]) for routing in routings},
+            "id_accuracy": {routing: _accuracy(made, classes) for routing, classes in predicted.items()},
             "load": loads,
         }
     )
@@ -280,8 +318,8 @@ def _write_samples(
     folder: Path,
     subject: Subject,
     routing: str,
-    results: list[tuple[Detector, dict[str, NDArray[np.float32]]]],
-    sets: dict[str, SetRows],
+    results: list[tuple[Detector, Scores]],
+    shown: _Shown,
     source: BackboneSource,
 ) -> set[Path]:
     """A Parquet file per head: a row per image, a float32 column per score. Returns their paths."""
@@ -289,27 +327,44 @@ def _write_samples(
     names = np.asarray([*source.data.class_names, ""])
     written = set()
     for head in dict.fromkeys(detector.head for detector, _ in results):
-        own = [(detector, scores) for detector, scores in results if detector.head in (head, NO_HEAD)]
-        columns: dict[str, Any] = {"set": [], "id": [], "label": [], "prediction": [], "expert": [], "confidence": []}
-        for test in source.tests:
-            rows = sets[_key(test)]
-            predicted = rows.logits[head].argmax(1) if head in rows.logits else np.full(len(rows), -1)
-            columns["set"] += [test.name] * len(rows)
-            columns["id"] += test.cache.ids.tolist()
-            columns["label"] += names[rows.labels].tolist()
-            columns["prediction"] += names[predicted].tolist()
-            columns["expert"] += [None] * len(rows) if rows.expert is None else rows.expert.tolist()
-            columns["confidence"] += [None] * len(rows) if rows.confidence is None else rows.confidence.tolist()
-        for detector, scores in own:
-            column = detector.score + (" (calibrated)" if detector.calibrated else "")
-            columns[column] = pa.array(np.concatenate([scores[_key(test)] for test in source.tests]), pa.float32())
+        own = {
+            detector.score + (" (calibrated)" if detector.calibrated else ""): scores
+            for detector, scores in results
+            if detector.head in (head, NO_HEAD)
+        }
         backbone, features, variant, seed = _slug(subject.key)
         path = folder / f"{backbone}-{features}-{head}-{variant}-{seed}-{routing}.parquet"
         temporary = path.with_suffix(".tmp")
-        pq.write_table(pa.table(columns), temporary)
+        with ExitStack() as stack:
+            writer: pq.ParquetWriter | None = None
+            for test in source.tests:
+                for table in _sample_tables(test, shown, head, own, names):
+                    writer = writer or stack.enter_context(pq.ParquetWriter(temporary, table.schema))
+                    writer.write_table(table)
         temporary.replace(path)
         written.add(path)
     return written
+
+
+def _sample_tables(
+    test: TestSet, shown: _Shown, head: str, scores: Mapping[str, Scores], names: NDArray[np.str_]
+) -> Iterator[pa.Table]:
+    """Rows of a set for `_write_samples`, some at a time: text takes more memory than what it stands for."""
+    rows, unknown = shown.sets[_key(test)], np.full(len(shown.sets[_key(test)]), -1)
+    predicted = shown.predictions[_key(test)].get(head, unknown)
+    for start in range(0, len(rows), _SAMPLES):
+        some = slice(start, start + _SAMPLES)
+        n = len(rows.labels[some])
+        columns: dict[str, Any] = {
+            "set": pa.array([test.name] * n),
+            "id": pa.array(test.cache.ids[some].tolist()),
+            "label": pa.array(names[rows.labels[some]].tolist()),
+            "prediction": pa.array(names[predicted[some]].tolist()),
+            "expert": pa.nulls(n) if rows.expert is None else pa.array(rows.expert[some]),
+            "confidence": pa.nulls(n) if rows.confidence is None else pa.array(np.float64(rows.confidence[some])),
+        }
+        columns |= {name: pa.array(own[_key(test)][some], pa.float32()) for name, own in scores.items()}
+        yield pa.table(columns)
 
 
 def _words(subject: Subject) -> str:

@@ -21,6 +21,7 @@ from stages.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads
 from stages.heads import FittedHeads, LinearHead, load_heads
+from stages.lazy import Floats, LazyArray, RowNumbers
 from stages.progress import Progress
 from stages.refine import REFINE_BATCH, Refined, load_refined, refine, refined_path, save_refined
 from stages.split import Rows
@@ -141,7 +142,8 @@ class FrozenFeatures:
         return self._rows(self._cached(cache), labels, None)
 
     def _rows(self, cached: "_CachedRows", labels: Labels, fold: int | None) -> SetRows:
-        logits = {name: _pick(fitted, fold).logits(cached.features) for name, fitted in self._heads.items()}
+        heads = {name: _pick(fitted, fold) for name, fitted in self._heads.items()}
+        logits = {name: cached.features.then(head.logits, len(head.bias)) for name, head in heads.items()}
         return SetRows(cached.features, labels, logits | cached.given, patches=cached.patches)
 
     def _bank(self, train: "_CachedRows", rows: Rows, fold: int | None) -> SetRows:
@@ -161,20 +163,28 @@ class FrozenFeatures:
 
 @dataclass(frozen=True, eq=False)
 class _CachedRows:
-    """``cls`` of some rows, the logits that came with it, if any did, by the name of their head, float32; patches."""
+    """``cls`` of some rows, the logits that came with it, if any did, by the name of their head; patches."""
 
-    features: NDArray[np.float32]
-    given: dict[str, NDArray[np.float32]]
+    features: LazyArray
+    given: dict[str, LazyArray]
     patches: PatchTokens | None
 
     @classmethod
     def of(cls, cache: FeatureCache, patches: PatchTokens | None) -> "_CachedRows":
-        features = np.asarray(cache.read("cls"), dtype=np.float32)
-        return cls(features, {_GIVEN_HEAD: cache.read("logits")} if cache.spec.n_logits else {}, patches)
+        n_logits = cache.spec.n_logits
+        given = {_GIVEN_HEAD: _cached(cache, "logits", n_logits)} if n_logits else {}
+        return cls(_cached(cache, "cls", cache.spec.cls_dim), given, patches)
 
     def __getitem__(self, rows: Rows) -> "_CachedRows":
         given = {name: logits[rows] for name, logits in self.given.items()}
         return _CachedRows(self.features[rows], given, None if self.patches is None else self.patches[rows])
+
+
+def _cached(cache: FeatureCache, name: str, dim: int) -> LazyArray:
+    def read(rows: RowNumbers) -> Floats:
+        return np.asarray(cache.read(name, rows), dtype=np.float32)
+
+    return LazyArray(read, cache.n_rows, dim)
 
 
 class RefinedFeatures:
@@ -220,8 +230,8 @@ class RefinedFeatures:
             runs.append(
                 Run(
                     self._bank_rows(name, bank, fold.train, index),
-                    self._rows(held[fold.select], data.held_out_labels[fold.select], index),
-                    self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+                    self._rows(held, data.held_out_labels, index, fold.select),
+                    self._rows(held, data.held_out_labels, index, fold.calibrate),
                     self._second_of_fold(name, index, held) if top2 else None,
                 )
             )
@@ -249,7 +259,7 @@ class RefinedFeatures:
     def _second_of_fold(self, run: str, fold: int, held: Refined) -> SetRows:
         data = self.source.data
         rows = data.split.folds[fold].calibrate
-        refined = self.refined(run, "top2-calibrate", data.held_out, held[rows].runner_up, rows)
+        refined = self.refined(run, "top2-calibrate", data.held_out, held.runner_up[rows], rows)
         return self._second_rows(refined, data.held_out_labels[rows], fold)
 
     def _second_rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
@@ -257,7 +267,7 @@ class RefinedFeatures:
         return replace(self._rows(refined, labels, fold), confidence=gate)
 
     def bank(self, run: str) -> Refined:
-        """Refined id-train rows of one run, as training left them."""
+        """Refined id-train rows of one run, as training left them; features and logits stay in the file."""
         path = refined_path(self.folder.path, run, "id-train")
         refined = load_refined(path, self._identity_of(self.source.data.train))
         if refined is None:
@@ -272,12 +282,13 @@ class RefinedFeatures:
         expert: NDArray[np.int64] | None = None,
         rows: Rows | None = None,
     ) -> Refined:
-        """Refined rows of a set, computed where they are not kept yet."""
+        """Refined rows of a set, computed where they are not kept yet; features and logits stay in the file."""
         path = refined_path(self.folder.path, run, name)
         stored = load_refined(path, self._identity_of(cache))
         if stored is None:
-            stored = refine(self.mixture(run), cache, expert, self._progress, rows)
-            save_refined(path, stored, self._identity_of(cache))
+            save_refined(path, refine(self.mixture(run), cache, expert, self._progress, rows), self._identity_of(cache))
+            stored = load_refined(path, self._identity_of(cache))
+            assert stored is not None
         return stored
 
     def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:
@@ -297,27 +308,37 @@ class RefinedFeatures:
         return {"mixture": self.identity, "features": cache.identity}
 
     def _bank_rows(self, run: str, refined: Refined, rows: Rows, fold: int | None) -> SetRows:
-        own = refined[rows]
         heads: dict[str, Head] = {
             "trained": load_trained_heads(self._run_folder(run)),
             "refit": _pick(self._refit, fold).on_raw_features(),
             "refit-group": tuple(_pick(heads, fold).on_raw_features() for heads in self._group_heads),
         }
-        return SetRows(own.features, self.source.data.train_labels[rows], {}, own.expert, heads=heads)
+        features = LazyArray.of(refined.features, rows)
+        return SetRows(features, self.source.data.train_labels[rows], {}, refined.expert[rows], heads=heads)
 
-    def _rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
-        group_logits = np.full_like(refined.logits, -np.inf)
-        for expert, heads in enumerate(self._group_heads):
-            own = np.flatnonzero(refined.expert == expert)
-            group_logits[own] = _pick(heads, fold).logits(refined.features[own])
+    def _rows(self, refined: Refined, labels: Labels, fold: int | None, rows: Rows | None = None) -> SetRows:
+        """Rows, all by default, of a set with these labels."""
+        refit = _pick(self._refit, fold)
+        group_heads = [_pick(heads, fold) for heads in self._group_heads]
+
+        def group_logits(features: Floats, numbers: RowNumbers) -> Floats:
+            logits = np.full((len(features), len(refit.bias)), -np.inf, dtype=np.float32)
+            routed = refined.expert[numbers]
+            for expert, head in enumerate(group_heads):
+                own = np.flatnonzero(routed == expert)
+                logits[own] = head.logits(features[own])
+            return logits
+
+        features = LazyArray.of(refined.features, rows)
         logits = {
-            "trained": refined.logits,
-            "refit": _pick(self._refit, fold).logits(refined.features),
-            "refit-group": group_logits,
+            "trained": LazyArray.of(refined.logits, rows),
+            "refit": features.then(refit.logits, len(refit.bias)),
+            "refit-group": features.then_by_row(group_logits, len(refit.bias)),
         }
-        others = refined.others if refined.others.shape[1] else None
-        other = refined.other if self.n_experts > 1 else None
-        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others, other)
+        some = slice(None) if rows is None else rows
+        others = refined.others[some] if refined.others.shape[1] else None
+        other = refined.other[some] if self.n_experts > 1 else None
+        return SetRows(features, labels[some], logits, refined.expert[some], refined.confidence[some], others, other)
 
 
 def _pick(heads: FittedHeads, fold: int | None) -> LinearHead:

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import MappingProxyType
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from threadpoolctl import threadpool_limits
 
 from stages.config import StageConfig, nearest
-from stages.errors import InputError, StageError
+from stages.errors import InputError, NotFiniteError, StageError
+from stages.lazy import ReadOnce, Rows2D, one_after_another
 
 Floats = NDArray[np.float32]
 Temperature = Annotated[float, Field(gt=0)]
@@ -70,7 +71,7 @@ class LazyRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ScoreInputs:
-    """Rows to fit on or to score. What a score does not need may be left out; arrays may be memory-mapped.
+    """Rows to fit on or to score. What a score does not need may be left out; arrays may be memory-mapped or lazy.
 
     Attributes:
         features: [n, D], any float type.
@@ -87,8 +88,8 @@ class ScoreInputs:
         InputError: nothing given, numbers of rows that differ, or a head for each expert of rows that name none.
     """
 
-    features: NDArray[np.floating] | None = None
-    logits: NDArray[np.floating] | None = None
+    features: Rows2D | ReadOnce | None = None
+    logits: Rows2D | ReadOnce | None = None
     labels: NDArray[np.integer] | None = None
     expert: NDArray[np.integer] | None = None
     others: NDArray[np.floating] | None = None
@@ -125,7 +126,7 @@ class ScoreInputs:
         return getattr(self, name) is not None
 
     def need(self, name: str, who: str) -> NDArray[Any]:
-        """The array called ``name``; an `InputError` that says who needs it where it is absent.
+        """The array called ``name``, read; an `InputError` that says who needs it where it is absent.
 
         Logits that were not given are those of the head on the features.
         """
@@ -134,7 +135,20 @@ class ScoreInputs:
         if name == "logits" and self.logits is None:
             return self._logits_of_head()
         array: NDArray[Any] = getattr(self, name)
-        return array
+        return array if name == "patches" else np.asarray(array)
+
+    def need_unread(self, who: str) -> Rows2D | ReadOnce:
+        """The features, to be taken and read by blocks; an `InputError` that says who needs them where they are absent.
+
+        For fits, whose rows may be more than memory holds.
+        """
+        if self.features is None:
+            raise InputError(f"{who} needs features, which these rows do not have")
+        return self.features
+
+    def logits_unread(self) -> Rows2D | ReadOnce:
+        """The logits, to be taken and read by blocks; those of the head are computed, for it needs the features."""
+        return self._logits_of_head() if self.logits is None else self.logits
 
     def need_head(self, who: str) -> ClassifierHead:
         """The one head of these rows; an `InputError` that says who needs it where there is none, or one an expert."""
@@ -146,12 +160,13 @@ class ScoreInputs:
         assert self.head is not None
         assert self.features is not None
         if isinstance(self.head, ClassifierHead):
-            return self.head.logits(self.features)
+            return self.head.logits(np.asarray(self.features))
         assert self.expert is not None
+        features = np.asarray(self.features)
         logits = np.empty((len(self), len(self.head[0].bias)), dtype=np.float32)
         for expert in np.unique(self.expert):
             rows = np.flatnonzero(self.expert == expert)
-            logits[rows] = self.head[expert].logits(self.features[rows])
+            logits[rows] = self.head[expert].logits(features[rows])
         return logits
 
     def classes(self) -> NDArray[np.intp] | None:
@@ -195,7 +210,7 @@ def join(parts: Sequence[ScoreInputs]) -> ScoreInputs:
         return parts[0]
     names = [each.name for each in fields(ScoreInputs) if each.name not in ("head", "patches")]
     shared: dict[str, Any] = {
-        name: np.concatenate([part.need(name, "joining") for part in parts])
+        name: one_after_another([part.logits_unread() if name == "logits" else getattr(part, name) for part in parts])
         for name in names
         if all(part.has(name) for part in parts)
     }
@@ -301,13 +316,14 @@ class Scorer(ABC):
         if not len(train):
             raise InputError(f"{self.name} needs ID training rows, none given")
         experts = [None] if train.expert is None else np.unique(train.expert).tolist()
-        for expert in experts:
-            own = train.of_expert(expert, _rows_of(train, expert))
-            classes = own.classes()
-            held_out = None
-            if select is not None:
-                held_out = select.of_expert(expert, _rows_of(select, expert)).of_classes(classes)
-            self._learnt[expert] = _Learnt(classes, self.learn(own.of_classes(classes), held_out))
+        with _naming_rows("ID training", train), _naming_rows("held-out ID", select):
+            for expert in experts:
+                own = train.of_expert(expert, _rows_of(train, expert))
+                classes = own.classes()
+                held_out = None
+                if select is not None:
+                    held_out = select.of_expert(expert, _rows_of(select, expert)).of_classes(classes)
+                self._learnt[expert] = _Learnt(classes, self.learn(own.of_classes(classes), held_out))
         return self
 
     def score(self, x: ScoreInputs) -> Floats:
@@ -327,6 +343,7 @@ class Scorer(ABC):
             self._check_experts(x)
         scores = np.empty(len(x), dtype=np.float32)
         with ExitStack() as stack:
+            stack.enter_context(_naming_rows("scored", x))
             run: Callable[..., Iterable[None]] = map
             if self.side_by_side and len(x) > _BLOCK and (cores := len(os.sched_getaffinity(0))) > 1:
                 stack.enter_context(threadpool_limits(1))
@@ -360,6 +377,47 @@ class Scorer(ABC):
             )
         if x.expert is not None and (unknown := sorted(set(np.unique(x.expert).tolist()) - self._learnt.keys())):
             raise InputError(f"rows are routed to experts {unknown}, which have no training rows")
+
+
+@contextmanager
+def _naming_rows(which: str, x: ScoreInputs | None) -> Iterator[None]:
+    """Say of rows that hold NaN or inf how many they are of all, and which is the first: who found it saw a block."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if x is not None:
+            check_finite(x, which, error)
+        raise
+
+
+def check_finite(x: ScoreInputs, which: str, cause: Exception | None = None) -> None:
+    """Refuse features and logits that hold NaN or +inf, or logits of −inf alone.
+
+    Args:
+        x: all rows.
+        which: what they are, for the message.
+        cause: the error that made somebody look.
+
+    Raises:
+        NotFiniteError: with how many rows of all, and the first.
+    """
+    for name in ("features", "logits"):
+        if not x.has(name):
+            continue
+        blocks = (block.need(name, which) for block in x.blocks())
+        bad = np.flatnonzero(np.concatenate([~_is_finite(values, name) for values in blocks]))
+        if bad.size:
+            raise NotFiniteError(
+                f"{bad.size} of {len(x)} {which} {name} hold NaN or inf, row {bad[0]} first"
+            ) from cause
+
+
+def _is_finite(values: NDArray[np.floating], name: str) -> NDArray[np.bool_]:
+    """[n] whether a row may be used; a class that does not apply has logit −inf."""
+    finite: NDArray[np.bool_] = (
+        np.isfinite(values.max(axis=1) if name == "logits" else values).reshape(len(values), -1).all(axis=1)
+    )
+    return finite
 
 
 def _rows_of(x: ScoreInputs, expert: int | None) -> NDArray[np.integer] | slice:
@@ -427,5 +485,7 @@ def scaled_logits(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:
         raise InputError(f"temperature = {temperature} given, must be greater than 0")
     bad = np.flatnonzero(~np.isfinite(array.max(axis=1)))  # NaN and +inf come through max; −inf alone stays −inf
     if bad.size:
-        raise InputError(f"{bad.size} of {len(array)} rows of logits hold NaN, +inf or −inf alone, row {bad[0]} first")
+        raise NotFiniteError(
+            f"{bad.size} of {len(array)} rows of logits hold NaN, +inf or −inf alone, row {bad[0]} first"
+        )
     return array / temperature

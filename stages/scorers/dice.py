@@ -70,7 +70,7 @@ class DICEScorer(Scorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> _Memory:
         """The sparse head."""
-        total = np.zeros(train.need("features", self.name).shape[1])
+        total = np.zeros(train.need_unread(self.name).shape[1])
         for block in train.blocks():
             total += activations(block.need("features", self.name), "DICE's").sum(axis=0, dtype=np.float64)
         return _Memory(sparse_head(train.need_head(self.name), total / len(train), self.percentile), len(train))

@@ -158,7 +158,7 @@ class GMMScorer(Scorer):
         return self._of_classes(train)
 
     def _of_classes(self, train: ScoreInputs) -> GaussianMixture:
-        features, classes = train.need("features", self.name), known_labels(train, self.name)
+        features, classes = train.need_unread(self.name), known_labels(train, self.name)
         seen, counts = np.unique(classes, return_counts=True)
         shape = len(seen), features.shape[1], features.shape[1]
         if (taken := 8 * math.prod(shape)) > _MAX_BYTES:
@@ -171,7 +171,7 @@ class GMMScorer(Scorer):
             moments = FeatureMoments()
             rows = np.flatnonzero(classes == label)
             for start in range(0, len(rows), _BLOCK):
-                moments.add(features[rows[start : start + _BLOCK]])
+                moments.add(np.asarray(features[rows[start : start + _BLOCK]]))
             means[index], covariances[index] = moments.mean, moments.within.matrix / len(moments)
         return GaussianMixture.of(counts / len(train), means, covariances, self.jitter)
 

@@ -53,7 +53,7 @@ class ExpertBanks:
     def __init__(self, train: ScoreInputs, device: Literal["auto", "cpu"] = "auto") -> None:
         if not len(train):
             raise InputError("a bank needs ID training rows, none given")
-        features = train.need("features", "a bank")
+        features = train.need_unread("a bank")
         self._routed = train.expert is not None
         expert = np.zeros(len(train), dtype=int) if train.expert is None else train.expert
         self.banks = {int(e): FeatureBank(features[expert == e], device) for e in np.unique(expert)}
@@ -136,14 +136,15 @@ class KNNScorer(Scorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> "Searched":
         """The bank."""
-        features = train.need("features", "a bank")
+        features = train.need_unread("a bank")
         if self.bank < 1:
             features = features[seeded_share(len(features), self.bank)]
         bank = FeatureBank(features, self.device, self.index)
         if self.neighbours is None:  # else all may be known, and nothing searched
             bank.prepare()
-        judged = features if select is None or not len(select) else select.need("features", "the recall of an index")
-        return Searched(bank, judged[np.sort(np.random.default_rng(0).permutation(len(judged))[:_RECALL_ROWS])])
+        judged = features if select is None or not len(select) else select.need_unread("the recall of an index")
+        some = np.sort(np.random.default_rng(0).permutation(len(judged))[:_RECALL_ROWS])
+        return Searched(bank, np.asarray(judged[some]))
 
     def judge(self, x: ScoreInputs, memory: "Searched") -> Floats:
         """Distance to the k-th neighbour, [n]."""

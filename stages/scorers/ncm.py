@@ -1,5 +1,6 @@
 """Distance to the nearest class mean, among the routed expert's classes where there are experts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stages.bank import FeatureBank, checked_features, l2_normalise
 from stages.scorers.base import Floats, ScoreInputs, Scorer
+from stages.scorers.moments import FeatureMoments
 
 
 def class_means(features: ArrayLike, labels: NDArray[np.integer]) -> tuple[NDArray[np.float64], NDArray[np.integer]]:
@@ -23,10 +25,16 @@ def class_means(features: ArrayLike, labels: NDArray[np.integer]) -> tuple[NDArr
     >>> class_means([[3.0, 0.0], [0.0, 4.0], [0.0, 2.0]], np.array([7, 7, 9]))[0].tolist()
     [[0.5, 0.5], [0.0, 1.0]]
     """
-    rows = checked_features(features, "class mean")
-    classes = np.unique(labels)
-    means = [l2_normalise(rows[labels == c]).mean(axis=0, dtype=np.float64) for c in classes]
-    return np.reshape(means, (len(classes), rows.shape[1])), classes
+    return _class_means([(np.asarray(features), labels)])
+
+
+def _class_means(
+    blocks: Iterable[tuple[NDArray[np.floating], NDArray[np.integer]]],
+) -> tuple[NDArray[np.float64], NDArray[np.integer]]:
+    moments = FeatureMoments(scatter=False)
+    for features, labels in blocks:
+        moments.add(l2_normalise(checked_features(features, "class mean")), labels)
+    return moments.class_means, moments.classes
 
 
 @dataclass(eq=False)
@@ -50,8 +58,9 @@ class NCMScorer(Scorer):
         Raises:
             InputError: no labels, or NaN or inf in a feature.
         """
-        features, labels = train.need("features", "a class mean"), train.need("labels", "a class mean")
-        return FeatureBank(class_means(features, labels)[0], device="cpu")
+        who = "a class mean"
+        blocks = ((block.need("features", who), block.need("labels", who)) for block in train.blocks())
+        return FeatureBank(_class_means(blocks)[0], device="cpu")
 
     def judge(self, x: ScoreInputs, memory: FeatureBank) -> Floats:
         """Distance to the nearest class mean, [n] in [0, 2]."""

@@ -40,7 +40,7 @@ def nnguide_score(features: ArrayLike, logits: ArrayLike, bank: ScoreInputs, k: 
     """
     if not 1 <= k <= len(bank):
         raise InputError(f"nnguide.k: {k} given, must be 1 to {len(bank)}, the ID training rows")
-    unit = l2_normalise(checked_dim(features, bank.need("features", "nnguide").shape[1]))
+    unit = l2_normalise(checked_dim(features, bank.need_unread("nnguide").shape[1]))
     found = np.full((len(unit), k), -np.inf, dtype=np.float32)
     for rows in bank_blocks(bank):
         guide = l2_normalise(rows.need("features", "nnguide")) * _energies(rows.need("logits", "nnguide"))[:, None]

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.errors import InputError
+from stages.errors import InputError, NotFiniteError
+from stages.lazy import ReadOnce, Rows2D
 
 _HALF = 1 << 16
+_ROWS = 4096  # read at once
 _STRIP = 1 << 26  # values at once, where a quantile of every column is taken: 256 MiB as float32
 
 
@@ -57,7 +59,7 @@ def _ordered_bits(block: NDArray[np.floating]) -> NDArray[np.uint32]:
     """Bits of float32 values, turned so that they are ordered as the values are, [n]."""
     values = np.ascontiguousarray(block, dtype=np.float32).ravel()
     if not np.isfinite(values).all():
-        raise InputError("features hold NaN or inf: no quantile of them can be taken")
+        raise NotFiniteError("features hold NaN or inf: no quantile of them can be taken")
     bits = values.view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
@@ -67,7 +69,7 @@ def _value_of(ordered: int) -> float:
     return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
 
 
-def column_quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> NDArray[np.float32]:
+def column_quantiles(values: Rows2D | ReadOnce, shares: Sequence[float]) -> NDArray[np.float32]:
     """Quantiles of every column of values [n, D], some columns at a time; [len(shares), D] float32.
 
     Raises:
@@ -76,13 +78,17 @@ def column_quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> N
     >>> column_quantiles(np.float32([[0, 1], [2, 1]]), [0.25]).tolist()
     [[0.5, 1.0]]
     """
-    if not len(values):
+    n, dim = values.shape
+    if not n:
         raise InputError("a quantile of no value was asked for")
-    found = np.empty((len(shares), values.shape[1]), dtype=np.float32)
-    step = max(1, _STRIP // len(values))
-    for start in range(0, values.shape[1], step):
-        strip = np.asarray(values[:, start : start + step], dtype=np.float32)
-        if not np.isfinite(strip).all():
-            raise InputError("features hold NaN or inf: no quantile of them can be taken")
-        found[:, start : start + step] = np.quantile(strip, shares, axis=0)
+    found = np.empty((len(shares), dim), dtype=np.float32)
+    step = max(1, min(dim, _STRIP // n))
+    strip = np.empty((n, step), dtype=np.float32)
+    for start in range(0, dim, step):
+        width = min(step, dim - start)
+        for row in range(0, n, _ROWS):
+            strip[row : row + _ROWS, :width] = np.asarray(values[row : row + _ROWS])[:, start : start + width]
+        if not np.isfinite(strip[:, :width]).all():
+            raise NotFiniteError("features hold NaN or inf: no quantile of them can be taken")
+        found[:, start : start + width] = np.quantile(strip[:, :width], shares, axis=0)
     return found

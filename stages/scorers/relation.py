@@ -39,7 +39,7 @@ def relation_score(
     >>> relation_score([[3.0, 4.0]], [[0.0, 0.0]], bank).round(4), relation_score([[3.0, 4.0]], [[9e9, 0.0]], bank)
     (array([-0.7], dtype=float32), array([-0.6], dtype=float32))
     """
-    unit = l2_normalise(checked_dim(features, bank.need("features", "relation").shape[1]))
+    unit = l2_normalise(checked_dim(features, bank.need_unread("relation").shape[1]))
     own = _probabilities(logits)
     edges = np.zeros(len(unit))
     for rows in bank_blocks(bank):

@@ -92,5 +92,7 @@ def _pseudo_ood_auroc(
     pseudo_ood = np.isin(queries.need("labels", "choosing k"), left_out)
     if not len(bank) or pseudo_ood.all() or not pseudo_ood.any():
         return None, dropped
-    distances = ExpertBanks(bank).distances(queries, candidates[-1], neighbours)
-    return [auroc(distances[~pseudo_ood, k - 1], distances[pseudo_ood, k - 1]) for k in candidates], dropped
+    banks, columns = ExpertBanks(bank), np.asarray(candidates) - 1
+    blocks = [banks.distances(block, candidates[-1], neighbours)[:, columns] for block in queries.blocks()]
+    distances = np.concatenate(blocks).T
+    return [auroc(own[~pseudo_ood], own[pseudo_ood]) for own in distances], dropped

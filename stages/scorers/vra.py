@@ -89,7 +89,7 @@ class VRAScorer(Scorer):
         rows, record = fitting_rows(self.rows, train, select, self.name)
         shares = [self.low / 100, self.high / 100]
         if self.each:
-            low, high = column_quantiles(rows.need("features", self.name), shares)
+            low, high = column_quantiles(rows.need_unread(self.name), shares)
         else:
             found = quantiles(lambda: (block.need("features", self.name) for block in rows.blocks()), shares)
             low, high = np.asarray(found, dtype=np.float32)[:, None]

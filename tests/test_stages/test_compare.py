@@ -93,7 +93,7 @@ def test_every_score_of_features_and_logits_runs(mine):
             "rows have 'label'; known are features, logits and",
         ),
         ({"test": {"features": np.ones((2, 12)), "labels": [1]}}, "score inputs need one number of rows"),
-        ({"test": np.full((2, 12), np.nan)}, "2 of 2 query features hold NaN or inf"),
+        ({"test": np.full((2, 12), np.nan)}, "2 of 2 scored features hold NaN or inf, row 0 first"),
     ],
 )
 def test_refused(mine, change, message):

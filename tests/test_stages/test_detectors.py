@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from stages.config import SCORE_NAMES, ScoreConfig
-from stages.detectors import DetectorFactory, Run, SetRows, Subject, SubjectKey, reads_head, recommended
+from stages.detectors import (
+    DetectorFactory,
+    Run,
+    SetRows,
+    Subject,
+    SubjectKey,
+    reads_head,
+    recommended,
+    score_together,
+)
 from stages.errors import InputError
 from stages.scorers import ClassifierHead, EnergyScorer, Fold, choose_k, get_scorer
 
@@ -272,7 +281,7 @@ def test_a_score_is_computed_once_for_all_detectors_that_it_is_part_of(monkeypat
     routed, test = subject(experts=2), draw(30, 7, experts=2)
     detectors = make(routed, scores=["energy", "knn+energy"]).detectors()
     judged.clear()
-    first, again = ([detector.score_rows(test) for detector in detectors] for _ in range(2))
+    together = score_together(detectors, test)
     assert len(detectors) == 8
     assert judged == [30, 30]  # by each of two heads
-    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(together, [detector.score_rows(test) for detector in detectors])

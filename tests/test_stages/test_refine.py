@@ -110,9 +110,11 @@ def test_a_cache_without_rows(network, backbone, tmp_path):
     spec, samples = backbone.feature_spec("float16", "full"), list_images(str(tmp_path / "images"))
     empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
     refined = refine(network, empty)
-    assert refined.features.shape == (0, backbone.dim)
-    assert refined.logits.shape == (0, 4)
-    assert len(refined.expert) == 0
+    save_refined(tmp_path / "empty.safetensors", refined, {})
+    for found in (refined, load_refined(tmp_path / "empty.safetensors", {})):
+        assert found.features.shape == (0, backbone.dim)
+        assert found.logits.shape == (0, 4)
+        assert len(found.expert) == 0
 
 
 def test_kept_and_read_back(routed, tmp_path):
@@ -124,6 +126,8 @@ def test_kept_and_read_back(routed, tmp_path):
         np.testing.assert_array_equal(getattr(stored, name), array)
         assert getattr(stored, name).dtype == array.dtype
     np.testing.assert_array_equal(stored[np.array([3, 1])].features, routed.features[[3, 1]])
+    assert not stored.features.flags.owndata  # it stays in the file until rows are looked at
+    assert not stored.features.flags.writeable
     assert load_refined(path, {"mixture": "a", "features": "c"}) is None
 
 

@@ -742,7 +742,7 @@ def test_predict_names_the_nearest_training_images(source, frozen_alone):
     def unit(features):
         return features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)
 
-    away = np.sqrt(np.maximum(0, 2 - 2 * unit(rows.features) @ unit(bank.features).T))
+    away = np.sqrt(np.maximum(0, 2 - 2 * unit(np.asarray(rows.features)) @ unit(np.asarray(bank.features)).T))
     if not frozen_alone:  # the routed expert's images alone
         away[rows.expert[:, None] != bank.expert] = np.inf
     for one, own in zip(predictor.predict(cache.ids.tolist(), cache), away, strict=True):

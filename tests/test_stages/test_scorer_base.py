@@ -160,3 +160,21 @@ def test_the_number_of_cores_changes_no_score(name, monkeypatch):
         scores.append(scorer.score(many))
     np.testing.assert_array_equal(scores[1], scores[0])
     np.testing.assert_array_equal(scores[2], scores[0])
+
+
+@pytest.mark.parametrize("name", ["energy", "knn", "react"])
+def test_a_row_that_is_no_number_is_named_by_its_place_in_the_set(name):
+    """Not by its place in the block of rows in which it was found."""
+    rng = np.random.default_rng(0)
+    head = ClassifierHead(np.eye(2, 3), np.zeros(2))
+    train = ScoreInputs(rng.normal(size=(20, 3)), labels=np.arange(20) % 2, head=head)
+    features = rng.normal(size=(6000, 3))
+    features[5000, 1] = features[5001, 0] = np.nan
+    scorer = get_scorer(name).fit(train, train)
+    with pytest.raises(InputError, match="2 of 6000 scored features hold NaN or inf, row 5000 first"):
+        scorer.score(ScoreInputs(features, head=head))
+    scorer.score(ScoreInputs(features[:5000], head=head))
+    broken = ScoreInputs(features, labels=np.arange(6000) % 2, head=head)
+    if name != "energy":  # which learns of no row
+        with pytest.raises(InputError, match="2 of 6000 ID training features hold NaN or inf, row 5000 first"):
+            get_scorer(name).fit(broken, train)

@@ -1,0 +1,84 @@
+"""Memory of scoring does not follow the rows: features and logits are read, judged and forgotten by blocks."""
+
+import tracemalloc
+from functools import partialmethod
+
+import numpy as np
+import pytest
+
+from stages import bank as bank_module
+from stages import detectors as detectors_module
+from stages.arrays import list_arrays
+from stages.bank import FeatureBank
+from stages.config import SCORE_NAMES, ScoreConfig
+from stages.dataset import id_data
+from stages.extract import import_set
+from stages.heads import FittedHeads, LinearHead
+from stages.score import score
+from stages.scorers import quantiles
+from stages.subjects import BackboneSource
+from stages.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+
+DIM, CLASSES = 256, 4
+FEW = 5_000  # more than a block, so that both sizes fill one
+OF_MIXTURES_OR_IMAGES = {"mos", "other", "patch-knn"}
+COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many training rows
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(detectors_module, "_BLOCK", 4096)
+    monkeypatch.setattr(bank_module, "_BANK_BLOCK", 4096)
+
+
+@pytest.fixture(scope="module")
+def source_of(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flat")
+
+    def cached(name, n, seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(CLASSES, size=n)
+        features = rng.standard_normal((n, DIM), dtype=np.float32) + 3 * np.eye(CLASSES, DIM)[labels]
+        np.savez(folder / f"{name}.npz", cls=features.astype(np.float16), label=labels)
+        arrays = list_arrays(str(folder / f"{name}.npz"))
+        return import_set(name, arrays, arrays.spec("drawn", "float16"), folder / "caches")
+
+    def make(n_train, n_test):
+        data = id_data(cached(f"train-{n_train}", n_train, 0), cached("val", 500, 1), 0.2)
+        weight = np.eye(CLASSES, DIM, dtype=np.float32)
+        head = LinearHead(np.zeros(DIM, np.float32), np.ones(1, np.float32), weight, np.zeros(CLASSES, np.float32))
+        tests = (
+            ScoredSet("test", "id", cached(f"test-{n_test}", n_test, 2)),
+            ScoredSet("far", "far", cached("far", 500, 3)),
+        )
+        probe = FittedHeads((head,), head, 1.0, {})
+        return BackboneSource("pretrained", None, data, probe, None, (), tests, lambda: None)
+
+    return make
+
+
+def peak_of(source, scores, folder):
+    config = ScoreConfig(scores=sorted(scores), k=5, bootstrap=100)
+    for cache in (source.data.train, *(test.cache for test in source.tests)):
+        assert cache.ids is not None  # what says which row is which is held: it is no feature
+        assert cache.image_hashes is not None
+    tracemalloc.start()
+    score([source], config, folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_four_times_the_rows_to_score_take_hardly_more_memory(source_of, tmp_path):
+    scores = set(SCORE_NAMES) - OF_MIXTURES_OR_IMAGES
+    few, many = (peak_of(source_of(500, n), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
+    # A row's scores, its label and its draws of the bootstrap are kept; its features alone would take 4 * DIM bytes.
+    assert (many - few) / (3 * FEW) < 2 * DIM
+
+
+def test_four_times_the_training_rows_take_hardly_more_memory(source_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, held_bytes=0))  # as one of 4 GiB
+    monkeypatch.setattr(quantiles, "_STRIP", 1 << 17)
+    scores = set(SCORE_NAMES) - OF_MIXTURES_OR_IMAGES - COMPARES_ALL_PAIRS
+    few, many = (peak_of(source_of(n, 500), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
+    assert (many - few) / (3 * FEW) < 2 * DIM
