@@ -10,7 +10,7 @@ FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
+.PHONY: help setup demo results pseudo-ood extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
 	bench-train bench-knn bench-score bench-fits clean
 
 help: ## List the targets
@@ -33,6 +33,10 @@ demo: $(READY) ## All three stages on real images and weights from the package r
 results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results); pipeline/experiments/BENCHMARK.md
 	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/experiments/BENCHMARK.md))
 	$(BIN)/python -m pipeline results '$(DATA)' --work '$(WORK)' $(ARGS)
+
+pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=folder, as for results
+	@$(if $(DATA),,$(error DATA is missing: make pseudo-ood DATA=folder, see pipeline/experiments/BENCHMARK.md))
+	$(BIN)/python -m tests.bench.pseudo_ood '$(DATA)' --work '$(WORK)/pseudo-ood' $(ARGS)
 
 extract: $(READY) ## Stage one: images to a sealed feature cache (EXPERIMENT=file.toml ARGS="--set …")
 train: $(READY) ## Stage two: probe and Mixture of Feature Experts on cached features

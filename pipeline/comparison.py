@@ -44,7 +44,7 @@ class Method:
     def label(self) -> str:
         """Name for people."""
         head = "" if self.head == NO_HEAD else f" ({self.head})"
-        routing = ", top 2" if self.routing == "top2" else ""
+        routing = {"top2": ", top 2", "oracle": ", true routes (diagnostic)"}.get(self.routing, "")
         name = "frozen" if self.features == "cls" else f"MoFE {self.variant}{routing}"
         if self.backbone == "finetuned":
             name = "fine-tuned" if self.features == "cls" else f"fine-tuned, {name}"
@@ -64,11 +64,12 @@ def methods_of(config: RunConfig) -> list[Method]:
     scores = [score for score in config.score.scores if score != "mos"]
     frozen = [Method("cls", "probe" if reads_head(score) else NO_HEAD, "", "none", score) for score in scores]
     refined = [replace(RECOMMENDED, head="refit" if reads_head(score) else NO_HEAD, score=score) for score in scores]
-    top2 = [replace(RECOMMENDED, routing="top2")] if config.score.top2 else []
+    # Oracle routing sends ID images by their true label, which no deployment knows: it shows what wrong routes cost.
+    routings = [replace(RECOMMENDED, routing=name) for name in (["top2"] if config.score.top2 else []) + ["oracle"]]
     variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
     mos = [Method("mofe", "trained", name, "none", "mos") for name in frozen_experts]
-    own = [*frozen, *refined, *top2, *variants, *(mos if "mos" in config.score.scores else [])]
+    own = [*frozen, *refined, *routings, *variants, *(mos if "mos" in config.score.scores else [])]
     return [*own, *_finetuned(config, scores)]
 
 
@@ -109,7 +110,9 @@ class ScoredStudy:
         self._folder = config.work / "scores"
         self._oods = [(entry.name, _GROUPS[entry.role]) for entry in config.sets_of(*_GROUPS)]
         self._id = config.sets_of("id-test")[0].name
-        self._accuracies = (read_json(self._folder / "id.json") or {})["accuracy"]
+        about = read_json(self._folder / "id.json") or {}
+        self._accuracies = about["accuracy"]
+        self.routers: list[dict[str, Any]] = about["router"]
         self._evaluator: Evaluator | None = None
 
     @property
@@ -126,7 +129,7 @@ class ScoredStudy:
 
     def accuracy(self, method: Method) -> list[float]:
         """ID accuracy of the method's head for each seed; none where it has no head, or routes in its own way."""
-        if method.routing == "top2":
+        if method.routing in ("top2", "oracle"):
             return []
         wanted = {
             "backbone": method.backbone,
@@ -147,6 +150,8 @@ class ScoredStudy:
             "profile": self.config.score.profile,
             "calibrated": False,
         }
+        # A study's table averages no oracle rows, lest they be taken for results; here their label says what they are.
+        name["routing"] = "predicted" if method.routing == "oracle" else method.routing
         rows = self._evaluator.rows(name, scores[self._id], {ood: scores[ood] for ood, _ in self._oods})
         return {row.group: (row, drawn) for row, drawn in rows if row.ood == "average"}
 
@@ -278,6 +283,33 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
     ]
 
 
+def router_table(study: ScoredStudy) -> TextTable:
+    """How often ID test images reach their class's expert, what the others cost, and how large each mixture is."""
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for entry in study.routers:
+        if entry["experts"] > 1 and entry["backbone"] == "pretrained":
+            by_variant.setdefault(entry["variant"], []).append(entry)
+    head = RECOMMENDED.head
+    body = []
+    for variant, seeds in by_variant.items():
+        accuracies = [[seed["accuracy"] for seed in seeds]]
+        for routing in ("predicted", "top2", "oracle"):
+            accuracies.append([own[routing][head] for seed in seeds if routing in (own := seed["id_accuracy"])])
+        shown = [_mean_and_deviation(values) if values else "–" for values in accuracies]
+        parameters = f"{seeds[0]['parameters'] / 1e6:.1f} M"
+        body.append([variant, str(len(seeds)), str(seeds[0]["experts"]), parameters, *shown])
+    return TextTable(
+        f"{study.config.name}: routing of ID test images, and their accuracy by the {head} head as they are routed",
+        ["", "seeds", "experts", "parameters", "router accuracy", "predicted", "top 2", "true routes"],
+        body,
+    )
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = _deviation(values)
+    return f"{100 * np.mean(values):.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+
+
 def _mean(line: dict[str, Any], metric: str) -> str:
     mean, deviation = line[f"{metric}_mean"], line[f"{metric}_std"]
     if mean is None:
@@ -313,9 +345,10 @@ def write_results(configs: Sequence[RunConfig], work: Path, difference: str | No
     found: list[dict[str, Any]] = []
     shown: list[Any] = []
     for config in configs:
-        lines = result_lines(ScoredStudy(config))
+        study = ScoredStudy(config)
+        lines = result_lines(study)
         found += lines
-        tables = text_tables(lines)
+        tables = [*text_tables(lines), router_table(study)]
         git = (read_json(config.work / "record.json") or {}).get("git") or {"commit": "unknown", "dirty": False}
         text += [f"## {config.name}\n\n", *(table.markdown() for table in tables)]
         text.append(f"Code: {git['commit']}{', with changes' if git['dirty'] else ''}.\n\n")

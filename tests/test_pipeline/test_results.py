@@ -98,6 +98,7 @@ def test_every_method_of_both_benchmarks(finished):
         *(("cls", "", "none", score, "1") for score in ("msp", "energy", "knn", "knn+energy")),
         *(("mofe", "default", "predicted", score, "2") for score in ("msp", "energy", "knn", "knn+energy")),
         ("mofe", "default", "top2", "knn+energy", "2"),
+        ("mofe", "default", "oracle", "knn+energy", "2"),
         ("mofe", "dense-1", "predicted", "knn+energy", "1"),
         ("mofe", "static", "predicted", "knn+energy", "1"),
     ]
@@ -111,7 +112,7 @@ def test_numbers_are_those_of_the_summary(finished):
         if line["ood"] == "average" and not line["calibrated"]
     }
     for line in lines_of(finished):
-        if line["benchmark"] != "one":
+        if line["benchmark"] != "one" or line["routing"] == "oracle":  # a diagnostic, which a summary leaves out
             continue
         names = [line[name] for name in ("features", "head", "variant", "routing", "score", "group")]
         for metric in ("fpr95", "auroc"):
@@ -168,6 +169,24 @@ def test_page_names_what_is_compared(finished):
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_routing_is_shown_with_what_it_costs(finished):
+    """Of mixtures with something to route: how often the router is right, and accuracy as the rows are routed."""
+    about = json.loads((finished / "one" / "scores" / "id.json").read_text())["router"]
+    own = [entry for entry in about if entry["variant"] == "default"]
+    page = (finished / "results.md").read_text()
+    _, _, table = page.partition("one: routing of ID test images")
+    (line,) = (line for line in table.partition("\n\n")[2].partition("\n\n")[0].splitlines() if "default" in line)
+    cells = [cell.strip() for cell in line.strip("| ").split("|")]
+    assert cells[:3] == ["default", "2", str(own[0]["experts"])]
+    shown = [float(cell.split(" ± ")[0]) for cell in cells[4:]]
+    stated = [np.mean([entry["accuracy"] for entry in own])]
+    stated += [
+        np.mean([entry["id_accuracy"][name]["refit"] for entry in own]) for name in ("predicted", "top2", "oracle")
+    ]
+    assert shown == pytest.approx(100 * np.array(stated), abs=0.051)
+    assert "| dense-1 |" not in table.partition("\n\n")[2].partition("\n\n")[0]
 
 
 def test_finished_runs_are_not_repeated(benchmark, finished, tmp_path):
@@ -315,6 +334,8 @@ def test_shipped_files_name_no_folder_of_a_machine():
 def test_labels_tell_methods_apart():
     labels = [method.label for method in methods_of(load_config(STUDIES[0]))]
     assert len(set(labels)) == len(labels)
+    oracle = Method("mofe", "refit", "default", "oracle", "knn+energy")
+    assert oracle.label == "MoFE default, true routes (diagnostic): knn+energy (refit)"
     assert Method("mofe", "refit", "default", "top2", "knn+energy").label == "MoFE default, top 2: knn+energy (refit)"
 
 

@@ -546,7 +546,7 @@ def test_one_expert_has_nothing_other(fit, data):
 
 def test_settings_are_resolved():
     default = resolve_settings(TrainConfig(), n_classes=100)
-    assert (default.experts, default.lr, default.alpha_min, default.alpha_max) == (4, 3e-5, 0.1, 0.8)
+    assert (default.experts, default.lr, default.alpha_min, default.alpha_max) == (4, 1e-5, 0.1, 0.8)
     paper = resolve_settings(TrainConfig(preset="paper", head_lr=1e-2), n_classes=1000)
     assert (paper.experts, paper.lr, paper.head_lr, paper.label_smoothing) == (7, 3.5e-5, 1e-2, 0.1)
     assert paper.alpha_min < paper.alpha_max
@@ -634,13 +634,13 @@ def test_nothing_of_other_settings_is_gone_on_from(data, backbone, mixture, tmp_
     assert not list(folder.glob("*.checkpoint"))
 
 
-@pytest.mark.parametrize("killed_in", ["refine_to", "save_heads", "save_mixture"])
+@pytest.mark.parametrize("killed_in", ["save_refined", "save_heads", "save_mixture"])
 def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
     killed_in, data, backbone, mixture, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(mixture, tmp_path / "mixture")
 
-    def killed(*_, **__):
+    def killed(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module, killed_in, killed)
