@@ -1,8 +1,9 @@
 """Refined features: what the mixture makes of cached tokens, kept so that re-scoring runs no network."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import FeatureCache
-from stages.artifacts import map_tensors, read_json, write_described
+from stages.artifacts import Column, described_rows, map_tensors, read_json
 from stages.backbone import Tokens
 from stages.dataset import read_tokens
+from stages.errors import StageError
 from stages.experts import MixtureOfFeatureExperts
 from stages.progress import NullProgress, Progress
 from stages.split import Rows
@@ -59,7 +61,6 @@ class Refined:
         return Refined(**{name: array[rows] for name, array in vars(self).items()})
 
 
-@torch.inference_mode()
 def refine(
     mixture: MixtureOfFeatureExperts,
     cache: FeatureCache,
@@ -67,7 +68,7 @@ def refine(
     progress: Progress | None = None,
     rows: Rows | None = None,
 ) -> Refined:
-    """Run the mixture over a cache.
+    """Run the mixture over a cache, in memory; see `refine_to` for rows that are to be kept, or are many.
 
     Args:
         mixture: trained.
@@ -76,11 +77,63 @@ def refine(
         progress: counts rows.
         rows: N rows of the cache, ascending; all of them by default.
     """
+    n = cache.n_rows if rows is None else len(rows)
+    columns = _columns(mixture, cache)
+    whole: dict[str, Any] = {name: np.empty((n, *column.shape), column.dtype) for name, column in columns.items()}
+    start = 0
+    for batch in _batches(mixture, cache, expert, progress, rows):
+        stop = start + len(batch.expert)
+        for name, array in vars(batch).items():
+            whole[name][start:stop] = array
+        start = stop
+    return Refined(**whole)
+
+
+def refine_to(
+    path: Path,
+    identity: Mapping[str, str],
+    mixture: MixtureOfFeatureExperts,
+    cache: FeatureCache,
+    expert: NDArray[np.int64] | None = None,
+    progress: Progress | None = None,
+    rows: Rows | None = None,
+) -> Refined:
+    """Run the mixture over a cache into a file, in memory that does not grow with N.
+
+    Args:
+        path: of the safetensors file; the JSON beside it says, last, of which mixture and which features it is.
+        identity: what that is.
+        mixture: as for `refine`, like all that follows.
+        cache: of the set.
+        expert: ``[N]``.
+        progress: counts rows.
+        rows: N rows of the cache.
+
+    Returns:
+        What stands in the file, as `load_refined` gives it.
+    """
+    n = cache.n_rows if rows is None else len(rows)
+    with described_rows(path, _columns(mixture, cache), n, identity) as writer:
+        for batch in _batches(mixture, cache, expert, progress, rows):
+            writer.append(vars(batch))
+    written = load_refined(path, identity)
+    if written is None:
+        raise StageError(f"{path} was written and cannot be read: another process may be at work there")
+    return written
+
+
+@torch.inference_mode()
+def _batches(
+    mixture: MixtureOfFeatureExperts,
+    cache: FeatureCache,
+    expert: NDArray[np.int64] | None,
+    progress: Progress | None,
+    rows: Rows | None,
+) -> Iterator[Refined]:
     progress = progress or NullProgress()
     mixture.eval()
     n = cache.n_rows if rows is None else len(rows)
     progress.start(n, "image", f"refine {cache.manifest.dataset}")
-    parts = []
     for start in range(0, n, REFINE_BATCH):
         batch = slice(start, min(start + REFINE_BATCH, n))
         tokens = read_tokens(cache, batch if rows is None else rows[batch])
@@ -90,19 +143,25 @@ def refine(
             forced = torch.from_numpy(np.ascontiguousarray(expert[batch]))
             chosen = torch.where(forced >= 0, forced, chosen)
         out = mixture(tokens, chosen)
-        others = _others(mixture, tokens)
-        parts.append((out.features, out.logits, out.other, out.expert, gate, out.class_probability.argmax(1), others))
+        columns = (out.features, out.logits, out.other, out.expert, gate, out.class_probability.argmax(1))
+        yield Refined(*(column.numpy() for column in (*columns, _others(mixture, tokens))))
         progress.advance(batch.stop - batch.start)
     progress.close()
-    if not parts:
-        empty = np.zeros(0, dtype=np.float32)
-        nothing = np.zeros(0, dtype=np.int64)
-        return Refined(
-            np.zeros((0, cache.spec.cls_dim), np.float32), np.zeros((0, mixture.n_classes), np.float32),
-            empty, nothing, np.zeros((0, mixture.n_experts), np.float32), nothing,
-            np.zeros((0, mixture.n_experts if _says_other_of_all(mixture) else 0), np.float32),
-        )  # fmt: skip
-    return Refined(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+
+
+def _columns(mixture: MixtureOfFeatureExperts, cache: FeatureCache) -> dict[str, Column]:
+    """What `Refined` has of each row."""
+    real, index = np.dtype(np.float32), np.dtype(np.int64)
+    n_experts = mixture.n_experts
+    return {
+        "features": Column(real, (cache.spec.cls_dim,)),
+        "logits": Column(real, (mixture.n_classes,)),
+        "other": Column(real),
+        "expert": Column(index),
+        "gate": Column(real, (n_experts,)),
+        "router_class": Column(index),
+        "others": Column(real, (n_experts if _says_other_of_all(mixture) else 0,)),
+    }
 
 
 def _others(mixture: MixtureOfFeatureExperts, tokens: Tokens) -> Tensor:
@@ -119,11 +178,6 @@ def _says_other_of_all(mixture: MixtureOfFeatureExperts) -> bool:
 def refined_path(folder: Path, run: str, name: str) -> Path:
     """Where a set's refined features stand, for one run (``final`` or ``fold-<i>``) of a trained mixture."""
     return folder / "refined" / run / f"{name}.safetensors"
-
-
-def save_refined(path: Path, refined: Refined, identity: Mapping[str, str]) -> None:
-    """Write a set's refined features and, last, of which mixture and which features they are."""
-    write_described(path, vars(refined), identity)
 
 
 def load_refined(path: Path, identity: Mapping[str, str]) -> Refined | None:

@@ -23,7 +23,7 @@ from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_h
 from stages.heads import FittedHeads, LinearHead, load_heads
 from stages.lazy import Floats, LazyArray, RowNumbers
 from stages.progress import Progress
-from stages.refine import REFINE_BATCH, Refined, load_refined, refine, refined_path, save_refined
+from stages.refine import REFINE_BATCH, Refined, load_refined, refine, refine_to, refined_path
 from stages.split import Rows
 
 _FINETUNE_HEAD = "finetune"
@@ -284,11 +284,10 @@ class RefinedFeatures:
     ) -> Refined:
         """Refined rows of a set, computed where they are not kept yet; features and logits stay in the file."""
         path = refined_path(self.folder.path, run, name)
-        stored = load_refined(path, self._identity_of(cache))
+        identity = self._identity_of(cache)
+        stored = load_refined(path, identity)
         if stored is None:
-            save_refined(path, refine(self.mixture(run), cache, expert, self._progress, rows), self._identity_of(cache))
-            stored = load_refined(path, self._identity_of(cache))
-            assert stored is not None
+            stored = refine_to(path, identity, self.mixture(run), cache, expert, self._progress, rows)
         return stored
 
     def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:

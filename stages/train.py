@@ -39,9 +39,9 @@ from stages.grouping import experts_for, group_training_classes, grouping_conten
 from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
-from stages.refine import REFINE_BATCH, Refined, refine, refined_path, save_refined
+from stages.refine import REFINE_BATCH, Refined, refine_to, refined_path
 from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
-from stages.split import Fold, Rows
+from stages.split import Rows
 
 TRAIN_SEMANTICS = 4  # raise it when the same settings would train another model
 
@@ -733,7 +733,16 @@ def _finish(
         )
         for name, rows in data.train_rows().items()
     }
-    heads = _refit_heads(data, groups, bank, mixtures, progress)
+    held_out = bank
+    if data.held_out is not data.train:
+        about_held_out = {"mixture": identity, "features": data.held_out.identity}
+        held_out = {
+            name: refine_to(
+                refined_path(folder, name, "id-val"), about_held_out, mixtures[name], data.held_out, progress=progress
+            )
+            for name, _ in data.runs()
+        }
+    heads = _refit_heads(data, groups, bank, held_out)
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     with scalar_log(folder, tensorboard, history):
         pass
@@ -788,24 +797,23 @@ def _refine_training_rows(
     """Training rows through their own group's expert, as the bank has them; held-out rows of id-train by the router."""
     forced = np.full(data.train.n_rows, -1, dtype=np.int64)
     forced[train] = mixture.group.numpy()[data.train_labels[train]]
-    refined = refine(mixture, data.train, forced, progress)
-    save_refined(path, refined, {"mixture": identity, "features": data.train.identity})
-    return refined
+    about = {"mixture": identity, "features": data.train.identity}
+    return refine_to(path, about, mixture, data.train, forced, progress)
 
 
 def _refit_heads(
-    data: IdData,
-    groups: Sequence[int],
-    bank: dict[str, Refined],
-    mixtures: Mapping[str, MixtureOfFeatureExperts],
-    progress: Progress | None,
+    data: IdData, groups: Sequence[int], bank: Mapping[str, Refined], held_out: Mapping[str, Refined]
 ) -> dict[str, FittedHeads]:
-    """Heads for scoring. The heads that train the experts are bad OOD scorers (saturated, and taught "other")."""
+    """Heads for scoring. The heads that train the experts are bad OOD scorers (saturated, and taught "other").
+
+    Args:
+        data: whose rows these are.
+        groups: ``[C]`` group of each class.
+        bank: refined rows of id-train, by the name of the run.
+        held_out: those of the held-out set.
+    """
     group = np.asarray(groups)
-    refined: list[tuple[Fold, Refined, Refined]] = []
-    for name, fold in data.runs():
-        held = bank[name] if data.held_out is data.train else refine(mixtures[name], data.held_out, progress=progress)
-        refined.append((fold, bank[name], held))
+    refined = [(fold, bank[name], held_out[name]) for name, fold in data.runs()]
     rows = [
         _head_rows(data, own.features.__getitem__, held.features.__getitem__, fold.train, fold.select)
         for fold, own, held in refined

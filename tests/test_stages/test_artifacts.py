@@ -1,14 +1,31 @@
 """Files between stages: they come back as they were, arrive whole or not at all, and damage is no exception."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
+from cache import CacheError
+from stages.artifacts import (
+    Column,
+    described_rows,
+    map_tensors,
+    read_json,
+    read_tensors,
+    write_described,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 TENSORS = {
     "weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -132,3 +149,103 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert read_json(tmp_path / "it.json") == {"epoch": 1}
     assert same(read_tensors(tmp_path / "it.safetensors"), TENSORS)
     assert not (tmp_path / "new.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------- arrays, row by row
+
+REAL, INDEX = np.dtype(np.float32), np.dtype(np.int64)
+COLUMNS = {"wide": Column(REAL, (3, 2)), "number": Column(REAL), "expert": Column(INDEX), "none": Column(REAL, (0,))}
+
+
+def rows_of(n: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: (9 * rng.random((n, *column.shape))).astype(column.dtype) for name, column in COLUMNS.items()}
+
+
+def write_in_blocks(path, arrays, block, about) -> None:
+    n = len(arrays["number"])
+    with described_rows(path, COLUMNS, n, about) as writer:
+        for start in range(0, n, block):
+            writer.append({name: array[start : start + block] for name, array in arrays.items()})
+
+
+@given(n=st.integers(0, 40), block=st.integers(1, 50))
+def test_rows_by_blocks_are_the_file_of_arrays_at_once(n, block, tmp_path_factory):
+    folder, arrays = tmp_path_factory.mktemp("rows"), rows_of(n)
+    write_described(folder / "whole.safetensors", arrays, {"of": "a"})
+    write_in_blocks(folder / "rows.safetensors", arrays, block, {"of": "a"})
+    for suffix in (".safetensors", ".json"):
+        assert (folder / f"rows{suffix}").read_bytes() == (folder / f"whole{suffix}").read_bytes()
+    mapped = map_tensors(folder / "rows.safetensors")
+    assert same(mapped, arrays)
+    assert not any(array.flags.writeable for array in mapped.values())
+
+
+def test_rows_that_are_not_all_there_leave_the_old_pair(tmp_path, monkeypatch):
+    path = tmp_path / "it.safetensors"
+    write_in_blocks(path, rows_of(9), 4, {"of": "old"})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match="4 rows were written, not 9"), described_rows(path, COLUMNS, 9, {}) as writer:
+        writer.append(rows_of(4))
+    with pytest.raises(ValueError, match="number have shape"), described_rows(path, COLUMNS, 9, {}) as writer:
+        writer.append(rows_of(9) | {"number": np.zeros((9, 2))})
+    with pytest.raises(KeyboardInterrupt), described_rows(path, COLUMNS, 9, {}):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CacheError, match="No space left"):
+        write_in_blocks(path, rows_of(9, seed=1), 4, {"of": "new"})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_killed_while_rows_are_written_the_old_pair_stands_and_nothing_is_left_in_the_end(tmp_path):
+    path = tmp_path / "it.safetensors"
+    write_in_blocks(path, rows_of(9), 4, {"of": "old"})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    command = [sys.executable, "-m", "tests.test_stages.test_artifacts", str(path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()  # it has written some
+        half = [file for file in tmp_path.iterdir() if file.name not in before]
+        write_in_blocks(path, rows_of(9), 4, {"of": "old"})  # beside it: what it writes is its own
+        assert [file for file in tmp_path.iterdir() if file.name not in before] == half
+        child.send_signal(signal.SIGKILL)
+    assert len(half) == 1
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file not in half} == before
+    write_in_blocks(path, rows_of(9, seed=1), 4, {"of": "new"})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json", "it.safetensors"]
+    assert same(read_tensors(path), rows_of(9, seed=1))
+
+
+def test_killed_between_the_arrays_and_what_they_are(tmp_path, monkeypatch):
+    path = tmp_path / "it.safetensors"
+    write_in_blocks(path, rows_of(9), 4, {"of": "old"})
+    monkeypatch.setattr(json, "dumps", lambda value, **options: 1 / 0 if options.get("indent") else _dumps(value))
+    with pytest.raises(ZeroDivisionError):
+        write_in_blocks(path, rows_of(9, seed=1), 4, {"of": "new"})
+    assert same(read_tensors(path), rows_of(9, seed=1))
+    assert read_json(path.with_suffix(".json")) is None  # neither of them
+
+
+_dumps = json.dumps
+
+
+def test_what_cannot_be_mapped_does_not_count(tmp_path):
+    path = tmp_path / "it.safetensors"
+    assert map_tensors(path) is None
+    write_tensors(path, TENSORS)
+    assert map_tensors(path) is None  # it holds halves
+    write_tensors(path, rows_of(3))
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        assert map_tensors(path) is None
+
+
+if __name__ == "__main__":
+    with described_rows(Path(sys.argv[1]), COLUMNS, 9, {"of": "killed"}) as unfinished:
+        unfinished.append(rows_of(4))
+        print("some", flush=True)
+        time.sleep(60)

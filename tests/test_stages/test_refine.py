@@ -1,18 +1,19 @@
 """Refined features: each row through the expert that it is sent to, kept under what they are made of."""
 
-import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
+from stages import artifacts as artifacts_module
 from stages import refine as refine_module
 from stages.artifacts import write_described
 from stages.dataset import read_tokens
 from stages.experts import MixtureOfFeatureExperts, load_mixture
 from stages.extract import extract_set
 from stages.images import list_images
-from stages.refine import load_refined, refine, refined_path, save_refined
+from stages.refine import load_refined, refine, refine_to, refined_path
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +111,17 @@ def test_a_cache_without_rows(network, backbone, tmp_path):
     spec, samples = backbone.feature_spec("float16", "full"), list_images(str(tmp_path / "images"))
     empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
     refined = refine(network, empty)
-    save_refined(tmp_path / "empty.safetensors", refined, {})
+    refine_to(tmp_path / "empty.safetensors", {}, network, empty)
     for found in (refined, load_refined(tmp_path / "empty.safetensors", {})):
         assert found.features.shape == (0, backbone.dim)
         assert found.logits.shape == (0, 4)
         assert len(found.expert) == 0
 
 
-def test_kept_and_read_back(routed, tmp_path):
+def test_kept_and_read_back(network, routed, caches, tmp_path):
     path, identity = refined_path(tmp_path, "final", "test"), {"mixture": "a", "features": "b"}
     assert load_refined(path, identity) is None
-    save_refined(path, routed, identity)
+    refine_to(path, identity, network, caches["test"])
     stored = load_refined(path, identity)
     for name, array in vars(routed).items():
         np.testing.assert_array_equal(getattr(stored, name), array)
@@ -131,9 +132,9 @@ def test_kept_and_read_back(routed, tmp_path):
     assert load_refined(path, {"mixture": "a", "features": "c"}) is None
 
 
-def test_damaged_files_are_computed_again_and_not_believed(routed, tmp_path):
+def test_damaged_files_are_computed_again_and_not_believed(network, caches, tmp_path):
     path, identity = refined_path(tmp_path, "final", "test"), {"mixture": "a"}
-    save_refined(path, routed, identity)
+    refine_to(path, identity, network, caches["test"])
     path.write_bytes(path.read_bytes()[:-1])
     assert load_refined(path, identity) is None
     path.unlink()
@@ -146,12 +147,45 @@ def test_files_of_another_version_are_computed_again(routed, tmp_path):
     assert load_refined(path, identity) is None
 
 
-def test_killed_while_writing_the_new_rows_do_not_pass_for_the_old(routed, tmp_path, monkeypatch):
+def test_killed_while_writing_the_new_rows_do_not_pass_for_the_old(network, caches, tmp_path, monkeypatch):
     path = refined_path(tmp_path, "final", "test")
-    save_refined(path, routed, {"mixture": "old"})
-    monkeypatch.setattr(json, "dumps", None)  # dies between the arrays and what says whose they are
-    with pytest.raises(TypeError):
-        save_refined(path, routed, {"mixture": "new"})
+    refine_to(path, {"mixture": "old"}, network, caches["test"])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts_module, "write_json", killed)  # between the arrays and what says whose they are
+    with pytest.raises(KeyboardInterrupt):
+        refine_to(path, {"mixture": "new"}, network, caches["test"])
     monkeypatch.undo()
     assert load_refined(path, {"mixture": "old"}) is None
     assert load_refined(path, {"mixture": "new"}) is None
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_by_blocks_into_a_file_it_is_what_it_is_in_memory(network, caches, tmp_path, some):
+    cache, identity = caches["test"], {"mixture": "a", "features": "b"}
+    rows = np.arange(3, cache.n_rows, 2) if some else None
+    expert = np.arange(len(rows)) % 3 - 1 if some else None
+    refined = refine(network, cache, expert, rows=rows)
+    whole, blocks = (refined_path(tmp_path, run, "test") for run in ("whole", "blocks"))
+    write_described(whole, vars(refined), identity)
+    written = refine_to(blocks, identity, network, cache, expert, rows=rows)
+    assert blocks.read_bytes() == whole.read_bytes()
+    for stored in (written, load_refined(blocks, identity)):
+        for name, array in vars(refined).items():
+            np.testing.assert_array_equal(getattr(stored, name), array)
+    assert not written.features.flags.writeable
+
+
+def test_ten_times_the_rows_take_no_more_memory(backbone, caches, tmp_path):
+    mixture = MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, (0, 1, 1, 0), kind="frozen")
+    peaks = []
+    for n in (400, 4000):  # of 5 KiB: 2 MB, 20 MB
+        rows = np.sort(np.arange(n) % caches["test"].n_rows)
+        tracemalloc.start()
+        refined = refine_to(refined_path(tmp_path, "final", f"{n}"), {}, mixture, caches["test"], rows=rows)
+        assert refined.features.shape == (n, backbone.dim)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] + 200 * 4000  # expert, gate and the like stay in memory

@@ -634,13 +634,13 @@ def test_nothing_of_other_settings_is_gone_on_from(data, backbone, mixture, tmp_
     assert not list(folder.glob("*.checkpoint"))
 
 
-@pytest.mark.parametrize("killed_in", ["save_refined", "save_heads", "save_mixture"])
+@pytest.mark.parametrize("killed_in", ["refine_to", "save_heads", "save_mixture"])
 def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
     killed_in, data, backbone, mixture, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(mixture, tmp_path / "mixture")
 
-    def killed(*arguments):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module, killed_in, killed)
