@@ -397,6 +397,7 @@ def cache_lines(cache: "FeatureCache") -> list[str]:
         f"datasets   {datasets} as {spec.dtype}",
         f"shards     {len(manifest.shards)}, {n_bytes / 2**20:.1f} MiB",
         f"identity   fingerprint {cache.fingerprint[:8]}, with its inputs {cache.identity[:8]}",
+        *([] if spec.origin else [f"origin     {cache.fingerprint}"]),
     ]
 
 

@@ -182,8 +182,8 @@ class RunConfig(StageConfig):
 
     @property
     def has_features(self) -> bool:
-        """Whether its sets came as arrays, and not as images; all of them do or none."""
-        return self.sets[0].features is not None
+        """Whether all of its sets came as arrays: no image is looked at. Beside sets with images, arrays are theirs."""
+        return all(entry.features is not None for entry in self.sets)
 
     def sets_of(self, *roles: str) -> list[SetConfig]:
         """Sets that have one of these roles, in the order of the file."""
@@ -273,7 +273,7 @@ class RunConfig(StageConfig):
             elif entry.features is not None and entry.origin is None:
                 yield (
                     f"sets.{entry.name}.origin: missing; say in your words which network, weights and size gave these "
-                    "features, the same for all sets"
+                    "features, the same for all sets; beside sets with images, the origin that info says of them"
                 )
         given = [entry for entry in self.sets if entry.features is not None]
         for entry in given:
@@ -285,14 +285,15 @@ class RunConfig(StageConfig):
         if not given:
             return
         if images := [entry.name for entry in self.sets if entry.images is not None]:
-            yield (
-                f"sets.{given[0].name}.features: set {images[0]} has images: nothing shows that both come from one "
-                "network; give features of all sets, or images of all"
-            )
+            if given[0].origin and not re.fullmatch("[0-9a-f]{64}", given[0].origin):
+                yield (
+                    f"sets.{given[0].name}.origin: {_shown(given[0].origin)} given, but set {images[0]} has images: "
+                    "to show that both come from one network give the origin that info says of its cache, 64 digits"
+                )
+        elif "patches" in self.cache.model_fields_set:
+            yield f"cache.patches: says what to keep of images; of set {given[0].name} all is kept that its file has"
         if self.finetune is not None:
             yield f"finetune: needs images; set {given[0].name} has features"
-        if "patches" in self.cache.model_fields_set:
-            yield f"cache.patches: says what to keep of images; of set {given[0].name} all is kept that its file has"
 
     def _finetune_problems(self) -> Iterator[str]:
         seeds, variants = self.finetune_seeds(), (self.finetune and self.finetune.variants) or ()

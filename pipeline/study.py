@@ -1,5 +1,6 @@
 """A study: its stages in order, which of them are fresh, and what each says when it is done."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -98,6 +99,7 @@ class Study:
     def _extract(self, leg: Leg) -> Lines:
         self._check_sets()
         spec = self._given_spec(leg) if self.config.has_features else leg.spec()
+        self._check_origins(spec)
         with self.record.running(f"extract {leg.name}", spec.fingerprint) as stage:
             found = {
                 entry.name: compare_versions(
@@ -126,28 +128,26 @@ class Study:
     def _fill(
         self, leg: Leg, spec: FeatureSpec, missing: Sequence[SetConfig], found: Mapping[str, Changes | None]
     ) -> Iterator[tuple[SetConfig, FeatureCache]]:
-        """Make the caches of some sets, one after the other."""
+        """Make the caches of some sets, one after the other; those of arrays first, which are quickly refused."""
         root = self.config.cache.root
-        if not missing:
-            return
-        if self.config.has_features:
-            if spec.expert_blocks:
-                for entry in missing:
-                    with _about(entry):
-                        check_end(self._given(entry), leg.loaded)
-            for entry in missing:
+        given = [entry for entry in missing if entry.features is not None]
+        if spec.expert_blocks and spec.patches == "full":
+            for entry in given:
                 with _about(entry):
-                    changes = found[entry.name]
-                    cache = import_set(
-                        entry.name, self._given(entry), spec, root, changes=changes, progress=self.progress
-                    )
-                yield entry, cache
+                    check_end(self._given(entry), leg.loaded)
+        for entry in given:
+            with _about(entry):
+                changes = found[entry.name]
+                cache = import_set(entry.name, self._given(entry), spec, root, changes=changes, progress=self.progress)
+            yield entry, cache
+        pictured = [entry for entry in missing if entry.features is None]
+        if not pictured:
             return
         for note in leg.loaded.transform_notes():
             self.progress.note(f"warning: {note}")
         with engine_for(self.options.scheduler, self.options.workers) as engine:
             mapper: Mapper | None = None if isinstance(engine, SerialEngine) else engine.map
-            for entry in missing:
+            for entry in pictured:
                 yield (
                     entry,
                     extract_set(
@@ -447,7 +447,7 @@ class Study:
             self._say([f"{cache.path}: whole, {cache.n_rows} rows"])
         elif repair:
             files = [damage.file for damage in damages]
-            if self.config.has_features:
+            if entry.features is not None:
                 repair_import(cache, files, self._given(entry), self.progress)
             else:
                 repair_set(cache, files, self._table(entry), lambda: leg.loaded, progress=self.progress)
@@ -487,8 +487,9 @@ class Study:
         self._check_sets()
         n_rows = sum(len(self._table(entry)) for entry in self.config.sets)
         n_mixtures, n_left = (len(list(mixtures)) for mixtures in (self._mixtures(self._legs[0]), self.to_train()))
+        unit = "rows" if self.config.has_features else "images"
         return (
-            f"{self.config.name}: {len(self.config.sets)} sets of {n_rows:,} {self._unit}; {n_left} of {n_mixtures} "
+            f"{self.config.name}: {len(self.config.sets)} sets of {n_rows:,} {unit}; {n_left} of {n_mixtures} "
             f"mixtures to train, in {1 + len(self.config.variants)} variants; {self.config.work}"
         )
 
@@ -533,7 +534,7 @@ class Study:
                 state = f"fresh, {changes.cache.path}"
             elif changes:
                 state = f"{changes}: would extract {changes.to_extract}, take over the others, and {state[6:]}"
-            lines.append(f"extract {leg.name} {entry.name}: {len(table)} {self._unit}, {state}")
+            lines.append(f"extract {leg.name} {entry.name}: {len(table)} {_unit(entry)}, {state}")
         return lines
 
     def _plan_train(self, leg: Leg) -> Lines:
@@ -593,17 +594,13 @@ class Study:
             if unlabelled := int((table.labels < 0).sum()):
                 how = "label in the file" if entry.features else "a folder per class, or a list with labels"
                 raise InputError(
-                    f"set {entry.name!r}: {unlabelled} of {len(table)} {self._unit} have no label: give {how}"
+                    f"set {entry.name!r}: {unlabelled} of {len(table)} {_unit(entry)} have no label: give {how}"
                 )
             if unknown := [name for name in table.class_names if name not in known]:
                 more = ", …" if len(unknown) > 5 else ""
                 raise InputError(
                     f"set {entry.name!r} has classes that id-train does not have: {', '.join(unknown[:5])}{more}"
                 )
-
-    @property
-    def _unit(self) -> str:
-        return "rows" if self.config.has_features else "images"
 
     def _table(self, entry: SetConfig) -> SampleTable:
         if entry.features is not None:
@@ -636,6 +633,32 @@ class Study:
                 f"{len(classes)} classes: with logits, label is the number of a column, and each column has rows"
             )
         return leg.given_spec(tables)
+
+    def _check_origins(self, spec: FeatureSpec) -> None:
+        """Refuse arrays beside images that are not what the study's own network makes of images.
+
+        Raises:
+            InputError: another origin than the fingerprint of these features, or other arrays.
+        """
+        if self.config.has_features:
+            return
+        for entry in self.config.sets:
+            if entry.features is None:
+                continue
+            if entry.origin != spec.fingerprint:
+                raise InputError(
+                    f"sets.{entry.name}.origin: {entry.origin} given, but the features of this study's images have "
+                    f"{spec.fingerprint}: other weights, size, tap, patches, dtype or device"
+                )
+            columns = self._given(entry).columns
+            for name, (shape, _) in spec.datasets().items():
+                rows = columns[name].shape[1:] if name in columns else ()
+                # Patches may come as [n, h, w, D'].
+                if name not in columns or math.prod(rows) != math.prod(shape) or rows[-1] != shape[-1]:
+                    raise InputError(
+                        f"sets.{entry.name}.features: {entry.features} has {name} {list(rows) or 'missing'}, the "
+                        f"features of this study's images {list(shape)}: give the arrays that their caches hold"
+                    )
 
     def _say(self, lines: Iterable[Any]) -> None:
         from pipeline.cli import show
@@ -685,3 +708,7 @@ def _best(column: str, cells: Sequence[str]) -> str | None:
     values = {cell: float(cell.split()[0]) for cell in cells if cell[:1].isdigit()}
     choose: Callable[..., str] = max if column.endswith("↑") else min
     return choose(values, key=lambda cell: values[cell]) if values else None
+
+
+def _unit(entry: SetConfig) -> str:
+    return "images" if entry.features is None else "rows"

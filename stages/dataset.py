@@ -73,14 +73,14 @@ def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cro
     names = train.class_names
     if (labels < 0).any():
         raise InputError(
-            f"id-train set {train.manifest.dataset!r}: {(labels < 0).sum()} of {len(labels)} images have no label: "
-            "give a folder per class, or a list with labels"
+            f"id-train set {train.manifest.dataset!r}: {(labels < 0).sum()} of {len(labels)} {unit(train)}s have no "
+            f"label: {'give a folder per class, or a list with labels' if unit(train) == 'image' else 'give label'}"
         )
     counts = np.bincount(labels, minlength=len(names))
     used = np.flatnonzero(counts)
     if len(used) < 2:
         raise InputError(
-            f"id-train set {train.manifest.dataset!r} has {len(used)} class with images: at least 2 are needed"
+            f"id-train set {train.manifest.dataset!r} has {len(used)} class with {unit(train)}s: at least 2 are needed"
         )
     names = tuple(names[index] for index in used)
     labels = np.searchsorted(used, labels).astype(np.int32)
@@ -95,7 +95,8 @@ def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cro
         if len(few):
             raise InputError(
                 f"id-train set {train.manifest.dataset!r}: class {names[few[0]]!r} has {counts[used[few[0]]]} "
-                f"image(s), too few to hold some out ({len(few)} such class(es)): give more, or leave the class out"
+                f"{unit(train)}(s), too few to hold some out ({len(few)} such class(es)): give more, or leave the "
+                "class out"
             )
     return IdData(train, labels, held_out, held_labels, names, split)
 
@@ -112,8 +113,15 @@ def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:
     if (labels < 0).any():
         unknown = [name for name in cache.class_names if name not in number]
         what = f"classes that id-train does not have: {', '.join(unknown[:5])}" if unknown else "no label"
-        raise InputError(f"set {cache.manifest.dataset!r}: {(labels < 0).sum()} of {len(labels)} images have {what}")
+        raise InputError(
+            f"set {cache.manifest.dataset!r}: {(labels < 0).sum()} of {len(labels)} {unit(cache)}s have {what}"
+        )
     return labels
+
+
+def unit(cache: FeatureCache) -> str:
+    """What a row is to people: an ``image``, or a ``row`` of arrays that were computed elsewhere."""
+    return "row" if cache.spec.origin else "image"
 
 
 ALL_TOKENS = ("cls", "tap_cls", "registers", "patches")
@@ -179,8 +187,8 @@ def not_finite(cache: FeatureCache, rows: Rows, values: NDArray[np.floating], na
     """The error that names the first of some rows whose values are not finite."""
     row = rows[~np.isfinite(values).reshape(len(rows), -1).all(1)][0]
     return InputError(
-        f"set {cache.manifest.dataset!r}: {name} of image {str(cache.ids[row])!r} is not finite: "
-        f"leave the image out, or remove {cache.path} and extract again"
+        f"set {cache.manifest.dataset!r}: {name} of {unit(cache)} {str(cache.ids[row])!r} is not finite: "
+        f"leave the {unit(cache)} out, or remove {cache.path} and extract again"
     )
 
 

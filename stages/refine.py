@@ -13,7 +13,7 @@ from torch import Tensor
 from cache import FeatureCache
 from stages.artifacts import Column, described_rows, map_tensors, read_json
 from stages.backbone import Tokens
-from stages.dataset import read_tokens
+from stages.dataset import read_tokens, unit
 from stages.errors import StageError
 from stages.experts import MixtureOfFeatureExperts
 from stages.progress import NullProgress, Progress
@@ -133,7 +133,7 @@ def _batches(
     progress = progress or NullProgress()
     mixture.eval()
     n = cache.n_rows if rows is None else len(rows)
-    progress.start(n, "image", f"refine {cache.manifest.dataset}")
+    progress.start(n, unit(cache), f"refine {cache.manifest.dataset}")
     for start in range(0, n, REFINE_BATCH):
         batch = slice(start, min(start + REFINE_BATCH, n))
         tokens = read_tokens(cache, batch if rows is None else rows[batch])

@@ -20,7 +20,7 @@ from scipy.special import softmax
 from cache import CacheMismatchError
 from stages.artifacts import write_json
 from stages.config import ScoreConfig
-from stages.dataset import labels_in
+from stages.dataset import labels_in, unit
 from stages.detectors import (
     NO_HEAD,
     Detector,
@@ -125,7 +125,8 @@ def score(
     neighbours.forget_others()
     write_table(folder, table, summary)
     notes = [
-        f"{count} images of {name} are in the id-train set as well (same bytes)" for name, count in overlap.items()
+        f"{count} {unit(sources[0].data.train)}s of {name} are in the id-train set as well (same bytes)"
+        for name, count in overlap.items()
     ]
     for (lacking, what), places in left_out.items():
         notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
@@ -251,7 +252,9 @@ def _check(sources: Sequence[BackboneSource]) -> None:
             if test.group != "id" and test.name in _TAKEN:
                 raise InputError(f"an OOD set is called {test.name!r}, a word of the table's own: give it another name")
             if test.cache.n_rows == 0:
-                raise InputError(f"set {test.name!r} has no usable image: see {test.cache.path / 'failures.jsonl'}")
+                raise InputError(
+                    f"set {test.name!r} has no usable {unit(test.cache)}: see {test.cache.path / 'failures.jsonl'}"
+                )
         train = source.data.train
         for cache in (source.data.held_out, *(test.cache for test in source.tests)):
             if difference := cache.spec.first_difference(train.spec):

@@ -24,7 +24,7 @@ from stages.artifacts import read_json, write_text
 from stages.backbone import Tokens
 from stages.checkpoint import load_checkpoint, save_checkpoint
 from stages.config import TrainConfig
-from stages.dataset import IdData, Labels, ReadRows, RowsOf, epoch_windows, not_finite, read_blocks, read_tokens
+from stages.dataset import IdData, Labels, ReadRows, RowsOf, epoch_windows, not_finite, read_blocks, read_tokens, unit
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.experts import (
@@ -214,7 +214,9 @@ def train_mixture(
         training.restore(stored["training"])
         best = stored["best"]
         history = [EpochRecord(**record) for record in stored["history"]]
-    progress.start(settings.epochs * len(rows), "image", f"train {checkpoint.stem.rpartition('-')[0]}, seed {seed}")
+    progress.start(
+        settings.epochs * len(rows), unit(data.train), f"train {checkpoint.stem.rpartition('-')[0]}, seed {seed}"
+    )
     progress.advance(len(history) * len(rows))
     accuracy = np.asarray(history[-1].accuracy) if history and history[-1].accuracy is not None else None
     store = _Checkpoints(checkpoint) if ranks.first else None

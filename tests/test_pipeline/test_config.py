@@ -253,7 +253,7 @@ def test_override_refused(study, override, message):
         ),
         (
             "[[sets]]\nname = 'a'\nrole = 'id-test'\nfeatures = 'a.npz'\norigin = 'x'",
-            "toy.toml: sets.a.features: set train has images: nothing shows that both come from one network; give",
+            'toy.toml: sets.a.origin: "x" given, but set train has images: to show that both come from one',
         ),
         (
             "[[sets]]\nname = 'a'\nrole = 'id-test'\nfeatures = 'a.npz'\norigin = ''",

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -247,3 +248,88 @@ def test_settings_refused(study, copy):
         file.write(NETWORK)
     message = refused("extract", copy / "study.toml")
     assert message.startswith("backbone: sets.train.features has no patches, so nothing reads it: ")
+
+
+# ------------------------------------------------------------------------------------------- beside sets with images
+
+MIXED = """
+name = "mixed"
+work = "work"
+
+[cache]
+root = "{root}"
+
+[[sets]]
+name = "train"
+role = "id-train"
+images = "sklearn:digits[0-3]/train"
+
+[[sets]]
+name = "test"
+role = "id-test"
+images = "sklearn:digits[0-3]/test"
+
+[[sets]]
+name = "near"
+role = "near-ood"
+images = "sklearn:digits[7-8]/test"
+
+[[sets]]
+name = "mine"
+role = "far-ood"
+features = "mine.npz"
+origin = "{origin}"
+
+[train]
+experts = 2
+epochs = 1
+
+[score]
+scores = ["energy", "knn"]
+k = 5
+bootstrap = 100
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(caches, tmp_path_factory):
+    """Images, and one set of features as a cache of the study's own network has them."""
+    folder, near = tmp_path_factory.mktemp("mixed"), caches["near"]
+    (origin,) = (line.split()[1] for line in done("info", near.path).out.splitlines() if line.startswith("origin"))
+    arrays = {name: near.read(name) for name in near.spec.datasets()}
+    np.savez(folder / "mine.npz", **arrays, id=near.ids)
+    (folder / "study.toml").write_text(MIXED.format(root=near.path.parent, origin=origin) + NETWORK)
+    return folder
+
+
+def test_features_beside_images_are_scored_as_the_images_that_they_are_of(mixed):
+    """The same digits once as images and once as what the study's own network made of them."""
+    done("extract", mixed / "study.toml")
+    done("train", mixed / "study.toml")
+    done("score", mixed / "study.toml")
+    rows = list(csv.DictReader(io.StringIO((mixed / "work" / "scores" / "table.csv").read_text())))
+    naming = ("features", "head", "variant", "routing", "score", "calibrated", "auroc", "fpr95")
+    near, mine = (
+        {tuple(row[name] for name in naming) for row in rows if row["ood"] == ood} for ood in ("near", "mine")
+    )
+    assert {row[0] for row in mine} == {"cls", "mofe"}
+    assert near == mine
+    assert "extract pretrained: fresh" in done("extract", mixed / "study.toml").out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"origin": "my network"}, 'sets.mine.origin: "my network" given, but set train has images: to show that both'),
+        ({"origin": "a" * 64}, f"sets.mine.origin: {'a' * 64} given, but the features of this study's images have "),
+        ({"drop": "patches"}, "has patches missing, the features of this study's images [4, 192]: give the arrays"),
+    ],
+)
+def test_features_beside_images_of_another_network_are_refused(mixed, tmp_path, change, message):
+    shutil.copy(mixed / "mine.npz", tmp_path)
+    replaced(tmp_path, "mine", **{name: None for name in change.values() if name == "patches"})
+    text = (mixed / "study.toml").read_text()
+    if "origin" in change:
+        text = re.sub('origin = ".*"', f'origin = "{change["origin"]}"', text)
+    (tmp_path / "study.toml").write_text(text)
+    assert message in refused("extract", tmp_path / "study.toml")

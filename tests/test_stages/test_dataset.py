@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import CacheBuilder, FeatureCache, InputTable, commit_shard, plan_shards
+from stages.arrays import list_arrays
 from stages.dataset import epoch_windows, id_data, labels_in, read_blocks, read_tokens
 from stages.errors import InputError
+from stages.extract import import_set
 from stages.split import split_rows
 from tests.test_cache.toy import features, make_spec
 
@@ -186,3 +188,11 @@ def test_what_fits_into_one_window_is_shuffled_as_a_whole():
     assert counts.min() > 30
     (window,) = epoch_windows(np.arange(5), [0], 10**12, np.random.default_rng(0))  # one shard at least
     assert sorted(window) == [0, 1, 2, 3, 4]
+
+
+def test_what_came_as_arrays_has_rows_and_no_images(tmp_path):
+    np.savez(tmp_path / "mine.npz", cls=np.eye(9, dtype=np.float32), label=np.array([0] * 8 + [1]))
+    arrays = list_arrays(str(tmp_path / "mine.npz"))
+    cache = import_set("mine", arrays, arrays.spec("drawn", "float32"), tmp_path)
+    with pytest.raises(InputError, match=r"class '1' has 1 row\(s\), too few to hold some out"):
+        id_data(cache, None, 0.2)
