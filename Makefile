@@ -11,7 +11,7 @@ READY := $(VENV)/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results pseudo-ood extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
-	bench-train bench-knn bench-score bench-fits clean
+	bench-train bench-finetune bench-knn bench-score bench-fits clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,14 +58,15 @@ lint: $(READY) ## Check style and types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-extract bench-cache bench-train bench-knn bench-score bench-fits ## Measure every stage against its limit (some minutes; not a test)
+bench: bench-extract bench-cache bench-train bench-finetune bench-knn bench-score bench-fits ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
 bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
 bench-train: $(READY) ## Stage two against the bare training of one expert
+bench-finetune: $(READY) ## The end-to-end fine-tune against bare steps; memory with gradient checkpointing
 bench-score: $(READY) ## All scores and metrics of 100,000 rows
 bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
-bench-extract bench-cache bench-train bench-knn bench-score bench-fits:
+bench-extract bench-cache bench-train bench-finetune bench-knn bench-score bench-fits:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@)
 
 stress: $(READY) ## The tests of kills and damage, many times over
