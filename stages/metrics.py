@@ -13,14 +13,14 @@ The bootstrap works on *counts*, how often each row was drawn: the same counts g
 replicates paired, so that the interval of a difference is the interval of ``a["auroc"] - b["auroc"]``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
-
-_CHUNK = 1 << 22  # counts held at once as int64 while bootstrapping: 32 MiB an array
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def admitting_threshold(scores: ArrayLike, admit: float) -> float:
     return float(ordered[np.argmax(share >= admit)])
 
 
-def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint16]:
+def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint8]:
     """How often each of ``n`` rows is drawn in each bootstrap replicate.
 
     Args:
@@ -188,7 +188,7 @@ def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint16]:
         seed: the same seed gives the same counts, whatever else was drawn before.
 
     Returns:
-        [R, n] uint16; each row sums to n.
+        [R, n] uint8; each row sums to n.
 
     >>> resample_counts(4, replicates=2, seed=0).sum(axis=1).tolist()
     [4, 4]
@@ -196,7 +196,7 @@ def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint16]:
     if n < 1 or replicates < 1:
         raise InputError(f"{replicates} bootstrap replicates of {n} rows asked; both must be at least 1")
     rng = np.random.default_rng(seed)
-    counts = np.empty((replicates, n), dtype=np.uint16)  # a row drawn 65536 times does not happen
+    counts = np.empty((replicates, n), dtype=np.uint8)  # a row drawn 256 times does not happen: below 1 in 256!
     for row in counts:
         row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
     return counts
@@ -219,35 +219,96 @@ def bootstrap_metrics(
     Raises:
         InputError: scores as in `ood_metrics`, or counts that do not fit them.
     """
-    ids, oods = checked_scores(id_scores, "ID"), checked_scores(ood_scores, "OOD")
-    if id_counts.shape[1:] != ids.shape or ood_counts.shape[1:] != oods.shape or len(id_counts) != len(ood_counts):
-        raise InputError(
-            f"bootstrap counts of shape {id_counts.shape} and {ood_counts.shape} do not fit "
-            f"{len(ids)} ID and {len(oods)} OOD scores"
-        )
-    id_order, ood_order = np.argsort(ids, kind="stable"), np.argsort(oods, kind="stable")
-    ids, oods = ids[id_order], oods[ood_order]
-    below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
-    admitted = np.searchsorted(oods, ids, "right")  # OOD rows at or below each ID row's score
+    return bootstrap_each(id_scores, [ood_scores], id_counts, [ood_counts])[0]
 
-    areas, rates = [], []
-    step = max(1, _CHUNK // (len(ids) + len(oods)))
-    for start in range(0, len(id_counts), step):
-        rows = slice(start, start + step)
-        ood_weight = ood_counts[rows][:, ood_order].astype(np.int64)
-        id_sum, ood_sum = _running_sum(id_counts[rows][:, id_order]), _running_sum(ood_weight)
-        n_id, n_ood = id_sum[:, -1], ood_sum[:, -1]
-        wins = np.einsum("rn,rn->r", ood_weight, id_sum[:, below] + id_sum[:, not_above])
-        areas.append(wins / (2 * n_id * n_ood))
-        threshold = np.argmax(id_sum[:, 1:] / n_id[:, None] >= 0.95, axis=1)  # the ID row whose score it is
-        rates.append(np.take_along_axis(ood_sum, admitted[threshold][:, None], axis=1)[:, 0] / n_ood)
-    return {"auroc": np.concatenate(areas), "fpr95": np.concatenate(rates)}
+
+def bootstrap_each(
+    id_scores: ArrayLike,
+    ood_scores: Sequence[ArrayLike],
+    id_counts: NDArray[np.integer],
+    ood_counts: Sequence[NDArray[np.integer]],
+) -> list[dict[str, NDArray[np.float64]]]:
+    """`bootstrap_metrics` against each of several OOD sets: the ID side, which is mostly the larger, is done once.
+
+    Args:
+        id_scores: [n_id].
+        ood_scores: [n_ood] of each OOD set.
+        id_counts: [R, n_id].
+        ood_counts: [R, n_ood] of each OOD set.
+
+    Raises:
+        InputError: as `bootstrap_metrics`.
+    """
+    ids = checked_scores(id_scores, "ID")
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    sets = [
+        _Resampled.of(ids, scores, counts, id_counts) for scores, counts in zip(ood_scores, ood_counts, strict=True)
+    ]
+    replicates = len(id_counts)
+    found = [{"auroc": np.empty(replicates), "fpr95": np.empty(replicates)} for _ in sets]
+    for replicate, counts in enumerate(id_counts):
+        sums = _running_sum(counts[order])
+        n_id = int(sums[-1])
+        threshold = int(np.searchsorted(sums[1:], _enough(n_id)))  # the ID row whose score admits 95 %
+        for each, metrics in zip(sets, found, strict=True):
+            weights = each.counts[replicate][each.order]
+            ood_sums = _running_sum(weights)
+            n_ood = int(ood_sums[-1])
+            wins = int(np.einsum("n,n->", weights, sums[each.below] + sums[each.not_above]))
+            metrics["auroc"][replicate] = wins / (2 * n_id * n_ood)
+            metrics["fpr95"][replicate] = ood_sums[each.admitted[threshold]] / n_ood
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """An OOD set in ascending order of its scores, beside the ID rows in theirs.
+
+    Attributes:
+        counts: [R, n_ood] how often each row is drawn.
+        order: [n_ood] rows by score.
+        below: [n_ood] how many ID rows score lower than each.
+        not_above: [n_ood] how many do not score higher.
+        admitted: [n_id] how many OOD rows do not score higher than each ID row.
+    """
+
+    counts: NDArray[np.integer]
+    order: NDArray[np.intp]
+    below: NDArray[np.intp]
+    not_above: NDArray[np.intp]
+    admitted: NDArray[np.intp]
+
+    @classmethod
+    def of(
+        cls,
+        ids: NDArray[np.float64],
+        ood_scores: ArrayLike,
+        counts: NDArray[np.integer],
+        id_counts: NDArray[np.integer],
+    ) -> Self:
+        oods = checked_scores(ood_scores, "OOD")
+        if id_counts.shape[1:] != ids.shape or counts.shape[1:] != oods.shape or len(id_counts) != len(counts):
+            raise InputError(
+                f"bootstrap counts of shape {id_counts.shape} and {counts.shape} do not fit "
+                f"{len(ids)} ID and {len(oods)} OOD scores"
+            )
+        order = np.argsort(oods, kind="stable")
+        oods = oods[order]
+        below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
+        return cls(counts, order, below, not_above, np.searchsorted(oods, ids, "right"))
+
+
+def _enough(n: int) -> int:
+    """The smallest m with m / n ≥ 0.95, the division rounded as everywhere."""
+    m = int(0.95 * n)
+    return next(rows for rows in range(max(m - 1, 0), m + 3) if rows / n >= 0.95)
 
 
 def _running_sum(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Sums of the first 0, 1, …, n counts of each row: [r, n] -> [r, n + 1]."""
-    sums = np.zeros((counts.shape[0], counts.shape[1] + 1), dtype=np.int64)
-    np.cumsum(counts, axis=1, out=sums[:, 1:])
+    """Sums of the first 0, 1, …, n counts: [n] -> [n + 1]."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
     return sums
 
 

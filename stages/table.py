@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.artifacts import write_text
-from stages.metrics import bootstrap_metrics, ood_metrics, percentile_interval, resample_counts
+from stages.metrics import bootstrap_each, ood_metrics, percentile_interval, resample_counts
 
 METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
 GROUPS = ("near", "far", "all")
@@ -91,9 +91,12 @@ class Evaluator:
             ood_scores: ``[n_ood]`` of each OOD set.
         """
         result: list[tuple[OODRow, Replicates]] = []
-        for ood, group in self.oods:
+        names = [ood for ood, _ in self.oods]
+        resampled = bootstrap_each(
+            id_scores, [ood_scores[ood] for ood in names], self.counts["id"], [self.counts[ood] for ood in names]
+        )
+        for (ood, group), drawn in zip(self.oods, resampled, strict=True):
             metrics = asdict(ood_metrics(id_scores, ood_scores[ood]))
-            drawn = bootstrap_metrics(id_scores, ood_scores[ood], self.counts["id"], self.counts[ood])
             replicates = Replicates(drawn["auroc"], drawn["fpr95"])
             result.append((OODRow(**name, ood=ood, group=group, **metrics, **_intervals(replicates)), replicates))
         if name["routing"] == "oracle":

@@ -123,7 +123,7 @@ def first_row(source: BackboneSource, k: int, folder: Path) -> tuple[float, floa
 
         return call
 
-    names = ("bootstrap_metrics", "resample_counts")
+    names = ("bootstrap_each", "resample_counts")
     with patch.multiple(stages.table, **{name: timed(getattr(stages.table, name)) for name in names}):
         start = time.perf_counter()
         score([source], ScoreConfig(scores=["knn"], k=k), folder, progress)  # of one row alone

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stages.metrics import bootstrap_metrics, ood_metrics, resample_counts
+from stages.metrics import bootstrap_each, ood_metrics, resample_counts
 from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
 
 BANK, SELECT, ID, OOD, SETS, DIM, CLASSES = 100_000, 10_000, 50_000, 10_000, 5, 384, 100
@@ -72,7 +72,7 @@ def of_metrics(n_scores: int) -> tuple[float, float]:
     oods = [rng.standard_normal(OOD, dtype=np.float32) + 1 for _ in range(SETS)]
     metrics = seconds(lambda: [ood_metrics(ids, ood) for _ in range(n_scores) for ood in oods])
     counts = [resample_counts(n, INTERVALS, seed) for seed, n in enumerate((ID, OOD))]
-    return metrics, seconds(lambda: [bootstrap_metrics(ids, ood, *counts) for ood in oods])
+    return metrics, seconds(lambda: bootstrap_each(ids, oods, counts[0], SETS * [counts[1]]))
 
 
 def seconds(work: Callable[[], object]) -> float:

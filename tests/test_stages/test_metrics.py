@@ -14,6 +14,7 @@ from stages.errors import InputError
 from stages.metrics import (
     admitting_threshold,
     auroc,
+    bootstrap_each,
     bootstrap_metrics,
     fpr95,
     fpr95_ood,
@@ -124,14 +125,16 @@ def test_a_replicate_is_the_metric_of_the_repeated_rows(ids, oods, seed):
         assert replicates["fpr95"][r] == fpr95(*drawn)
 
 
-def test_replicates_do_not_depend_on_the_chunks(monkeypatch):
+def test_replicates_against_several_sets_are_those_against_each():
     rng = np.random.default_rng(0)
-    ids, oods = rng.normal(size=50), rng.normal(1, size=70)
-    counts = resample_counts(50, 20, seed=1), resample_counts(70, 20, seed=2)
-    whole = bootstrap_metrics(ids, oods, *counts)
-    monkeypatch.setattr("stages.metrics._CHUNK", 3 * 120)
-    for name, values in bootstrap_metrics(ids, oods, *counts).items():
-        np.testing.assert_array_equal(values, whole[name])
+    ids, oods = rng.normal(size=50).round(1), [rng.normal(1, size=n).round(1) for n in (70, 30)]
+    id_counts, *counts = (resample_counts(n, 20, seed) for seed, n in enumerate((50, 70, 30)))
+    for index, found in enumerate(bootstrap_each(ids, oods, id_counts, counts)):
+        alone = bootstrap_metrics(ids, oods[index], id_counts, counts[index])
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, alone[name])
+    with pytest.raises(InputError, match=r"counts of shape \(20, 50\) and \(20, 30\) do not fit 50 ID and 70 OOD"):
+        bootstrap_each(ids, oods, id_counts, counts[::-1])
 
 
 def test_counts_are_seeded_and_draw_as_many_rows_as_there_are():
