@@ -34,6 +34,7 @@ from stages.detectors import (
     score_together,
 )
 from stages.errors import InputError
+from stages.metrics import OODMetrics, ood_metrics
 from stages.neighbours import NeighbourStore
 from stages.progress import NullProgress, Progress
 from stages.scorers import threshold_at
@@ -88,6 +89,8 @@ def score(
         id_record["split"][_label(source.name, source.seed)] = source.data.split.rule
         for made in _subjects(source, config, neighbours, progress):
             subject = made.factory.subject
+            if not rows:
+                progress.note(_first_row(made, oods))
             detectors = made.factory.detectors()
             progress.start(len(detectors), "detector", f"score {'-'.join(_slug(subject.key))}")
             scored: dict[str, list[tuple[Detector, Scores]]] = {}
@@ -241,6 +244,21 @@ def _subjects(
         if top2 := config.top2 and refined.n_experts > 1:
             second = {_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
         yield _Made(DetectorFactory(refined.subject(top2), config, neighbours), sets, oracle, second, refined)
+
+
+def _first_row(made: _Made, oods: Sequence[tuple[str, str]]) -> str:
+    """The frozen kNN in a line, said before its intervals and all else are computed."""
+    (routes,) = made.scores([made.factory.detector(NO_HEAD, "knn")])
+    scores = routes["none"]
+    found: dict[str, list[OODMetrics]] = {}
+    for ood, group in oods:
+        found.setdefault(group, []).append(ood_metrics(scores["id"], scores[ood]))
+    groups = [
+        f"{group} AUROC {100 * np.mean([each.auroc for each in own]):.1f}, "
+        f"FPR95 {100 * np.mean([each.fpr95 for each in own]):.1f}"
+        for group, own in found.items()
+    ]
+    return f"frozen knn, k = {made.factory.k}: {'; '.join(groups)}"
 
 
 def _check(sources: Sequence[BackboneSource]) -> None:

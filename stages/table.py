@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,15 @@ class Evaluator:
 
     def __init__(self, oods: Sequence[tuple[str, str]], sizes: dict[str, int], replicates: int) -> None:
         self.oods = list(oods)
+        self._sizes = sizes
+        self._replicates = replicates
+
+    @cached_property
+    def counts(self) -> dict[str, NDArray[np.uint8]]:
+        """How often each row of each set is drawn, ``[R, n]``."""
         # Seeds by position: the same study gives the same resamples, and every method gets the same.
-        self.counts = {
-            name: resample_counts(sizes[name], replicates, seed)
-            for seed, name in enumerate(["id", *(ood for ood, _ in oods)])
-        }
+        names = ["id", *(ood for ood, _ in self.oods)]
+        return {name: resample_counts(self._sizes[name], self._replicates, seed) for seed, name in enumerate(names)}
 
     def rows(
         self, name: dict[str, Any], id_scores: NDArray[np.float32], ood_scores: dict[str, NDArray[np.float32]]

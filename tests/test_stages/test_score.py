@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache
 from stages import backbone as backbone_module
+from stages import table as table_module
 from stages.bank import FeatureBank
 from stages.config import SCORE_NAMES, ScoreConfig, TrainConfig
 from stages.dataset import id_data, read_tokens
@@ -140,6 +141,22 @@ def test_every_row_can_be_recomputed_from_the_samples(folder, table):
         assert row["fpr95"] == pytest.approx(plain_fpr95(ids, oods), abs=1e-9)
         assert row["fpr95_ood"] == pytest.approx(plain_fpr95(-oods, -ids), abs=1e-9)
         assert row["auroc_lo"] <= row["auroc"] <= row["auroc_hi"]
+
+
+def test_the_first_row_is_said_before_anything_is_resampled(source, table, tmp_path, monkeypatch):
+    events = []
+
+    class Listener(NullProgress):
+        def note(self, line):
+            events.append(line)
+
+    draw = table_module.resample_counts
+    monkeypatch.setattr(table_module, "resample_counts", lambda *given: events.append("drawn") or draw(*given))
+    score([replace(source, mixtures=())], CONFIG.model_copy(update={"scores": ["energy"]}), tmp_path, Listener())
+    near, far = (next(row for row in table if row["ood"] == "average" and row["group"] == g) for g in ("near", "far"))
+    values = [f"{100 * row[metric]:.1f}" for row in (near, far) for metric in ("auroc", "fpr95")]
+    said = "frozen knn, k = 5: near AUROC {}, FPR95 {}; far AUROC {}, FPR95 {}"
+    assert events[:2] == [said.format(*values), "drawn"]
 
 
 def test_averages_are_means_of_sets_and_never_of_oracle_rows(table):
