@@ -1,6 +1,6 @@
 """What stage two and three know of the ID data: sealed caches, labels in the study's classes, and the split."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from stages.backbone import Tokens
 from stages.errors import InputError
+from stages.lazy import LazyArray, RowNumbers
 from stages.split import Fold, Rows, Split, split_rows, split_with_validation_set
 
 Labels = NDArray[np.int32]
-ReadRows = Callable[[Rows], NDArray[np.floating]]  # features [n, D] of rows, by their numbers
 
 
 @dataclass(frozen=True)
@@ -160,27 +160,13 @@ def read_blocks(cache: FeatureCache, name: str, rows: Rows) -> Iterator[tuple[Ro
         yield block["row"], values
 
 
-@dataclass(frozen=True)
-class RowsOf:
-    """Features of some rows ``[N, D]`` that are read when they are sliced (`stages.logistic.FeatureRows`).
+def lazy_rows(cache: FeatureCache, name: str, dim: int) -> LazyArray:
+    """One feature of all rows ``[N, dim]``, float32, read when they are asked for."""
 
-    Attributes:
-        read: of a cache, or of a memory map.
-        rows: which, in this order.
-        dim: D.
-    """
+    def read(rows: RowNumbers) -> NDArray[np.float32]:
+        return np.asarray(cache.read(name, rows), dtype=np.float32)
 
-    read: ReadRows
-    rows: Rows
-    dim: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, D)."""
-        return len(self.rows), self.dim
-
-    def __getitem__(self, part: slice) -> NDArray[np.floating]:
-        return self.read(self.rows[part])
+    return LazyArray(read, cache.n_rows, dim)
 
 
 def not_finite(cache: FeatureCache, rows: Rows, values: NDArray[np.floating], name: str) -> InputError:

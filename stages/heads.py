@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from stages.artifacts import read_json, read_tensors, write_described
-from stages.logistic import FeatureRows, blocks, fit_logistic, one_blas_thread, standardisation
+from stages.lazy import Rows2D
+from stages.logistic import blocks, fit_logistic, one_blas_thread, standardisation
 from stages.scorers import ClassifierHead
 
 Floats = NDArray[np.float32]
@@ -63,13 +64,13 @@ class LinearHead:
 class HeadRows:
     """Features ``[N, D]`` and labels ``[N]`` to fit on, and others to judge by; features are read a block at a time."""
 
-    features: FeatureRows
+    features: Rows2D
     labels: NDArray[np.int32]
-    select_features: FeatureRows
+    select_features: Rows2D
     select_labels: NDArray[np.int32]
 
 
-def fit_head(features: FeatureRows, labels: NDArray[np.int32], n_classes: int, strength: float) -> LinearHead:
+def fit_head(features: Rows2D, labels: NDArray[np.int32], n_classes: int, strength: float) -> LinearHead:
     """Multinomial logistic regression with an L2 penalty on centred, commonly scaled features.
 
     Memory does not grow with N, labels aside; the result does not depend on the number of cores.
@@ -91,7 +92,7 @@ def fit_head(features: FeatureRows, labels: NDArray[np.int32], n_classes: int, s
     return LinearHead(*standardise, weight, bias)
 
 
-def log_likelihood(head: LinearHead, features: FeatureRows, labels: NDArray[np.int32]) -> NDArray[np.float64]:
+def log_likelihood(head: LinearHead, features: Rows2D, labels: NDArray[np.int32]) -> NDArray[np.float64]:
     """Log p(label) of each row, ``[N]``; higher is better."""
     likelihood = np.empty(len(labels))
     with one_blas_thread():
@@ -140,9 +141,7 @@ class FittedHeads:
     judged: dict[str, float]
 
 
-def fit_heads(
-    folds: Sequence[HeadRows], final: tuple[FeatureRows, NDArray[np.int32]] | None, n_classes: int
-) -> FittedHeads:
+def fit_heads(folds: Sequence[HeadRows], final: tuple[Rows2D, NDArray[np.int32]] | None, n_classes: int) -> FittedHeads:
     """Choose the strength on the folds' select rows, then fit every head with it.
 
     Args:

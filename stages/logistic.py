@@ -12,26 +12,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
+from stages.lazy import Rows2D
+
 BLOCK = 1024  # rows; a result's last digits depend on it
 _KEPT_BYTES = 1 << 28  # of blocks that stay in memory as they are computed with; those beyond are read in every step
-
-
-class FeatureRows(Protocol):
-    """Features ``[N, D]`` of any float type that are read when they are sliced: an array, a memory map, a cache."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, D)."""
-
-    def __getitem__(self, rows: slice, /) -> NDArray[np.floating]:
-        """Some consecutive rows."""
 
 
 def one_blas_thread() -> AbstractContextManager[object]:
@@ -65,7 +56,7 @@ def blocks(n_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, n_rows)) for start in range(0, n_rows, BLOCK))
 
 
-def standardisation(features: FeatureRows) -> Standardisation:
+def standardisation(features: Rows2D) -> Standardisation:
     """Mean and common scale of features ``[N, D]``, N > 0: one pass in float64, in which nothing cancels.
 
     Blocks are merged as by Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
@@ -74,7 +65,7 @@ def standardisation(features: FeatureRows) -> Standardisation:
     n_rows, dim = features.shape
     mean, squares, seen = np.zeros(dim), 0.0, 0
     for block in blocks(n_rows):
-        rows = features[block].astype(np.float64)
+        rows = np.asarray(features[block], dtype=np.float64)
         own = rows.mean(axis=0)
         step, before, seen = own - mean, seen, block.stop
         squares += float(np.square(rows - own).sum() + np.square(step).sum() * before * len(rows) / seen)
@@ -84,7 +75,7 @@ def standardisation(features: FeatureRows) -> Standardisation:
 
 
 def fit_logistic(
-    features: FeatureRows,
+    features: Rows2D,
     labels: NDArray[np.integer],
     n_classes: int,
     strength: float,
@@ -133,7 +124,7 @@ class _Objective:
 
     def __init__(
         self,
-        features: FeatureRows,
+        features: Rows2D,
         labels: NDArray[np.integer],
         n_classes: int,
         strength: float,
@@ -147,7 +138,9 @@ class _Objective:
         self._penalty = 1 / (strength * self._n_rows)
         self._pool, self._ahead = pool, ahead
         kept_rows = _KEPT_BYTES // (8 * self._dim)
-        self._kept = [standardise(features[block]) for block in blocks(self._n_rows) if block.stop <= kept_rows]
+        self._kept = [
+            standardise(np.asarray(features[block])) for block in blocks(self._n_rows) if block.stop <= kept_rows
+        ]
 
     @property
     def n_parameters(self) -> int:
@@ -191,7 +184,7 @@ class _Objective:
         labels = self._labels[block]
         if number < len(self._kept):
             return lambda: _part(self._kept[number], labels, weight, bias)
-        stored = self._features[block]
+        stored = np.asarray(self._features[block])
         return lambda: _part(self._standardise(stored), labels, weight, bias)
 
 

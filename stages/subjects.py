@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from cache import CacheMismatchError, FeatureCache
 from stages.artifacts import read_json
 from stages.backbone import Backbone, BackboneEnd
-from stages.dataset import IdData, Labels, read_tokens
+from stages.dataset import IdData, Labels, lazy_rows, read_tokens
 from stages.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads
@@ -172,19 +172,12 @@ class _CachedRows:
     @classmethod
     def of(cls, cache: FeatureCache, patches: PatchTokens | None) -> "_CachedRows":
         n_logits = cache.spec.n_logits
-        given = {_GIVEN_HEAD: _cached(cache, "logits", n_logits)} if n_logits else {}
-        return cls(_cached(cache, "cls", cache.spec.cls_dim), given, patches)
+        given = {_GIVEN_HEAD: lazy_rows(cache, "logits", n_logits)} if n_logits else {}
+        return cls(lazy_rows(cache, "cls", cache.spec.cls_dim), given, patches)
 
     def __getitem__(self, rows: Rows) -> "_CachedRows":
         given = {name: logits[rows] for name, logits in self.given.items()}
         return _CachedRows(self.features[rows], given, None if self.patches is None else self.patches[rows])
-
-
-def _cached(cache: FeatureCache, name: str, dim: int) -> LazyArray:
-    def read(rows: RowNumbers) -> Floats:
-        return np.asarray(cache.read(name, rows), dtype=np.float32)
-
-    return LazyArray(read, cache.n_rows, dim)
 
 
 class RefinedFeatures:

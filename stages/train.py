@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from stages.artifacts import read_json, write_text
 from stages.backbone import Tokens
 from stages.checkpoint import load_checkpoint, save_checkpoint
 from stages.config import TrainConfig
-from stages.dataset import IdData, Labels, ReadRows, RowsOf, epoch_windows, not_finite, read_blocks, read_tokens, unit
+from stages.dataset import IdData, Labels, epoch_windows, lazy_rows, not_finite, read_blocks, read_tokens, unit
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.experts import (
@@ -37,6 +36,7 @@ from stages.experts import (
 )
 from stages.grouping import experts_for, group_training_classes, grouping_content
 from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
+from stages.lazy import LazyArray, Rows2D
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
 from stages.refine import REFINE_BATCH, Refined, refine_to, refined_path
@@ -574,7 +574,7 @@ def _fitted_probe(data: IdData, folder: Path) -> FittedHeads:
     for cache in (data.train, data.held_out):
         for _ in read_blocks(cache, "cls", np.arange(cache.n_rows)):
             pass  # rows that are not finite are refused here, by their names
-    train, held_out = partial(data.train.read, "cls"), partial(data.held_out.read, "cls")
+    train, held_out = (lazy_rows(cache, "cls", cache.spec.cls_dim) for cache in (data.train, data.held_out))
     folds = [_head_rows(data, train, held_out, fold.train, fold.select) for fold in data.split.folds]
     heads = {"probe": fit_heads(folds, _final_rows(data, train, data.split.final_train), data.n_classes)}
     save_heads(folder, "probe", heads, identity)
@@ -816,19 +816,16 @@ def _refit_heads(
     """
     group = np.asarray(groups)
     refined = [(fold, bank[name], held_out[name]) for name, fold in data.runs()]
-    rows = [
-        _head_rows(data, own.features.__getitem__, held.features.__getitem__, fold.train, fold.select)
-        for fold, own, held in refined
-    ]
+    rows = [_head_rows(data, own.features, held.features, fold.train, fold.select) for fold, own, held in refined]
     final, ending = bank["final"], data.split.final_train
-    heads = {"refit": fit_heads(rows, _final_rows(data, final.features.__getitem__, ending), data.n_classes)}
+    heads = {"refit": fit_heads(rows, _final_rows(data, final.features, ending), data.n_classes)}
     for expert in range(max(groups) + 1):
         # Judged on select rows that the router sent to the right expert: only they can be classified at all.
         rows = [
             _head_rows(
                 data,
-                own.features.__getitem__,
-                held.features.__getitem__,
+                own.features,
+                held.features,
                 fold.train[own.expert[fold.train] == expert],
                 fold.select[
                     (held.expert[fold.select] == expert) & (group[data.held_out_labels[fold.select]] == expert)
@@ -839,20 +836,24 @@ def _refit_heads(
         judging = [fold_rows for fold_rows in rows if len(fold_rows.select_labels)]
         strength, judged = choose_strength(judging, data.n_classes) if judging else (heads["refit"].strength, {})
         folds = tuple(fit_head(own.features, own.labels, data.n_classes, strength) for own in rows)
-        last = _final_rows(data, final.features.__getitem__, ending[final.expert[ending] == expert])
+        last = _final_rows(data, final.features, ending[final.expert[ending] == expert])
         heads[f"refit-group-{expert}"] = FittedHeads(
             folds, fit_head(*last, data.n_classes, strength) if last else folds[0], strength, judged
         )
     return heads
 
 
-def _head_rows(data: IdData, train: ReadRows, held_out: ReadRows, rows: Rows, select: Rows) -> HeadRows:
-    dim = data.train.spec.cls_dim
+def _head_rows(data: IdData, train: Rows2D, held_out: Rows2D, rows: Rows, select: Rows) -> HeadRows:
     return HeadRows(
-        RowsOf(train, rows, dim), data.train_labels[rows], RowsOf(held_out, select, dim), data.held_out_labels[select]
+        _taken(train, rows), data.train_labels[rows], _taken(held_out, select), data.held_out_labels[select]
     )
 
 
-def _final_rows(data: IdData, train: ReadRows, rows: Rows) -> tuple[RowsOf, Labels] | None:
+def _final_rows(data: IdData, train: Rows2D, rows: Rows) -> tuple[Rows2D, Labels] | None:
     """Rows that a final head is fitted on; None where the only fold's head is the final one."""
-    return (RowsOf(train, rows, data.train.spec.cls_dim), data.train_labels[rows]) if data.split.cross_fitted else None
+    return (_taken(train, rows), data.train_labels[rows]) if data.split.cross_fitted else None
+
+
+def _taken(features: Rows2D, rows: Rows) -> LazyArray:
+    """Some rows of a memory-mapped or lazy array, not read yet."""
+    return features[rows] if isinstance(features, LazyArray) else LazyArray.of(features, rows)

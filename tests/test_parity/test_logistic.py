@@ -1,7 +1,6 @@
 """Logistic regression by blocks against scikit-learn's, on all rows at once: on digits and on real cached features."""
 
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from stages import logistic
-from stages.dataset import RowsOf
+from stages.dataset import lazy_rows
 from stages.heads import STRENGTHS, fit_head
 from stages.logistic import Standardisation, fit_logistic, standardisation
 
@@ -23,7 +22,7 @@ def mean_log_likelihood(logits, labels) -> float:
 def compare(features, labels, strength, standardise: Standardisation) -> None:
     n_classes = int(labels.max()) + 1
     weight, bias = fit_logistic(features, labels, n_classes, strength, standardise)
-    rows = standardise(features[: len(labels)])
+    rows = standardise(np.asarray(features))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # both stop after as many steps
         reference = LogisticRegression(C=strength, max_iter=1000).fit(rows, labels)
@@ -59,8 +58,7 @@ def test_features_as_they_stand_in_a_cache(data, strength, monkeypatch):
     monkeypatch.setattr(logistic, "BLOCK", 100)
     monkeypatch.setattr(logistic, "_KEPT_BYTES", 0)
     rows = data.split.folds[0].train
-    features = RowsOf(partial(data.train.read, "cls"), rows, data.train.spec.cls_dim)
-    assert features[:1].dtype == np.float16
+    features = lazy_rows(data.train, "cls", data.train.spec.cls_dim)[rows]
     compare(features, data.train_labels[rows], strength, standardisation(features))
     head = fit_head(features, data.train_labels[rows], data.n_classes, strength)
     whole = np.float64(data.train.read("cls", rows))
