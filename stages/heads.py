@@ -114,21 +114,31 @@ def choose_strength(
     Returns:
         The strength, and the mean log-likelihood of each for the record.
     """
+    chosen, judged, _ = _choose(folds, n_classes, strengths)
+    return chosen, judged
+
+
+def _choose(
+    folds: Sequence[HeadRows], n_classes: int, strengths: Sequence[float]
+) -> tuple[float, dict[str, float], tuple[LinearHead, ...]]:
+    """What `choose_strength` returns, and the folds' heads of the chosen strength."""
+    heads = {
+        strength: tuple(fit_head(fold.features, fold.labels, n_classes, strength) for fold in folds)
+        for strength in sorted(strengths)
+    }
     judged = {
         strength: np.concatenate(
             [
-                log_likelihood(
-                    fit_head(fold.features, fold.labels, n_classes, strength), fold.select_features, fold.select_labels
-                )
-                for fold in folds
+                log_likelihood(head, fold.select_features, fold.select_labels)
+                for head, fold in zip(fitted, folds, strict=True)
             ]
         )
-        for strength in sorted(strengths)
+        for strength, fitted in heads.items()
     }
     best = max(judged.values(), key=lambda rows: rows.mean())
     enough = best.mean() - best.std() / np.sqrt(len(best))
     chosen = next(strength for strength, rows in judged.items() if rows.mean() >= enough)
-    return chosen, {f"{strength:g}": round(float(rows.mean()), 6) for strength, rows in judged.items()}
+    return chosen, {f"{strength:g}": round(float(rows.mean()), 6) for strength, rows in judged.items()}, heads[chosen]
 
 
 @dataclass(frozen=True)
@@ -149,8 +159,7 @@ def fit_heads(folds: Sequence[HeadRows], final: tuple[Rows2D, NDArray[np.int32]]
         final: features and labels of the final model under cross-fitting; None where the only fold's model is it.
         n_classes: C.
     """
-    strength, judged = choose_strength(folds, n_classes)
-    heads = tuple(fit_head(fold.features, fold.labels, n_classes, strength) for fold in folds)
+    strength, judged, heads = _choose(folds, n_classes, STRENGTHS)
     return FittedHeads(heads, fit_head(*final, n_classes, strength) if final else heads[0], strength, judged)
 
 
