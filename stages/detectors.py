@@ -335,6 +335,8 @@ class DetectorFactory:
             return 'a mixture trained with train.expert = "frozen" and two experts or more'
         if "other" in needs and subject.n_experts < 2:
             return "a mixture of two experts or more"
+        if "patches" in needs and subject.n_experts:
+            return "frozen features, for no patches are kept of what the experts make"
         if "patches" in needs and subject.bank.patches is None:
             return "patch tokens"
         if needs & {"head", "logits"} and not subject.heads:

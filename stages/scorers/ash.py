@@ -91,7 +91,10 @@ class ASHPScorer(_ASHScorer):
 
 @dataclass(eq=False)
 class ASHSScorer(_ASHScorer):
-    """`ash_score` that rescales, at the paper's percentile for ImageNet."""
+    """`ash_score` that rescales, at the paper's percentile for ImageNet.
+
+    That is ``ash_s@90`` of ``config/imagenet_config.yml`` in github.com/andrijazz/ash.
+    """
 
     name: ClassVar[str] = "ash-s"
     variant: ClassVar[Variant] = "s"

@@ -60,7 +60,8 @@ class DICEScorer(Scorer):
     """`dice_score` with the mean of the ID training features.
 
     Attributes:
-        percentile: of the contributions to leave out; the paper takes 90 for CIFAR, 70 for ImageNet.
+        percentile: of the contributions to leave out; the paper takes 90 for CIFAR, 70 for ImageNet (``demo-cifar.sh``
+            and ``demo-imagenet.sh`` of github.com/deeplearning-wisc/dice).
     """
 
     name: ClassVar[str] = "dice"

@@ -43,7 +43,10 @@ def gen_score(logits: ArrayLike, gamma: float = 0.1, top: int | None = 100, floo
 
 @dataclass(eq=False)
 class GENScorer(Scorer):
-    """`gen_score`; nothing to fit. The paper's γ and M are its choice for ImageNet, and OpenOOD's."""
+    """`gen_score`; nothing to fit.
+
+    The paper's γ and M are its choice for ImageNet (``benchmark.py`` of github.com/XixiLiu95/GEN), and OpenOOD's.
+    """
 
     name: ClassVar[str] = "gen"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -43,7 +43,10 @@ def scale_score(features: ArrayLike, head: ClassifierHead, percentile: float = 8
 
 @dataclass(eq=False)
 class SCALEScorer(Scorer):
-    """`scale_score`; nothing to fit but the head."""
+    """`scale_score`; nothing to fit but the head.
+
+    The paper's percentile is that of ``configs/postprocessors/scale.yml`` in github.com/kai422/SCALE, and OpenOOD's.
+    """
 
     name: ClassVar[str] = "scale"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head"})

@@ -137,7 +137,8 @@ def test_given_logits_are_a_head(plain):
 
 def test_scores_that_need_what_was_not_given_are_said(study, tmp_path):
     answer = " ".join(done("score", *study, *settings('score.scores=["knn", "patch-knn", "vim"]')).out.split())
-    assert "patch-knn: not of the backbone's own features, variant default: it needs patch tokens" in answer
+    assert "patch-knn: not of the backbone's own features: it needs patch tokens" in answer
+    assert "patch-knn: not of variant default: it needs frozen features, for no patches are kept" in answer
     assert "vim: not of head given of the b" in answer
     heads = {row["head"] for row in table(tmp_path) if row["score"] == "vim"}
     assert "probe" in heads
