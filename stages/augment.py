@@ -9,7 +9,8 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,6 +157,7 @@ class ImageLoader:
             context = get_context("forkserver")
             context.set_forkserver_preload(["stages.augment"])
             how = {"multiprocessing_context": context, "persistent_workers": True, "prefetch_factor": _AHEAD}
+            how |= {"worker_init_fn": _end_with_parent}
         self._loader = DataLoader(
             _Images(sets), batch_sampler=self._asked, num_workers=workers, collate_fn=_collate, pin_memory=pin, **how
         )
@@ -173,6 +175,18 @@ class ImageLoader:
             batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
             found += [(images, failure) for loaded in self.batches(batches) for failure in loaded.failures]
         return found
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a worker end when the process that trains is killed: torch looks at the server's number instead of its."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 class _Asked:

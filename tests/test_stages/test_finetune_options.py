@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -228,9 +229,12 @@ def test_killed_it_goes_on_to_the_same_run(vit, vit_data, run, tmp_path):
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.strip() == "1":
+            others = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
+    assert others
+    assert not psutil.wait_procs(others, timeout=20)[1]  # none goes on holding memory
     process.stdout.close()
     assert len(metrics(tmp_path / "killed")) == 1
     assert not (tmp_path / "killed" / "finetune.json").exists()
