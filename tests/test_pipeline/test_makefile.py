@@ -40,10 +40,9 @@ def make(tmp_path):
         if not ready:
             (tmp_path / ".venv" / ".installed-cpu").unlink()
         command = ["make", "FAISS=cpu", *arguments]
-        # `make test` runs this test: a make below another one would take its flags and name its own directory.
-        environment = {
-            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-        }
+        # `make test ARGS=…` runs this test: a make below another one would take its flags and variables.
+        inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "DATA", "EXPERIMENT", "WORK")
+        environment = {name: value for name, value in os.environ.items() if name not in inherited}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     return run
