@@ -126,9 +126,7 @@ def _class_lines(study: ScoredStudy, log: TrainingLog) -> list[Line]:
     if kept.get("accuracy") is None or kept.get("alpha") is None or len(log.classes) != len(kept["alpha"]):
         return []
     backbone, variant = log.mixture
-    # α of an epoch is made of the accuracy after the one before; at the first all classes are equal.
-    before = log.final[log.kept_epoch - 1]["accuracy"] if log.kept_epoch else [0.0] * len(log.classes)
-    difficulty = class_difficulty(np.asarray(before))
+    difficulty = class_difficulty(_accuracy_before(log.final, log.kept_epoch))
     samples = _id_samples(study, backbone, variant)
     groups = study.groups(backbone, variant, log.seed)
     lines = []
@@ -146,6 +144,16 @@ def _class_lines(study: ScoredStudy, log: TrainingLog) -> list[Line]:
             }
         )
     return sorted(lines, key=lambda line: (-line["difficulty"], line["held_out"]))
+
+
+def _accuracy_before(epochs: Sequence[Line], kept: int) -> NDArray[np.float64]:
+    """``[C]`` accuracy that α of the kept epoch was made of: after the epoch before; at the first all are equal.
+
+    A final model of cross-fitting judges no rows: its own line has what the folds measured for that epoch.
+    """
+    cross_fitted = epochs[kept].get("select_loss") is None
+    before = epochs[kept if cross_fitted else kept - 1]["accuracy"] if kept else None
+    return np.zeros(len(epochs[kept]["alpha"])) if before is None else np.asarray(before, dtype=np.float64)
 
 
 class Variant(NamedTuple):

@@ -19,11 +19,13 @@ from pipeline.report import METRICS, ROUTINGS, Evidence, duration, percent, poin
 from pipeline.report.gallery import MOST_PICTURES, galleries
 from pipeline.report.maps import _pca, feature_maps
 from pipeline.report.methods import size
+from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.study import ScoredStudy
 from stages.artifacts import read_json, write_json, write_text
 from stages.errors import InputError
 from stages.images import decode_image, list_images
 from stages.metrics import auroc
+from stages.mixup import class_alpha
 from stages.progress import NullProgress
 from stages.scorers import threshold_at
 from stages.subjects import BackboneSource, MixtureFolder, RefinedFeatures
@@ -719,3 +721,16 @@ def test_the_browser_finds_what_is_wrong_with_a_page(tab, tmp_path):
     assert "oh" in said
     assert "Uncaught" in said
     assert any(url.endswith("gone.png") for url in tab.requests)
+
+
+def test_difficulty_is_that_which_alpha_was_made_of():
+    """Judged rows say it in the line before; a final model of cross-fitting in its own, and at first in none."""
+    alpha = class_alpha(np.array([0.9, 0.5]), 0.1, 0.8, 1.0).tolist()
+    first = {"alpha": [0.1, 0.1]}
+    judged = [first | {"accuracy": [0.9, 0.5], "select_loss": 1.0}]
+    judged.append({"accuracy": [0.7, 0.8], "alpha": alpha, "select_loss": 0.9})
+    crossed = [first | {"accuracy": None, "select_loss": None}]
+    crossed.append({"accuracy": [0.9, 0.5], "alpha": alpha, "select_loss": None})
+    for epochs in (judged, crossed):
+        assert class_alpha(_accuracy_before(epochs, 1), 0.1, 0.8, 1.0).tolist() == alpha
+        assert class_alpha(_accuracy_before(epochs, 0), 0.1, 0.8, 1.0).tolist() == [0.1, 0.1]
