@@ -133,7 +133,14 @@ def epoch_panel(title: str, series: Sequence[Series], best_epoch: int | None = N
                 style = (0, (4, 2)) if line.dashed else "-"
                 marker = "o" if len(values) <= 12 else ""
                 axes.plot(
-                    epochs, values, marker, ls=style, color=COLOURS[line.colour], lw=1.6, markersize=3, clip_on=False
+                    epochs,
+                    values,
+                    marker=marker,
+                    ls=style,
+                    color=COLOURS[line.colour],
+                    lw=1.6,
+                    markersize=3,
+                    clip_on=False,
                 )
         _epoch_axis(axes, best_epoch)
         if per_cent:
@@ -153,7 +160,7 @@ def range_panel(title: str, runs: Sequence[Sequence[Sequence[float]]], best_epoc
         axes.fill_between(epochs, low, high, color=COLOURS["method"], alpha=0.2, linewidth=0)
         axes.plot(epochs, high, color=COLOURS["method"], linewidth=0.8)
         axes.plot(epochs, low, color=COLOURS["method"], linewidth=0.8)
-        axes.plot(epochs, middle, "o" if longest <= 12 else "", ls="-", color=COLOURS["method"], markersize=3)
+        axes.plot(epochs, middle, marker="o" if longest <= 12 else "", ls="-", color=COLOURS["method"], markersize=3)
         _epoch_axis(axes, best_epoch)
 
     return _panel(title, draw)
