@@ -295,7 +295,7 @@ def router_table(study: ScoredStudy) -> TextTable:
         accuracies = [[seed["accuracy"] for seed in seeds]]
         for routing in ("predicted", "top2", "oracle"):
             accuracies.append([own[routing][head] for seed in seeds if routing in (own := seed["id_accuracy"])])
-        shown = [_mean_and_deviation(values) if values else "–" for values in accuracies]
+        shown = [_per_cent(float(np.mean(own)) if own else None, _deviation(own)) for own in accuracies]
         parameters = f"{seeds[0]['parameters'] / 1e6:.1f} M"
         body.append([variant, str(len(seeds)), str(seeds[0]["experts"]), parameters, *shown])
     return TextTable(
@@ -305,13 +305,11 @@ def router_table(study: ScoredStudy) -> TextTable:
     )
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    deviation = _deviation(values)
-    return f"{100 * np.mean(values):.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-
-
 def _mean(line: dict[str, Any], metric: str) -> str:
-    mean, deviation = line[f"{metric}_mean"], line[f"{metric}_std"]
+    return _per_cent(line[f"{metric}_mean"], line[f"{metric}_std"])
+
+
+def _per_cent(mean: float | None, deviation: float | None) -> str:
     if mean is None:
         return "–"
     return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")

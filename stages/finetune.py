@@ -564,7 +564,7 @@ def _write(
         mixture = objective.mixture
         settings = asdict(plan) | {"expert": mixture.kind, "experts": mixture.n_experts, "joint": run.settings.joint}
         save_mixture(folder, mixture, {"identity": run.identity, "groups": groups, "settings": settings})
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
+    run.write_metrics()
     write_json(
         folder / "finetune.json",
         {
