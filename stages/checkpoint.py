@@ -1,6 +1,7 @@
 """Checkpoints that a killed training goes on from: tensors and plain values, arriving whole or not at all."""
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,58 @@ import torch
 from cache.files import write_file
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a state of tensors and plain values, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(path, buffer.getbuffer())
-
-
 def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any] | None:
     """Read a state onto a device, running no code in it; None where there is none."""
     return torch.load(path, weights_only=True, map_location=device) if path.is_file() else None
+
+
+_TRAIN_PER_STORE = 30  # seconds of training for each second of storing a checkpoint
+_MOST_LOST = 60  # seconds of training after which an epoch that goes on is stored as well
+
+
+class Checkpoints:
+    """Stores where a training is in one file, so seldom that this takes at most a few per cent of its time.
+
+    Attributes:
+        path: the file; its folder is made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._prepared: io.BytesIO | None = None
+        self._taken = 0.0  # seconds, for what is prepared
+        self._stored = time.monotonic()
+        self._next = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time went into training since the last was stored."""
+        return time.monotonic() >= self._next
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a kill would lose so much that the end of the epoch should not be waited for."""
+        return self.due and time.monotonic() >= self._stored + _MOST_LOST
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Store a state of tensors and plain values in place of the one before."""
+        self.prepare(state)
+        self.commit()
+
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Take a state as it is now, to be stored by `commit`; in place of one that was not."""
+        started = time.monotonic()
+        self._prepared = io.BytesIO()
+        torch.save(state, self._prepared)
+        self._taken = time.monotonic() - started
+
+    def commit(self) -> None:
+        """Store what was prepared, if anything was."""
+        if self._prepared is None:
+            return
+        started = time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.path, self._prepared.getbuffer())
+        self._prepared = None
+        self._stored = time.monotonic()
+        self._next = self._stored + _TRAIN_PER_STORE * (self._taken + self._stored - started)

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ from stages.augment import (
     worker_count,
 )
 from stages.backbone import Backbone, build_model, compile_parts, freeze_first, n_parts, weights_sha
-from stages.checkpoint import load_checkpoint, save_checkpoint
+from stages.checkpoint import Checkpoints, load_checkpoint
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.dataset import IdData, read_blocks
 from stages.distributed import current
@@ -80,8 +80,8 @@ def finetune(
     Writes ``metrics.jsonl`` after every epoch, with ``config.tensorboard`` its scalars as well (`stages.scalars`),
     and, at the end, ``backbone.safetensors`` (loadable by plain timm),
     ``head.safetensors``, with ``config.joint`` also ``mofe.safetensors`` and ``mofe.json``, and, last,
-    ``finetune.json``. Killed, it goes on after the last whole epoch. Of processes that are joined, all train and rank
-    0 writes.
+    ``finetune.json``. Killed, it goes on where it was stored last, at an end of an epoch or within one, to the same
+    bits (`Checkpoints`). Of processes that are joined, all train and rank 0 writes.
 
     Args:
         backbone: what to start from.
@@ -185,14 +185,61 @@ def _objective(
 # ------------------------------------------------------------------------------------------------------- training
 
 
+@dataclass
+class _Begun:
+    """How far an epoch is: steps that were taken, the sum of their loss, and how many images got their own class."""
+
+    steps: int = 0
+    loss: float = 0.0
+    right: float = 0.0
+
+    def add(self, loss: float, right: float) -> None:
+        """Count one more step."""
+        self.steps, self.loss, self.right = self.steps + 1, self.loss + loss, self.right + right
+
+
 class _Run:
-    """What a run has on disk, and what it has to remember: history and best weights."""
+    """What a run has on disk, and what it has to remember: history, the epoch that it is in, and best weights."""
 
     def __init__(self, folder: Path, identity: str, settings: FinetuneSettings) -> None:
         self.folder, self.identity, self.settings = folder, identity, settings
         self.checkpoint = folder / f"finetune-{identity[:8]}.checkpoint"
         self.history: list[dict[str, Any]] = []
+        self.begun = _Begun()
         self.best: dict[str, Tensor] = {}
+        self._store = Checkpoints(self.checkpoint) if current().first else None
+
+    def restore(self, tuning: "_Tuning") -> None:
+        """Go on from the checkpoint, if there is one."""
+        ranks = current()
+        stored = ranks.agree(load_checkpoint(self.checkpoint) if ranks.first else None)
+        if stored is not None:
+            tuning.restore(stored["tuning"])
+            self.best, self.history, self.begun = stored["best"], stored["history"], _Begun(**stored["begun"])
+
+    def store(self, tuning: "_Tuning") -> None:
+        """At the end of an epoch, unless the last time was just now."""
+        if self._store is not None and (self._store.due or self.ended):
+            self._store.save(self._state(tuning))
+
+    @property
+    def overdue(self) -> bool:
+        """Whether this process is to store the run within the epoch."""
+        return self._store is not None and self._store.overdue
+
+    def prepare(self, tuning: "_Tuning") -> None:
+        """Take the run as it is within an epoch; stored once the loss of these weights is known to be a number."""
+        assert self._store is not None
+        self._store.prepare(self._state(tuning))
+
+    def count(self, loss: float, right: float) -> None:
+        """Count a step of the epoch, whose loss is a number."""
+        self.begun.add(loss, right)
+        if self._store is not None:
+            self._store.commit()
+
+    def _state(self, tuning: "_Tuning") -> dict[str, Any]:
+        return {"tuning": tuning.state(), "best": self.best, "history": self.history, "begun": asdict(self.begun)}
 
     @property
     def best_epoch(self) -> int:
@@ -213,22 +260,19 @@ class _Run:
 
 def _train(tuning: "_Tuning", run: _Run, progress: Progress, seed: int, tensorboard: bool) -> None:
     """Train every epoch that is left, on from the checkpoint if there is one."""
-    settings, ranks = run.settings, current()
-    stored = ranks.agree(load_checkpoint(run.checkpoint) if ranks.first else None)
-    if stored is not None:
-        tuning.restore(stored["tuning"])
-        run.best, run.history = stored["best"], stored["history"]
+    run.restore(tuning)
     n_images = len(tuning.loader.sets[_TRAIN])
-    progress.start(settings.epochs * n_images, "image", f"finetune seed {seed}")
+    progress.start(run.settings.epochs * n_images, "image", f"finetune seed {seed}")
     progress.advance(len(run.history) * n_images)
-    with scalar_log(run.folder, tensorboard, run.history) if ranks.first else nullcontext() as log:
+    with scalar_log(run.folder, tensorboard, run.history) if current().first else nullcontext() as log:
         while not run.ended:
             record = _epoch(tuning, run)
             run.history.append(record)
+            run.begun = _Begun()
             if run.best_epoch == record["epoch"]:
                 run.best = {name: tensor.cpu().clone() for name, tensor in tuning.judged.state_dict().items()}
+            run.store(tuning)
             if log is not None:
-                save_checkpoint(run.checkpoint, {"tuning": tuning.state(), "best": run.best, "history": run.history})
                 run.write_metrics()
                 log(record)
     progress.close()
@@ -236,11 +280,10 @@ def _train(tuning: "_Tuning", run: _Run, progress: Progress, seed: int, tensorbo
 
 def _epoch(tuning: "_Tuning", run: _Run) -> dict[str, Any]:
     """Train the next epoch; what stops it is said as a user can use it."""
-    epoch = len(run.history)
     try:
-        return tuning.epoch(epoch, run.history[-1].get("accuracy") if run.history else None)
+        return tuning.epoch(run)
     except _NotFiniteError as error:
-        raise StageError(_diverged(str(error), epoch, run)) from None
+        raise StageError(_diverged(str(error), run)) from None
     except _UnusableError:
         raise _list_unusable(tuning.loader, run.folder) from None
 
@@ -253,11 +296,14 @@ class _UnusableError(Exception):
     """An image of this process or another cannot be used."""
 
 
-def _diverged(what: str, epoch: int, run: _Run) -> str:
-    kept = "no epoch was finished"
-    if epoch:
-        kept = f"the checkpoint of epoch {epoch - 1}, the last good one, is kept in {run.checkpoint}"
-    return f"finetune: {what} is not finite in epoch {epoch}; {kept}: lower finetune.lr (now {run.settings.lr:g})"
+def _diverged(what: str, run: _Run) -> str:
+    kept, stored = "no checkpoint was stored yet", load_checkpoint(run.checkpoint)
+    if stored is not None:
+        n, steps = len(stored["history"]), stored["begun"]["steps"]
+        when = f"of epoch {n}, after {steps} steps" if steps else f"of epoch {n - 1}"
+        kept = f"the checkpoint {when}, the last good one, is kept in {run.checkpoint}"
+    where = f"in epoch {len(run.history)}"
+    return f"finetune: {what} is not finite {where}; {kept}: lower finetune.lr (now {run.settings.lr:g})"
 
 
 def _list_unusable(loader: ImageLoader, folder: Path) -> InputError:
@@ -342,22 +388,24 @@ class _Tuning:
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
 
-    def epoch(self, epoch: int, accuracy: Sequence[float] | None) -> dict[str, Any]:
-        """Train on every image once and judge by the held-out ones; a line of ``metrics.jsonl``.
+    def epoch(self, run: _Run) -> dict[str, Any]:
+        """Train on every image once, or on those that are left of the epoch, and judge by the held-out ones.
 
-        Args:
-            epoch: its number.
-            accuracy: ``[C]`` running accuracy after the epoch before; difficulty is made of it.
+        Returns:
+            A line of ``metrics.jsonl``.
         """
+        epoch = len(run.history)
+        accuracy = run.history[-1].get("accuracy") if run.history else None  # [C] running; difficulty is made of it
         settings, labels, groups = self.settings, self.loader.sets[_TRAIN].labels, self.objective.groups
         own_groups = None if groups is None else groups[labels]
         batches = plan_epoch(len(labels), settings.batch_size, self.seed, epoch, own_groups)
         for parameter in self._behind_heads:
             parameter.requires_grad_(epoch >= settings.head_epochs)
         alpha = self._alpha(accuracy) if settings.beta == "dynamic" else None
-        loss, right = self._train(batches, epoch, alpha)
+        self._train(batches, run, alpha)
         record: dict[str, Any] = {"epoch": epoch, "lr": self._optimiser.param_groups[self._head_group]["lr"]}
-        record |= {"loss": round(loss / len(labels), 6), "train_accuracy": round(right / len(labels), 6)}
+        loss, right = run.begun.loss / len(labels), run.begun.right / len(labels)
+        record |= {"loss": round(loss, 6), "train_accuracy": round(right, 6)}
         judged, correct = self._judge()
         record |= judged
         self.progress.advance(0, accuracy=record["select_accuracy"])
@@ -375,9 +423,12 @@ class _Tuning:
         known = np.zeros(self.n_classes) if accuracy is None else np.asarray(accuracy)
         return class_alpha(known, settings.alpha_min, settings.alpha_max, settings.alpha_power)
 
-    def _train(self, batches: list[Batch], epoch: int, alpha: NDArray[np.float64] | None) -> tuple[float, float]:
-        """Sum of the loss, and how many images got their own class right, over all processes."""
+    def _train(self, batches: list[Batch], run: _Run, alpha: NDArray[np.float64] | None) -> None:
+        """Take the steps of the epoch that are left; counts them, over all processes, in ``run.begun``."""
         self.objective.train()
+        epoch, done = len(run.history), run.begun.steps
+        self.progress.advance(sum(len(batch.rows) for batch in batches[:done]))
+        batches = batches[done:]
         accumulate, parts = self.settings.accumulate, self.settings.accumulate * self.ranks.world
         shares = [
             [share_of(batch, number * self.ranks.world + self.ranks.rank, parts) for number in range(accumulate)]
@@ -390,19 +441,22 @@ class _Tuning:
             for share in own
         ]
         loaded = self.loader.batches(asked)
-        sums, last = np.zeros(2), None
+        last: tuple[Tensor, int] | None = None
         for batch, own in zip(batches, shares, strict=True):
+            if run.overdue and last is not None:
+                run.count(*self._checked(last, epoch))
+                last = None
+                run.prepare(self)
             self._set_lr(epoch, batch.number)
             found = self._step(batch, own, loaded, epoch, alpha)
             # The step before is looked at while a GPU computes this one: nothing that a bad step spoils is kept.
             if last is not None:
-                sums += self._checked(last, epoch)
+                run.count(*self._checked(last, epoch))
             last = found, len(batch.rows)
         if last is not None:
-            sums += self._checked(last, epoch)
-        return float(sums[0]), float(sums[1])
+            run.count(*self._checked(last, epoch))
 
-    def _checked(self, step: tuple[Tensor, int], epoch: int) -> NDArray[np.float64]:
+    def _checked(self, step: tuple[Tensor, int], epoch: int) -> tuple[float, float]:
         """The loss of a step and how many rows were right, once they are known to be numbers."""
         found, n_rows = step
         loss, right, unusable = found.cpu().numpy()
@@ -411,7 +465,7 @@ class _Tuning:
         if not math.isfinite(loss):
             raise _NotFiniteError("the loss")
         self.progress.advance(n_rows, epoch=epoch, loss=f"{loss / n_rows:.3f}")
-        return np.array([loss, right])
+        return float(loss), float(right)
 
     def _step(
         self, batch: Batch, shares: list[Share], loaded: Iterator[Loaded], epoch: int, alpha: NDArray[np.float64] | None

@@ -6,7 +6,6 @@ No image is opened and no backbone runs: experts start from the backbone's own e
 import copy
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from cache import FeatureCache, FeatureSpec
 from cache.fingerprint import fingerprint
 from stages.artifacts import read_json, write_text
 from stages.backbone import Tokens
-from stages.checkpoint import load_checkpoint, save_checkpoint
+from stages.checkpoint import Checkpoints, load_checkpoint
 from stages.config import TrainConfig
 from stages.dataset import IdData, Labels, epoch_windows, lazy_rows, not_finite, read_blocks, read_tokens, unit
 from stages.distributed import current
@@ -167,8 +166,8 @@ def train_mixture(
     """Train experts and router on cached tokens.
 
     In-group rows go to their true group's expert (teacher forcing), mixed with each other; as many out-of-group rows
-    of the same batch teach it "other" with weight ``other_weight``. Killed, it goes on after an epoch that was stored.
-    Processes that are joined (`stages.distributed`) train one mixture together: all give the same arguments.
+    of the same batch teach it "other" with weight ``other_weight``. Killed, it goes on where it was stored last, to the
+    same bits. Processes that are joined (`stages.distributed`) train one mixture together: all give the same arguments.
 
     Args:
         data: ID features.
@@ -179,8 +178,8 @@ def train_mixture(
         settings: resolved.
         make_end: gives a fresh copy of the backbone's end.
         seed: fixes order, partners and λ; all is drawn anew from (seed, epoch), so a resumed run is the same run.
-        checkpoint: file that a killed run goes on from, stored after an epoch, though not so often that it slows the
-            training; left to the caller to remove.
+        checkpoint: file that a killed run goes on from, stored after an epoch and within a long one, though not so
+            often that it slows the training (`Checkpoints`); left to the caller to remove.
         progress: counts images.
         difficulty: running accuracy per class for each epoch, measured elsewhere (cross-fitting).
         device: where to train; on ``"cuda"`` in mixed precision, unless the settings say otherwise.
@@ -209,17 +208,29 @@ def train_mixture(
     training = _Training(mixture.to(device), data, settings, progress)
     history: list[EpochRecord] = []
     best: dict[str, Tensor] = {}
+    begun = training.begin()
     stored = ranks.agree(load_checkpoint(checkpoint) if ranks.first else None)
     if stored is not None:
         training.restore(stored["training"])
         best = stored["best"]
         history = [EpochRecord(**record) for record in stored["history"]]
+        begun = _Begun(**stored["begun"])
     progress.start(
         settings.epochs * len(rows), unit(data.train), f"train {checkpoint.stem.rpartition('-')[0]}, seed {seed}"
     )
     progress.advance(len(history) * len(rows))
     accuracy = np.asarray(history[-1].accuracy) if history and history[-1].accuracy is not None else None
-    store = _Checkpoints(checkpoint) if ranks.first else None
+    store = Checkpoints(checkpoint) if ranks.first else None
+
+    def keep() -> None:
+        assert store is not None
+        records = [asdict(record) for record in history]
+        store.save({"training": training.state(), "best": best, "history": records, "begun": asdict(begun)})
+
+    def keep_within_epoch() -> None:
+        if store is not None and store.overdue:
+            keep()
+
     while not _done(history, settings, select):
         epoch = len(history)
         if difficulty is not None:
@@ -229,7 +240,8 @@ def train_mixture(
             if accuracy is None
             else class_alpha(accuracy, settings.alpha_min, settings.alpha_max, settings.alpha_power)
         )
-        record = training.epoch(rows, alpha, seed, epoch)
+        record = training.epoch(rows, alpha, seed, epoch, begun, keep_within_epoch)
+        begun = training.begin()
         if select is not None:
             # Rounded as the record has it: a resumed run reads it there, and must go on with the same numbers.
             accuracy = np.round(training.evaluate(select, accuracy, record), 6)
@@ -238,8 +250,7 @@ def train_mixture(
         if select is None or _best_epoch(history) == epoch:
             best = {name: tensor.cpu().clone() for name, tensor in training.average.state_dict().items()}
         if store is not None and (store.due or _done(history, settings, select)):
-            records = [asdict(record) for record in history]
-            store.save({"training": training.state(), "best": best, "history": records})
+            keep()
     progress.close()
     mixture.to("cpu").load_state_dict(best)
     return TrainedMixture(mixture.eval(), history, len(history) - 1 if select is None else _best_epoch(history))
@@ -259,26 +270,24 @@ def _done(history: list[EpochRecord], settings: TrainSettings, select: Rows | No
     return len(history) - 1 - _best_epoch(history) >= settings.patience
 
 
-_TRAIN_PER_STORE = 30  # seconds of training for each second of storing a checkpoint
+@dataclass
+class _Begun:
+    """How far an epoch is, and what it has counted so far.
 
+    Attributes:
+        mixing: ``[C]`` sum of min(λ, 1 − λ).
+        load: ``[E]`` rows that each expert has learned from as its own.
+        steps: that were taken.
+        expert_loss, router_loss: sums over rows.
+        drawn: state of the random generator after the last step; None before the first.
+    """
 
-class _Checkpoints:
-    """Stores where a training is, so seldom that this takes at most a few per cent of its time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._next = 0.0
-
-    @property
-    def due(self) -> bool:
-        """Whether enough time went into training since the last was stored."""
-        return time.monotonic() >= self._next
-
-    def save(self, state: dict[str, Any]) -> None:
-        started = time.monotonic()
-        save_checkpoint(self.path, state)
-        stored = time.monotonic()
-        self._next = stored + _TRAIN_PER_STORE * (stored - started)
+    mixing: Tensor
+    load: list[int]
+    steps: int = 0
+    expert_loss: float = 0.0
+    router_loss: float = 0.0
+    drawn: Mapping[str, Any] | None = None
 
 
 class _Part(NamedTuple):
@@ -336,8 +345,23 @@ class _Training:
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
-    def epoch(self, rows: Rows, alpha: NDArray[np.float64], seed: int, epoch: int) -> EpochRecord:
-        """Train on every row once, mixing by α per class ``[C]``."""
+    def begin(self) -> _Begun:
+        """An epoch without a step."""
+        return _Begun(torch.zeros(self.data.n_classes), [0] * self.mixture.n_experts)
+
+    def epoch(
+        self,
+        rows: Rows,
+        alpha: NDArray[np.float64],
+        seed: int,
+        epoch: int,
+        begun: _Begun,
+        before_step: Callable[[], None],
+    ) -> EpochRecord:
+        """Train on every row once, or on those that are left of the epoch, mixing by α per class ``[C]``.
+
+        Counts in `begun`, which is whole whenever `before_step` is called.
+        """
         data, settings = self.data, self.settings
         rng = np.random.default_rng((seed, epoch))
         stored = data.train.spec.datasets()
@@ -349,33 +373,37 @@ class _Training:
         batches = [
             batch for window in windows for batch in np.array_split(window, -(-len(window) // settings.batch_size))
         ]
-        sums = np.zeros(2)
-        load = np.zeros(self.mixture.n_experts, dtype=int)
-        mixing = torch.zeros(data.n_classes, device=self.device)
+        begun.mixing = begun.mixing.to(self.device)
+        self.progress.advance(sum(map(len, batches[: begun.steps])))
+        if begun.drawn is not None:
+            rng.bit_generator.state = begun.drawn
         self.mixture.train()
-        for index, batch in enumerate(batches):
-            batch = np.sort(batch)  # sorted rows read the shards forwards
+        for index in range(begun.steps, len(batches)):
+            before_step()
+            batch = np.sort(batches[index])  # sorted rows read the shards forwards
             lr = _lr_factor(settings, epoch + index / len(batches), 1 / len(batches))
-            losses = self._step(batch, alpha, lr, rng, load, mixing)
-            if not np.isfinite(losses).all():
+            losses = self._step(batch, alpha, lr, rng, begun)
+            if not all(map(math.isfinite, losses)):
                 _check_finite(data.train, batch, self.mixture.reads)
                 raise StageError(
                     f"train: the loss is not finite in epoch {epoch}: lower train.lr (now {settings.lr:g})"
                 )
-            sums += losses
-            self.progress.advance(len(batch), epoch=epoch, loss=float(losses.sum()) / len(batch))
-        expert_mean, router_mean = sums / len(rows)
+            begun.steps += 1
+            begun.expert_loss, begun.router_loss = begun.expert_loss + losses[0], begun.router_loss + losses[1]
+            begun.drawn = rng.bit_generator.state
+            self.progress.advance(len(batch), epoch=epoch, loss=sum(losses) / len(batch))
+        expert_mean, router_mean = begun.expert_loss / len(rows), begun.router_loss / len(rows)
         counts = np.bincount(data.train_labels[rows], minlength=data.n_classes)
-        self.progress.advance(0, load="/".join(map(str, load)))
+        self.progress.advance(0, load="/".join(map(str, begun.load)))
         return EpochRecord(
             epoch=epoch,
-            loss=round(float(expert_mean + router_mean), 6),
-            expert_loss=round(float(expert_mean), 6),
-            router_loss=round(float(router_mean), 6),
+            loss=round(expert_mean + router_mean, 6),
+            expert_loss=round(expert_mean, 6),
+            router_loss=round(router_mean, 6),
             lr=self.optimiser.param_groups[0]["lr"],
-            load=load.tolist(),
+            load=begun.load,
             alpha=[round(float(a), 6) for a in alpha],
-            mixing=np.round(mixing.cpu().numpy() / np.maximum(counts, 1), 6).tolist(),
+            mixing=np.round(begun.mixing.cpu().numpy() / np.maximum(counts, 1), 6).tolist(),
         )
 
     def _step(
@@ -384,10 +412,9 @@ class _Training:
         alpha: NDArray[np.float64],
         lr: float,
         rng: np.random.Generator,
-        load: NDArray[np.int_],
-        mixing: Tensor,
-    ) -> NDArray[np.float64]:
-        """Learn from one batch; counts rows into `load` and λ into `mixing`. Returns the experts' and router's loss.
+        begun: _Begun,
+    ) -> tuple[float, float]:
+        """Learn from one batch; counts rows and λ in `begun`. Returns the experts' and router's loss.
 
         Nothing is learned where a loss is not finite.
         """
@@ -396,9 +423,9 @@ class _Training:
         truth = torch.from_numpy(labels).long().to(self.device)
         parts = self._share(labels, alpha, rng)
         for part in parts:
-            load[part.expert] += len(part.inside)
+            begun.load[part.expert] += len(part.inside)
             lam = torch.from_numpy(part.mixing.lam).to(self.device)
-            mixing.index_add_(0, truth[part.inside], torch.minimum(lam, 1 - lam))
+            begun.mixing.index_add_(0, truth[part.inside], torch.minimum(lam, 1 - lam))
         needed = np.unique(np.concatenate([rows for part in parts for rows in (part.own, part.partners, part.other)]))
         tokens = read_tokens(data.train, batch[needed], self.device, mixture.reads)
         routed = np.sort(np.concatenate([part.own for part in parts]))
@@ -417,8 +444,8 @@ class _Training:
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale((expert_loss + router_loss) / len(labels)).backward()
         self.ranks.add_gradients(list(mixture.parameters()))
-        losses = self.ranks.add(torch.stack([expert_loss, router_loss]).detach().double()).cpu().numpy()
-        if np.isfinite(losses).all():
+        expert, router = self.ranks.add(torch.stack([expert_loss, router_loss]).detach().double()).tolist()
+        if math.isfinite(expert) and math.isfinite(router):
             for parameters in self.optimiser.param_groups:
                 parameters["lr"] = parameters["initial_lr"] * lr
             self.scaler.unscale_(self.optimiser)
@@ -426,7 +453,7 @@ class _Training:
             self.scaler.step(self.optimiser)
             self.scaler.update()
             self._follow()
-        return losses
+        return expert, router
 
     def _share(self, labels: Labels, alpha: NDArray[np.float64], rng: np.random.Generator) -> list[_Part]:
         """What each expert learns from a batch of rows with these labels, and which of it this process computes."""

@@ -12,24 +12,13 @@ from stages.dataset import IdData, id_data
 from stages.extract import extract_set
 from stages.finetune import finetune
 from stages.images import SampleTable
-from stages.progress import NullProgress, Progress
+from stages.progress import Progress
 from tests.test_stages.drawn import create
 
 NAME = "test_vit"
 SMALL = FinetuneConfig(
     epochs=2, batch_size=15, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0, drop_path=0.2, workers=0
 )
-
-
-class StopsIn(NullProgress):
-    """Interrupts after the first batch of an epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def advance(self, n=1, **fields):
-        if fields.get("epoch") == self.epoch:
-            raise KeyboardInterrupt
 
 
 def small_vit(folder: Path, name: str = NAME, image_size: int = 32) -> BackboneConfig:

@@ -23,7 +23,8 @@ from stages.finetune import finetune, read_finetuned_head
 from stages.images import decode_image
 from stages.progress import NullProgress
 from stages.recipe import resolve_recipe
-from tests.test_stages.small_vit import StopsIn, metrics
+from tests.test_stages.small_vit import metrics
+from tests.test_stages.stops import StopsIn
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
 TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0)

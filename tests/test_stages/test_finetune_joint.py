@@ -21,7 +21,8 @@ from stages.objective import JointObjective, Mixed, MixturePlan
 from stages.refine import refined_path
 from stages.train import finish_joint, joint_identity, mixture_is_fresh
 from tests.test_parity.test_distributed import together
-from tests.test_stages.small_vit import SMALL, StopsIn, cached, metrics, tune
+from tests.test_stages.small_vit import SMALL, cached, metrics, tune
+from tests.test_stages.stops import StopsIn
 
 PLAN = MixturePlan(
     experts=2,

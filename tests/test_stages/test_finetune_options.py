@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from stages import checkpoint as checkpoint_module
 from stages import finetune as finetune_module
 from stages.backbone import build_model, freeze_first
 from stages.checkpoint import load_checkpoint
@@ -23,7 +24,8 @@ from stages.finetune import read_finetuned_head
 from stages.objective import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
 from stages.recipe import FinetuneSettings, resolve_recipe
 from tests.test_stages.drawn import create
-from tests.test_stages.small_vit import NAME, StopsIn, metrics, tune
+from tests.test_stages.small_vit import NAME, metrics, tune
+from tests.test_stages.stops import StopsAt, StopsIn
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,29 @@ def test_killed_it_goes_on_to_the_same_run(vit, vit_data, run, tmp_path):
     assert len(metrics(tmp_path / "killed")) == 1
     assert not (tmp_path / "killed" / "finetune.json").exists()
     assert files(run(tmp_path / "killed", **settings)) == files(whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(run, vit_data, monkeypatch, tmp_path, accumulate):
+    settings = {"mixup": 0.8, "ema": 0.9, "beta": "dynamic", "batch_size": 6, "accumulate": accumulate}
+    n_images, whole = len(vit_data.split.folds[0].train), run(**settings)
+    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)  # every epoch takes long
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    for stop in (3 * n_images // 2, 7 * n_images // 4):  # twice in the second epoch, the second time in a resumed run
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, progress=StopsAt(stop), **settings)
+    counted = StopsAt(None)
+    assert files(run(tmp_path, progress=counted, **settings)) == files(whole)
+    assert counted.done == 2 * n_images
+    assert counted.learned <= n_images // 4 + 2 * 6  # what is checked only after the step that follows is done twice
+
+
+def test_weights_whose_loss_is_no_number_are_not_stored(run, monkeypatch, tmp_path):
+    """The loss of the first step is a number, what it makes of the weights is useless."""
+    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    with pytest.raises(StageError, match=r"in epoch 0; no checkpoint was stored yet: lower finetune\.lr"):
+        run(tmp_path, lr=1e30, batch_size=6)
 
 
 def test_images_that_fail_are_all_listed_and_none_is_replaced(vit, vit_data, few_images, tmp_path):

@@ -13,7 +13,8 @@ from stages.errors import InputError
 from stages.finetune import finetune_identity
 from stages.scalars import EVENT_FILES, require_tensorboard, scalars_of
 from stages.train import train_mofe
-from tests.test_stages.small_vit import SMALL, StopsIn, metrics, tune
+from tests.test_stages.small_vit import SMALL, metrics, tune
+from tests.test_stages.stops import StopsIn
 
 
 def events(folder):

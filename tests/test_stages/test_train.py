@@ -18,8 +18,10 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache import FeatureCache
+from stages import checkpoint as checkpoint_module
 from stages import train as train_module
 from stages.backbone import Backbone
+from stages.checkpoint import Checkpoints
 from stages.config import BackboneConfig, TrainConfig
 from stages.dataset import id_data, read_tokens
 from stages.errors import InputError, StageError
@@ -31,6 +33,7 @@ from stages.progress import NullProgress
 from stages.refine import load_refined, refined_path
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mixture, train_mofe, train_probe
 from tests.test_stages.drawn import create
+from tests.test_stages.stops import StopsAt, StopsIn
 
 ONE, TWO = (TrainConfig(experts=2, epochs=epochs) for epochs in (1, 2))
 
@@ -66,20 +69,6 @@ def bits(trained) -> dict[str, bytes]:
 
 def files(folder, *names) -> list[bytes]:
     return [(folder / name).read_bytes() for name in names]
-
-
-class StopsIn(NullProgress):
-    """Interrupts after the first batch of an epoch; of the n-th task where several are trained."""
-
-    def __init__(self, epoch: int, task: str = "") -> None:
-        self.epoch, self.task, self.now = epoch, task, ""
-
-    def start(self, total, unit, description):
-        self.now = description
-
-    def advance(self, n=1, **fields):
-        if fields.get("epoch") == self.epoch and self.now.startswith(self.task):
-            raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -187,20 +176,36 @@ def test_killed_again_and_again_it_ends_as_if_never_killed(fit, tmp_path, expert
 @pytest.mark.parametrize(("seconds", "expected"), [(0, [1, 2, 3, 4]), (1e9, [1, 4])])
 def test_storing_checkpoints_does_not_slow_the_training(seconds, expected, fit, monkeypatch, tmp_path):
     """The first epoch and the last are stored, those between where storing is quick; a resumed run ends the same."""
-    epochs, save = [], train_module.save_checkpoint
+    epochs, save = [], Checkpoints.save
 
-    def spied(path, state):
+    def spied(store, state):
         epochs.append(len(state["history"]))
-        save(path, state)
+        save(store, state)
 
-    monkeypatch.setattr(train_module, "_TRAIN_PER_STORE", seconds)
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", seconds)
     whole = fit(epochs=4, expert="frozen")
-    monkeypatch.setattr(train_module, "save_checkpoint", spied)
+    monkeypatch.setattr(Checkpoints, "save", spied)
     with pytest.raises(KeyboardInterrupt):
         fit(epochs=4, expert="frozen", checkpoint=tmp_path / "mine.checkpoint", progress=StopsIn(3))
     assert epochs == expected[:-1]
     assert bits(fit(epochs=4, expert="frozen", checkpoint=tmp_path / "mine.checkpoint")) == bits(whole)
     assert epochs[-1] == 4
+
+
+def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(fit, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)  # every epoch takes long
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    settings = {"batch_size": 16, "expert": "adapter"}
+    n_rows, checkpoint, whole = len(data.split.folds[0].train), tmp_path / "mine.checkpoint", fit(**settings)
+    for stop in (3 * n_rows // 2, 7 * n_rows // 4):  # twice in the second epoch, the second time in a resumed run
+        with pytest.raises(KeyboardInterrupt):
+            fit(checkpoint=checkpoint, progress=StopsAt(stop), **settings)
+    counted = StopsAt(None)
+    resumed = fit(checkpoint=checkpoint, progress=counted, **settings)
+    assert counted.done == 2 * n_rows
+    assert counted.learned <= n_rows // 4 + 16
+    assert resumed.history == whole.history
+    assert bits(resumed) == bits(whole)
 
 
 # ------------------------------------------------------------------------------------------------- a step of learning
