@@ -320,6 +320,13 @@ def _known_score(_context: click.Context, _option: click.Parameter, value: str |
 @verbs.command()
 @experiment_options
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--backbone",
+    type=click.Choice(["pretrained", "finetuned"]),
+    default="pretrained",
+    show_default=True,
+    help="Whose detector decides; finetuned: that of the first seed.",
+)
 @click.option("--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy.")
 @click.option(
     "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."
@@ -329,12 +336,13 @@ def predict(
     overrides: tuple[str, ...],
     debug: bool,
     paths: tuple[str, ...],
+    backbone: str,
     score_name: str | None,
     form: "Format",
 ) -> None:
     """Score new images: score, threshold, decision, class, expert, the nearest training images."""
-    with _study(_config("predict", experiment, overrides), RunOptions()) as study:
-        show(study.predict(paths, score_name, form))
+    with _study(_config("predict", experiment, overrides, backbone), RunOptions()) as study:
+        show(study.predict(paths, score_name, form, backbone))
 
 
 @verbs.command()

@@ -399,9 +399,11 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
-    def predict(self, paths: Sequence[str], score_name: str | None = None, form: Format = "csv") -> Lines:
-        """Score new images with the fitted detector of the study."""
-        leg = self._legs[0]
+    def predict(
+        self, paths: Sequence[str], score_name: str | None = None, form: Format = "csv", backbone: str = "pretrained"
+    ) -> Lines:
+        """Score new images with the fitted detector of the study; of fine-tuned backbones, with the first's."""
+        leg = next(self._existing(backbone))
         sources = [self._new_source(path, leg.spec()) for path in paths]  # a missing path is said before any work
         predictor = Predictor(self._source(leg), self.config.score, score_name, self.progress)
         return [predict_sources(predictor, leg, paths, sources, form)]

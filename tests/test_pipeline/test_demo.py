@@ -511,6 +511,17 @@ def test_predict_with_a_score(demo, verb, new_images, score):
     assert float(digit["threshold"]) == pytest.approx(line["threshold"], abs=1e-6)
 
 
+def test_predict_by_the_fine_tuned_backbone(demo, verb, new_images):
+    folder, id_ = new_images
+    path = folder / "digit.pgm"
+    (digit,) = csv.DictReader(io.StringIO(done("predict", *verb, path, "--backbone", "finetuned").out))
+    found = samples(demo, "finetuned-mofe-refit-default-0-predicted")
+    row = next(i for i, name in enumerate(found["id"]) if name == id_ and found["set"][i] == "digits-test")
+    assert float(digit["score"]) == pytest.approx(found["knn+energy"][row], abs=1e-5)
+    about = json.loads(done("predict", *verb, path, "--backbone", "finetuned", "--format", "json").out)["detector"]
+    assert (about["backbone"], about["seed"]) == ("finetuned", 0)
+
+
 def test_predict_a_folder(verb, new_images):
     folder, _ = new_images
     answer = done("predict", *verb, folder)

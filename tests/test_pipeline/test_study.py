@@ -313,6 +313,7 @@ def test_finetune_in_verbs(home, caches, tmp_path):
     for verb in ("extract", "train", "score"):
         line = refused(verb, *study, "--backbone", "finetuned")
         assert line == "there is no finetuned backbone yet: run make finetune"
+    assert refused("predict", *study, tmp_path, "--backbone", "finetuned") == line
     assert "finetune seed 0: would run" in done("run", *study, "--dry-run").out
     assert "finetune seed 0: done, epoch 0 kept" in done("finetune", *study).out
     assert done("verify", *study).out.count(": whole, ") == 4  # those of the pre-trained backbone; no others yet
