@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.table import Table
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config import JOINT, ConfigError, RunConfig
 from stages.artifacts import read_json, write_text
 from stages.detectors import NO_HEAD, reads_head
 from stages.errors import StageError
@@ -86,6 +86,22 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
     ]
 
 
+def fine_tuned_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
+    """What shows what fine-tuning changes: each method on the fine-tuned features, and what it is compared with.
+
+    That is the same method on the pre-trained features, whose head is the probe; and within the fine-tuned features the
+    recommended mixture with none, and experts trained together with the backbone with experts trained after it.
+    """
+    known = methods_of(config)
+    tuned = [method for method in known if method.backbone == "finetuned"]
+    heads = {"finetune": "probe"}
+    pairs = [(own, replace(own, head=heads.get(own.head, own.head), backbone="pretrained")) for own in tuned]
+    recommended = replace(RECOMMENDED, backbone="finetuned")
+    frozen = Method("cls", "probe", "", "none", RECOMMENDED.score, "finetuned")
+    pairs += [(recommended, frozen), (replace(recommended, variant=JOINT), recommended)]
+    return [pair for pair in pairs if set(pair) <= set(known)]
+
+
 def check_comparable(config: RunConfig) -> None:
     """Refuse a study in which something that is to be compared is not there, before hours of work.
 
@@ -102,6 +118,20 @@ def check_comparable(config: RunConfig) -> None:
 Seeds = dict[int | None, dict[str, tuple[OODRow, Replicates]]]  # by seed, then by group of OOD sets
 
 
+class Difference(NamedTuple):
+    """Of two methods' means over seeds, with its 95 % bootstrap interval over images."""
+
+    mean: float
+    lo: float
+    hi: float
+    says: str  # gain, loss or no difference
+
+    @property
+    def text(self) -> str:
+        """In per cent."""
+        return f"{100 * self.mean:+.1f} [{100 * self.lo:+.1f}, {100 * self.hi:+.1f}] {self.says}"
+
+
 class ScoredStudy:
     """The scores of a study as stage three left them, judged anew with the resamples of its own table."""
 
@@ -114,6 +144,7 @@ class ScoredStudy:
         self._accuracies = about["accuracy"]
         self.routers: list[dict[str, Any]] = about["router"]
         self._evaluator: Evaluator | None = None
+        self._seeds: dict[Method, Seeds] = {}
 
     @property
     def groups(self) -> list[str]:
@@ -122,10 +153,28 @@ class ScoredStudy:
 
     def seeds(self, method: Method) -> Seeds:
         """Averages over each group's sets, by seed."""
+        if method not in self._seeds:
+            self._seeds[method] = {seed: self._averages(method, seed) for seed in self._seeds_of(method)}
+        return self._seeds[method]
+
+    def _seeds_of(self, method: Method) -> tuple[int | None, ...]:
         seeds: tuple[int | None, ...] = self.config.finetune_seeds() if method.backbone == "finetuned" else (None,)
         if method.variant:
             seeds = self.config.variant_seeds(method.backbone)[method.variant]
-        return {seed: self._averages(method, seed) for seed in seeds}
+        return seeds
+
+    def difference(self, method: Method, other: Method, group: str, metric: str) -> Difference:
+        """A method minus another, over the seeds that both have (all, where one of them has none)."""
+        own, others = self.seeds(method), self.seeds(other)
+        if None not in own and None not in others:
+            own, others = ({seed: side[seed] for seed in own.keys() & others.keys()} for side in (own, others))
+        sides = [list(side.values()) for side in (own, others)]
+        means = [np.mean([getattr(averages[group][0], metric) for averages in side]) for side in sides]
+        drawn = [_replicates(side, group, metric) for side in sides]
+        lo, hi = percentile_interval(drawn[0] - drawn[1])
+        better, worse = (hi < 0, lo > 0) if metric == "fpr95" else (lo > 0, hi < 0)
+        says = "gain" if better else "loss" if worse else "no difference"
+        return Difference(float(means[0] - means[1]), lo, hi, says)
 
     def accuracy(self, method: Method) -> list[float]:
         """ID accuracy of the method's head for each seed; none where it has no head, or routes in its own way."""
@@ -179,39 +228,27 @@ class ScoredStudy:
 def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
     """A line per method and group: mean, deviation over seeds, interval, and what the recommended score is off it."""
     methods = methods_of(study.config)
-    seeds = {method: study.seeds(method) for method in methods}
     lines = []
     for method in methods:
         accuracy = study.accuracy(method)
         for group in study.groups:
             line: dict[str, Any] = {"benchmark": study.config.name, **asdict(method), "group": group}
-            line |= {"n_seeds": len(seeds[method])}
+            seeds = list(study.seeds(method).values())
+            line |= {"n_seeds": len(seeds)}
             for metric in _METRICS:
-                values = [getattr(averages[group][0], metric) for averages in seeds[method].values()]
-                lo, hi = percentile_interval(_replicates(seeds[method].values(), group, metric))
+                values = [getattr(averages[group][0], metric) for averages in seeds]
+                lo, hi = percentile_interval(_replicates(seeds, group, metric))
                 line |= {f"{metric}_mean": float(np.mean(values)), f"{metric}_std": _deviation(values)}
                 line |= {f"{metric}_lo": lo, f"{metric}_hi": hi}
             line |= {"id_accuracy_mean": float(np.mean(accuracy)) if accuracy else None}
             line |= {"id_accuracy_std": _deviation(accuracy)}
             for metric in _METRICS:
-                line |= _difference(seeds[RECOMMENDED], seeds[method], group, metric, method == RECOMMENDED)
+                names = [f"recommended_minus_{metric}{end}" for end in ("", "_lo", "_hi", "_says")]
+                same = method == RECOMMENDED
+                told = [None] * 4 if same else study.difference(RECOMMENDED, method, group, metric)
+                line |= zip(names, told, strict=True)
             lines.append(line)
     return lines
-
-
-def _difference(own: Seeds, other: Seeds, group: str, metric: str, same: bool) -> dict[str, Any]:
-    """Recommended minus the other method, over the seeds that both have (all, where the other has none)."""
-    column = f"recommended_minus_{metric}"
-    if same:
-        return dict.fromkeys([column, f"{column}_lo", f"{column}_hi", f"{column}_says"])
-    shared = own.keys() if None in other else own.keys() & other.keys()
-    ours = [own[seed] for seed in shared]
-    theirs = list(other.values()) if None in other else [other[seed] for seed in shared]
-    means = [np.mean([getattr(averages[group][0], metric) for averages in side]) for side in (ours, theirs)]
-    lo, hi = percentile_interval(_replicates(ours, group, metric) - _replicates(theirs, group, metric))
-    better, worse = (hi < 0, lo > 0) if metric == "fpr95" else (lo > 0, hi < 0)
-    says = "gain" if better else "loss" if worse else "no difference"
-    return {column: float(means[0] - means[1]), f"{column}_lo": lo, f"{column}_hi": hi, f"{column}_says": says}
 
 
 def _replicates(seeds: Iterable[dict[str, tuple[OODRow, Replicates]]], group: str, metric: str) -> NDArray[np.float64]:
@@ -254,8 +291,7 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
     for line in lines:
         method = Method(*(line[name] for name in ("features", "head", "variant", "routing", "score", "backbone")))
         by_method.setdefault(method, []).append(line)
-    arrows = {"fpr95": "FPR95 ↓", "auroc": "AUROC ↑"}
-    names = [f"{group} {arrows[metric]}" for group in groups for metric in _METRICS]
+    names = [_column(group, metric) for group in groups for metric in _METRICS]
 
     def cells(method: Method, show: Callable[[dict[str, Any], str], str]) -> list[str]:
         return [show(line, metric) for line in by_method[method] for metric in _METRICS]
@@ -281,6 +317,23 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
         ),
         TextTable(f"{benchmark}: all", header, [whole(method, _mean) for method in by_method]),
     ]
+
+
+def fine_tuning_table(study: ScoredStudy) -> TextTable:
+    """What fine-tuning the backbone changes, in paired differences."""
+    columns = [(group, metric) for group in study.groups for metric in _METRICS]
+    return TextTable(
+        f"{study.config.name}: what fine-tuning changes",
+        ["", "minus", *(_column(group, metric) for group, metric in columns)],
+        [
+            [own.label, other.label, *(study.difference(own, other, *column).text for column in columns)]
+            for own, other in fine_tuned_pairs(study.config)
+        ],
+    )
+
+
+def _column(group: str, metric: str) -> str:
+    return f"{group} {'FPR95 ↓' if metric == 'fpr95' else 'AUROC ↑'}"
 
 
 def router_table(study: ScoredStudy) -> TextTable:
@@ -320,8 +373,7 @@ def _mean_and_interval(line: dict[str, Any], metric: str) -> str:
 
 
 def _shown_difference(line: dict[str, Any], metric: str) -> str:
-    middle, lo, hi, says = (line[f"recommended_minus_{metric}{part}"] for part in ("", "_lo", "_hi", "_says"))
-    return f"{100 * middle:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}] {says}"
+    return Difference(*(line[f"recommended_minus_{metric}{part}"] for part in ("", "_lo", "_hi", "_says"))).text
 
 
 def write_results(configs: Sequence[RunConfig], work: Path, difference: str | None) -> list[Any]:
@@ -346,7 +398,8 @@ def write_results(configs: Sequence[RunConfig], work: Path, difference: str | No
         study = ScoredStudy(config)
         lines = result_lines(study)
         found += lines
-        tables = [*text_tables(lines), router_table(study)]
+        tuned = [fine_tuning_table(study)] if config.finetune is not None else []
+        tables = [*text_tables(lines), *tuned, router_table(study)]
         git = (read_json(config.work / "record.json") or {}).get("git") or {"commit": "unknown", "dirty": False}
         text += [f"## {config.name}\n\n", *(table.markdown() for table in tables)]
         text.append(f"Code: {git['commit']}{', with changes' if git['dirty'] else ''}.\n\n")

@@ -366,12 +366,33 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
         "joint",
     ]
     assert all(line["id_accuracy_mean"] for line in own if line["head"] != "none")
-    assert "| fine-tuned, MoFE default: knn+energy (refit) |" in (work / "results.md").read_text()
+    check_fine_tuning_table(work)
     models = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
     results(benchmark, work, *tune, **options)
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == models
     results(benchmark, work, *tune)  # without the option they are left out again
     assert {tuple(line.values()) for line in lines_of(work)} == before
+
+
+def check_fine_tuning_table(work):
+    """Each method with itself on the pre-trained features, and mixtures with each other; by the seed that both have."""
+    text = (work / "results.md").read_text()
+    assert text.count("what fine-tuning changes:\n") == 2
+    shown = text.split("one: what fine-tuning changes:\n\n")[1].split("\n\n")[0].splitlines()
+    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
+    pairs = {tuple(line[:2]): line[2:] for line in body}
+    assert next(iter(pairs)) == ("fine-tuned: msp (finetune)", "frozen: msp (probe)")
+    assert list(pairs)[-3:] == [
+        ("fine-tuned, MoFE default: knn+energy (refit)", "MoFE default: knn+energy (refit)"),
+        ("fine-tuned, MoFE default: knn+energy (refit)", "fine-tuned: knn+energy (probe)"),
+        ("fine-tuned, MoFE joint: knn+energy (refit)", "fine-tuned, MoFE default: knn+energy (refit)"),
+    ]
+    table = csv.DictReader(io.StringIO((work / "one" / "scores" / "table.csv").read_text()))
+    wanted = {"features": "mofe", "head": "refit", "variant": "default", "seed": "0", "routing": "predicted"}
+    wanted |= {"score": "knn+energy", "calibrated": "false", "ood": "average", "group": "far"}
+    auroc = {row["backbone"]: float(row["auroc"]) for row in table if wanted.items() <= row.items()}
+    cell = pairs[list(pairs)[-3]][header.index("far AUROC ↑") - 2]
+    assert float(cell.split()[0]) == pytest.approx(100 * (auroc["finetuned"] - auroc["pretrained"]), abs=0.051)
 
 
 def test_the_benchmarks_fine_tunes():
