@@ -443,7 +443,8 @@ class _Tuning:
         loaded = self.loader.batches(asked)
         last: tuple[Tensor, int] | None = None
         for batch, own in zip(batches, shares, strict=True):
-            if run.overdue and last is not None:
+            # What a bad step ends is left to all processes together, a step later: this one alone stores.
+            if run.overdue and last is not None and _is_good(last[0]):
                 run.count(*self._checked(last, epoch))
                 last = None
                 run.prepare(self)
@@ -459,13 +460,13 @@ class _Tuning:
     def _checked(self, step: tuple[Tensor, int], epoch: int) -> tuple[float, float]:
         """The loss of a step and how many rows were right, once they are known to be numbers."""
         found, n_rows = step
-        loss, right, unusable = found.cpu().numpy()
+        loss, right, unusable = found.tolist()
         if unusable:
             raise _UnusableError
         if not math.isfinite(loss):
             raise _NotFiniteError("the loss")
         self.progress.advance(n_rows, epoch=epoch, loss=f"{loss / n_rows:.3f}")
-        return float(loss), float(right)
+        return loss, right
 
     def _step(
         self, batch: Batch, shares: list[Share], loaded: Iterator[Loaded], epoch: int, alpha: NDArray[np.float64] | None
@@ -534,6 +535,12 @@ class _Tuning:
         if self.objective.groups is not None:
             record["router_accuracy"] = round(arrived / len(images), 6)
         return record, correct.long().cpu().numpy()
+
+
+def _is_good(found: Tensor) -> bool:
+    """Whether a step's loss is a number, and all of its images could be used."""
+    loss, _, unusable = found.tolist()
+    return math.isfinite(loss) and not unusable
 
 
 def _optimiser(objective: Any, settings: FinetuneSettings) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from stages import checkpoint as checkpoint_module
 from tests.test_parity.test_distributed import together
 from tests.test_stages.small_vit import metrics, tune
 
@@ -42,8 +43,11 @@ def test_two_processes_have_the_loss_curve_of_one(vit, vit_data, few_images, tmp
         np.testing.assert_allclose(weights[name], tensor, atol=2e-3, err_msg=name)
 
 
-def test_both_refuse_what_one_cannot_load(vit, vit_data, few_images, tmp_path):
-    """The one that finds it must not leave the other waiting for its gradients."""
+@pytest.mark.parametrize("most_lost", [60, 0], ids=["stored at the end", "stored at every step"])
+def test_both_refuse_what_one_cannot_load(vit, vit_data, few_images, tmp_path, monkeypatch, most_lost):
+    """The one that finds it must not leave the other waiting for its gradients, nor the one that stores."""
+    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", most_lost)
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
     contents = list(few_images.contents)
     contents[int(vit_data.split.folds[0].train[0])] = b"no image"
 
