@@ -50,8 +50,8 @@ info: $(READY) ## Show caches and models at a glance
 extract train finetune score report run predict verify info:
 	$(BIN)/python -m pipeline $@ '$(EXPERIMENT)' $(ARGS)
 
-test: $(READY) ## Set up and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## Set up and run the tests, a file on each core
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(READY) ## Check style and types; changes nothing
 	$(BIN)/ruff check .
