@@ -89,16 +89,19 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
 def fine_tuned_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
     """What shows what fine-tuning changes: each method on the fine-tuned features, and what it is compared with.
 
-    That is the same method on the pre-trained features, whose head is the probe; and within the fine-tuned features the
-    recommended mixture with none, and experts trained together with the backbone with experts trained after it.
+    That is the same method on the pre-trained features, whose head is the probe. The recommended mixture, and the one
+    that was trained together with the backbone, are compared with no mixture as well, on the same features and on the
+    pre-trained ones; the latter with the former, too, on either.
     """
     known = methods_of(config)
     tuned = [method for method in known if method.backbone == "finetuned"]
     heads = {"finetune": "probe"}
     pairs = [(own, replace(own, head=heads.get(own.head, own.head), backbone="pretrained")) for own in tuned]
     recommended = replace(RECOMMENDED, backbone="finetuned")
-    frozen = Method("cls", "probe", "", "none", RECOMMENDED.score, "finetuned")
-    pairs += [(recommended, frozen), (replace(recommended, variant=JOINT), recommended)]
+    plain = Method("cls", "probe", "", "none", RECOMMENDED.score)
+    joint = replace(recommended, variant=JOINT)
+    for own, others in ((recommended, ()), (joint, (recommended, RECOMMENDED))):
+        pairs += [(own, other) for other in (*others, replace(plain, backbone="finetuned"), plain)]
     return [pair for pair in pairs if set(pair) <= set(known)]
 
 

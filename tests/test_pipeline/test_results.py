@@ -382,16 +382,18 @@ def check_fine_tuning_table(work):
     header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
     pairs = {tuple(line[:2]): line[2:] for line in body}
     assert next(iter(pairs)) == ("fine-tuned: msp (finetune)", "frozen: msp (probe)")
-    assert list(pairs)[-3:] == [
-        ("fine-tuned, MoFE default: knn+energy (refit)", "MoFE default: knn+energy (refit)"),
-        ("fine-tuned, MoFE default: knn+energy (refit)", "fine-tuned: knn+energy (probe)"),
-        ("fine-tuned, MoFE joint: knn+energy (refit)", "fine-tuned, MoFE default: knn+energy (refit)"),
+    default, joint = (f"fine-tuned, MoFE {name}: knn+energy (refit)" for name in ("default", "joint"))
+    frozen = ("fine-tuned: knn+energy (probe)", "frozen: knn+energy (probe)")
+    assert list(pairs)[-7:] == [
+        (default, "MoFE default: knn+energy (refit)"),
+        *((default, other) for other in frozen),
+        *((joint, other) for other in (default, "MoFE default: knn+energy (refit)", *frozen)),
     ]
     table = csv.DictReader(io.StringIO((work / "one" / "scores" / "table.csv").read_text()))
     wanted = {"features": "mofe", "head": "refit", "variant": "default", "seed": "0", "routing": "predicted"}
     wanted |= {"score": "knn+energy", "calibrated": "false", "ood": "average", "group": "far"}
     auroc = {row["backbone"]: float(row["auroc"]) for row in table if wanted.items() <= row.items()}
-    cell = pairs[list(pairs)[-3]][header.index("far AUROC ↑") - 2]
+    cell = pairs[default, "MoFE default: knn+energy (refit)"][header.index("far AUROC ↑") - 2]
     assert float(cell.split()[0]) == pytest.approx(100 * (auroc["finetuned"] - auroc["pretrained"]), abs=0.051)
 
 
