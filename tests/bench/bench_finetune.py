@@ -2,7 +2,7 @@
 
 The limit is forward, backward and AdamW's step of the same network on a batch that is in memory already. Ours are whole
 epochs of `finetune` on JPEG files of 500 x 375 pixels: one process decodes and augments them on the same cores, and
-the checkpoint of the epoch before is stored; held-out images are judged outside the time. Both in turn: bare steps run
+checkpoints are stored as they fall due; held-out images are judged outside the time. Both in turn: bare steps run
 between the epochs of one fine-tune, whose first is the warm-up. Medians. Nothing here is a test.
 
 Peak memory is that of a process that trains on two batches. It is read as VmHWM, since ``ru_maxrss`` of a process
