@@ -14,6 +14,7 @@ All are made once a session and belong to everybody: copy what you change.
 """
 
 import os
+import signal
 
 # One thread a process: the nets are tiny, and threads that wait for one another cost more than they do on busy cores.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -34,6 +35,8 @@ from stages.train import train_mofe, train_probe
 from tests.test_stages.small_vit import cached, small_vit
 
 torch.set_num_threads(1)
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")

@@ -159,9 +159,10 @@ def test_an_interrupt_ends_all_of_them(study):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)  # the pipe is open for as long as one of them lives
-    assert process.returncode == 130
-    (line,) = (line for line in err.splitlines() if " image/s" not in line)  # the others show progress
-    assert line.startswith("interrupted; what is finished is kept")
+    assert process.returncode == 130, err
+    lines = [line for line in err.splitlines() if " image/s" not in line]  # the others show progress
+    assert len(lines) == 1, err
+    assert lines[0].startswith("interrupted; what is finished is kept")
 
 
 @pytest.mark.parametrize("verb", ["score", "results", "predict"])
