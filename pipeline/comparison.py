@@ -52,9 +52,10 @@ class Method:
 
 
 RECOMMENDED = Method("mofe", "refit", "default", "predicted", "knn+energy")
+PLAIN = Method("cls", "probe", "", "none", RECOMMENDED.score)  # the same score without a mixture
 BASELINES = (
     Method("cls", NO_HEAD, "", "none", "knn"),
-    Method("cls", "probe", "", "none", "knn+energy"),
+    PLAIN,
     replace(RECOMMENDED, variant="dense-1"),  # E = 1: the same block, nothing routed
 )
 
@@ -81,7 +82,7 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
     heads = {score: "finetune" if reads_head(score) else NO_HEAD for score in scores}
     return [
         *(Method("cls", head, "", "none", score, backbone) for score, head in heads.items()),
-        Method("cls", "probe", "", "none", RECOMMENDED.score, backbone),
+        replace(PLAIN, backbone=backbone),
         *(replace(RECOMMENDED, variant=name, backbone=backbone) for name in config.variant_seeds(backbone)),
     ]
 
@@ -95,13 +96,12 @@ def fine_tuned_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
     """
     known = methods_of(config)
     tuned = [method for method in known if method.backbone == "finetuned"]
-    heads = {"finetune": "probe"}
-    pairs = [(own, replace(own, head=heads.get(own.head, own.head), backbone="pretrained")) for own in tuned]
-    recommended = replace(RECOMMENDED, backbone="finetuned")
-    plain = Method("cls", "probe", "", "none", RECOMMENDED.score)
+    heads = [PLAIN.head if own.head == "finetune" else own.head for own in tuned]
+    pairs = [(own, replace(own, head=head, backbone="pretrained")) for own, head in zip(tuned, heads, strict=True)]
+    recommended, plain = (replace(method, backbone="finetuned") for method in (RECOMMENDED, PLAIN))
     joint = replace(recommended, variant=JOINT)
-    for own, others in ((recommended, ()), (joint, (recommended, RECOMMENDED))):
-        pairs += [(own, other) for other in (*others, replace(plain, backbone="finetuned"), plain)]
+    pairs += [(recommended, other) for other in (plain, PLAIN)]
+    pairs += [(joint, other) for other in (recommended, RECOMMENDED, plain, PLAIN)]
     return [pair for pair in pairs if set(pair) <= set(known)]
 
 
@@ -246,12 +246,16 @@ def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
             line |= {"id_accuracy_mean": float(np.mean(accuracy)) if accuracy else None}
             line |= {"id_accuracy_std": _deviation(accuracy)}
             for metric in _METRICS:
-                names = [f"recommended_minus_{metric}{end}" for end in ("", "_lo", "_hi", "_says")]
                 same = method == RECOMMENDED
                 told = [None] * 4 if same else study.difference(RECOMMENDED, method, group, metric)
-                line |= zip(names, told, strict=True)
+                line |= zip(_difference_columns(metric), told, strict=True)
             lines.append(line)
     return lines
+
+
+def _difference_columns(metric: str) -> list[str]:
+    """Where a line has the parts of a `Difference` of the recommended score to its method."""
+    return [f"recommended_minus_{metric}{end}" for end in ("", "_lo", "_hi", "_says")]
 
 
 def _replicates(seeds: Iterable[dict[str, tuple[OODRow, Replicates]]], group: str, metric: str) -> NDArray[np.float64]:
@@ -376,7 +380,7 @@ def _mean_and_interval(line: dict[str, Any], metric: str) -> str:
 
 
 def _shown_difference(line: dict[str, Any], metric: str) -> str:
-    return Difference(*(line[f"recommended_minus_{metric}{part}"] for part in ("", "_lo", "_hi", "_says"))).text
+    return Difference(*(line[name] for name in _difference_columns(metric))).text
 
 
 def write_results(configs: Sequence[RunConfig], work: Path, difference: str | None) -> list[Any]:
