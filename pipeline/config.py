@@ -102,6 +102,9 @@ class SetConfig(StageConfig):
     images: str | None = None
     root: str | None = None  # folder that the paths of a list are relative to; its own folder where nothing is given
     classes: str | None = None  # text file, a class a line: images of other classes are left out
+    # Which column of a list is the image, and which its class; the usual names where nothing is given.
+    path_column: str | None = Field(default=None, min_length=1)
+    label_column: str | None = Field(default=None, min_length=1)
     features: str | None = None  # instead of images: a file of arrays, see stages/arrays.py
     origin: str | None = Field(default=None, min_length=1)  # where these features come from; others do not mix
 
@@ -110,7 +113,12 @@ class SetConfig(StageConfig):
         """What it is made from."""
         root = f", its paths below {self.root}" if self.root else ""
         classes = f", the classes of {self.classes}" if self.classes else ""
-        return f"{self.images or self.features}{root}{classes}"
+        columns = "".join(
+            f", {what} in {name!r}"
+            for what, name in (("paths", self.path_column), ("classes", self.label_column))
+            if name is not None
+        )
+        return f"{self.images or self.features}{root}{classes}{columns}"
 
 
 class SplitConfig(StageConfig):
@@ -231,8 +239,9 @@ class RunConfig(StageConfig):
         for entry in self.sets:
             if entry.name == "average":
                 yield "sets.average: this name is taken by the averages of the table"
-            if entry.images is None and (key := "root" if entry.root else "classes" if entry.classes else None):
-                yield f"sets.{entry.name}.{key}: is for images; this set has none"
+            for key in ("root", "classes", "path_column", "label_column"):
+                if entry.images is None and getattr(entry, key) is not None:
+                    yield f"sets.{entry.name}.{key}: is for images; this set has none"
         yield from self._source_problems()
         for score in self.score.scores:
             if (unknown := unknown_part(score)) is not None:

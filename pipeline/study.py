@@ -34,7 +34,7 @@ from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
-from stages.images import SampleTable, list_images, only_classes
+from stages.images import Columns, SampleTable, list_images, only_classes
 from stages.objective import MixturePlan
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
@@ -112,6 +112,9 @@ class Study:
                 )
                 for entry in self.config.sets
             }
+            for entry in self.config.sets:
+                for note in self._table(entry).notes:
+                    self.progress.note(note)
             caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
             missing = [entry for entry in self.config.sets if entry.name not in caches]
             stage.fresh = not missing
@@ -609,7 +612,8 @@ class Study:
             return self._given(entry).samples
         if entry.name not in self._samples:
             with _about(entry):
-                table = list_images(str(entry.images), entry.root)
+                columns = Columns(entry.path_column, entry.label_column)
+                table = list_images(str(entry.images), entry.root, columns)
                 self._samples[entry.name] = only_classes(table, entry.classes) if entry.classes else table
         return self._samples[entry.name]
 

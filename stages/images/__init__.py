@@ -13,11 +13,11 @@ while listing; a file that turns out to be no image fails later, by `ImageError`
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from stages.errors import InputError
 from stages.images.classes import only_classes
+from stages.images.columns import USUAL, Columns
 from stages.images.dataset import list_dataset
 from stages.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, decode_image
 from stages.images.embedded import list_embedded
@@ -30,6 +30,7 @@ from stages.images.tar import list_tar
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
+    "Columns",
     "ImageError",
     "ImageReader",
     "SampleTable",
@@ -39,27 +40,26 @@ __all__ = [
     "only_classes",
 ]
 
-_LISTS: dict[str, Callable[[str, str | None], SampleTable]] = {".txt": list_text, ".csv": list_csv}
-_BY_SUFFIX: dict[str, Callable[[str], SampleTable]] = {
-    ".tar": list_tar,
-    **dict.fromkeys(IMAGE_SUFFIXES, list_file),
-}
+_LISTS = {".txt", ".csv"}
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"}
 
 
-def list_images(source: str, root: str | None = None) -> SampleTable:
+def list_images(source: str, root: str | None = None, columns: Columns = USUAL) -> SampleTable:
     """List the images of a source without decoding any.
 
     Args:
         source: A folder of images or of Hugging Face `datasets`, an image file, a `.tar`, `.txt` or `.csv` file, or an
             embedded set, `"sklearn:…"`.
         root: The folder that the paths of a `.txt` or `.csv` list are relative to; the list's own by default.
+        columns: Which column of a `.csv` list or of Hugging Face `datasets` is the image and which its class, and which
+            field of a WebDataset `.json` is the class; the usual names by default.
 
     Returns:
         The samples, sorted by the UTF-8 bytes of their ids.
 
     Raises:
-        InputError: The source is missing, empty, unreadable or of no known kind, or `root` is given with no list.
+        InputError: The source is missing, empty, unreadable or of no known kind, or `root` or `columns` are given where
+            there is no list and there are no columns.
 
     >>> digits = list_images("sklearn:digits[0-6]/test")
     >>> digits.class_names
@@ -73,15 +73,31 @@ def list_images(source: str, root: str | None = None) -> SampleTable:
             raise InputError(f"{source}: a root is for the paths of a list (.txt, .csv), this is none: leave it out")
         if not os.path.isdir(root):
             raise InputError(f"{source}: its root {root} is no folder; give the one that its paths are relative to")
-    if source.startswith("sklearn:"):
-        return list_embedded(source)
-    if "\0" in source or not os.path.exists(source):
+    embedded = source.startswith("sklearn:")
+    if not embedded and ("\0" in source or not os.path.exists(source)):
         raise InputError(f"{source!r}: no such file or folder")
+    if os.path.isdir(source) and is_huggingface(source):
+        return list_huggingface(source, columns)
+    if not os.path.isdir(source) and suffix == ".csv":
+        return list_csv(source, root, columns)
+    if columns.path is not None:
+        raise InputError(
+            f"{source}: path_column is for .csv lists and Hugging Face datasets, this is none: leave it out"
+        )
+    if not os.path.isdir(source) and suffix == ".tar":
+        return list_tar(source, columns)
+    if columns.label is not None:
+        raise InputError(
+            f"{source}: label_column is for .csv lists, Hugging Face datasets and the .json files of a tar, this is "
+            "none: leave it out"
+        )
+    if embedded:
+        return list_embedded(source)
     if os.path.isdir(source):
-        return list_huggingface(source) if is_huggingface(source) else list_folder(source)
-    if suffix in _LISTS:
-        return _LISTS[suffix](source, root)
-    if suffix in _BY_SUFFIX:
-        return _BY_SUFFIX[suffix](source)
+        return list_folder(source)
+    if suffix == ".txt":
+        return list_text(source, root)
+    if suffix in IMAGE_SUFFIXES:
+        return list_file(source)
     hint = "unpack it to a .tar or a folder first" if suffix in _COMPRESSED else "give a folder, .tar, .txt or .csv"
     raise InputError(f"{source}: not a source of images; {hint}")

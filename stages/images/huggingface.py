@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from stages.errors import InputError
+from stages.images.columns import USUAL, Columns
 from stages.images.decode import short
 from stages.images.folder import file_sample
 from stages.images.table import FileRange, Sample, SampleTable, Unusable, given_class, make_table
 
 _MARKS = ("state.json", "dataset_info.json")  # a Dataset on disk; a DatasetDict has _SPLITS and a folder per split
 _SPLITS = "dataset_dict.json"
-_LABEL_COLUMNS = ("label", "labels", "class")  # where no column is a ClassLabel; first found wins
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
@@ -37,12 +37,13 @@ def is_huggingface(folder: str) -> bool:
     )
 
 
-def list_huggingface(source: str) -> SampleTable:
+def list_huggingface(source: str, columns: Columns = USUAL) -> SampleTable:
     """List a Hugging Face dataset on disk. An id is the number of the row, and the name of its file where it has one.
 
     Images come from the one column of type `Image`, classes from the one of type `ClassLabel` (of several, `label`),
-    or else from a column of names or whole numbers called `label`, `labels` or `class`. An image stored by its path is
-    read from there; a relative path starts at the folder. Images stored as bytes are dated by the Arrow files.
+    or else from a column of names or whole numbers with a usual name, or both from the columns that are named. An
+    image stored by its path is read from there; a relative path starts at the folder. Images stored as bytes are dated
+    by the Arrow files.
 
     Raises:
         InputError: The library is missing, the folder holds several splits, its files are damaged, or it is not clear
@@ -52,8 +53,8 @@ def list_huggingface(source: str) -> SampleTable:
     if not all(os.path.isfile(os.path.join(folder, name)) for name in _MARKS):
         raise InputError(f"{source}: a dataset of several splits; give {_splits(source, folder)}")
     features, files = _open(source, folder)
-    image_column = _image_column(source, features)
-    label_column, names = _label_column(source, features)
+    image_column = _image_column(source, features, columns)
+    label_column, names, notes = _label_column(source, features, columns)
     samples: list[Sample] = []
     try:
         mtime_ns = max((os.stat(file).st_mtime_ns for file in files), default=0)
@@ -65,7 +66,7 @@ def list_huggingface(source: str) -> SampleTable:
         raise _damaged(source, error) from error
     if not samples:
         raise InputError(f"{source}: the dataset has no rows")
-    return make_table(source, samples)
+    return make_table(source, samples, notes=notes)
 
 
 def _open(source: str, folder: str) -> tuple[dict[str, Any], list[str]]:
@@ -99,30 +100,44 @@ def _splits(source: str, folder: str) -> str:
         raise _damaged(source, error) from error
 
 
-def _image_column(source: str, features: dict[str, Any]) -> str:
+def _image_column(source: str, features: dict[str, Any], columns: Columns) -> str:
     from datasets import Image
 
-    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if len(columns) != 1:
-        found = f"several columns of images, {', '.join(columns)}" if columns else "no column of type Image"
-        raise InputError(f"{source}: {found} (of {', '.join(features)}); save it with one, see `select_columns`")
-    return columns[0]
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if columns.path is not None:
+        named = str(columns.find_path(source, features))
+        if named not in found:
+            raise InputError(f"{source}: path_column {named!r} is {features[named]}, must be of type Image")
+        return named
+    if len(found) != 1:
+        what = f"several columns of images, {', '.join(found)}" if found else "no column of type Image"
+        raise InputError(f"{source}: {what} (of {', '.join(features)}); give path_column, or save it with one")
+    return found[0]
 
 
-def _label_column(source: str, features: dict[str, Any]) -> tuple[str | None, list[str] | None]:
-    """Column of the classes, if any, and their names, if the dataset gives any."""
+def _label_column(
+    source: str, features: dict[str, Any], columns: Columns
+) -> tuple[str | None, list[str] | None, tuple[str, ...]]:
+    """Column of the classes, if any, their names, if the dataset gives any, and what is to be said of the choice."""
     from datasets import ClassLabel
 
+    if columns.label is not None:
+        column = str(columns.find_label(source, features))
+        if isinstance(features[column], ClassLabel):
+            return column, features[column].names, ()
+        if not _is_plain(features[column]):
+            raise InputError(
+                f"{source}: label_column {column!r} is {features[column]}, must be a ClassLabel, names or whole numbers"
+            )
+        return column, None, ()
     named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if len(named) > 1 and "label" not in named:
-        raise InputError(
-            f"{source}: several columns of classes, {', '.join(named)}; rename the one that counts `label`"
-        )
+        raise InputError(f"{source}: several columns of classes, {', '.join(named)}: label_column says which counts")
     if named:
         column = "label" if "label" in named else named[0]
-        return column, features[column].names
-    plain = [name for name in _LABEL_COLUMNS if _is_plain(features.get(name))]
-    return (plain[0] if plain else None), None
+        return column, features[column].names, ()
+    plain = [name for name, feature in features.items() if _is_plain(feature)]
+    return columns.find_label(source, plain), None, columns.notes(source, labels=plain)
 
 
 def _is_plain(feature: Any) -> bool:

@@ -5,9 +5,10 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from stages.errors import InputError
+from stages.images.columns import PATH_NAMES, USUAL, Columns
 from stages.images.folder import file_sample
 from stages.images.table import Sample, SampleTable, given_class, make_table
 
@@ -30,8 +31,8 @@ def list_text(source: str, root: str | None = None) -> SampleTable:
     return _table(source, rows, root)
 
 
-def list_csv(source: str, root: str | None = None) -> SampleTable:
-    """List the images of a CSV file with a column `path` and, where classes are known, `label` (a name or a number).
+def list_csv(source: str, root: str | None = None, columns: Columns = USUAL) -> SampleTable:
+    """List the images of a CSV file: a column has the paths, and another, where they are known, the classes.
 
     Raises:
         InputError: There is no such column, a row has no path or too many fields, or none of the files exists.
@@ -39,15 +40,20 @@ def list_csv(source: str, root: str | None = None) -> SampleTable:
     table = csv.DictReader(io.StringIO(_text(source), newline=""), strict=True)
     rows = []
     try:
-        if "path" not in (table.fieldnames or ()):
-            raise InputError(f"{source}: no column `path`; the first line must name the columns, `path,label`")
+        names = table.fieldnames or ()
+        path_name, label_name = columns.find_path(source, names), columns.find_label(source, names)
+        if path_name is None:
+            raise InputError(
+                f"{source}: no column of paths ({', '.join(PATH_NAMES)}); the first line must name the columns, "
+                "`path,label`, or path_column the one that counts"
+            )
         for row in table:
-            if not row["path"] or None in row:
+            if not row[path_name] or None in row:
                 raise InputError(f"{source}, line {table.line_num}: no path, or more fields than the header names")
-            rows.append((table.line_num, row["path"], row.get("label") or ""))
+            rows.append((table.line_num, row[path_name], (label_name and row[label_name]) or ""))
     except csv.Error as error:
         raise InputError(f"{source}, line {table.line_num}: not CSV: {error}") from error
-    return _table(source, rows, root)
+    return _table(source, rows, root, columns.notes(source, paths=names, labels=names))
 
 
 def _text(source: str) -> str:
@@ -63,7 +69,9 @@ def _text(source: str) -> str:
     return text
 
 
-def _table(source: str, rows: Iterable[tuple[int, str, str]], root: str | None) -> SampleTable:
+def _table(
+    source: str, rows: Iterable[tuple[int, str, str]], root: str | None, notes: Sequence[str] = ()
+) -> SampleTable:
     """Table of (line number, path, label); paths are relative to the root, or to the folder of the list."""
     root, samples = os.path.abspath(root or os.path.dirname(os.path.abspath(source))), list[Sample]()
     for number, path, label in rows:
@@ -76,4 +84,4 @@ def _table(source: str, rows: Iterable[tuple[int, str, str]], root: str | None) 
     # One missing file is a failed image; if all are missing, the paths are meant relative to another folder.
     if not any(sample.mtime_ns or sample.size for sample in samples):
         raise InputError(f"{source}: none of its {len(samples)} images is there; paths are relative to {root}")
-    return make_table(source, samples)
+    return make_table(source, samples, notes=notes)

@@ -99,6 +99,7 @@ class SampleTable:
     mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images and where unknown
     ignored: int  # files seen that are not images
     contents: Sequence[Content | bytes] = field(repr=False)
+    notes: tuple[str, ...] = ()  # what was decided while listing, a line each
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,7 +109,7 @@ class SampleTable:
         return ImageReader(self.contents[start:stop])
 
 
-def make_table(source: str, samples: Iterable[Sample], ignored: int = 0) -> SampleTable:
+def make_table(source: str, samples: Iterable[Sample], ignored: int = 0, notes: Sequence[str] = ()) -> SampleTable:
     """Sort, check and number what a source listed.
 
     Raises:
@@ -134,6 +135,7 @@ def make_table(source: str, samples: Iterable[Sample], ignored: int = 0) -> Samp
         mtimes_ns=np.array([row.mtime_ns for row in rows], np.int64),
         ignored=ignored,
         contents=tuple(row.content for row in rows),
+        notes=tuple(notes),
     )
 
 

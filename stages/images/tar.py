@@ -9,17 +9,17 @@ import posixpath
 import tarfile
 
 from stages.errors import InputError
+from stages.images.columns import USUAL, Columns
 from stages.images.table import FileRange, Sample, SampleTable, first_folder, given_class, is_image_name, make_table
 
 _LABEL_SUFFIXES = (".cls", ".json")  # first found wins
-_LABEL_KEYS = ("label", "cls", "class", "class_name")  # of key.json; first found wins
 
 
-def list_tar(source: str) -> SampleTable:
+def list_tar(source: str, columns: Columns = USUAL) -> SampleTable:
     """List the images of a tar. Members are dated by the tar: what their headers say need not change when they do.
 
-    If any image has its class beside it (`key.cls`, or `key.json` with a field of `_LABEL_KEYS`), classes come from
-    there alone (WebDataset); otherwise the class of an image is its first folder.
+    If any image has its class beside it (`key.cls`, or a field of `key.json`, see `Columns`), classes come from there
+    alone (WebDataset); otherwise the class of an image is its first folder.
 
     Raises:
         InputError: No uncompressed tar, damaged, or a class beside an image cannot be read.
@@ -31,7 +31,7 @@ def list_tar(source: str) -> SampleTable:
     label_files = set()
     for key in {_key(name) for name in images}:
         for member in (key + suffix for suffix in _LABEL_SUFFIXES):
-            if member in members and (label := _label(source, member, members[member])) is not None:
+            if member in members and (label := _label(source, member, members[member], columns)) is not None:
                 beside[key] = given_class(label)
                 label_files.add(member)
                 break
@@ -84,7 +84,7 @@ def _key(name: str) -> str:
     return posixpath.join(folder, base.partition(".")[0])
 
 
-def _label(source: str, member: str, place: FileRange) -> str | None:
+def _label(source: str, member: str, place: FileRange, columns: Columns) -> str | None:
     """Class that a label file names, or None if it names none."""
     try:
         text = place.read().decode("utf-8")
@@ -93,7 +93,10 @@ def _label(source: str, member: str, place: FileRange) -> str | None:
         fields = json.loads(text)
     except (InputError, ValueError, RecursionError) as error:
         raise InputError(f"{source}: {member}: the class cannot be read: {error}") from error
-    label = next((fields[key] for key in _LABEL_KEYS if key in fields), None) if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        return None
+    name = columns.find_label(f"{source}: {member}", fields)
+    label = None if name is None else fields[name]
     if label is not None and type(label) not in (int, str):
         raise InputError(f"{source}: {member}: the class is {label!r}, must be a name or a whole number")
     return None if label is None else str(label)

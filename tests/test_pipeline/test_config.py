@@ -356,8 +356,16 @@ def test_a_list_may_have_its_root_below_data_and_its_classes_beside_the_file(stu
     assert train.source == f"{train.images}, its paths below {train.root}, the classes of {train.classes}"
 
 
-@pytest.mark.parametrize("key", ["root", "classes"])
-def test_root_and_classes_are_for_images(study, key):
+def test_a_list_may_say_which_columns_count(study):
+    text = STUDY.replace('"data/train"', '"a.csv"\npath_column = "where"\nlabel_column = "breed"')
+    (train, _) = load_config(study(text=text)).sets
+    assert (train.path_column, train.label_column) == ("where", "breed")
+    assert train.source == f"{train.images}, paths in 'where', classes in 'breed'"
+    assert 'label_column: "" given' in refusal(study(text=text.replace("breed", "")))
+
+
+@pytest.mark.parametrize("key", ["root", "classes", "path_column", "label_column"])
+def test_root_classes_and_columns_are_for_images(study, key):
     text = STUDY.replace('images = "sklearn:photos"', f'features = "mine.npz"\norigin = "o"\n{key} = "x"')
     assert f"sets.textures.v2.{key}: is for images" in refusal(study(text=text))
 

@@ -180,9 +180,7 @@ def test_of_several_class_columns_label_counts(tmp_path):
     columns = {"coarse": [0], "label": [1], "image": [png()]}
     assert list_images(save(tmp_path / "clear", columns, features)).class_names == ("cat",)
     features = {"coarse": ANIMALS, "fine": ANIMALS, "image": datasets.Image()}
-    with pytest.raises(
-        InputError, match="several columns of classes, coarse, fine; rename the one that counts `label`"
-    ):
+    with pytest.raises(InputError, match="several columns of classes, coarse, fine: label_column says which counts"):
         list_images(save(tmp_path / "not", {"coarse": [0], "fine": [1], "image": [png()]}, features))
 
 
