@@ -14,6 +14,7 @@ from cache.errors import (
 )
 from cache.fingerprint import arrays_sha256, canonical_json, file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable
+from cache.lock import Lock
 from cache.manifest import Manifest, ShardInfo, resumed_with
 from cache.plan import ShardPlan, plan_shards
 from cache.spec import FeatureSpec
@@ -32,6 +33,7 @@ __all__ = [
     "FeatureCache",
     "FeatureSpec",
     "InputTable",
+    "Lock",
     "Manifest",
     "ShardInfo",
     "ShardPlan",

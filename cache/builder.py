@@ -28,7 +28,8 @@ from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, Cache
 from cache.files import check, disk_errors, sync_folder, write_file
 from cache.fingerprint import canonical_json, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_to_jsonl
-from cache.journal import BuildPlan, Lock, ShardRecord, file_size, is_blank, record_name, sweep
+from cache.journal import BuildPlan, ShardRecord, file_size, is_blank, record_name, sweep
+from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, own_settings, resumed_with
 from cache.plan import ShardPlan
 from cache.shard import ShardFile, ShardReader, write_shard
@@ -45,6 +46,7 @@ class CacheBuilder:
         path: the cache's folder.
         plan: what is to be made.
         elsewhere: the ``made_with`` that the cache was begun with, where this process goes on with another; else None.
+        lock_notice: that the file system has no locks, see ``Lock``; else None.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class CacheBuilder:
         self.plan = plan
         began = own_settings(plan.made_with)
         self.elsewhere = None if canonical_json(began) == canonical_json(own_settings(made_with)) else began
+        self.lock_notice = lock.notice
         self._inputs = inputs
         self._lock = lock
         self._records: dict[int, ShardRecord] = {}
@@ -162,6 +165,7 @@ class CacheBuilder:
 
         Raises:
             CacheError: shards are still to be made, or the disk refuses; what is done is kept.
+            CacheBusyError: another process has taken the cache over, see ``Lock.check``.
             CacheDamagedError: a shard was made from other inputs than those of the listing.
         """
         if pending := self.pending():
@@ -197,6 +201,7 @@ class CacheBuilder:
             shards=tuple(shards),
             made_with=dict(self.plan.made_with),
         )
+        self._lock.check()
         write_file(self.path / INPUTS, listing)
         write_file(self.path / FAILURES, failures)
         manifest.write(self.path, COPY)

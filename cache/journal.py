@@ -1,8 +1,8 @@
-"""What stands beside the shards of a cache that is not sealed yet, and the lock of whoever fills it.
+"""What stands beside the shards of a cache that is not sealed yet.
 
 ::
 
-    caltech-1a2b3c4d.lock     who fills the cache; the kernel frees it when its holder dies
+    caltech-1a2b3c4d.lock     who fills the cache, see `cache.lock`
     caltech-1a2b3c4d/
     ├── plan.json             BuildPlan: what is to be made; the cache is unfinished while there is no manifest.json
     ├── shard-00000.h5        written first …
@@ -14,11 +14,7 @@ beside a plan is a sealed cache whose tidying was cut short. Unsealing goes the 
 written, ``manifest.json`` is removed, then its copy: a copy beside a plan, without a manifest, means nothing.
 """
 
-import fcntl
-import os
-import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CacheBusyError, CacheError
+from cache.errors import CacheError
 from cache.files import TEMPORARY, check, check_fields, disk_errors, read_document, sync_folder, write_document
 from cache.fingerprint import fingerprint
 from cache.inputs import Failure, InputTable
@@ -223,49 +219,3 @@ def sweep(path: Path, *, sealed: bool) -> None:
                 file.unlink(missing_ok=True)
             (path / PLAN).unlink(missing_ok=True)
             sync_folder(path)
-
-
-class Lock:
-    """An advisory lock on ``<path>.lock``; the kernel frees it when its holder dies.
-
-    Raises:
-        CacheBusyError: somebody holds it; names the process and its host.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.with_name(f"{path.name}.lock")
-        while True:
-            with disk_errors(self.path):
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
-                    break
-            except BlockingIOError:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-                os.close(descriptor)
-                raise CacheBusyError(f"{path} is being filled by {holder}; wait for it, or stop it") from None
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                os.close(descriptor)
-                raise CacheError(f"{self.path}: cannot be locked: {error.strerror}") from error
-            os.close(descriptor)  # its last holder removed the file between our open and our lock: take the new one
-        self._descriptor: int | None = descriptor
-        with suppress(OSError):  # a full disk: the lock is held all the same, only nobody can read by whom
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give the lock back; a second time does nothing."""
-        if self._descriptor is not None:
-            with suppress(OSError):
-                self.path.unlink()  # while it is held: whoever waits at the old file sees that it is gone
-            os.close(self._descriptor)
-            self._descriptor = None

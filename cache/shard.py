@@ -33,6 +33,7 @@ import numpy.typing as npt
 from cache.errors import CacheDamagedError, CacheError
 from cache.files import arriving, check, write_all
 from cache.fingerprint import pieces_sha256
+from cache.lock import NO_LOCKS
 from cache.spec import FeatureSpec
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every item size
@@ -265,7 +266,7 @@ class ShardReader:
 
     def _read_layout(self) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
         try:
-            with h5py.File(self.path, "r") as file:
+            with _open(self.path) as file:
                 # An empty dataset has no offset; a chunked or compressed one neither, and cannot be mapped.
                 return {
                     name: (dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
@@ -276,3 +277,13 @@ class ShardReader:
                 }
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all that HDF5 makes of bad bytes
             raise CacheDamagedError(f"{self.path}: cannot be opened as HDF5: {error}; run verify") from error
+
+
+def _open(path: Path) -> h5py.File:
+    """A shard to read. HDF5 locks what it opens; where there are no locks it need not, for shards arrive by rename."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return h5py.File(path, "r", locking=False)

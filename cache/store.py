@@ -17,7 +17,8 @@ from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, Cache
 from cache.files import TEMPORARY
 from cache.fingerprint import file_sha256, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
-from cache.journal import PLAN, Lock, file_size, is_blank, sweep
+from cache.journal import PLAN, file_size, is_blank, sweep
+from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, check_dataset_name
 from cache.shard import ShardReader
 from cache.spec import FeatureSpec

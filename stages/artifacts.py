@@ -1,6 +1,5 @@
 """Files that stages leave for each other: JSON and safetensors, arriving whole or not at all, holding no code."""
 
-import fcntl
 import io
 import json
 import math
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cache.files import TEMPORARY, arriving, sync_folder, write_file
+from cache.lock import hold, is_held
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -128,7 +128,7 @@ def described_rows(path: Path, columns: Mapping[str, Column], n_rows: int, about
     _remove_leftovers(path)
     described = path.with_suffix(".json")
     with arriving(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # so that others see that it is written, until this process ends
+        hold(file.fileno())  # so that others see that it is written, until this process ends
         writer = RowWriter(file, columns, n_rows)
         yield writer
         writer.finish()
@@ -140,11 +140,8 @@ def described_rows(path: Path, columns: Mapping[str, Column], n_rows: int, about
 def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY}"):
         with open(leftover, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another process is at it
-                continue
-            leftover.unlink(missing_ok=True)
+            if not is_held(file.fileno()):
+                leftover.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> dict[str, NDArray[Any]] | None:

@@ -266,6 +266,8 @@ def _fill(
 ) -> FeatureCache:
     """Make what is pending of `n` inputs, and seal."""
     name = builder.plan.dataset
+    if builder.lock_notice:
+        progress.note(builder.lock_notice)
     done, failures = builder.counts()
     pending = builder.pending()
     if done:
