@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -35,6 +36,7 @@ from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import Columns, SampleTable, list_images, only_classes
+from stages.images.names import match_classes, shown, unlike
 from stages.objective import MixturePlan
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
@@ -591,20 +593,23 @@ class Study:
     def _check_sets(self) -> None:
         """Refuse sets that are not there or cannot be scored before hours of extraction rather than after."""
         (train,) = self.config.sets_of("id-train")
-        known = set(self._table(train).class_names)
+        known = self._table(train).class_names
         for entry in self.config.sets:
             table = self._table(entry)
             if entry not in self.config.sets_of("id-train", "id-val", "id-test"):
                 continue
-            if unlabelled := int((table.labels < 0).sum()):
+            if len(without := np.flatnonzero(table.labels < 0)):
                 how = "label in the file" if entry.features else "a folder per class, or a list with labels"
                 raise InputError(
-                    f"set {entry.name!r}: {unlabelled} of {len(table)} {_unit(entry)} have no label: give {how}"
+                    f"set {entry.name!r}: {len(without)} of {len(table)} {_unit(entry)} (the first: "
+                    f"{shown(table.ids[without[0]])}) have no label: give {how}"
                 )
-            if unknown := [name for name in table.class_names if name not in known]:
-                more = ", …" if len(unknown) > 5 else ""
+            places = np.array(match_classes(table.class_names, known))
+            if len(others := np.flatnonzero(places[table.labels] < 0)):
+                unknown = [table.class_names[place] for place in np.flatnonzero(places < 0)]
                 raise InputError(
-                    f"set {entry.name!r} has classes that id-train does not have: {', '.join(unknown[:5])}{more}"
+                    f"set {entry.name!r} has classes that id-train does not have: {unlike(unknown, known)}; the first "
+                    f"of {len(others)} such {_unit(entry)}: {shown(table.ids[others[0]])}"
                 )
 
     def _table(self, entry: SetConfig) -> SampleTable:

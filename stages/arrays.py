@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 from cache import FeatureSpec, sha256
 from stages.backbone import END_TOLERANCE, Backbone, Tokens, weights_sha
 from stages.errors import InputError
-from stages.images.table import SampleTable, class_order, given_class, storable
+from stages.images.names import given_class, number_classes, storable
+from stages.images.table import SampleTable
 
 ARRAY_SEMANTICS = 1  # raise it when the same file would give another cache
 FEATURES = ("cls", "tap_cls", "registers", "patches", "logits")
@@ -191,18 +192,18 @@ def list_arrays(path: str) -> ArrayTable:
         if name in columns and columns[name].shape != (n,):
             raise InputError(f"{path}: {name} has shape {columns[name].shape}, must be ({n},) as cls has {n} rows")
     classes = _classes(path, columns["label"].read(0, n)) if "label" in columns else [None] * n
-    class_names = class_order({name for name in classes if name is not None})
-    number: dict[str | None, int] = {None: -1} | {name: index for index, name in enumerate(class_names)}
+    numbered = number_classes(path, classes)
     stats = [os.stat(file) for file in files]
     samples = SampleTable(
         source=path,
         ids=_ids(path, columns["id"].read(0, n)) if "id" in columns else tuple(map(str, range(n))),
-        labels=np.array([number[name] for name in classes], np.int32),
-        class_names=class_names,
+        labels=numbered.labels,
+        class_names=numbered.names,
         sizes=np.full(n, sum(prod(column.shape[1:]) * column.dtype.itemsize for column in features.values()), np.int64),
         mtimes_ns=np.full(n, max(stat.st_mtime_ns for stat in stats), np.int64),
         ignored=0,
         contents=_Rows(features, range(n)),
+        notes=numbered.notes,
     )
     return ArrayTable(path, features, samples)
 
@@ -275,7 +276,7 @@ def _classes(path: str, labels: NDArray[Any]) -> list[str | None]:
         return [None if label < 0 else str(label) for label in labels.tolist()]
     if labels.dtype.kind not in "US":
         raise InputError(f"{path}: label is {labels.dtype}, must be whole numbers or text")
-    return [given_class(storable(text)) for text in _texts(path, "label", labels)]
+    return [given_class(text) for text in _texts(path, "label", labels)]
 
 
 def _ids(path: str, ids: NDArray[Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from stages.backbone import Tokens
 from stages.errors import InputError
+from stages.images.names import match_classes, shown, unlike
 from stages.lazy import LazyArray, RowNumbers
 from stages.split import Fold, Rows, Split, split_rows, split_with_validation_set
 
@@ -71,11 +72,9 @@ def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cro
     """
     labels = np.asarray(train.labels)
     names = train.class_names
-    if (labels < 0).any():
-        raise InputError(
-            f"id-train set {train.manifest.dataset!r}: {(labels < 0).sum()} of {len(labels)} {unit(train)}s have no "
-            f"label: {'give a folder per class, or a list with labels' if unit(train) == 'image' else 'give label'}"
-        )
+    if len(without := np.flatnonzero(labels < 0)):
+        how = "give a folder per class, or a list with labels" if unit(train) == "image" else "give label"
+        raise InputError(f"id-train set {train.manifest.dataset!r}: {_some(train, without)} have no label: {how}")
     counts = np.bincount(labels, minlength=len(names))
     used = np.flatnonzero(counts)
     if len(used) < 2:
@@ -107,16 +106,23 @@ def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:
     Raises:
         InputError: rows without label or of a class that id-train does not have.
     """
-    number = {name: index for index, name in enumerate(class_names)}
-    own = np.asarray([number.get(name, -1) for name in cache.class_names] + [-1], dtype=np.int32)
-    labels: Labels = own[np.asarray(cache.labels)]  # label -1, unknown, takes the last entry
-    if (labels < 0).any():
-        unknown = [name for name in cache.class_names if name not in number]
-        what = f"classes that id-train does not have: {', '.join(unknown[:5])}" if unknown else "no label"
+    places = match_classes(cache.class_names, class_names)
+    given = np.asarray(cache.labels)
+    if len(without := np.flatnonzero(given < 0)):
+        raise InputError(f"set {cache.manifest.dataset!r}: {_some(cache, without)} have no label")
+    labels: Labels = np.asarray(places, np.int32)[given]
+    if len(others := np.flatnonzero(labels < 0)):
+        unknown = [cache.class_names[number] for number in np.unique(given[others])]
         raise InputError(
-            f"set {cache.manifest.dataset!r}: {(labels < 0).sum()} of {len(labels)} {unit(cache)}s have {what}"
+            f"set {cache.manifest.dataset!r}: {_some(cache, others)} have classes that id-train does not have: "
+            f"{unlike(unknown, class_names)}"
         )
     return labels
+
+
+def _some(cache: FeatureCache, rows: Rows) -> str:
+    """How many rows of a cache, and the first of them by name."""
+    return f"{len(rows)} of {cache.n_rows} {unit(cache)}s (the first: {shown(str(cache.ids[rows[0]]))})"
 
 
 def unit(cache: FeatureCache) -> str:

@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from stages.dataset import IdData, read_blocks
 from stages.errors import InputError
+from stages.images.names import listed, match_classes, shown, unlike
 
 BALANCED_STARTS = 10
 
@@ -115,23 +116,24 @@ def _from_file(path: Path, class_names: tuple[str, ...]) -> list[object]:
         raise InputError(f"train.grouping: {path} cannot be read as JSON {{class: group}}: {error}") from error
     if not isinstance(stored, dict):
         raise InputError(f"train.grouping: {path} must hold an object {{class: group}}")
-    missing = [name for name in class_names if name not in stored]
-    unknown = [name for name in stored if name not in class_names]
-    if missing or unknown:
-        raise InputError(
-            f"train.grouping: {path}: "
-            + "; ".join(
-                f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-                for names, what in ((missing, "classes without a group"), (unknown, "names that are no class"))
-                if names
-            )
-        )
+    places = match_classes(list(stored), class_names)
+    missing = [shown(name) for place, name in enumerate(class_names) if place not in places]
+    unknown = [name for name, place in zip(stored, places, strict=True) if place < 0]
+    problems = [f"{len(missing)} classes without a group: {listed(missing)}"] if missing else []
+    if unknown:
+        problems.append(f"{len(unknown)} names that are no class: {unlike(unknown, class_names, 'the study')}")
+    if problems:
+        raise InputError(f"train.grouping: {path}: {'; '.join(problems)}")
+    if len(set(places)) < len(places):
+        twice = [name for name, place in zip(stored, places, strict=True) if places.count(place) > 1]
+        raise InputError(f"train.grouping: {path}: {listed(list(map(shown, twice)))} are one class: name it once")
     for name, group in stored.items():
         if not isinstance(group, str | int):
             raise InputError(
                 f"train.grouping: {path}: {name!r} has the group {json.dumps(group)}: give a name or a number"
             )
-    return [stored[name] for name in class_names]
+    groups = list(stored.values())
+    return [groups[places.index(place)] for place in range(len(class_names))]
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,27 +1,33 @@
 """Some classes of a source alone, as ImageNet-100 is of ImageNet."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from stages.errors import InputError
+from stages.images.names import match_classes, trimmed, unlike
 from stages.images.table import SampleTable
 
 
-def only_classes(table: SampleTable, path: str) -> SampleTable:
-    """The images whose class a text file names, a class a line; lines that begin with ``#`` are remarks.
+def only_classes(table: SampleTable, classes: str | Sequence[str]) -> SampleTable:
+    """The images of some classes.
+
+    Args:
+        table: any images.
+        classes: their names, or a text file that names them, see `read_classes`.
 
     Raises:
-        InputError: The file cannot be read, names no class, or one that no image has.
+        InputError: The file cannot be read or names no class, or one that no image has.
     """
-    wanted = _read_classes(path)
-    if absent := sorted(wanted - set(table.class_names)):
-        more = ", …" if len(absent) > 3 else ""
+    names, file = (read_classes(classes), classes) if isinstance(classes, str) else (tuple(classes), "classes")
+    places = match_classes(names, table.class_names)
+    if absent := [name for name, place in zip(names, places, strict=True) if place < 0]:
         raise InputError(
-            f"{path}: {len(absent)} of its {len(wanted)} classes have no image in {table.source} "
-            f"({', '.join(absent[:3])}{more})"
+            f"{file}: {len(absent)} of its {len(names)} classes have no image in {table.source}: "
+            f"{unlike(absent, table.class_names, 'the set')}"
         )
-    kept = [label for label, name in enumerate(table.class_names) if name in wanted]
+    kept = sorted(set(places))
     rows = np.flatnonzero(np.isin(table.labels, kept))
     return replace(
         table,
@@ -34,14 +40,19 @@ def only_classes(table: SampleTable, path: str) -> SampleTable:
     )
 
 
-def _read_classes(path: str) -> set[str]:
+def read_classes(path: str) -> tuple[str, ...]:
+    """The classes that a text file names, a class a line; lines that begin with ``#`` are remarks.
+
+    Raises:
+        InputError: The file cannot be read or names no class.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
+            lines = [trimmed(line) for line in file]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; give a text file, a class a line") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); give a text file, a class a line") from error
-    if not (names := {line for line in lines if line and not line.startswith("#")}):
+    if not (names := tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))):
         raise InputError(f"{path}: names no class; give a text file, a class a line")
     return names

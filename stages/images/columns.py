@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from stages.config import nearest
 from stages.errors import InputError
+from stages.images.names import trimmed
 
 PATH_NAMES = ("path", "file", "filename", "filepath", "image", "imagepath")
 LABEL_NAMES = ("label", "class", "target", "category", "labels", "cls", "classname")
@@ -64,11 +65,6 @@ class Columns:
 
 
 USUAL = Columns()
-
-
-def trimmed(name: str) -> str:
-    """A name without the blanks and byte order marks around it."""
-    return name.strip("\ufeff \t\r\n\v\f\xa0")
 
 
 def _found(source: str, key: str, given: str | None, names: list[str], usual: tuple[str, ...]) -> str | None:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from stages.errors import InputError
 from stages.images.decode import ImageError, as_seen, short
+from stages.images.names import given_class
 from stages.images.netpbm import to_netpbm
-from stages.images.table import FileRange, Sample, SampleTable, given_class, make_table
+from stages.images.table import FileRange, Sample, SampleTable, make_table
 
 _ONE_AT_A_TIME = threading.Lock()  # a dataset may hold an open file; PyTorch itself reads one in one thread a process
 

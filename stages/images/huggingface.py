@@ -17,7 +17,8 @@ from stages.errors import InputError
 from stages.images.columns import USUAL, Columns
 from stages.images.decode import short
 from stages.images.folder import file_sample
-from stages.images.table import FileRange, Sample, SampleTable, Unusable, given_class, make_table
+from stages.images.names import given_class
+from stages.images.table import FileRange, Sample, SampleTable, Unusable, make_table
 
 _MARKS = ("state.json", "dataset_info.json")  # a Dataset on disk; a DatasetDict has _SPLITS and a folder per split
 _SPLITS = "dataset_dict.json"

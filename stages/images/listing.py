@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from stages.errors import InputError
 from stages.images.columns import PATH_NAMES, USUAL, Columns
 from stages.images.folder import file_sample
-from stages.images.table import Sample, SampleTable, given_class, make_table
+from stages.images.names import given_class
+from stages.images.table import Sample, SampleTable, make_table
 
 _LINE = re.compile(r"(\S.*?)\s+(-1|\d{1,9})")
 

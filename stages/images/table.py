@@ -11,6 +11,8 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.images.decode import IMAGE_SUFFIXES, ImageError
+from stages.images.names import given_class as given_class
+from stages.images.names import number_classes, storable
 
 MAX_FILE_BYTES = 2**30  # larger than any image within the limit on pixels needs, smaller than a worker's memory
 
@@ -65,7 +67,7 @@ class Sample(NamedTuple):
     """One image as a source lists it."""
 
     id: str  # relative path, class folder included
-    class_name: str | None  # None: unknown
+    class_name: str | None  # as the source has it; None: unknown
     size: int
     mtime_ns: int
     content: Content | bytes
@@ -93,7 +95,7 @@ class SampleTable:
     source: str
     ids: tuple[str, ...]  # unique
     labels: np.ndarray  # [n] int32, index into class_names; -1: unknown
-    class_names: tuple[str, ...]  # sorted: whole numbers by value, other names by UTF-8 bytes
+    class_names: tuple[str, ...]  # see stages.images.names.Classes
     # A size of -1 is unknown without reading the image: then neither says whether it changed, only its bytes do.
     sizes: np.ndarray  # [n] int64, bytes
     mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images and where unknown
@@ -123,19 +125,17 @@ def make_table(source: str, samples: Iterable[Sample], ignored: int = 0, notes: 
     for one, other in pairwise(rows):
         if one.id == other.id:
             raise InputError(f"{source}: {one.id!r} is listed twice; name every image once")
-    classes = [None if row.class_name is None else storable(row.class_name) for row in rows]
-    class_names = class_order({name for name in classes if name is not None})
-    index: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(class_names)}
+    classes = number_classes(source, [row.class_name for row in rows])
     return SampleTable(
         source=source,
         ids=tuple(row.id for row in rows),
-        labels=np.array([index[name] for name in classes], np.int32),
-        class_names=class_names,
+        labels=classes.labels,
+        class_names=classes.names,
         sizes=np.array([row.size for row in rows], np.int64),
         mtimes_ns=np.array([row.mtime_ns for row in rows], np.int64),
         ignored=ignored,
         contents=tuple(row.content for row in rows),
-        notes=tuple(notes),
+        notes=(*notes, *classes.notes),
     )
 
 
@@ -153,21 +153,3 @@ def first_folder(sample_id: str) -> str | None:
     """
     folder, slash, _ = sample_id.partition("/")
     return folder if slash else None
-
-
-def given_class(label: str) -> str | None:
-    """Class of a label written by hand: empty and -1 stand for unknown."""
-    label = label.strip()
-    return None if label in ("", "-1") else label
-
-
-def storable(name: str) -> str:
-    """Name that can be stored: what is not UTF-8 (lone surrogates in a str) and zero bytes are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
-
-
-def class_order(names: set[str]) -> tuple[str, ...]:
-    """Names in order; numbers by value, so that complete labels 0 … C - 1 keep their number."""
-    if all(name.isascii() and name.isdigit() and len(name) < 19 for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))

@@ -10,7 +10,8 @@ import tarfile
 
 from stages.errors import InputError
 from stages.images.columns import USUAL, Columns
-from stages.images.table import FileRange, Sample, SampleTable, first_folder, given_class, is_image_name, make_table
+from stages.images.names import given_class
+from stages.images.table import FileRange, Sample, SampleTable, first_folder, is_image_name, make_table
 
 _LABEL_SUFFIXES = (".cls", ".json")  # first found wins
 

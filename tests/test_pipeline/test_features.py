@@ -219,8 +219,14 @@ def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
             {"near": {"logits": None}},
             "sets.near.features: {near} has cls [1280], set train has cls [1280], logits [4]: ",
         ),
-        ({"test": {"label": None}}, "set 'test': 48 of 48 rows have no label: give label in the file"),
-        ({"test": {"label": np.arange(48)}}, "set 'test' has classes that id-train does not have: 4, 5, 6, 7, 8, …"),
+        (
+            {"test": {"label": None}},
+            "set 'test': 48 of 48 rows (the first: '0/0030.pgm') have no label: give label in the file",
+        ),
+        (
+            {"test": {"label": np.arange(48)}},
+            "set 'test' has classes that id-train does not have: '4', '5', '6', …; the first of 44 such rows: '0",
+        ),
         (
             {"train": {"label": np.arange(160) % 3}, "test": {"label": np.arange(48) % 3}},
             "sets.train.features: logits have 4 columns, label names 3 classes: ",

@@ -675,7 +675,8 @@ def test_an_empty_ood_set_is_refused(source, backbone, tmp_path):
 def test_id_labels_outside_the_classes_are_refused(source, caches, tmp_path):
     tests = (ScoredSet("near", "id", caches["near"]), *source.tests[2:])
     with pytest.raises(
-        InputError, match=r"set 'near': 142 of 142 images have classes that id-train does not have: 7, 8"
+        InputError,
+        match=r"set 'near': 142 of 142 images \(the first: '.*'\) have classes that id-train does not have: '7', '8'",
     ):
         score([replace(source, tests=tests)], CONFIG, tmp_path)
 
