@@ -201,7 +201,7 @@ def list_arrays(path: str) -> ArrayTable:
         class_names=numbered.names,
         sizes=np.full(n, sum(prod(column.shape[1:]) * column.dtype.itemsize for column in features.values()), np.int64),
         mtimes_ns=np.full(n, max(stat.st_mtime_ns for stat in stats), np.int64),
-        ignored=0,
+        left_out={},
         contents=_Rows(features, range(n)),
         notes=numbered.notes,
     )

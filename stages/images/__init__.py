@@ -8,8 +8,9 @@
     "sklearn:digits[0-6]/train", "sklearn:photos"  embedded.py     the digit, the photograph
     `torch.utils.data.Dataset`, from Python        dataset.py      its target
 
-Every source ends in one `SampleTable`: what there is, in an order that depends on the names alone. Nothing is decoded
-while listing; a file that turns out to be no image fails later, by `ImageError`, and is never left out silently.
+Every source ends in one `SampleTable`: what there is, in an order that depends on the names alone. What counts as an
+image is decided in kind.py; other files are counted. Nothing is decoded while listing; an image that turns out to be
+none fails later, by `ImageError`, and is never left out silently.
 """
 
 import os
@@ -19,10 +20,11 @@ from stages.errors import InputError
 from stages.images.classes import only_classes
 from stages.images.columns import USUAL, Columns
 from stages.images.dataset import list_dataset
-from stages.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, decode_image
+from stages.images.decode import MAX_PIXELS, ImageError, decode_image
 from stages.images.embedded import list_embedded
-from stages.images.folder import list_file, list_folder
+from stages.images.folder import is_image_file, list_file, list_folder
 from stages.images.huggingface import is_huggingface, list_huggingface
+from stages.images.kind import IMAGE_SUFFIXES, describe_left_out
 from stages.images.listing import list_csv, list_text
 from stages.images.table import ImageReader, SampleTable
 from stages.images.tar import list_tar
@@ -35,6 +37,7 @@ __all__ = [
     "ImageReader",
     "SampleTable",
     "decode_image",
+    "describe_left_out",
     "list_dataset",
     "list_images",
     "only_classes",
@@ -97,7 +100,7 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
         return list_folder(source)
     if suffix == ".txt":
         return list_text(source, root)
-    if suffix in IMAGE_SUFFIXES:
+    if is_image_file(source):
         return list_file(source)
     hint = "unpack it to a .tar or a folder first" if suffix in _COMPRESSED else "give a folder, .tar, .txt or .csv"
     raise InputError(f"{source}: not a source of images; {hint}")

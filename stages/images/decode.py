@@ -13,20 +13,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from stages.errors import InputError
+from stages.images.kind import FORMATS
 
-# Pillow's format -> extensions. Formats that Pillow hands to other programs (EPS to Ghostscript) are left out.
-_FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png", ".apng"),
-    "BMP": (".bmp", ".dib"),
-    "WEBP": (".webp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "JPEG2000": (".jp2", ".j2k"),
-    "AVIF": (".avif",),
-}
-IMAGE_SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; 0.7 GB as it holds RGB
 
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
@@ -113,7 +101,7 @@ def short(error: Exception) -> str:
 
 def _available_formats() -> list[str]:
     Image.init()  # does nothing the second time
-    return [name for name in _FORMATS if name in Image.OPEN]
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,32 +2,46 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 
 from stages.errors import InputError
-from stages.images.table import FileRange, Sample, SampleTable, first_folder, is_image_name, make_table
+from stages.images.kind import SPECIAL, extension, is_hidden, is_image
+from stages.images.table import FileRange, Sample, SampleTable, first_folder, make_table
 
 
 def list_folder(source: str) -> SampleTable:
-    """List the images under a folder; links are followed, hidden folders are not entered.
+    """List the images under a folder; what counts as one, and what is hidden, `stages.images.kind` says.
 
-    The class of an image is its first folder below `source`; an image that lies directly in `source` has none.
+    Links are followed: one to a file is that file, and one back to a folder above it ends there. The class of an image
+    is its first folder below `source`; an image that lies directly in `source` has none.
+
+    A file that cannot be looked at (a broken link, say) is an image as well, whatever its name: reading it fails, and
+    is then recorded.
     """
-    root, samples, ignored = os.path.abspath(source), [], 0
+    root, samples, left_out = os.path.abspath(source), list[Sample](), Counter[str]()
     start_of_id = len(os.path.join(root, ""))
-    for path in _files(root, ()):
+    for path in _files(root):
         sample_id = path[start_of_id:]
-        if not is_image_name(sample_id) or (sample := file_sample(sample_id, path, first_folder(sample_id))) is None:
-            ignored += 1
-        else:
+        sample = file_sample(sample_id, path, first_folder(sample_id))
+        if sample is None:
+            left_out[SPECIAL] += 1
+        elif _is_image(path):
             samples.append(sample)
-    return make_table(source, samples, ignored)
+        else:
+            left_out[extension(sample_id)] += 1
+    return make_table(source, samples, left_out)
 
 
 def list_file(source: str) -> SampleTable:
     """List one image file: a table of one row without a class."""
     sample = file_sample(os.path.basename(source), os.path.abspath(source), None)
     return make_table(source, [] if sample is None else [sample])
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a path leads to a regular file that is an image by its name or its first bytes."""
+    return os.path.isfile(path) and _is_image(path)
 
 
 def file_sample(sample_id: str, path: str, class_name: str | None) -> Sample | None:
@@ -44,20 +58,34 @@ def file_sample(sample_id: str, path: str, class_name: str | None) -> Sample | N
     return Sample(sample_id, class_name, now.st_size, now.st_mtime_ns, FileRange(path))
 
 
-def _files(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _is_image(path: str) -> bool:
+    """Whether a file is an image, or cannot be opened to find out; it must not be a pipe."""
     try:
-        here = os.stat(folder)
-        inode = (here.st_dev, here.st_ino)
-        if inode in above:  # a link back to a folder that is being walked
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not _is_folder(entry):
-                    yield entry.path
-                elif not entry.name.startswith("."):
-                    yield from _files(entry.path, (*above, inode))
-    except OSError as error:
-        raise InputError(f"{error.filename or folder}: the folder cannot be listed: {error.strerror}") from error
+        return is_image(path, FileRange(path).head)
+    except OSError:
+        return True
+
+
+def _files(root: str) -> Iterator[str]:
+    """Paths of what is no folder, hidden ones left out, in any order."""
+    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]  # and which folders it lies in
+    while folders:
+        folder, above = folders.pop()
+        try:
+            here = os.stat(folder)
+            inode = (here.st_dev, here.st_ino)
+            if inode in above:  # a link back to a folder that is being walked
+                continue
+            inside = above | {inode}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not _is_folder(entry):
+                        if not is_hidden(entry.name):
+                            yield entry.path
+                    elif not is_hidden(f"{entry.name}/"):
+                        folders.append((entry.path, inside))
+        except OSError as error:
+            raise InputError(f"{error.filename or folder}: the folder cannot be listed: {error.strerror}") from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -2,15 +2,17 @@
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 from stages.errors import InputError
-from stages.images.decode import IMAGE_SUFFIXES, ImageError
+from stages.images.decode import ImageError
+from stages.images.kind import HEAD_BYTES, IMAGE_SUFFIXES, describe_left_out
 from stages.images.names import given_class as given_class
 from stages.images.names import number_classes, storable
 
@@ -43,14 +45,25 @@ class FileRange(NamedTuple):
                 raise ImageError("not a regular file")
             if (now.st_size if self.size is None else self.size) > MAX_FILE_BYTES:
                 raise ImageError(f"too large: more than {MAX_FILE_BYTES >> 20} MiB")
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(-1 if self.size is None else self.size)
+            data = self._read(-1 if self.size is None else self.size)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}") from error
         if self.size is not None and len(data) != self.size:
             raise ImageError("truncated: the file ends before the image does")
         return data
+
+    def head(self) -> bytes:
+        """The first bytes, as many as tell an image, or all that there are; of a regular file, else it may wait.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        return self._read(HEAD_BYTES if self.size is None else min(self.size, HEAD_BYTES))
+
+    def _read(self, n_bytes: int) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(n_bytes)
 
 
 class Unusable(NamedTuple):
@@ -99,7 +112,7 @@ class SampleTable:
     # A size of -1 is unknown without reading the image: then neither says whether it changed, only its bytes do.
     sizes: np.ndarray  # [n] int64, bytes
     mtimes_ns: np.ndarray  # [n] int64; of the tar for its members, 0 for embedded images and where unknown
-    ignored: int  # files seen that are not images
+    left_out: Mapping[str, int]  # files seen that are no images, by extension; see `stages.images.kind`
     contents: Sequence[Content | bytes] = field(repr=False)
     notes: tuple[str, ...] = ()  # what was decided while listing, a line each
 
@@ -111,8 +124,19 @@ class SampleTable:
         return ImageReader(self.contents[start:stop])
 
 
-def make_table(source: str, samples: Iterable[Sample], ignored: int = 0, notes: Sequence[str] = ()) -> SampleTable:
+def make_table(
+    source: str,
+    samples: Iterable[Sample],
+    left_out: Mapping[str, int] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+) -> SampleTable:
     """Sort, check and number what a source listed.
+
+    Args:
+        source: What messages call it.
+        samples: In any order.
+        left_out: How many other files it holds, by `stages.images.kind.extension`.
+        notes: What was decided while listing, a line each.
 
     Raises:
         InputError: There is no sample, or two have the same id.
@@ -120,8 +144,11 @@ def make_table(source: str, samples: Iterable[Sample], ignored: int = 0, notes: 
     # Code points and UTF-8 bytes sort alike.
     rows = sorted((sample._replace(id=storable(sample.id)) for sample in samples), key=lambda sample: sample.id)
     if not rows:
-        others = f" ({ignored} other files)" if ignored else ""
-        raise InputError(f"{source}: no images found{others}; image files end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        others = f" ({describe_left_out(left_out)})" if left_out else ""
+        raise InputError(
+            f"{source}: no images found{others}; an image's name ends in {', '.join(sorted(IMAGE_SUFFIXES))}, or its "
+            "first bytes are those of one"
+        )
     for one, other in pairwise(rows):
         if one.id == other.id:
             raise InputError(f"{source}: {one.id!r} is listed twice; name every image once")
@@ -133,16 +160,10 @@ def make_table(source: str, samples: Iterable[Sample], ignored: int = 0, notes: 
         class_names=classes.names,
         sizes=np.array([row.size for row in rows], np.int64),
         mtimes_ns=np.array([row.mtime_ns for row in rows], np.int64),
-        ignored=ignored,
+        left_out=dict(left_out),
         contents=tuple(row.content for row in rows),
         notes=(*notes, *classes.notes),
     )
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image: by extension, and not hidden."""
-    name = name.rpartition("/")[2]
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def first_folder(sample_id: str) -> str | None:

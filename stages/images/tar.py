@@ -7,11 +7,13 @@ import json
 import os
 import posixpath
 import tarfile
+from collections import Counter
 
 from stages.errors import InputError
 from stages.images.columns import USUAL, Columns
+from stages.images.kind import extension, is_hidden, is_image
 from stages.images.names import given_class
-from stages.images.table import FileRange, Sample, SampleTable, first_folder, is_image_name, make_table
+from stages.images.table import FileRange, Sample, SampleTable, first_folder, make_table
 
 _LABEL_SUFFIXES = (".cls", ".json")  # first found wins
 
@@ -26,8 +28,8 @@ def list_tar(source: str, columns: Columns = USUAL) -> SampleTable:
         InputError: No uncompressed tar, damaged, or a class beside an image cannot be read.
     """
     path = os.path.abspath(source)
-    members = {name: place for name, place in _members(path).items() if "/." not in f"/{posixpath.dirname(name)}"}
-    images = [name for name in members if is_image_name(name)]
+    members = {name: place for name, place in _members(path).items() if not is_hidden(name)}
+    images = [name for name, place in members.items() if is_image(name, place.head)]
     beside: dict[str, str | None] = {}
     label_files = set()
     for key in {_key(name) for name in images}:
@@ -42,7 +44,8 @@ def list_tar(source: str, columns: Columns = USUAL) -> SampleTable:
         place = members[name]
         class_name = beside.get(_key(name)) if beside else first_folder(name)
         samples.append(Sample(name, class_name, place.size or 0, mtime_ns, place))
-    return make_table(source, samples, ignored=len(members) - len(images) - len(label_files))
+    others = members.keys() - label_files - set(images)
+    return make_table(source, samples, Counter(map(extension, others)))
 
 
 def _members(path: str) -> dict[str, FileRange]:

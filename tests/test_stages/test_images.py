@@ -12,6 +12,7 @@ from PIL import Image
 
 from stages.errors import InputError
 from stages.images import ImageError, list_images, only_classes
+from stages.images.kind import SPECIAL
 from stages.images.names import tidy
 from stages.images.table import Sample, make_table
 
@@ -42,7 +43,7 @@ def test_folder_per_class(tmp_path):
     assert table.class_names == ("cat", "dog")
     assert table.labels.tolist() == [0, 0, 1, -1]
     assert table.labels.dtype == np.int32
-    assert table.ignored == 2  # notes.txt and .thumbnail.png
+    assert table.left_out == {".txt": 1}
     assert table.sizes.tolist() == [os.path.getsize(tmp_path / i) for i in table.ids]
     assert table.mtimes_ns.tolist() == [os.stat(tmp_path / i).st_mtime_ns for i in table.ids]
 
@@ -117,7 +118,7 @@ def test_a_pipe_is_no_image(tmp_path):
     reading.start()
     reading.join(5)
     assert not reading.is_alive()  # opening it would have waited for a writer
-    assert list_images(str(tmp_path)).ignored == 1
+    assert list_images(str(tmp_path)).left_out == {SPECIAL: 1}
 
 
 def test_openood_list(tmp_path):
@@ -232,7 +233,9 @@ def test_missing_and_empty_sources(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         list_images("a\0b")
     (tmp_path / "a.md").touch()
-    with pytest.raises(InputError, match=r"no images found \(1 other files\); image files end in .*\.jpg"):
+    with pytest.raises(
+        InputError, match=r"no images found \(left out: 1 file: 1 .md\); an image.s name ends in .*\.jpg"
+    ):
         list_images(str(tmp_path))
 
 

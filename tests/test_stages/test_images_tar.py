@@ -52,7 +52,7 @@ def test_a_tar_of_a_folder_gives_the_folders_table(tmp_path, form):
     ]
     for gray, name in enumerate(names):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "set" / name).write_bytes(png(gray))
+        (tmp_path / "set" / name).write_bytes(b"no image" if name.endswith(".md") else png(gray))
     with tarfile.open(tmp_path / "set.tar", "w", format=form) as tar:
         tar.add(tmp_path / "set", ".")
 
@@ -63,7 +63,7 @@ def test_a_tar_of_a_folder_gives_the_folders_table(tmp_path, form):
     assert tar.class_names == folder.class_names == ("cat", "dog")
     assert tar.labels.tolist() == folder.labels.tolist()
     assert tar.sizes.tolist() == folder.sizes.tolist()
-    assert tar.ignored == folder.ignored == 2
+    assert tar.left_out == folder.left_out == {".md": 1}
     assert [tar.reader().read(i) for i in range(4)] == [folder.reader().read(i) for i in range(4)]
 
 
@@ -90,7 +90,7 @@ def test_webdataset_pairs(tmp_path):
         "part/0004.jpg": None,
     }
     assert table.class_names == ("7", "12")
-    assert table.ignored == 1  # 0004.json
+    assert table.left_out == {".json": 1}  # 0004.json
 
 
 def test_webdataset_class_names(tmp_path):
@@ -102,7 +102,7 @@ def test_json_without_classes_leaves_the_folders(tmp_path):
     files = {"cat/1.png": png(), "cat/1.json": b"[1, 2]", "meta.json": b"not even json"}
     table = list_images(write_tar(tmp_path / "s.tar", files))
     assert classes(table) == {"cat/1.png": "cat"}
-    assert table.ignored == 2
+    assert table.left_out == {".json": 2}
 
 
 def test_of_two_members_with_one_name_the_later_counts_and_hard_links_are_followed(tmp_path):
@@ -120,7 +120,7 @@ def test_of_two_members_with_one_name_the_later_counts_and_hard_links_are_follow
         ({"1.png": png(), "1.json": b"[" * 100_000}, "1.json: the class cannot be read"),
         ({"1.png": png(), "1.json": b'{"label": 1.5}'}, "the class is 1.5, must be a name or a whole number"),
         ({"1.png": png(), "1.json": b'{"label": true}'}, "the class is True"),
-        ({"a.txt": b"", "b.txt": b""}, "no images found (2 other files)"),
+        ({"a.txt": b"", "b.txt": b""}, "no images found (left out: 2 files: 2 .txt)"),
         ({}, "no images found"),
     ],
 )
