@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from cache import FeatureSpec, sha256
 from stages.backbone import END_TOLERANCE, Backbone, Tokens, weights_sha
 from stages.errors import InputError
-from stages.images.names import given_class, number_classes, storable
+from stages.images.names import class_texts, number_classes, storable
 from stages.images.table import SampleTable
 
 ARRAY_SEMANTICS = 1  # raise it when the same file would give another cache
@@ -191,7 +191,7 @@ def list_arrays(path: str) -> ArrayTable:
     for name in ("label", "id"):
         if name in columns and columns[name].shape != (n,):
             raise InputError(f"{path}: {name} has shape {columns[name].shape}, must be ({n},) as cls has {n} rows")
-    classes = _classes(path, columns["label"].read(0, n)) if "label" in columns else [None] * n
+    classes = class_texts(path, columns["label"].read(0, n)) if "label" in columns else [None] * n
     numbered = number_classes(path, classes)
     stats = [os.stat(file) for file in files]
     samples = SampleTable(
@@ -265,18 +265,6 @@ def _check_features(path: str, columns: Mapping[str, Column]) -> None:
     if len({columns[name].shape[-1] for name in tokens}) > 1:
         shapes = ", ".join(f"{name} {columns[name].shape}" for name in tokens)
         raise InputError(f"{path}: tokens of one network have one length: {shapes}")
-
-
-def _classes(path: str, labels: NDArray[Any]) -> list[str | None]:
-    if labels.dtype.kind in "iu":
-        if len(bad := np.flatnonzero(labels < -1)):
-            raise InputError(
-                f"{path}: label of row {bad[0]} is {labels[bad[0]]}, must be a class number from 0, or -1: unknown"
-            )
-        return [None if label < 0 else str(label) for label in labels.tolist()]
-    if labels.dtype.kind not in "US":
-        raise InputError(f"{path}: label is {labels.dtype}, must be whole numbers or text")
-    return [given_class(text) for text in _texts(path, "label", labels)]
 
 
 def _ids(path: str, ids: NDArray[Any]) -> tuple[str, ...]:

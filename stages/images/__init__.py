@@ -3,7 +3,7 @@
     source                                         file            class of an image
     folder, one image file                         folder.py       its first folder, if any
     .tar of a tree, or WebDataset pairs            tar.py          its first folder, or key.cls / key.json
-    .txt (OpenOOD: `path label`), .csv             listing.py      as listed
+    .txt (OpenOOD: `path label`), .csv, .parquet   listing.py      as listed
     folder that Hugging Face `datasets` saved      huggingface.py  its ClassLabel
     "sklearn:digits[0-6]/train", "sklearn:photos"  embedded.py     the digit, the photograph
     `torch.utils.data.Dataset`, from Python        dataset.py      its target
@@ -25,7 +25,7 @@ from stages.images.embedded import list_embedded
 from stages.images.folder import is_image_file, list_file, list_folder
 from stages.images.huggingface import is_huggingface, list_huggingface
 from stages.images.kind import IMAGE_SUFFIXES, describe_left_out
-from stages.images.listing import list_csv, list_text
+from stages.images.listing import list_csv, list_parquet, list_text
 from stages.images.table import ImageReader, SampleTable
 from stages.images.tar import list_tar
 
@@ -43,7 +43,7 @@ __all__ = [
     "only_classes",
 ]
 
-_LISTS = {".txt", ".csv"}
+_TABLES = {".csv": list_csv, ".tsv": list_csv, ".parquet": list_parquet}
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"}
 
 
@@ -51,11 +51,11 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
     """List the images of a source without decoding any.
 
     Args:
-        source: A folder of images or of Hugging Face `datasets`, an image file, a `.tar`, `.txt` or `.csv` file, or an
-            embedded set, `"sklearn:…"`.
-        root: The folder that the paths of a `.txt` or `.csv` list are relative to; the list's own by default.
-        columns: Which column of a `.csv` list or of Hugging Face `datasets` is the image and which its class, and which
-            field of a WebDataset `.json` is the class; the usual names by default.
+        source: A folder of images or of Hugging Face `datasets`, an image file, a `.tar`, a list (`.txt`, `.csv`,
+            `.tsv`, `.parquet`), or an embedded set, `"sklearn:…"`.
+        root: The folder that the paths of a list are relative to; its own by default.
+        columns: Which column of a table (`.csv`, `.tsv`, `.parquet`) or of Hugging Face `datasets` is the image and
+            which its class, and which field of a WebDataset `.json` is the class; the usual names by default.
 
     Returns:
         The samples, sorted by the UTF-8 bytes of their ids.
@@ -72,8 +72,9 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
     """
     suffix = Path(source).suffix.lower()
     if root is not None:
-        if suffix not in _LISTS or os.path.isdir(source):
-            raise InputError(f"{source}: a root is for the paths of a list (.txt, .csv), this is none: leave it out")
+        if (suffix != ".txt" and suffix not in _TABLES) or os.path.isdir(source):
+            lists = ", ".join((".txt", *_TABLES))
+            raise InputError(f"{source}: a root is for the paths of a list ({lists}), this is none: leave it out")
         if not os.path.isdir(root):
             raise InputError(f"{source}: its root {root} is no folder; give the one that its paths are relative to")
     embedded = source.startswith("sklearn:")
@@ -81,18 +82,19 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
         raise InputError(f"{source!r}: no such file or folder")
     if os.path.isdir(source) and is_huggingface(source):
         return list_huggingface(source, columns)
-    if not os.path.isdir(source) and suffix == ".csv":
-        return list_csv(source, root, columns)
+    if not os.path.isdir(source) and suffix in _TABLES:
+        return _TABLES[suffix](source, root, columns)
     if columns.path is not None:
         raise InputError(
-            f"{source}: path_column is for .csv lists and Hugging Face datasets, this is none: leave it out"
+            f"{source}: path_column is for tables ({', '.join(_TABLES)}) and Hugging Face datasets, this is none: "
+            "leave it out"
         )
     if not os.path.isdir(source) and suffix == ".tar":
         return list_tar(source, columns)
     if columns.label is not None:
         raise InputError(
-            f"{source}: label_column is for .csv lists, Hugging Face datasets and the .json files of a tar, this is "
-            "none: leave it out"
+            f"{source}: label_column is for tables ({', '.join(_TABLES)}), Hugging Face datasets and the .json files "
+            "of a tar, this is none: leave it out"
         )
     if embedded:
         return list_embedded(source)
@@ -102,5 +104,9 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
         return list_text(source, root)
     if is_image_file(source):
         return list_file(source)
-    hint = "unpack it to a .tar or a folder first" if suffix in _COMPRESSED else "give a folder, .tar, .txt or .csv"
+    hint = (
+        "unpack it to a .tar or a folder first"
+        if suffix in _COMPRESSED
+        else f"give a folder, .tar, .txt, {', '.join(_TABLES)}"
+    )
     raise InputError(f"{source}: not a source of images; {hint}")

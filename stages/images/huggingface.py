@@ -61,7 +61,7 @@ def list_huggingface(source: str, columns: Columns = USUAL) -> SampleTable:
         mtime_ns = max((os.stat(file).st_mtime_ns for file in files), default=0)
         for file in files:
             for row in _rows(file, image_column, label_column):
-                class_name = _class_name(row.label, names)
+                class_name = _class_name(source, len(samples), row.label, names)
                 samples.append(_sample(len(samples), row, class_name, folder, mtime_ns))
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
         raise _damaged(source, error) from error
@@ -146,11 +146,13 @@ def _is_plain(feature: Any) -> bool:
     return str(getattr(feature, "dtype", "")).removeprefix("u").removeprefix("large_").startswith(("int", "string"))
 
 
-def _class_name(label: int | str | None, names: list[str] | None) -> str | None:
+def _class_name(source: str, row: int, label: int | str | None, names: list[str] | None) -> str | None:
     if names is None or label is None:
         return None if label is None else given_class(str(label))
     if label not in range(-1, len(names)):
-        raise ValueError(f"class {label} of {len(names)}")
+        raise InputError(
+            f"{source}: row {row} is of class {label}, must be -1 or the number of one of its {len(names)} classes"
+        )
     return None if label == -1 else names[int(label)]
 
 

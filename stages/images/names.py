@@ -9,10 +9,12 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stages.errors import InputError
 
 _WHOLE = re.compile(r"([+-]?\d{1,18})(?:\.0*)?", re.ASCII)
 _UNKNOWN = re.compile(r"-1(?:\.0*)?")
@@ -57,6 +59,38 @@ def given_class(label: str) -> str | None:
     """Class of a label written by hand: empty and -1 stand for unknown."""
     label = trimmed(label)
     return None if not label or _UNKNOWN.fullmatch(label) else label
+
+
+def class_texts(source: str, values: NDArray[Any]) -> list[str | None]:
+    """Classes of a column of labels: names or class numbers from 0; -1, empty, None and NaN stand for unknown.
+
+    Args:
+        source: begins the message of an error.
+        values: [n] text, bytes in UTF-8, whole numbers of any type, or objects of these kinds and None.
+
+    Raises:
+        InputError: a label is something else, naming its row.
+    """
+    if values.dtype.kind not in "iufUSO":
+        raise InputError(f"{source}: label is {values.dtype}, must be whole numbers or text")
+    texts: list[str | None] = []
+    for row, value in enumerate(values.tolist()):
+        if isinstance(value, float) and (value != value or value.is_integer()):
+            value = None if value != value else int(value)
+        if isinstance(value, bytes):
+            try:
+                value = value.decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{source}: label of row {row} is not text in UTF-8") from error
+        if value is None or isinstance(value, str):
+            texts.append(value and given_class(value))
+        elif type(value) is not int or value < -1:
+            raise InputError(
+                f"{source}: label of row {row} is {value!r}, must be a name, a class number from 0, or -1: unknown"
+            )
+        else:
+            texts.append(None if value < 0 else str(value))
+    return texts
 
 
 def number_classes(source: str, names: Sequence[str | None]) -> Classes:

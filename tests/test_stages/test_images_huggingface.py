@@ -271,7 +271,7 @@ def test_a_class_that_has_no_name_is_damage(tmp_path):
     body = json.loads(info.read_text())
     body["features"]["label"]["names"] = ["dog"]
     info.write_text(json.dumps(body))
-    with pytest.raises(InputError, match="cannot be read: class 2 of 1"):
+    with pytest.raises(InputError, match=r"row 0 is of class 2, must be -1 or the number of one of its 1 classes"):
         list_images(source)
 
 
