@@ -391,8 +391,13 @@ def _alike(path: Path) -> bool:
         return False
 
 
-def find_caches(root: str | Path, dataset: str, spec: FeatureSpec) -> list[Path]:
+def find_caches(root: str | Path, dataset: str | None, spec: FeatureSpec) -> list[Path]:
     """Caches of a set under a root, sealed or not, for one spec: ``<set>-<fingerprint8>[-<version>]``, newest last.
+
+    Args:
+        root: folder of all caches.
+        dataset: name of the set; None finds those of every name.
+        spec: what their features are.
 
     Raises:
         CacheInvalidError: the set's name cannot be part of a folder's name.
@@ -412,9 +417,11 @@ def next_cache_path(root: str | Path, dataset: str, spec: FeatureSpec) -> Path:
     return Path(root) / (f"{base}-{max(taken) + 1}" if taken else base)
 
 
-def _versions(root: str | Path, dataset: str, spec: FeatureSpec) -> list[tuple[int, Path]]:
-    check_dataset_name(dataset)
-    pattern = re.compile(re.escape(f"{dataset}-{spec.fingerprint:.8}") + r"(?:-([2-9]|[1-9][0-9]+))?")
+def _versions(root: str | Path, dataset: str | None, spec: FeatureSpec) -> list[tuple[int, Path]]:
+    if dataset is not None:
+        check_dataset_name(dataset)
+    name = ".+" if dataset is None else re.escape(dataset)
+    pattern = re.compile(f"{name}-{spec.fingerprint:.8}" + r"(?:-([2-9]|[1-9][0-9]+))?")
     folders = [path for path in Path(root).iterdir() if path.is_dir()] if Path(root).is_dir() else []
     matches = ((pattern.fullmatch(path.name), path) for path in folders)
     return sorted((int(match[1] or 1), path) for match, path in matches if match)

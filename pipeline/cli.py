@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
+from pipeline.config import ConfigError, RunConfig, RunOptions, features_config, folder_name, load_config
 from pipeline.processes import SaidElsewhereError, is_first, started, together
 from stages.config import SCORE_NAMES, nearest, unknown_part
 from stages.errors import InputError, PeerLostError, StageError
@@ -104,8 +104,10 @@ override_options = _options(
     click.option("--debug", is_flag=True, help="Print the traceback of an error."),
 )
 experiment_options = _options(click.argument("experiment", metavar="EXPERIMENT.toml"), override_options)
-run_options = _options(
-    click.option("--dry-run", is_flag=True, help="Say what would run, what is fresh and the bytes it would write."),
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would run, what is fresh and the bytes it would write."
+)
+workers_options = _options(
     click.option("--scheduler", metavar="ADDRESS", help="Hand the work to the Dask cluster of this scheduler."),
     click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Work in N local processes."),
 )
@@ -168,8 +170,8 @@ def _run_verb(
     overrides: Sequence[str],
     *,
     dry_run: bool,
-    scheduler: str | None,
-    workers: int | None,
+    scheduler: str | None = None,
+    workers: int | None = None,
     max_failures: float = RunOptions.max_failures,
     rehash: bool = False,
     processes: int | None = None,
@@ -188,7 +190,8 @@ def _run_verb(
 
 @verbs.command()
 @experiment_options
-@run_options
+@dry_run_option
+@workers_options
 @failures_option
 @rehash_option
 @backbone_option
@@ -197,9 +200,67 @@ def extract(experiment: str, overrides: tuple[str, ...], debug: bool, **options:
     _run_verb("extract", experiment, overrides, **options)
 
 
+def _set_name(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    try:
+        return None if value is None else folder_name(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@verbs.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
+@click.option("--backbone", required=True, metavar="NAME", help="Any timm model.")
+@click.option("--weights", metavar="FILE", help='A .safetensors or .pth file, "embedded" or "hub" (the default).')
+@click.option("--size", type=int, metavar="N", help="Side of the network's input in pixels; 224 by default.")
+@click.option("--patches", metavar="OPTION", help='"full" (the default), "pool:G" or "none".')
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), help="As features are stored; float16 by default.")
+@click.option("--out", default="cache", show_default=True, metavar="FOLDER", help="Of all caches.")
+@click.option(
+    "--name", callback=_set_name, metavar="SET", help="Of the set, part of its folder's name; by default its source's."
+)
+@workers_options
+@failures_option
+@rehash_option
+@override_options
+def cache(
+    images: tuple[str, ...],
+    backbone: str,
+    weights: str | None,
+    size: int | None,
+    patches: str | None,
+    dtype: str | None,
+    out: str,
+    name: str | None,
+    scheduler: str | None,
+    workers: int | None,
+    max_failures: float,
+    rehash: bool,
+    overrides: tuple[str, ...],
+    debug: bool,
+) -> None:
+    """A sealed cache of a folder, a tar or a list, without an experiment; a study finds it again by what it is."""
+    options = _run_options(scheduler, workers, max_failures=max_failures, rehash=rehash)
+    given: dict[str, dict[str, Any]] = {
+        "backbone": {"name": backbone, "weights": weights, "image_size": size},
+        "cache": {"root": out, "patches": patches, "dtype": dtype},
+    }
+    said = {table: {key: value for key, value in keys.items() if value is not None} for table, keys in given.items()}
+    config = features_config(said, overrides)
+    from pipeline.caches import cache_images
+    from pipeline.progress import TqdmProgress
+
+    progress = TqdmProgress()
+    try:
+        for line in cache_images(images, config, options, progress, name):
+            progress.close()
+            show(line)
+    finally:
+        progress.close()
+
+
 @verbs.command()
 @experiment_options
-@run_options
+@dry_run_option
 @processes_option
 @backbone_option
 def train(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
@@ -209,7 +270,7 @@ def train(experiment: str, overrides: tuple[str, ...], debug: bool, **options: A
 
 @verbs.command()
 @experiment_options
-@run_options
+@dry_run_option
 @processes_option
 def finetune(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Stage two, the other half: the whole backbone end to end, on images."""
@@ -218,7 +279,7 @@ def finetune(experiment: str, overrides: tuple[str, ...], debug: bool, **options
 
 @verbs.command()
 @experiment_options
-@run_options
+@dry_run_option
 @backbone_option
 def score(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Stage three: OOD scores and the table, from caches alone."""
@@ -233,7 +294,7 @@ def score(experiment: str, overrides: tuple[str, ...], debug: bool, **options: A
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the page of several studies; by default `report` beside their work folders.",
 )
-@run_options
+@dry_run_option
 def report(
     experiments: tuple[str, ...], overrides: tuple[str, ...], debug: bool, output: Path | None, **options: Any
 ) -> None:
@@ -247,27 +308,21 @@ def report(
 
 
 def _report_together(
-    experiments: Sequence[str],
-    overrides: Sequence[str],
-    output: Path | None,
-    *,
-    dry_run: bool,
-    scheduler: str | None,
-    workers: int | None,
+    experiments: Sequence[str], overrides: Sequence[str], output: Path | None, *, dry_run: bool
 ) -> None:
-    options = _run_options(scheduler, workers)
     configs = [_config("report", experiment, overrides) for experiment in experiments]
     from pipeline.joint import joint_folder, joint_report
 
     with ExitStack() as stack:
-        studies = [stack.enter_context(_study(config, options)) for config in configs]
+        studies = [stack.enter_context(_study(config, RunOptions())) for config in configs]
         folder = joint_folder(studies, output)
         show(f"report: would write {folder / 'index.html'}" if dry_run else joint_report(studies, folder))
 
 
 @verbs.command()
 @experiment_options
-@run_options
+@dry_run_option
+@workers_options
 @failures_option
 @rehash_option
 def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any) -> None:
@@ -288,7 +343,8 @@ def run(experiment: str, overrides: tuple[str, ...], debug: bool, **options: Any
 @click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them.")
 @click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@run_options
+@dry_run_option
+@workers_options
 def results(
     data: Path,
     work: Path,

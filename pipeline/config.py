@@ -66,7 +66,8 @@ class RunOptions:
     workers: int = 1  # local processes, where there is no scheduler
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
+    """The name, where it can be a folder's on any system; ValueError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(f"{_shown(name)} given, must be letters, digits, '.', '_' or '-', a letter or digit first")
     return name
@@ -78,7 +79,7 @@ def _patches(value: str) -> str:
     return value
 
 
-FolderName = Annotated[str, AfterValidator(_folder_name)]
+FolderName = Annotated[str, AfterValidator(folder_name)]
 # Not strict: TOML knows text and lists, no paths and no tuples. What is inside stays strict.
 AbsolutePath = Annotated[Path, Field(strict=False)]
 Item = TypeVar("Item")
@@ -92,6 +93,13 @@ class CacheConfig(StageConfig):
     dtype: Literal["float16", "float32"] = "float16"
     patches: Annotated[str, AfterValidator(_patches)] = "full"
     expert_blocks: PositiveInt = 1
+
+
+class FeaturesConfig(StageConfig):
+    """What features are: the part of an experiment file that a cache without a study needs."""
+
+    backbone: BackboneConfig
+    cache: CacheConfig
 
 
 class SetConfig(StageConfig):
@@ -380,6 +388,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         where = "--set " if _comes_from(overridden, first) else f"{path}: "
         more = f" (and {len(others)} more)" if others else ""
         raise ConfigError(f"{where}{first}{more}") from error
+
+
+def features_config(given: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()) -> FeaturesConfig:
+    """The network and what is kept of it, where there is no experiment file.
+
+    Args:
+        given: keys of ``[backbone]`` and ``[cache]``; paths are relative to the current folder.
+        overrides: ``a.b=value`` as for `load_config`.
+
+    Raises:
+        ConfigError: with the first problem and the number of the others.
+    """
+    document = _resolve({table: dict(keys) for table, keys in given.items()}, os.getcwd(), os.getcwd(), "")
+    for text in overrides:
+        _override(document, text)
+    try:
+        return FeaturesConfig.model_validate(document)
+    except ValidationError as error:
+        first, *others = _explain(error, document, FeaturesConfig)
+        raise ConfigError(first + (f" (and {len(others)} more)" if others else "")) from error
 
 
 def _comes_from(overridden: Iterable[str], problem: str) -> bool:

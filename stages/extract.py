@@ -1,11 +1,14 @@
 """Verb: stage one. Images to a sealed cache of class embeddings and tokens, each image through the backbone once.
 
-Features that were computed elsewhere become a sealed cache as well, by `import_set`.
+Features that were computed elsewhere become a sealed cache as well, by `import_set`; of whatever images are at hand,
+without a study, `extract_features` makes one.
 
 A killed extraction goes on with the shards that are missing. Where images were changed, added or taken away since a
 version of the cache was sealed, the next version takes over the rows that are still true and computes the others.
 """
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,15 +16,17 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from cache import (
     CacheBuilder,
     CacheDamagedError,
+    CacheError,
     CacheMismatchError,
     CacheNotFoundError,
     FeatureCache,
@@ -37,9 +42,10 @@ from cache import (
     unseal,
 )
 from stages.arrays import ArrayTable
-from stages.backbone import Backbone
-from stages.errors import StageError
-from stages.images import ImageError, SampleTable
+from stages.backbone import Backbone, load_backbone
+from stages.config import BackboneConfig
+from stages.errors import InputError, StageError
+from stages.images import ImageError, SampleTable, list_dataset, list_images
 from stages.progress import NullProgress, Progress
 from stages.shards import ShardDone, ShardTask, extract_shard, make_shards
 
@@ -93,6 +99,103 @@ class Changes:
         parts = ("new", self.new), ("changed", self.changed), ("gone", self.gone), ("relabelled", self.relabelled)
         counts = ", ".join(f"{n} {name}" for name, n in parts if n) or "other classes"
         return f"{counts} since {self.cache.path}"
+
+
+def extract_features(
+    images: str | os.PathLike[str] | SampleTable | Any,
+    backbone: str | BackboneConfig | Backbone,
+    *,
+    weights: str | None = None,
+    image_size: int | None = None,
+    patches: str = "full",
+    dtype: Literal["float16", "float32"] = "float16",
+    expert_blocks: int = 1,
+    out: str | os.PathLike[str] = "cache",
+    name: str | None = None,
+    max_failures: float = 0.01,
+    rehash: bool = False,
+    mapper: Mapper | None = None,
+    progress: Progress | None = None,
+) -> FeatureCache:
+    """Images in, a sealed cache out: no experiment file and no roles. Where it is sealed and fresh, only open it.
+
+    A study whose ``cache.root`` is `out` and whose settings are the same finds the cache, whatever it calls its set.
+
+    Args:
+        images: a source as `stages.images.list_images` takes it (folder, tar, list, …), what that returned, or a
+            map-style dataset as `stages.images.list_dataset` takes it (a list of paths or of PIL images is one).
+        backbone: name of a timm model, its settings, or the network itself.
+        weights: where `backbone` is a name: ``"hub"`` (the default), ``"embedded"`` or a path.
+        image_size: where `backbone` is a name: side in pixels, 224 by default.
+        patches: ``"full"``, ``"pool:G"`` or ``"none"``; see `cache.FeatureSpec`.
+        dtype: as features are stored.
+        expert_blocks: how many last blocks or stages lie behind the tap; of a network, its own.
+        out: folder of all caches; the cache's own is ``<name>-<fingerprint8>`` below it.
+        name: of the set; by default after the source.
+        max_failures: share of unusable images at which it fails; what was done is kept, all are listed.
+        rehash: judge freshness by the bytes of every image, not by size and time.
+        mapper: other processes that make the shards; by default this one does.
+        progress: counts images.
+
+    Returns:
+        The cache: ``cache.read("cls")`` is ``[n, D]``, ``cache.ids``, ``cache.labels`` and ``cache.class_names`` say of
+        what, ``cache.failures()`` what could not be used and why.
+
+    Raises:
+        InputError: no such images, network or weights, a setting that cannot be.
+        StageError: more failures than `max_failures`.
+        CacheError: see `cache.CacheBuilder`.
+    """
+    samples = _as_samples(images)
+    name = set_name(samples.source) if name is None else name
+    network = _as_backbone(backbone, weights, image_size, expert_blocks)
+    spec = network.feature_spec(dtype, patches)
+    return extract_set(
+        name,
+        samples,
+        spec,
+        Path(out),
+        lambda: network,
+        max_failures=max_failures,
+        rehash=rehash,
+        mapper=mapper,
+        progress=progress,
+    )
+
+
+def set_name(source: str) -> str:
+    """A name for the set of a source, which can be part of a folder's.
+
+    >>> set_name("/data/my pets/"), set_name("data/train-{0000..0146}.tar"), set_name("sklearn:digits[0-6]/test")
+    ('my-pets', 'train-0000..0146', 'test')
+    """
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name.removesuffix(Path(source).suffix)).strip("-._")
+    return base[:100] or "images"
+
+
+def _as_samples(images: Any) -> SampleTable:
+    if isinstance(images, SampleTable):
+        return images
+    if isinstance(images, str | os.PathLike):
+        return list_images(os.fspath(images))
+    return list_dataset(images, "images")
+
+
+def _as_backbone(
+    backbone: str | BackboneConfig | Backbone, weights: str | None, image_size: int | None, expert_blocks: int
+) -> Backbone:
+    given = {key: value for key, value in (("weights", weights), ("image_size", image_size)) if value is not None}
+    if isinstance(backbone, str):
+        try:
+            backbone = BackboneConfig.model_validate({"name": backbone, **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['input']!r} given: {first['msg']}") from error
+    elif given:
+        raise InputError(f"{' and '.join(given)}: for a backbone that is given by its name; this one has its own")
+    if isinstance(backbone, Backbone):
+        return backbone
+    return load_backbone(backbone, expert_blocks, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def extract_set(
@@ -328,15 +431,16 @@ def compare_versions(
     rehash: bool = False,
     progress: Progress | None = None,
 ) -> Changes | None:
-    """Compare the images with the sealed versions of a set's cache.
+    """Compare the images with the sealed versions of a set's cache, and with caches of the same images by other names.
 
     Images of equal size and time count as equal; of others, and of all where `rehash` is set, the bytes are compared.
 
     Returns:
-        A version that is fresh; or else how the newest one differs; None where nothing is sealed.
+        A cache that is fresh; or else how the newest version differs; None where nothing is sealed.
     """
     newest, digests = None, dict[int, bytes]()
-    for path in reversed(find_caches(root, name, spec)):
+    own = find_caches(root, name, spec)
+    for path in reversed(own):
         try:
             changes = _compare(FeatureCache.open(path, spec), samples, rehash, digests, progress or NullProgress())
         except CacheNotFoundError:  # not finished
@@ -344,7 +448,27 @@ def compare_versions(
         if changes.fresh:
             return changes
         newest = newest or changes
+    for path in find_caches(root, None, spec):
+        if path not in own and (found := _same_elsewhere(path, samples, spec, rehash, digests, progress)):
+            return found
     return newest
+
+
+def _same_elsewhere(
+    path: Path,
+    samples: SampleTable,
+    spec: FeatureSpec,
+    rehash: bool,
+    digests: dict[int, bytes],
+    progress: Progress | None,
+) -> Changes | None:
+    """What a cache of another set's name holds, where it is sealed and holds these very images; else None."""
+    with suppress(CacheError):  # unfinished or damaged: it is not this set's, so nothing is to be said of it
+        cache = FeatureCache.open(path, spec)
+        if cache.manifest.n_inputs == len(samples) and cache.inputs().ids == samples.ids:
+            changes = _compare(cache, samples, rehash, digests, progress or NullProgress())
+            return changes if changes.fresh else None
+    return None
 
 
 def _compare(

@@ -78,6 +78,11 @@ def test_as_a_program(study):
         (["extract", "TOY", "--max-failures", "2"], "Invalid value for '--max-failures': 2"),
         (["extract", "TOY", "--workers", "0"], "Invalid value for '--workers': 0"),
         (["extract", "TOY", "--workers", "2", "--scheduler", "host:1"], "--workers is for local processes"),
+        *(
+            ([verb, "TOY", option, "2"], f"No such option '{option}'")
+            for verb in ("train", "finetune", "score", "report", "predict", "verify", "info")  # they would ignore it
+            for option in ("--workers", "--scheduler")
+        ),
         (["extract", "TOY", "--repair"], "No such option"),
         (["train", "TOY", "--backbone", "best"], "Invalid value for '--backbone': 'best'"),
         (["train", "TOY", "--backbone", "finetuned"], "TOY: finetune: missing; add a section [finetune]"),

@@ -1,0 +1,88 @@
+"""Sealed caches without a study: what is at hand goes in, no experiment file and no roles are needed."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import FeaturesConfig, RunOptions
+from pipeline.engine import SerialEngine, engine_for
+from stages.backbone import load_backbone
+from stages.errors import InputError
+from stages.extract import extract_features, set_name
+from stages.images import SampleTable, list_images
+from stages.images.table import Sample, make_table
+from stages.progress import Progress
+from stages.sanity import check_features
+
+_FILES = "images"  # set of the image files that are given one by one
+
+
+def cache_images(
+    paths: Sequence[str], config: FeaturesConfig, options: RunOptions, progress: Progress, name: str | None = None
+) -> Iterator[str]:
+    """A sealed cache of each folder, tar or list, and one of all image files that are given by themselves.
+
+    Args:
+        paths: sources as `stages.images.list_images` takes them.
+        config: network, and what is kept of it; ``cache.root`` is where caches go.
+        options: how to run.
+        progress: counts images.
+        name: of the set, where there is one; by default after its source.
+
+    Yields:
+        A line for each cache.
+
+    Raises:
+        InputError: before any work, where a source is not there or two sets would have one name.
+        StageError, CacheError: as `stages.extract.extract_features`; caches that were sealed before stay.
+    """
+    tables = _tables(paths, name)
+    backbone = load_backbone(
+        config.backbone, config.cache.expert_blocks, "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    for note in backbone.transform_notes():
+        progress.note(f"warning: {note}")
+    with engine_for(options.scheduler, options.workers) as engine:
+        for own, table in tables.items():
+            cache = extract_features(
+                table,
+                backbone,
+                patches=config.cache.patches,
+                dtype=config.cache.dtype,
+                out=config.cache.root,
+                name=own,
+                max_failures=options.max_failures,
+                rehash=options.rehash,
+                mapper=None if isinstance(engine, SerialEngine) else engine.map,
+                progress=progress,
+            )
+            for note in check_features(cache, by_class=bool((cache.labels >= 0).all())):
+                progress.note(note)
+            yield f"{cache.path}: {cache.n_rows} rows + {cache.manifest.n_failures} failures = {len(table)} inputs"
+
+
+def _tables(paths: Sequence[str], name: str | None) -> dict[str, SampleTable]:
+    """What each set holds, by its name."""
+    tables: list[tuple[str, SampleTable]] = []
+    files: list[Sample] = []
+    for path in paths:
+        table = list_images(path)
+        if table.ids == (Path(path).name,) and Path(path).is_file():
+            row: Any = (int(table.sizes[0]), int(table.mtimes_ns[0]), table.contents[0])
+            files.append(Sample(path, None, *row))
+        else:
+            tables.append((set_name(path), table))
+    if files:
+        tables.append((_FILES, make_table(f"{len(files)} image files", files)))
+    if name is not None:
+        if len(tables) > 1:
+            raise InputError(f"--name {name}: is for one set, {len(tables)} are given: leave it out, or run once a set")
+        tables = [(name, tables[0][1])]
+    for own, n in Counter(own for own, _ in tables).items():
+        if n > 1:
+            sources = ", ".join(table.source for other, table in tables if other == own)
+            raise InputError(f"{sources}: all would be called {own!r}: give each by itself, with --name")
+    return dict(tables)
