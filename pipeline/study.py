@@ -1,5 +1,6 @@
 """A study: its stages in order, which of them are fresh, and what each says when it is done."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from pipeline.predictions import Format, predict_sources
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, list_arrays
-from stages.artifacts import read_json
+from stages.artifacts import read_json, write_text
 from stages.backbone import stored_grid
 from stages.dataset import IdData
 from stages.distributed import current
@@ -36,11 +37,11 @@ from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.images import Columns, SampleTable, list_images, only_classes
-from stages.images.names import match_classes, shown, unlike
+from stages.images.names import match_classes, unlike
 from stages.objective import MixturePlan
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
-from stages.sanity import check_features
+from stages.sanity import check_features, find_same_bytes, same_bytes_notes
 from stages.scalars import require_tensorboard
 from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
@@ -114,9 +115,10 @@ class Study:
                 )
                 for entry in self.config.sets
             }
-            for entry in self.config.sets:
-                for note in self._table(entry).notes:
-                    self.progress.note(note)
+            if leg.seed is None:
+                for entry in self.config.sets:
+                    for note in self._table(entry).notes:
+                        self.progress.note(note)
             caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
             missing = [entry for entry in self.config.sets if entry.name not in caches]
             stage.fresh = not missing
@@ -124,11 +126,24 @@ class Study:
                 caches[entry.name] = cache
                 for note in check_features(cache, by_class=entry.role == "id-train"):
                     self.progress.note(note)
+                if leg.seed is None:  # the images of the other legs are the same
+                    self._list_same_bytes(cache)
             leg.link(spec, caches)
         rows = sum(cache.n_rows for cache in caches.values())
         failures = sum(cache.manifest.n_failures for cache in caches.values())
         done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
         return [f"extract {leg.name}: {done}; {rows} rows + {failures} failures in {self.config.cache.root}"]
+
+    def _list_same_bytes(self, cache: FeatureCache) -> None:
+        """Say which rows of a set are copies, and list them all beside what the set was extracted to."""
+        path = self.config.work / "extract" / f"{cache.manifest.dataset}-same-bytes.jsonl"
+        same = find_same_bytes(cache)
+        for note in same_bytes_notes(cache, same, str(path)):
+            self.progress.note(note)
+        if same:
+            write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in same))
+        else:
+            path.unlink(missing_ok=True)
 
     def _fill(
         self, leg: Leg, spec: FeatureSpec, missing: Sequence[SetConfig], found: Mapping[str, Changes | None]
@@ -602,14 +617,14 @@ class Study:
                 how = "label in the file" if entry.features else "a folder per class, or a list with labels"
                 raise InputError(
                     f"set {entry.name!r}: {len(without)} of {len(table)} {_unit(entry)} (the first: "
-                    f"{shown(table.ids[without[0]])}) have no label: give {how}"
+                    f"{table.ids[without[0]]!r}) have no label: give {how}"
                 )
             places = np.array(match_classes(table.class_names, known))
             if len(others := np.flatnonzero(places[table.labels] < 0)):
                 unknown = [table.class_names[place] for place in np.flatnonzero(places < 0)]
                 raise InputError(
                     f"set {entry.name!r} has classes that id-train does not have: {unlike(unknown, known)}; the first "
-                    f"of {len(others)} such {_unit(entry)}: {shown(table.ids[others[0]])}"
+                    f"of {len(others)} such {_unit(entry)}: {table.ids[others[0]]!r}"
                 )
 
     def _table(self, entry: SetConfig) -> SampleTable:

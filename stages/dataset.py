@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from stages.backbone import Tokens
 from stages.errors import InputError
-from stages.images.names import match_classes, shown, unlike
+from stages.images.names import match_classes, unlike
 from stages.lazy import LazyArray, RowNumbers
 from stages.split import Fold, Rows, Split, split_rows, split_with_validation_set
 
@@ -122,7 +122,7 @@ def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:
 
 def _some(cache: FeatureCache, rows: Rows) -> str:
     """How many rows of a cache, and the first of them by name."""
-    return f"{len(rows)} of {cache.n_rows} {unit(cache)}s (the first: {shown(str(cache.ids[rows[0]]))})"
+    return f"{len(rows)} of {cache.n_rows} {unit(cache)}s (the first: {str(cache.ids[rows[0]])!r})"
 
 
 def unit(cache: FeatureCache) -> str:

@@ -1,14 +1,20 @@
-"""Whether features can be right at all: two looks at a sealed cache that cost seconds.
+"""Whether features can be right at all: three looks at a sealed cache that cost seconds.
 
 A wrong mean, a wrong crop or weights that were never loaded give features without an error, and scores that look like
-results. Neighbours of one class and rows that differ are the least that features must show.
+results. Neighbours of one class and rows that differ are the least that features must show. An image that stands in a
+set twice counts twice, and under two labels one of them is wrong: both are told, neither is an error.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureCache
 from stages.bank import FeatureBank
+from stages.dataset import unit
+from stages.images.names import listed
 
 NEIGHBOURS = 5
 MOST_ROWS = 10_000  # drawn where there are more: the figure is then good to half a per cent
@@ -50,6 +56,54 @@ def check_features(cache: FeatureCache, by_class: bool) -> list[str]:
             f"warning: {name}: neighbours are hardly of one class more often than by chance: look at the labels, "
             "weights and transform"
         )
+    return lines
+
+
+class SameBytes(NamedTuple):
+    """A row whose image has the bytes of an earlier one of its set: a copy, a link, another path to one file."""
+
+    id: str
+    label: str | None  # its class, where it is known
+    same_as: str  # the first row of these bytes
+    same_as_label: str | None
+
+    @property
+    def in_conflict(self) -> bool:
+        """Whether the two have different classes."""
+        return self.label is not None and self.same_as_label is not None and self.label != self.same_as_label
+
+
+def find_same_bytes(cache: FeatureCache) -> list[SameBytes]:
+    """Rows of a cache whose images, or rows of arrays, have equal bytes."""
+    hashes = np.ascontiguousarray(cache.image_hashes).view("V32").ravel()
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    rows = np.flatnonzero(earlier != np.arange(len(hashes))).tolist()
+    names, labels, ids = (*cache.class_names, None), cache.labels, cache.ids  # label -1, unknown, takes the last name
+    return [
+        SameBytes(str(ids[row]), names[labels[row]], str(ids[one]), names[labels[one]])
+        for row, one in zip(rows, earlier[rows].tolist(), strict=True)
+    ]
+
+
+def same_bytes_notes(cache: FeatureCache, same: Sequence[SameBytes], where: str) -> list[str]:
+    """A line for label conflicts and one for the other rows of equal bytes, each with the first few by name.
+
+    Args:
+        cache: whose rows they are.
+        same: of `find_same_bytes`.
+        where: all of them are listed.
+    """
+    name, rows, lines = cache.manifest.dataset, f"{unit(cache)}s", []
+    if conflicts := [row for row in same if row.in_conflict]:
+        pairs = [f"{c.same_as!r} ({c.same_as_label}) = {c.id!r} ({c.label})" for c in conflicts]
+        lines.append(
+            f"warning: {name}: {len(conflicts)} {rows} have the bytes of another under another label "
+            f"({listed(pairs)}): one of the two is wrong; all in {where}"
+        )
+    if copies := [row for row in same if not row.in_conflict]:
+        pairs = [f"{row.same_as!r} = {row.id!r}" for row in copies]
+        lines.append(f"{name}: {len(copies)} {rows} have the bytes of another ({listed(pairs)}); all in {where}")
     return lines
 
 

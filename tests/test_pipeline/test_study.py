@@ -452,6 +452,28 @@ def test_images_that_cannot_be_used(home, tmp_path):
     assert failure["reason"]
 
 
+def test_images_that_stand_in_a_set_twice_are_said_and_listed(home, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(home / "images" / "test", images)
+    first, second, *_ = sorted((images / "digit 1").iterdir())
+    (images / "digit 2" / "wrong.png").write_bytes(first.read_bytes())
+    (images / "digit 1" / "x.png").symlink_to(second)
+    given = settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}", f"sets.test.images={images}")
+    said = done("extract", home / "tiny.toml", *given).err
+    listed = tmp_path / "work" / "extract" / "test-same-bytes.jsonl"
+    one, two = f"'digit 1/{first.name}'", f"'digit 1/{second.name}'"
+    assert f"under another label ({one} (digit 1) = 'digit 2/wrong.png' (digit 2)): one of the two is wrong" in said
+    assert f"test: 1 images have the bytes of another ({two} = 'digit 1/x.png'); all in {listed}" in said
+    assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == [
+        "digit 1/x.png",
+        "digit 2/wrong.png",
+    ]
+    (images / "digit 2" / "wrong.png").unlink()
+    (images / "digit 1" / "x.png").unlink()
+    done("extract", home / "tiny.toml", *given)
+    assert not listed.exists()
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -1,20 +1,28 @@
 """What an extraction says of its features: neighbours of one class, and rows that differ."""
 
+import os
+
 import numpy as np
 import pytest
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from cache import CacheBuilder, InputTable, commit_shard, plan_shards
+from cache import CacheBuilder, InputTable, commit_shard, plan_shards, sha256
 from stages import sanity
-from stages.sanity import check_features, leave_one_out_accuracy
+from stages.images import list_images
+from stages.sanity import check_features, find_same_bytes, leave_one_out_accuracy, same_bytes_notes
 from tests.test_cache.toy import make_spec
+from tests.test_stages.test_images import save
 
 
-def sealed(path, features, labels):
-    """A cache of these class embeddings [n, 6]."""
+def sealed(path, features, labels, samples=None):
+    """A cache of these class embeddings [n, 6]; of files, with their names, classes and hashes."""
     n, spec = len(features), make_spec(patches="none", grid=(0, 0), n_registers=0)
-    inputs = InputTable.listing([f"{i:05d}.png" for i in range(n)], labels, np.ones(n), np.ones(n))
+    ids = [f"{i:05d}.png" for i in range(n)] if samples is None else samples.ids
+    inputs = InputTable.listing(ids, labels, np.ones(n), np.ones(n))
+    if samples is not None:
+        digests = [bytes.fromhex(sha256(samples.reader().read(i))) for i in range(n)]
+        inputs = inputs.with_results(np.frombuffer(b"".join(digests), np.uint8).reshape(n, 32), np.zeros(n, bool))
     plans = plan_shards(n, spec.row_bytes)
     arrays = {"cls": np.asarray(features, np.float32), "tap_cls": np.ones((n, 4), np.float32)}
     with CacheBuilder.begin(path, "pets", spec, inputs, ("cat", "dog", "cow"), plans, {}) as builder:
@@ -69,3 +77,59 @@ def test_of_many_rows_some_are_drawn(tmp_path, monkeypatch):
 def test_where_there_is_nothing_to_say_it_is_silent(tmp_path, labels):
     rng = np.random.default_rng(0)
     assert check_features(sealed(tmp_path / "few", rng.standard_normal((len(labels), 6)), labels), by_class=True) == []
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Links, copies, a copy without and two with another label, among pictures of their own."""
+    save(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)), "loose.png")
+    for copy, of in {
+        "cat/b.png": "cat/0.png",
+        "dog/x.png": "cat/1.png",
+        "dog/y.png": "cat/1.png",
+        "z.png": "loose.png",
+    }.items():
+        (tmp_path / copy).write_bytes((tmp_path / of).read_bytes())
+    (tmp_path / "cat" / "link.png").symlink_to(tmp_path / "cat" / "0.png")
+    os.link(tmp_path / "dog" / "0.png", tmp_path / "dog" / "hard.png")
+    (tmp_path / "again.png").write_bytes((tmp_path / "dog" / "2.png").read_bytes())
+    (tmp_path / "list.csv").write_text(
+        "path,label\n"
+        + "".join(
+            f"{path},{path.split('/')[0] if '/' in path else ''}\n"
+            for path in sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png"))
+        )
+        + f"{tmp_path}/cat/2.png,cat\n"
+    )
+    return tmp_path
+
+
+def test_images_of_equal_bytes_are_found_and_conflicts_of_their_labels(copies):
+    samples = list_images(str(copies / "list.csv"))
+    cache = sealed(copies / "cache", np.arange(6 * len(samples)).reshape(-1, 6), samples.labels, samples)
+    same = {row.id: row for row in find_same_bytes(cache)}
+    absolute = f"{copies}/cat/2.png"
+    assert {row.id: row.same_as for row in same.values()} == {
+        "cat/b.png": "cat/0.png",
+        "cat/link.png": "cat/0.png",
+        "cat/2.png": absolute,  # sorted by name, "/" comes first
+        "dog/x.png": "cat/1.png",
+        "dog/y.png": "cat/1.png",
+        "dog/hard.png": "dog/0.png",
+        "dog/2.png": "again.png",
+        "z.png": "loose.png",
+    }
+    assert {row.id for row in same.values() if row.in_conflict} == {"dog/x.png", "dog/y.png"}
+    assert same["dog/x.png"][1:] == ("dog", "cat/1.png", "cat")
+    conflicts, others = same_bytes_notes(cache, list(same.values()), "all.jsonl")
+    assert conflicts == (
+        "warning: pets: 2 images have the bytes of another under another label ('cat/1.png' (cat) = 'dog/x.png' (dog), "
+        "'cat/1.png' (cat) = 'dog/y.png' (dog)): one of the two is wrong; all in all.jsonl"
+    )
+    assert others.startswith(f"pets: 6 images have the bytes of another ({absolute!r} = 'cat/2.png', ")
+    assert others.endswith(", …); all in all.jsonl")
+
+
+def test_images_that_differ_are_no_finding(caches):
+    assert find_same_bytes(caches["train"]) == []
+    assert same_bytes_notes(caches["train"], [], "all.jsonl") == []
