@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cache import Failure
 from stages.config import BackboneConfig
+from stages.cores import usable_cores
 from stages.dataset import Labels
 from stages.errors import InputError
 from stages.images import ImageError, SampleTable, decode_image
@@ -220,7 +221,7 @@ def worker_count(asked: int | str, n_loads: int, processes: int) -> int:
         return asked
     if n_loads < _WORTH_WORKERS:
         return 0
-    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // processes - 1))
+    return max(1, min(_MOST_WORKERS, usable_cores() // processes - 1))
 
 
 # --------------------------------------------------------------------------------------------------------- batches

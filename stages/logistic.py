@@ -6,7 +6,6 @@ fixed size, are computed with one BLAS thread each and summed in their order, so
 number of cores, which work on several blocks side by side.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
+from stages.cores import usable_cores
 from stages.lazy import Rows2D
 
 BLOCK = 1024  # rows; a result's last digits depend on it
@@ -102,7 +102,7 @@ def fit_logistic(
     """
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
-        cores = min(len(os.sched_getaffinity(0)), -(-len(labels) // BLOCK))
+        cores = min(usable_cores(), -(-len(labels) // BLOCK))
         pool = stack.enter_context(ThreadPoolExecutor(cores)) if cores > 1 else None
         objective = _Objective(features, labels, n_classes, strength, standardise, pool, cores)
         found = minimize(

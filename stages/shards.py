@@ -10,7 +10,6 @@ The work item is a shard: any process that can read the images makes it, alone, 
 every forward pass has the same number of images and one thread; the cores are used by passes side by side.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from torch import Tensor
 from cache import Failure, FeatureCache, FeatureSpec, InputTable, ShardPlan, commit_shard, sha256
 from stages.backbone import COMPUTE_THREADS, Backbone, load_backbone, reduce_patches
 from stages.config import BackboneConfig
+from stages.cores import usable_cores
 from stages.errors import StageError
 from stages.images import ImageError, ImageReader, decode_image
 
@@ -105,7 +105,7 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone) -> Iterator[Shar
         n_passes = threads if backbone.device.type == "cpu" else _GPU_PASSES
         writer = stack.enter_context(ThreadPoolExecutor(1))
         passes = stack.enter_context(_pool(n_passes, lambda: torch.set_num_threads(COMPUTE_THREADS)))
-        decoders = stack.enter_context(_pool(max(2, os.cpu_count() or 1)))
+        decoders = stack.enter_context(_pool(max(2, usable_cores())))
 
         def finish(most: int) -> Iterator[ShardDone]:
             nonlocal written

@@ -1,7 +1,6 @@
 """What a score may look at, and what a score is."""
 
 import inspect
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from threadpoolctl import threadpool_limits
 
 from stages.config import StageConfig, nearest
+from stages.cores import usable_cores
 from stages.errors import InputError, NotFiniteError, StageError
 from stages.lazy import ReadOnce, Rows2D, one_after_another
 
@@ -345,7 +345,7 @@ class Scorer(ABC):
         with ExitStack() as stack:
             stack.enter_context(_naming_rows("scored", x))
             run: Callable[..., Iterable[None]] = map
-            if self.side_by_side and len(x) > _BLOCK and (cores := len(os.sched_getaffinity(0))) > 1:
+            if self.side_by_side and len(x) > _BLOCK and (cores := usable_cores()) > 1:
                 stack.enter_context(threadpool_limits(1))
                 run = stack.enter_context(ThreadPoolExecutor(cores)).map
 

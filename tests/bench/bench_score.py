@@ -5,7 +5,6 @@ every row with the bank, or with a matrix of each class, fits and intervals are 
 test.
 """
 
-import os
 import time
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from stages.cores import usable_cores
 from stages.metrics import bootstrap_each, ood_metrics, resample_counts
 from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
 
@@ -84,7 +84,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def cores() -> int:
     """Cores that may be used."""
-    return len(os.sched_getaffinity(0))
+    return usable_cores()
 
 
 if __name__ == "__main__":
