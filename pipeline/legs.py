@@ -255,10 +255,6 @@ class Leg:
             )
         return self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"])
 
-    def caches(self) -> dict[str, FeatureCache]:
-        """Sealed caches of all sets by name; see `cache`."""
-        return {entry.name: self.cache(entry) for entry in self.config.sets}
-
     def id_data(self, cross_fit: bool | None = None) -> IdData:
         """ID features with the study's split; a fine-tuned backbone has seen its training rows, so no cross-fitting."""
         (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")

@@ -3,22 +3,27 @@
 import csv
 import io
 import json
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from cache import CacheError, FeatureCache, FeatureSpec, Lock
 from pipeline.legs import Leg
 from stages.arrays import ArrayTable
 from stages.errors import InputError
 from stages.extract import extract_set, import_set
 from stages.images import SampleTable
 from stages.predict import N_NEAREST, Prediction, Predictor
+from stages.progress import NullProgress, Progress
 
+_BLOCK = 256  # images whose features stand on the disk at once
+_SCRATCH = "mofe-feature-cache-predict-"  # begins the name of every folder that they stand in
 Format = Literal["csv", "json"]
 _COLUMNS = ("path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert")
 
@@ -36,6 +41,7 @@ def predict_sources(
     paths: Sequence[str],
     sources: Sequence[SampleTable | ArrayTable],
     form: Format,
+    progress: Progress,
 ) -> str:
     """Score what no cache knows; images that cannot be used are listed on standard error, and in JSON.
 
@@ -45,26 +51,28 @@ def predict_sources(
         paths: as they were given.
         sources: the images of each path, or its features.
         form: of the text.
+        progress: counts images, where they are many.
 
     Raises:
         InputError: none of the images can be used.
     """
     predictions: list[Prediction] = []
     unusable: list[Unusable] = []
-    spec = leg.spec()
+    n = sum(map(len, sources))
+    progress = progress if n > _BLOCK else NullProgress()
+    progress.start(n, "image", "predict")
     with _scratch_folder() as scratch:
-        for number, (path, source) in enumerate(zip(paths, sources, strict=True)):
-            # A cache of its own, thrown away: what is new takes the same way as what the detector knows.
-            name = f"predict-{number}"
-            if isinstance(source, ArrayTable):
-                table, cache = source.samples, import_set(name, source, spec, scratch)
-            else:
-                table, cache = source, extract_set(name, source, spec, scratch, lambda: leg.loaded, max_failures=1.0)
+        for path, source in zip(paths, sources, strict=True):
+            ids = source.samples.ids if isinstance(source, ArrayTable) else source.ids
             # One image file is its own name; of a folder, tar or list, each image adds its own.
-            one = table.ids == (Path(path).name,) and Path(path).is_file()
-            names = {id_: path if one else f"{path}/{id_}" for id_ in table.ids}
-            unusable += [Unusable(names[failure.id], failure.reason) for failure in cache.failures()]
-            predictions += predictor.predict([names[id_] for id_ in cache.ids], cache)
+            one = ids == (Path(path).name,) and Path(path).is_file()
+            for cache in _caches(source, leg, predictor.reads, scratch):
+                names = {id_: path if one else f"{path}/{id_}" for id_ in cache.inputs().ids}
+                unusable += [Unusable(names[failure.id], failure.reason) for failure in cache.failures()]
+                predictions += predictor.predict([names[id_] for id_ in cache.ids], cache)
+                progress.advance(len(names), failures=len(unusable))
+                shutil.rmtree(cache.path)
+    progress.close()
     for image in unusable:
         print(f"{image.path}: cannot be used: {image.reason}", file=sys.stderr)
     if not predictions:
@@ -72,13 +80,36 @@ def predict_sources(
     return _json(predictor, predictions, unusable) if form == "json" else _csv(predictions)
 
 
+def _caches(source: SampleTable | ArrayTable, leg: Leg, reads: frozenset[str], scratch: Path) -> Iterator[FeatureCache]:
+    """Caches that are thrown away, a block of images each: what is new takes the way of what the detector knows."""
+    spec = leg.spec()
+    if isinstance(source, ArrayTable):
+        yield import_set("predict", source, spec, scratch)
+        return
+    for start in range(0, len(source), _BLOCK):
+        block = source.part(start, start + _BLOCK)
+        yield extract_set("predict", block, _only(spec, reads), scratch, lambda: leg.loaded, max_failures=1.0)
+
+
+def _only(spec: FeatureSpec, reads: frozenset[str]) -> FeatureSpec:
+    """The same features without patch tokens, where nobody reads them: they are nearly all bytes of a cache."""
+    return spec if "patches" in reads else replace(spec, patches="none", grid=(0, 0))
+
+
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="predict-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+    """A folder of this process's own; those that killed processes left are removed."""
+    place = Path(tempfile.gettempdir())
+    for left in {place / path.name.partition(".")[0] for path in place.glob(f"{_SCRATCH}*")}:
+        with suppress(CacheError, OSError), Lock(left):  # in use, or another user's
+            shutil.rmtree(left, ignore_errors=True)
+    folder = place / f"{_SCRATCH}{secrets.token_hex(8)}"
+    with Lock(folder, "used"):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 def _csv(predictions: Sequence[Prediction]) -> str:

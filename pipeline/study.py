@@ -283,23 +283,28 @@ class Study:
         return whole and self.record.is_fresh("score", self._score_identity(sources))
 
     def _source(self, leg: Leg) -> BackboneSource:
-        caches = leg.caches()
-        data = leg.id_data()
-        mixtures = [
-            MixtureFolder(variant, seed, self._trained(leg, data, variant, seed))
-            for variant, seed in self._mixtures(leg)
-        ]
+        """All that stage three needs of a leg."""
         tests = [
-            TestSet(entry.name, _GROUP_OF_ROLE[entry.role], caches[entry.name])
+            TestSet(entry.name, _GROUP_OF_ROLE[entry.role], leg.cache(entry))
             for entry in self.config.sets_of(*_GROUP_OF_ROLE)
         ]
+        return self._source_of(leg, list(self._mixtures(leg)), tests)
+
+    def _detector_source(self, leg: Leg) -> BackboneSource:
+        """What `predict` needs of it: ID features and the first mixture; no other need be trained, no set be scored."""
+        return self._source_of(leg, list(self._mixtures(leg))[:1], [])
+
+    def _source_of(self, leg: Leg, mixtures: Sequence[tuple[str, int]], tests: Sequence[TestSet]) -> BackboneSource:
+        data = leg.id_data()
         return BackboneSource(
             name=leg.backbone,
             seed=leg.seed,
             data=data,
             probe=train_probe(data, leg.probe_folder),
             finetuned_head=None if leg.seed is None else read_finetuned_head(leg.finetune_folder),
-            mixtures=tuple(mixtures),
+            mixtures=tuple(
+                MixtureFolder(variant, seed, self._trained(leg, data, variant, seed)) for variant, seed in mixtures
+            ),
             tests=tuple(tests),
             architecture=lambda: leg.architecture,
             network=None if self.config.backbone is None else lambda: leg.loaded,
@@ -425,8 +430,8 @@ class Study:
         """Score new images with the fitted detector of the study; of fine-tuned backbones, with the first's."""
         leg = next(self._existing(backbone))
         sources = [self._new_source(path, leg.spec()) for path in paths]  # a missing path is said before any work
-        predictor = Predictor(self._source(leg), self.config.score, score_name, self.progress)
-        return [predict_sources(predictor, leg, paths, sources, form)]
+        predictor = Predictor(self._detector_source(leg), self.config.score, score_name, self.progress)
+        return [predict_sources(predictor, leg, paths, sources, form, self.progress)]
 
     def _new_source(self, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
         """What `predict` is to score: images, or a file of features where the study's sets are such files."""

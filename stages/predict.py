@@ -82,6 +82,12 @@ class Predictor:
         self.threshold = threshold_at(self.detector.calibration_scores)
         self._class_names = source.data.class_names
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Features of a new image that decide; a cache may lack the others."""
+        experts = self._refined.mixture().reads if self._refined else ("cls",)
+        return frozenset(experts).union(*(part.scorer.needs & {"patches"} for part in self.detector.parts))
+
     def _asked(self, score: str) -> Detector:
         heads = self._factory.heads_of(score)
         if not heads:

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
@@ -118,6 +118,12 @@ class SampleTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def part(self, start: int, stop: int) -> "SampleTable":
+        """Samples start … stop - 1 alone."""
+        rows = slice(start, stop)
+        columns = {name: getattr(self, name)[rows] for name in ("ids", "labels", "sizes", "mtimes_ns", "contents")}
+        return replace(self, **columns)
 
     def reader(self, start: int = 0, stop: int | None = None) -> ImageReader:
         """Reader of samples start … stop - 1, whose index 0 is `start`: a worker is sent only its part."""

@@ -1,0 +1,84 @@
+"""`predict`: what it needs, what it leaves on the disk, and that a block of images is like any other."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_pipeline.command import done, pipeline, settings
+from tests.test_pipeline.tiny import STUDY, draw
+
+DENSE = """
+[[variants]]
+name = "dense"
+set = { "train.experts" = 1 }
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A study of adapters, which read no patches: extracted and its default variant trained, but nothing scored."""
+    home = tmp_path_factory.mktemp("home")
+    draw(home / "images" / "train", "sklearn:digits[0-2]/train", 24)
+    draw(home / "images" / "test", "sklearn:digits[0-2]/test", 4)
+    draw(home / "many", "sklearn:digits[0-5]/test", 50)
+    draw(home / "images" / "threes", "sklearn:digits[3]/test", 4, nested=False)
+    draw(home / "images" / "photos", "sklearn:photos", 4)
+    study = STUDY.replace("photos.tar", "photos").replace("[train]\n", '[train]\nexpert = "adapter"\n')
+    (home / "tiny.toml").write_text(study)
+    (home / "two.toml").write_text(study + DENSE)
+    done("extract", home / "tiny.toml")
+    done("train", home / "tiny.toml")
+    return home
+
+
+def lines(answer):
+    return list(csv.DictReader(io.StringIO(answer.out)))
+
+
+def test_only_the_detector_that_decides_need_be_there(home):
+    """Another variant is not trained, and a set to be scored is not there any more."""
+    image = next((home / "images" / "test").rglob("*.png"))
+    (alone,) = lines(done("predict", home / "tiny.toml", image))
+    moved = settings(f"sets.photos.images={home / 'images' / 'threes'}")
+    (among,) = lines(done("predict", home / "two.toml", image, *moved))
+    assert among == alone
+    assert pipeline("score", home / "two.toml").status == 2
+
+
+def test_killed_it_leaves_no_tokens_and_the_next_run_removes_what_is_left(home, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "predict-thesis").mkdir()  # somebody else's
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    command = [sys.executable, "-m", "pipeline", "predict", str(home / "tiny.toml")]
+    with subprocess.Popen([*command, str(home / "many")], env=environment) as killed:
+        while not (plans := list(scratch.glob("*/*/plan.json"))):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+    spec = json.loads(plans[0].read_text())["spec"]
+    assert spec["patches"] == "none"
+    assert plans[0].exists()
+    image = next((home / "images" / "test").rglob("*.png"))
+    subprocess.run([*command, str(image)], env=environment, check=True, capture_output=True)
+    assert os.listdir(scratch) == ["predict-thesis"]
+
+
+def test_many_images_go_by_blocks_and_are_scored_as_each_alone(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    answer = done("predict", home / "tiny.toml", home / "many")
+    many = lines(answer)
+    files = sorted((home / "many").rglob("*.png"))
+    assert [line["path"] for line in many] == list(map(str, files))
+    assert f"{len(many)}/{len(many)}" in answer.err  # progress, since it takes a while
+    for index in (0, 255, 256, 299):
+        (one,) = lines(done("predict", home / "tiny.toml", files[index]))
+        assert float(one["score"]) == pytest.approx(float(many[index]["score"]), abs=1e-5)
+        assert one["nearest_1"] == many[index]["nearest_1"]
