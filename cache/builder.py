@@ -15,10 +15,11 @@
 (array([[1., 1., 1., 1.]], dtype=float32), array([0, 0, 1], dtype=int32), [])
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -155,13 +156,27 @@ class CacheBuilder:
         records = self._records.values()
         return sum(len(record.plan) for record in records), sum(len(record.failures) for record in records)
 
+    def discard(self, unfit: Callable[[Failure], bool]) -> None:
+        """Give up the finished shards that hold such a failure: they are pending again."""
+        self.pending()
+        discarded = [record.plan for record in self._records.values() if any(map(unfit, record.failures))]
+        if discarded:
+            with disk_errors(self.path):
+                for plan in discarded:
+                    (self.path / record_name(plan)).unlink()  # a shard without its record is made again
+                    del self._records[plan.index]
+                sync_folder(self.path)
+
     def failures(self) -> list[Failure]:
         """Inputs that could not be used so far, in order."""
         self.pending()
         return [failure for index in sorted(self._records) for failure in self._records[index].failures]
 
-    def seal(self) -> FeatureCache:
+    def seal(self, left_out: Mapping[str, int] = MappingProxyType({})) -> FeatureCache:
         """Write inputs, failures and, last, the manifest; from then on the cache is whole. Gives the lock back.
+
+        Args:
+            left_out: files of the source that were no inputs, see ``Manifest``.
 
         Raises:
             CacheError: shards are still to be made, or the disk refuses; what is done is kept.
@@ -200,6 +215,7 @@ class CacheBuilder:
             content_sha256=inputs.content_sha256(),
             shards=tuple(shards),
             made_with=dict(self.plan.made_with),
+            left_out=dict(left_out),
         )
         self._lock.check()
         write_file(self.path / INPUTS, listing)

@@ -8,7 +8,7 @@ name no file outside its folder and no row that its shards have no room for.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,6 +61,7 @@ class Manifest:
         content_sha256: digest over (id, label, sha256, status) of the inputs, without sizes and times.
         shards: in order; together they cover all inputs and all rows, once.
         made_with: versions and settings that the bits may depend on; any JSON object.
+        left_out: how many files the source held that were no inputs, by extension; nothing else depends on it.
 
     Raises:
         CacheInvalidError: for numbers that contradict one another.
@@ -77,6 +78,7 @@ class Manifest:
     content_sha256: str
     shards: tuple[ShardInfo, ...]
     made_with: dict[str, Any]
+    left_out: dict[str, int] = field(default_factory=dict)  # not written where it is empty
 
     def __post_init__(self) -> None:
         check_dataset_name(self.dataset)
@@ -84,6 +86,9 @@ class Manifest:
         for name in ("inputs_sha256", "failures_sha256", "content_sha256"):
             check(bool(_DIGEST.fullmatch(getattr(self, name))), f"manifest: {name} is no SHA-256")
         check_made_with(self.made_with)
+        for suffix, n_files in self.left_out.items():
+            counts_files = type(n_files) is int and 0 < n_files <= _MOST
+            check(counts_files, f"manifest: {n_files!r:.60} files with {suffix!r:.60} cannot be left out")
         row = input_ = nbytes = 0
         row_bytes = self.spec.row_bytes
         for index, shard in enumerate(self.shards):
@@ -110,6 +115,8 @@ class Manifest:
     def write(self, path: Path, name: str = MANIFEST) -> None:
         """Write ``manifest.json`` into a cache's folder, and from then on the cache is sealed; or its copy."""
         body = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.left_out:
+            del body["left_out"]
         shards = [asdict(shard) for shard in self.shards]
         write_document(
             path / name,
@@ -127,8 +134,8 @@ class Manifest:
         """
         kinds: dict[str, type] = {field.name: str for field in fields(cls)}
         kinds |= dict.fromkeys(("n_inputs", "n_rows", "n_failures"), int)
-        kinds |= {"spec": dict, "made_with": dict, "class_names": list, "shards": list}
-        body = check_fields(read_document(path / name), kinds, "manifest")
+        kinds |= {"spec": dict, "made_with": dict, "class_names": list, "shards": list, "left_out": dict}
+        body = check_fields({"left_out": {}} | read_document(path / name), kinds, "manifest")
         shard_kinds: dict[str, type] = {field.name: int for field in fields(ShardInfo)} | {"name": str, "sha256": str}
         shards = tuple(ShardInfo(**check_fields(shard, shard_kinds, "manifest: shard")) for shard in body["shards"])
         spec = FeatureSpec.from_dict(body["spec"])

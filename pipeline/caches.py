@@ -12,7 +12,7 @@ from pipeline.engine import SerialEngine, engine_for
 from stages.backbone import load_backbone
 from stages.errors import InputError
 from stages.extract import extract_features, set_name
-from stages.images import SampleTable, list_images
+from stages.images import SampleTable, describe_left_out, list_images
 from stages.images.table import Sample, make_table
 from stages.progress import Progress
 from stages.sanity import check_features
@@ -61,7 +61,8 @@ def cache_images(
             )
             for note in check_features(cache, by_class=bool((cache.labels >= 0).all())):
                 progress.note(note)
-            yield f"{cache.path}: {cache.n_rows} rows + {cache.manifest.n_failures} failures = {len(table)} inputs"
+            counts = f"{cache.n_rows} rows + {cache.manifest.n_failures} failures = {len(table)} inputs"
+            yield "; ".join(filter(None, (f"{cache.path}: {counts}", describe_left_out(table.left_out))))
 
 
 def _tables(paths: Sequence[str], name: str | None) -> dict[str, SampleTable]:

@@ -450,6 +450,8 @@ def _network_line(spec: "FeatureSpec") -> str:
 
 def cache_lines(cache: "FeatureCache") -> list[str]:
     """What is in a cache, a line each."""
+    from stages.images import describe_left_out
+
     manifest, spec = cache.manifest, cache.spec
     n_bytes = sum(shard.nbytes for shard in manifest.shards)
     datasets = ", ".join(f"{name} [n, {', '.join(map(str, shape))}]" for name, (shape, _) in spec.datasets().items())
@@ -460,6 +462,7 @@ def cache_lines(cache: "FeatureCache") -> list[str]:
         f"features   {_network_line(spec)}",
         f"datasets   {datasets} as {spec.dtype}",
         f"shards     {len(manifest.shards)}, {n_bytes / 2**20:.1f} MiB",
+        *([describe_left_out(manifest.left_out)] if manifest.left_out else []),
         f"identity   fingerprint {cache.fingerprint[:8]}, with its inputs {cache.identity[:8]}",
         *([] if spec.origin else [f"origin     {cache.fingerprint}"]),
     ]

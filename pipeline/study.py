@@ -36,7 +36,7 @@ from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
-from stages.images import Columns, SampleTable, list_images, only_classes
+from stages.images import Columns, SampleTable, describe_left_out, list_images, only_classes
 from stages.images.names import match_classes, unlike
 from stages.objective import MixturePlan
 from stages.predict import Predictor
@@ -117,6 +117,8 @@ class Study:
             }
             if leg.seed is None:
                 for entry in self.config.sets:
+                    if left_out := describe_left_out(self._table(entry).left_out):
+                        self._say([f"{entry.name}: {left_out}"])
                     for note in self._table(entry).notes:
                         self.progress.note(note)
             caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
@@ -561,6 +563,8 @@ class Study:
                 state = f"fresh, {changes.cache.path}"
             elif changes:
                 state = f"{changes}: would extract {changes.to_extract}, take over the others, and {state[6:]}"
+            if table.left_out:
+                state += f"; {describe_left_out(table.left_out)}"
             lines.append(f"extract {leg.name} {entry.name}: {len(table)} {_unit(entry)}, {state}")
         return lines
 

@@ -9,13 +9,14 @@ version of the cache was sealed, the next version takes over the rows that are s
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from cache import (
     CacheBuilder,
     CacheDamagedError,
     CacheError,
+    CacheInvalidError,
     CacheMismatchError,
     CacheNotFoundError,
     FeatureCache,
@@ -45,12 +47,12 @@ from stages.arrays import ArrayTable
 from stages.backbone import Backbone, load_backbone
 from stages.config import BackboneConfig
 from stages.errors import InputError, StageError
-from stages.images import ImageError, SampleTable, list_dataset, list_images
+from stages.images import ImageError, SampleTable, is_overcome, list_dataset, list_images
 from stages.progress import NullProgress, Progress
 from stages.shards import ShardDone, ShardTask, extract_shard, make_shards
 
-# Versions that the bits of a cache may depend on.
-_MADE_WITH = ("torch", "torchvision", "timm", "pillow", "numpy", "h5py")
+# Versions that the bits of a cache may depend on; pillow-heif need not be there.
+_MADE_WITH = ("torch", "torchvision", "timm", "pillow", "pillow-heif", "numpy", "h5py")
 _WITHOUT_BACKBONE: dict[str, Any] = {}  # copying arrays depends on no version
 _READERS = 8  # threads that read files to compare their bytes: a network disk answers slowly
 
@@ -74,6 +76,7 @@ class Changes:
         cache: the sealed version.
         rows: [n] int64, the row in `cache` of each image of now; -1 where it has none that is still true.
         new, changed, gone, relabelled: how many images, by what happened to them.
+        decodable: how many failed for want of a library that is installed now.
         same_classes: whether the classes are numbered as they were.
     """
 
@@ -83,12 +86,13 @@ class Changes:
     changed: int
     gone: int
     relabelled: int
+    decodable: int
     same_classes: bool
 
     @property
     def fresh(self) -> bool:
         """Whether the cache is what an extraction would make."""
-        return self.same_classes and not (self.new or self.changed or self.gone or self.relabelled)
+        return self.same_classes and not (self.new or self.changed or self.gone or self.relabelled or self.decodable)
 
     @property
     def to_extract(self) -> int:
@@ -96,8 +100,14 @@ class Changes:
         return int((self.rows < 0).sum())
 
     def __str__(self) -> str:
-        parts = ("new", self.new), ("changed", self.changed), ("gone", self.gone), ("relabelled", self.relabelled)
-        counts = ", ".join(f"{n} {name}" for name, n in parts if n) or "other classes"
+        parts = {
+            "new": self.new,
+            "changed": self.changed,
+            "gone": self.gone,
+            "relabelled": self.relabelled,
+            "decodable now": self.decodable,
+        }
+        counts = ", ".join(f"{n} {name}" for name, n in parts.items() if n) or "other classes"
         return f"{counts} since {self.cache.path}"
 
 
@@ -245,7 +255,7 @@ def extract_set(
     listing = listing_of(samples)
     with _begin(name, root, spec, listing, samples.class_names, plans, versions) as builder:
         maker = _image_maker(builder, samples, listing, backbone, changes, mapper)
-        return _fill(builder, len(samples), maker, max_failures, progress)
+        return _fill(builder, len(samples), maker, max_failures, progress, left_out=samples.left_out)
 
 
 def import_set(
@@ -313,7 +323,7 @@ def repair_set(
     listing = listing_of(samples)
     with unseal(cache.path, damaged, listing, made_with()) as builder:
         maker = _image_maker(builder, samples, listing, lambda: loaded, None, mapper)
-        return _fill(builder, len(samples), maker, 1.0, progress)
+        return _fill(builder, len(samples), maker, 1.0, progress, left_out=cache.manifest.left_out)
 
 
 def repair_import(
@@ -365,12 +375,19 @@ def _array_maker(builder: CacheBuilder, arrays: ArrayTable, listing: InputTable)
 
 
 def _fill(
-    builder: CacheBuilder, n: int, make: Maker, max_failures: float, progress: Progress, unit: str = "image"
+    builder: CacheBuilder,
+    n: int,
+    make: Maker,
+    max_failures: float,
+    progress: Progress,
+    unit: str = "image",
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> FeatureCache:
     """Make what is pending of `n` inputs, and seal."""
     name = builder.plan.dataset
     if builder.lock_notice:
         progress.note(builder.lock_notice)
+    builder.discard(lambda failure: is_overcome(failure.reason))
     done, failures = builder.counts()
     pending = builder.pending()
     if done:
@@ -400,7 +417,7 @@ def _fill(
             f"{max_failures:g} allows; what was done is kept. The first: {failed[0].id}: {failed[0].reason}. "
             "Put them right, or give a higher --max-failures"
         )
-    cache = builder.seal()
+    cache = builder.seal(left_out)
     progress.note(
         f"{name}: {cache.n_rows} rows + {len(failed)} failures = {n} inputs, sealed in {cache.path}"
         + (f"; failures are listed in {cache.path / 'failures.jsonl'}" if failed else "")
@@ -410,11 +427,16 @@ def _fill(
 
 def made_with() -> dict[str, Any]:
     """Versions and CPU capability that the bits of a cache may depend on."""
-    return {package: version(package) for package in _MADE_WITH} | {"cpu": torch.backends.cpu.get_cpu_capability()}
+    versions = {}
+    for package in _MADE_WITH:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions | {"cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def _different(settings: dict[str, Any], others: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value != others.get(name))
+    names = dict.fromkeys((*settings, *others))
+    return ", ".join(f"{name} {settings.get(name, 'none')}" for name in names if settings.get(name) != others.get(name))
 
 
 def listing_of(samples: SampleTable) -> InputTable:
@@ -504,9 +526,19 @@ def _compare(
         new=int((~known).sum()),
         changed=int(changed.sum()),
         gone=len(sealed) - int(known.sum()),
+        decodable=int((~changed[known] & _decodable(cache, sealed)[at]).sum()),
         relabelled=int((before[sealed.labels[at]] != now[listing.labels[known]]).sum()),
         same_classes=cache.class_names == samples.class_names,
     )
+
+
+def _decodable(cache: FeatureCache, sealed: InputTable) -> NDArray[np.bool_]:
+    """Which inputs [n] of a cache failed for want of a library that is installed now."""
+    overcome = set[str]()
+    if sealed.failed.any():
+        with suppress(CacheDamagedError, CacheInvalidError):  # of the list of failures: it costs no row
+            overcome = {failure.id for failure in cache.failures() if is_overcome(failure.reason)}
+    return np.fromiter((id_ in overcome for id_ in sealed.ids), np.bool_, len(sealed))
 
 
 def _without_damage(changes: Changes, progress: Progress) -> Changes:

@@ -20,7 +20,7 @@ from stages.errors import InputError
 from stages.images.classes import only_classes
 from stages.images.columns import USUAL, Columns
 from stages.images.dataset import list_dataset
-from stages.images.decode import MAX_PIXELS, ImageError, decode_image
+from stages.images.decode import MAX_PIXELS, ImageError, decode_image, is_overcome
 from stages.images.embedded import list_embedded
 from stages.images.folder import is_image_file, list_file, list_folder
 from stages.images.huggingface import is_huggingface, list_huggingface
@@ -38,6 +38,7 @@ __all__ = [
     "SampleTable",
     "decode_image",
     "describe_left_out",
+    "is_overcome",
     "list_dataset",
     "list_images",
     "only_classes",

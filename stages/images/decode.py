@@ -4,17 +4,19 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from stages.errors import InputError
-from stages.images.kind import FORMATS
+from stages.images.kind import FORMATS, HEAD_BYTES, coding
+from stages.images.metadata import without_large_metadata
 
+_NEEDS_HEIF = "HEIC or AVIF, which nothing here decodes: pip install 'mofe-feature-cache[heif]'"
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; 0.7 GB as it holds RGB
 
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
@@ -54,8 +56,41 @@ def decode_image(data: bytes) -> Image.Image:
     """
     if not data:
         raise ImageError("empty file")
-    with _reasons(), Image.open(io.BytesIO(data), formats=_available_formats()) as image:
+    try:
+        return _decode(data)
+    except ImageError:
+        if (lighter := without_large_metadata(data)) is None:
+            raise
+        return _decode(lighter)
+
+
+def _decode(data: bytes) -> Image.Image:
+    with _reasons(), _opened(data) as image:
         return _seen(image)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The image, its size known and nothing decoded yet."""
+    kind = coding(data[:HEAD_BYTES])
+    if kind == "HEIF" or (kind == "AVIF" and not features.check("avif")):
+        opener = _heif_opener()
+        if opener is None:
+            raise ImageError(_NEEDS_HEIF)
+        return opener(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=_available_formats())
+
+
+def is_overcome(reason: str) -> bool:
+    """Whether an image that failed for a reason may be decoded now: what it named as missing is installed."""
+    return reason == _NEEDS_HEIF and _heif_opener() is not None
+
+
+def _heif_opener() -> Callable[[io.BytesIO], Image.Image] | None:
+    try:
+        from pillow_heif import HeifImageFile  # here, since it need not be installed
+    except ImportError:
+        return None
+    return HeifImageFile
 
 
 def as_seen(image: Image.Image) -> Image.Image:

@@ -37,6 +37,9 @@ HOSTILE = {
     "a missing key": lambda body: body.pop("dataset"),
     "a set name with a path": lambda body: body.update(dataset="../x"),
     "class names of another kind": lambda body: body.update(class_names=[1]),
+    "files left out of another kind": lambda body: body.update(left_out=[".txt"]),
+    "files left out that are none": lambda body: body.update(left_out={".txt": 0}),
+    "files left out that are no count": lambda body: body.update(left_out={".txt": True}),
     "another schema": lambda body: body.update(schema=2),
     "absurd sizes": lambda body: (
         body["shards"][-1].update(rows=10**20, nbytes=10**30, input_stop=body["n_inputs"] + 10**20 - 2),

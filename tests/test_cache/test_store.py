@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from cache import (
     CacheNotFoundError,
     Failure,
     FeatureCache,
+    Manifest,
     commit_shard,
     find_caches,
     next_cache_path,
     store,
 )
-from tests.test_cache.toy import CLASSES, begin, fails, features, files, fill, make_inputs, make_spec
+from tests.test_cache.toy import CLASSES, begin, commit, fails, features, files, fill, make_inputs, make_spec
 
 USED = [i for i in range(23) if not fails(i)]
 
@@ -52,6 +54,33 @@ def test_round_trip(sealed):
     assert sealed.failures()[0].reason == "truncated after 3 bytes"
     assert sealed.manifest.n_rows + sealed.manifest.n_failures == sealed.manifest.n_inputs == 23
     assert sealed.verify() == []
+
+
+def test_what_a_source_left_out_stands_in_the_manifest_and_changes_nothing_else(sealed, tmp_path):
+    plain, manifest = (sealed.path / "manifest.json").read_bytes(), sealed.manifest
+    assert b"left_out" not in plain  # as earlier versions wrote it, and read it
+    assert manifest.left_out == {}
+    replace(manifest, left_out={".txt": 25, "": 2}).write(tmp_path)
+    again = Manifest.read(tmp_path)
+    assert again.left_out == {".txt": 25, "": 2}
+    assert (again.identity, again.spec.fingerprint) == (manifest.identity, manifest.spec.fingerprint)
+    replace(again, left_out={}).write(tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == plain
+
+
+def test_finished_shards_are_given_up_where_a_failure_is_none_any_more(sealed, tmp_path):
+    with begin(tmp_path / "pets") as builder:
+        for plan in builder.pending():
+            commit(builder.path, make_spec(), make_inputs(), plan)
+        assert builder.pending() == ()
+        failed = builder.failures()[0]
+        builder.discard(lambda failure: failure.id == "none of them")
+        assert builder.pending() == ()
+        builder.discard(lambda failure: failure == failed)
+        (plan,) = builder.pending()
+        assert failed.id in make_inputs().ids[plan.start : plan.stop]
+        commit(builder.path, make_spec(), make_inputs(), plan)
+        assert builder.seal().identity == sealed.identity
 
 
 @settings(deadline=None)

@@ -168,6 +168,25 @@ def test_dry_run_follows_the_settings(tiny):
     assert done("score", *tiny, "--set", "score.k=2", "--dry-run").out.startswith("score: would")
 
 
+def test_what_lies_beside_the_images_is_told_before_and_after(tiny, home, tmp_path):
+    folder = shutil.copytree(home / "images" / "threes", tmp_path / "threes")
+    for name in ("README.txt", "more/notes.TXT", "labels.json", "@eaDir/1.png", ".DS_Store"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("no image")
+    study = [*tiny, *settings(f"sets.threes.images={folder}", f"cache.root={tmp_path / 'caches'}")]
+    told = "left out: 3 files: 2 .txt, 1 .json"
+    planned = [line for line in done("extract", *study, "--dry-run").out.splitlines() if "left out" in line]
+    assert len(planned) == 1
+    assert planned[0].startswith("extract pretrained threes: 16 images, would write ")
+    assert planned[0].endswith(f"; {told}")
+    for _ in range(2):  # fresh or not
+        assert f"threes: {told}" in done("extract", *study).out.splitlines()
+    assert done("info", *study).out.splitlines().count(told) == 1
+    (cache,) = (tmp_path / "caches").glob("threes-*")
+    assert FeatureCache.open(cache).manifest.left_out == {".txt": 2, ".json": 1}
+    assert told in done("info", cache).out.splitlines()
+
+
 @pytest.mark.parametrize("lost", ["summary.csv", "table.csv", "id.json", "thresholds.json", "samples"])
 def test_lost_results_are_made_again(lost, tiny, home, tmp_path):
     path = tmp_path / "work" / "scores" / lost

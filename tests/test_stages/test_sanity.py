@@ -65,6 +65,25 @@ def test_identical_rows_are_told(tmp_path):
     assert check_features(sealed(tmp_path / "fewer", features, np.full(300, -1)), by_class=True) == []
 
 
+@pytest.mark.parametrize(
+    ("copies", "others", "told"),
+    [
+        (1, 2, False),  # three different images: each is a third, and nothing is the matter
+        (3, 3, False),  # a small folder that holds a picture three times
+        (9, 0, False),
+        (10, 0, True),
+        (10, 20, True),
+        (10, 21, False),
+    ],
+)
+def test_a_third_of_a_few_images_says_nothing(tmp_path, copies, others, told):
+    features = np.random.default_rng(0).standard_normal((others + 1, 6))[[0] * copies + [*range(1, others + 1)]]
+    lines = check_features(sealed(tmp_path / "few", features, np.full(len(features), -1)), by_class=False)
+    assert [line.startswith("warning: pets: ") and "% of the rows are identical" in line for line in lines] == [
+        True
+    ] * told
+
+
 def test_of_many_rows_some_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sanity, "MOST_ROWS", 100)
     labels = np.arange(300) % 3
