@@ -2,7 +2,7 @@
 
     source                                         file            class of an image
     folder, one image file                         folder.py       its first folder, if any
-    .tar of a tree, or WebDataset pairs            tar.py          its first folder, or key.cls / key.json
+    .tar of a tree, or WebDataset                  tar.py          its first folder, or a file beside it
     .txt (OpenOOD: `path label`), .csv, .parquet   listing.py      as listed
     folder that Hugging Face `datasets` saved      huggingface.py  its ClassLabel
     "sklearn:digits[0-6]/train", "sklearn:photos"  embedded.py     the digit, the photograph

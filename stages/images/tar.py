@@ -1,106 +1,170 @@
-"""Images in an uncompressed tar: a tree of folders, flat, or WebDataset pairs.
+"""Images in uncompressed tars: a tree of folders, flat, or WebDataset; one tar, or the shards of one set.
 
-The headers are read once, while listing; after that every image is a range of bytes of the tar, read without tarfile.
+The headers are read once, while listing; after that every image is a range of bytes of its tar, read without tarfile.
 """
 
-import json
 import os
-import posixpath
-import tarfile
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from stages.errors import InputError
 from stages.images.columns import USUAL, Columns
-from stages.images.kind import extension, is_hidden, is_image
-from stages.images.names import given_class
-from stages.images.table import FileRange, Sample, SampleTable, first_folder, make_table
+from stages.images.kind import HEAD_BYTES, SPECIAL, extension, is_hidden, is_image
+from stages.images.links import follow_links
+from stages.images.members import Members, SparseRange, read_members
+from stages.images.names import listed, shown
+from stages.images.table import Content, FileRange, Sample, SampleTable, Unusable, first_folder, make_table
+from stages.images.webdataset import SideFiles, keys_apart
 
-_LABEL_SUFFIXES = (".cls", ".json")  # first found wins
+_MOST_REASONS = 5  # of damaged shards in one line; the others are named
+
+
+class Shard(NamedTuple):
+    """One tar of a set."""
+
+    path: str
+    prefix: str = ""  # what the ids of its members begin with
 
 
 def list_tar(source: str, columns: Columns = USUAL) -> SampleTable:
-    """List the images of a tar. Members are dated by the tar: what their headers say need not change when they do.
+    """List the images of one tar, see `list_tars`; their ids are the names of its members."""
+    return list_tars(source, [Shard(os.path.abspath(source))], columns)
 
-    If any image has its class beside it (`key.cls`, or a field of `key.json`, see `Columns`), classes come from there
-    alone (WebDataset); otherwise the class of an image is its first folder.
+
+def list_tars(
+    source: str,
+    shards: Sequence[Shard],
+    columns: Columns = USUAL,
+    left_out: Mapping[str, int] = MappingProxyType({}),
+) -> SampleTable:
+    """List the images of tars that are one set.
+
+    If any image of the set has its class beside it (see `stages.images.webdataset`), classes come from there alone;
+    otherwise the class of an image is the first folder of its name in the tar. The same name, or WebDataset key, in two
+    shards is two images. In one tar the later of two members with one name counts, as when it is unpacked, and a note
+    says so. Links are followed inside the tar, and never lead out of it.
+
+    Members are dated by their tar: what their headers say need not change when they do.
+
+    Args:
+        source: What messages call the set.
+        shards: The tars, in the order in which they are read.
+        columns: Which field of a sample is its class.
+        left_out: Files beside the shards that are not read, by extension.
 
     Raises:
-        InputError: No uncompressed tar, damaged, or a class beside an image cannot be read.
+        InputError: A tar is damaged or not there (all that are are named), or a class beside an image cannot be read.
     """
-    path = os.path.abspath(source)
-    members = {name: place for name, place in _members(path).items() if not is_hidden(name)}
-    images = [name for name, place in members.items() if is_image(name, place.head)]
-    beside: dict[str, str | None] = {}
-    label_files = set()
-    for key in {_key(name) for name in images}:
-        for member in (key + suffix for suffix in _LABEL_SUFFIXES):
-            if member in members and (label := _label(source, member, members[member], columns)) is not None:
-                beside[key] = given_class(label)
-                label_files.add(member)
-                break
-    mtime_ns = os.stat(path).st_mtime_ns
-    samples = []
-    for name in images:
-        place = members[name]
-        class_name = beside.get(_key(name)) if beside else first_folder(name)
-        samples.append(Sample(name, class_name, place.size or 0, mtime_ns, place))
-    others = members.keys() - label_files - set(images)
-    return make_table(source, samples, Counter(map(extension, others)))
+    images = _Images(columns, left_out)
+    damaged: list[str] = []
+    unreadable: InputError | None = None
+    for shard in shards:
+        try:
+            members = read_members(shard.path)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        if not damaged and unreadable is None:
+            try:
+                images.add(shard, members)
+            except InputError as error:  # said only if no other shard is damaged
+                unreadable = error
+    if damaged:
+        raise InputError(_all_damaged(source, damaged, len(shards)))
+    if unreadable is not None:
+        raise unreadable
+    return images.table(source)
 
 
-def _members(path: str) -> dict[str, FileRange]:
-    """Place of every regular file by name; of two with one name the later counts, as when the tar is unpacked."""
-    places: dict[str, FileRange] = {}
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined] # tarfile keeps them all; there may be a million
-                name = _name(member.name)
-                if member.size < 0:  # would be walked in circles
-                    raise tarfile.ReadError("a negative size")
-                if member.islnk() and (target := places.get(_name(member.linkname))):
-                    places[name] = target
-                elif member.isreg() and not member.issparse():
-                    places[name] = FileRange(path, member.offset_data, member.size)
-            end = tar.offset
-        with open(path, "rb") as file:  # tarfile takes a damaged header for the end
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"a damaged header at byte {end}")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{path}: not an uncompressed tar, or a damaged one: {error}; unpack or copy it again"
-        ) from error
-    return places
+def _all_damaged(source: str, damaged: list[str], n_shards: int) -> str:
+    if n_shards == 1:
+        return damaged[0]
+    others = [message.partition(": ")[0] for message in damaged[_MOST_REASONS:]]
+    lines = "; ".join([*damaged[:_MOST_REASONS], *others])
+    return f"{source}: {len(damaged)} of {n_shards} shards cannot be read: {lines}"
 
 
-def _name(name: str) -> str:
-    return posixpath.normpath(name).lstrip("/")
+class _Images:
+    """Images of the shards so far."""
+
+    def __init__(self, columns: Columns, left_out: Mapping[str, int]) -> None:
+        self._columns, self._left_out = columns, Counter(left_out)
+        self._samples: list[Sample] = []  # their class is the first folder
+        self._beside: dict[str, str | None] = {}  # class by id, where a file beside the image gives it
+        self._numbers: dict[str, str | None] = {}  # class by id, where .txt files are to give it
+        self._number_files: Counter[str] = Counter()  # these by extension
+        self._notes: list[str] = []
+
+    def add(self, shard: Shard, members: Members) -> None:
+        files = follow_links(members)
+        seen = [name for name in files if name not in members.hidden]
+        images = [name for name in seen if name in members.images or _is_linked_image(name, files[name], members)]
+        with open(shard.path, "rb") as file:
+            side = SideFiles(shard.path, file, files, self._columns)
+            beside = side.classes(images)
+            numbers = side.numbers(images) if self._has_numbers and not self._beside and not beside else {}
+        self._beside |= {shard.prefix + name: class_name for name, class_name in beside.items()}
+        self._numbers |= {shard.prefix + name: class_name for name, class_name in numbers.items()}
+        for name in images:
+            content = files[name]
+            size = content.size or 0 if isinstance(content, FileRange | SparseRange) else 0
+            self._samples.append(Sample(shard.prefix + name, _folder(name), size, members.mtime_ns, content))
+        self._number_files.update(map(extension, side.used_for_numbers))
+        others = set(seen).difference(images, side.used, side.used_for_numbers)
+        self._left_out.update(map(extension, others))
+        self._left_out.update(SPECIAL for name in members.special if not is_hidden(name))
+        if repeated := [name for name in dict.fromkeys(members.repeated) if name not in members.hidden]:
+            self._notes.append(f"{shard.path}: members that stand there twice, the later counts: {_counted(repeated)}")
+        if beside and (keys := keys_apart(name for name in members.entries if name not in members.hidden)):
+            self._notes.append(f"{shard.path}: keys that stand there twice, others in between: {_counted(keys)}")
+        self._notes += side.notes
+
+    def table(self, source: str) -> SampleTable:
+        """All of them.
+
+        Raises:
+            InputError: There is none, or none has the field that is to be its class.
+        """
+        classes = self._beside
+        if not classes and self._columns.label is not None and self._samples:
+            raise InputError(
+                f"{source}: label_column {self._columns.label!r} is not there: no image has a file "
+                f".{self._columns.label} or a .json beside it"
+            )
+        if not classes and self._has_numbers and not any(sample.class_name for sample in self._samples):
+            classes = self._numbers
+        else:
+            self._left_out.update(self._number_files)
+        samples: Iterable[Sample] = self._samples
+        if classes:
+            samples = (sample._replace(class_name=classes.get(sample.id)) for sample in self._samples)
+        return make_table(source, samples, self._left_out, self._notes)
+
+    @property
+    def _has_numbers(self) -> bool:
+        """Whether every image so far has a `.txt` with a whole number."""
+        return len(self._numbers) == len(self._samples)
 
 
-def _key(name: str) -> str:
-    """Key of a WebDataset sample: up to the first dot of the file name.
-
-    >>> _key("a.b/0001.left.jpg")
-    'a.b/0001'
-    """
-    folder, base = posixpath.split(name)
-    return posixpath.join(folder, base.partition(".")[0])
+def _counted(names: list[str]) -> str:
+    return f"{len(names):,} ({listed([shown(name) for name in names])})"
 
 
-def _label(source: str, member: str, place: FileRange, columns: Columns) -> str | None:
-    """Class that a label file names, or None if it names none."""
-    try:
-        text = place.read().decode("utf-8")
-        if member.endswith(".cls"):
-            return text
-        fields = json.loads(text)
-    except (InputError, ValueError, RecursionError) as error:
-        raise InputError(f"{source}: {member}: the class cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        return None
-    name = columns.find_label(f"{source}: {member}", fields)
-    label = None if name is None else fields[name]
-    if label is not None and type(label) not in (int, str):
-        raise InputError(f"{source}: {member}: the class is {label!r}, must be a name or a whole number")
-    return None if label is None else str(label)
+def _folder(name: str) -> str | None:
+    """First folder of a member; `..` is none."""
+    while name.startswith("../"):
+        name = name[3:]
+    return first_folder(name)
+
+
+def _is_linked_image(name: str, content: Content, members: Members) -> bool:
+    """Whether what a link leads to is an image, or nobody knows since it leads nowhere."""
+    if name in members.entries and name not in members.links:
+        return False
+    return isinstance(content, Unusable) or is_image(name, lambda: _head(content))
+
+
+def _head(content: Content) -> bytes:
+    return content.head() if isinstance(content, FileRange) else content.read()[:HEAD_BYTES]

@@ -1,42 +1,38 @@
-"""Listing of tars: the same table as a folder, WebDataset pairs, damaged archives."""
+"""Listing of tars: the same table as a folder, links and holes followed, WebDataset pairs, damaged archives."""
 
-import io
-import json
+import os
+import pickle
 import random
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from stages.errors import InputError
 from stages.images import ImageError, list_images
+from tests.test_stages.tars import classes, contents, png, write_folder, write_tar
+
+BLOCK = tarfile.BLOCKSIZE
 
 
-def png(gray=0):
-    out = io.BytesIO()
-    Image.new("L", (4, 3), gray).save(out, "PNG")
-    return out.getvalue()
-
-
-def write_tar(path, files, mode="w"):
-    """Tar of {name: bytes, or the name of an earlier member as a hard link}, as tarfile writes it."""
-    with tarfile.open(path, mode) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            if isinstance(data, str):
-                member.type, member.linkname = tarfile.LNKTYPE, data
-                tar.addfile(member)
-            else:
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+def gnu_tar(folder, path, *options):
+    """Tar of a folder as GNU tar writes it."""
+    program = shutil.which("tar")
+    if program is None or b"GNU" not in subprocess.run([program, "--version"], capture_output=True).stdout:
+        pytest.skip("GNU tar is not installed")
+    subprocess.run([program, *options, "-cf", path, "-C", folder, "."], check=True, capture_output=True)
     return str(path)
 
 
-def classes(table):
-    return {
-        i: table.class_names[label] if label >= 0 else None for i, label in zip(table.ids, table.labels, strict=True)
-    }
+def header(name, kind=tarfile.REGTYPE, link="", size=0):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, link, size
+    return member.tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -67,83 +63,92 @@ def test_a_tar_of_a_folder_gives_the_folders_table(tmp_path, form):
     assert [tar.reader().read(i) for i in range(4)] == [folder.reader().read(i) for i in range(4)]
 
 
-def test_webdataset_pairs(tmp_path):
-    table = list_images(
-        write_tar(
-            tmp_path / "shard.tar",
-            {
-                "part/0001.jpg": png(1),
-                "part/0001.cls": b"7\n",
-                "part/0002.cls": b"-1",
-                "part/0002.left.jpg": png(2),
-                "part/0003.jpg": png(3),
-                "part/0003.json": json.dumps({"label": 12, "width": 4}).encode(),
-                "part/0004.jpg": png(4),
-                "part/0004.json": json.dumps({"width": 4}).encode(),  # names no class
-            },
-        )
-    )
-    assert classes(table) == {
-        "part/0001.jpg": "7",
-        "part/0002.left.jpg": None,
-        "part/0003.jpg": "12",
-        "part/0004.jpg": None,
-    }
-    assert table.class_names == ("7", "12")
-    assert table.left_out == {".json": 1}  # 0004.json
+@pytest.mark.parametrize("form", ["v7", "ustar", "oldgnu", "gnu", "posix"])
+def test_every_format_of_gnu_tar(tmp_path, form):
+    long = {} if form == "v7" else {f"cat/{'long' * 20}/3.png": png(3)}  # v7 has names of at most 99 bytes
+    write_folder(tmp_path / "set", {"cat/1.png": png(1), "dög/2.png": png(2)} | long)
+    table = list_images(gnu_tar(tmp_path / "set", tmp_path / "set.tar", f"--format={form}"))
+    assert contents(table) == contents(list_images(str(tmp_path / "set")))
 
 
-def test_webdataset_class_names(tmp_path):
-    files = {"1.png": png(), "1.cls": "Kätzchen".encode(), "2.png": png(), "2.json": b'{"class": "dog"}'}
-    assert list_images(write_tar(tmp_path / "s.tar", files)).class_names == ("Kätzchen", "dog")
+def test_gnu_tars_of_incremental_backups_keep_their_names(tmp_path):
+    write_folder(tmp_path / "set", {"cat/1.png": png(1), "dog/2.png": png(2)})
+    table = list_images(gnu_tar(tmp_path / "set", tmp_path / "s.tar", "--incremental", "--format=gnu"))
+    assert classes(table) == {"cat/1.png": "cat", "dog/2.png": "dog"}
 
 
-def test_json_without_classes_leaves_the_folders(tmp_path):
-    files = {"cat/1.png": png(), "cat/1.json": b"[1, 2]", "meta.json": b"not even json"}
+def test_first_bytes_tell_an_image_in_a_tar_as_well(tmp_path):
+    files = {"cat/IMG_1": png(1), "cat/notes.txt": b"no image", "cat/2.png.1": png(2), "__MACOSX/3.png": png(3)}
     table = list_images(write_tar(tmp_path / "s.tar", files))
-    assert classes(table) == {"cat/1.png": "cat"}
-    assert table.left_out == {".json": 2}
+    assert classes(table) == {"cat/IMG_1": "cat", "cat/2.png.1": "cat"}
+    assert table.left_out == {".txt": 1}
 
 
-def test_of_two_members_with_one_name_the_later_counts_and_hard_links_are_followed(tmp_path):
-    path = write_tar(tmp_path / "s.tar", {"a/1.png": png(1), "b/2.png": "a/1.png"})
-    write_tar(path, {"a/1.png": png(9)}, "a")
-    table = list_images(path)
-    assert [table.reader().read(i) for i in range(2)] == [png(9), png(1)]
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=4), st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_tars_joined_by_cat_are_one(tmp_path_factory, parts, more_zeros):
+    folder = tmp_path_factory.mktemp("joined")
+    expected, joined = {}, b""
+    for number, grays in enumerate(parts):
+        files = {f"{number}/{place}.png": png(gray) for place, gray in enumerate(grays)}
+        joined += Path(write_tar(folder / "part.tar", files)).read_bytes() + bytes(BLOCK * more_zeros)
+        expected |= files
+    (folder / "all.tar").write_bytes(joined)
+    if expected:
+        assert contents(list_images(str(folder / "all.tar"))) == expected
+    else:
+        with pytest.raises(InputError, match="no images found"):
+            list_images(str(folder / "all.tar"))
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"1.png": png(), "1.cls": b"\xff"}, "1.cls: the class cannot be read"),
-        ({"1.png": png(), "1.json": b"{"}, "1.json: the class cannot be read"),
-        ({"1.png": png(), "1.json": b"[" * 100_000}, "1.json: the class cannot be read"),
-        ({"1.png": png(), "1.json": b'{"label": 1.5}'}, "the class is 1.5, must be a name or a whole number"),
-        ({"1.png": png(), "1.json": b'{"label": true}'}, "the class is True"),
-        ({"a.txt": b"", "b.txt": b""}, "no images found (left out: 2 files: 2 .txt)"),
-        ({}, "no images found"),
-    ],
-)
-def test_bad_members_are_refused(tmp_path, files, message):
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_tar_that_stops_early_is_refused_and_says_where(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("cut")
+    whole = Path(write_tar(folder / "s.tar", {f"{i}.png": png(i) for i in range(4)})).read_bytes()
+    n_bytes = data.draw(st.integers(BLOCK, 4 * 2 * BLOCK))  # a block of header and one of data each, then the end mark
+    (folder / "cut.tar").write_bytes(whole[:n_bytes])
     with pytest.raises(InputError) as caught:
-        list_images(write_tar(tmp_path / "s.tar", files))
-    assert message in str(caught.value)
+        list_images(str(folder / "cut.tar"))
+    last, rest = divmod(n_bytes, 2 * BLOCK)
+    if rest == 0:
+        assert f"damaged: it has no end mark, so more may be missing after '{last - 1}.png'" in str(caught.value)
+    elif rest < BLOCK:
+        assert f"damaged: it ends within the header, after '{last - 1}.png'" in str(caught.value)
+    else:
+        assert f"damaged: it ends within '{last}.png'" in str(caught.value)
 
 
-def test_compressed_and_damaged_tars_are_refused(tmp_path):
-    files = {f"{c}/{i}.png": png(i) for c in "ab" for i in range(3)}
-    whole = Path(write_tar(tmp_path / "s.tar", files)).read_bytes()
-    for name, data in {
-        "empty.tar": b"",
-        "text.tar": b"not a tar " * 100,
-        "gzip.tar": Path(write_tar(tmp_path / "x", files, "w:gz")).read_bytes(),
-        "cut.tar": whole[:1500],
-        "cut-header.tar": whole[: 1024 * 2 + 200],
-        "bad-header.tar": whole[:2048] + b"\x01" * 512 + whole[2560:],
-    }.items():
+def test_one_block_of_zeros_is_an_end_mark(tmp_path):
+    whole = Path(write_tar(tmp_path / "s.tar", {"1.png": png()})).read_bytes()
+    (tmp_path / "t.tar").write_bytes(whole[: 3 * BLOCK])
+    assert list_images(str(tmp_path / "t.tar")).ids == ("1.png",)
+
+
+def test_what_is_no_tar_is_refused(tmp_path):
+    whole = Path(write_tar(tmp_path / "s.tar", {f"{c}/{i}.png": png(i) for c in "ab" for i in range(3)})).read_bytes()
+    for name, data, message in [
+        ("empty.tar", b"", "not a tar"),
+        ("text.tar", b"not a tar " * 100, "not a tar"),
+        (
+            "bad-header.tar",
+            whole[:2048] + b"\x01" * 512 + whole[2560:],
+            "at byte 2048 is no header of a member, after 'a/1",
+        ),
+        ("more.tar", whole + b"signature", "ends within the header, after the end mark behind 'b/2.png'"),
+        (
+            "more-blocks.tar",
+            whole + b"\x01" * 1024,
+            f"at byte {len(whole)} is no header of a member, after the end mark",
+        ),
+    ]:
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match="not an uncompressed tar, or a damaged one"):
+        with pytest.raises(InputError) as caught:
             list_images(str(tmp_path / name))
+        assert message in str(caught.value)
 
 
 def test_a_tar_that_shrank_gives_image_errors(tmp_path):
@@ -181,3 +186,167 @@ def test_hostile_sizes_are_refused(tmp_path):
     (tmp_path / "s.tar").write_bytes(bytes(header) + bytes(1024))
     with pytest.raises(InputError, match="damaged"):
         list_images(str(tmp_path / "s.tar"))
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+
+def test_names_are_names_and_nothing_more(tmp_path):
+    Image.new("L", (4, 3), 200).save(tmp_path / "a.png")  # what ../a.png would be on disk
+    names = ["./cat/1.png", "../a.png", "../../cat/2.png", "/etc/3.png", "dog//4.png", "dog\\5.png", "dog/../cat/6.png"]
+    (tmp_path / "set").mkdir()
+    table = list_images(write_tar(tmp_path / "set" / "s.tar", {name: png(i) for i, name in enumerate(names)}))
+    assert contents(table) == {
+        "cat/1.png": png(0),
+        "../a.png": png(1),
+        "../../cat/2.png": png(2),
+        "etc/3.png": png(3),
+        "dog/4.png": png(4),
+        "dog\\5.png": png(5),
+        "cat/6.png": png(6),
+    }
+    assert classes(table)["../../cat/2.png"] == "cat"
+    assert classes(table)["../a.png"] is None
+
+
+def test_names_that_are_not_utf_8_can_be_stored(tmp_path):
+    names = [os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png")]
+    ids = list_images(write_tar(tmp_path / "s.tar", dict.fromkeys(names, png()))).ids
+    assert ids == ("caf\\udce8.png", "caf\\udce9.png")
+
+
+def test_members_whose_names_become_one_are_said(tmp_path):
+    table = list_images(write_tar(tmp_path / "s.tar", {"a/1.png": png(1), "./a//1.png": png(2), "/a/1.png": png(3)}))
+    assert contents(table) == {"a/1.png": png(3)}
+    (note,) = table.notes
+    assert note.endswith("members that stand there twice, the later counts: 1 ('a/1.png')")
+
+
+# -------------------------------------------------------------------------------------------------- links and holes
+
+
+def test_a_tree_with_links_gives_what_the_tree_on_disk_gives(tmp_path):
+    root = tmp_path / "set"
+    write_folder(root, {"cat/1.png": png(1), "cat/2.png": png(2)})
+    os.link(root / "cat/1.png", root / "cat/hard.png")
+    (root / "cat/soft.png").symlink_to("2.png")
+    (root / "cat/twice.png").symlink_to("soft.png")
+    (root / "tiger").symlink_to("cat")
+    (root / "cat/loop").symlink_to("..")
+    table = list_images(gnu_tar(root, tmp_path / "s.tar"))
+    assert contents(table) == contents(list_images(str(root)))
+    assert len(table) == 10  # five in the folder, five behind the link to it
+
+
+link_targets = st.lists(st.sampled_from(["..", "a", "b", "c.png"]), min_size=1, max_size=3).map("/".join)
+nodes = st.recursive(
+    st.one_of(st.integers(0, 9), link_targets),
+    lambda inner: st.dictionaries(st.sampled_from(["a", "b", "c.png", ".d"]), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def build(path, node):
+    """A file of an integer, a link of a string, a folder of a dict."""
+    if isinstance(node, dict):
+        path.mkdir()
+        for name, child in node.items():
+            build(path / name, child)
+    elif isinstance(node, str):
+        path.symlink_to(node)
+    else:
+        path.write_bytes(png(node))
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "c.png", ".d"]), nodes, min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_any_tree_in_a_tar_gives_what_it_gives_on_disk(tmp_path_factory, tree):
+    root = tmp_path_factory.mktemp("tree") / "set"
+    build(root, tree)
+    for path in root.rglob("*"):  # on disk a link may lead outside, in a tar it may not
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            path.unlink()
+    try:
+        expected = contents(list_images(str(root)))
+    except InputError:
+        return  # no image
+    with tarfile.open(root.parent / "s.tar", "w") as tar:
+        tar.add(root, "")
+    found = contents(list_images(str(root.parent / "s.tar")))
+    assert found.keys() == expected.keys()
+    for name, data in found.items():
+        assert data == expected[name] or isinstance(data, str) is isinstance(expected[name], str)
+
+
+def test_links_may_stand_before_what_they_lead_to(tmp_path):
+    data = png(7)
+    blocks = [
+        header("soft.png", tarfile.SYMTYPE, "cat/1.png"),
+        header("hard.png", tarfile.LNKTYPE, "cat/1.png"),
+        header("hard-to-soft.png", tarfile.LNKTYPE, "soft.png"),
+        header("cat/1.png", size=len(data)),
+        data.ljust(BLOCK, b"\0"),
+        header("cat/1.png", tarfile.LNKTYPE, "cat/1.png"),  # GNU tar's, of a file that it was given twice
+        bytes(2 * BLOCK),
+    ]
+    (tmp_path / "s.tar").write_bytes(b"".join(blocks))
+    table = list_images(str(tmp_path / "s.tar"))
+    assert contents(table) == dict.fromkeys(["soft.png", "hard.png", "hard-to-soft.png", "cat/1.png"], data)
+    assert table.notes == ()
+
+
+def test_links_that_lead_nowhere_or_outside_are_failures_with_a_reason(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(png(9))
+    (tmp_path / "set").mkdir()
+    blocks = [
+        header("absolute.png", tarfile.SYMTYPE, str(outside)),
+        header("cat/above.png", tarfile.SYMTYPE, "../../outside.png"),
+        header("gone", tarfile.SYMTYPE, "no/such.png"),
+        header("hard-gone.png", tarfile.LNKTYPE, "../outside.png"),
+        header("round-1.png", tarfile.SYMTYPE, "round-2.png"),
+        header("round-2.png", tarfile.SYMTYPE, "round-1.png"),
+        header("hard-1.png", tarfile.LNKTYPE, "hard-2.png"),
+        header("hard-2.png", tarfile.LNKTYPE, "hard-1.png"),
+        header("rest.png", b"M"),
+        bytes(2 * BLOCK),
+    ]
+    (tmp_path / "set" / "s.tar").write_bytes(b"".join(blocks))
+    assert contents(list_images(str(tmp_path / "set" / "s.tar"))) == {
+        "absolute.png": f"a link to {str(outside)!r}, outside of the tar",
+        "cat/above.png": "a link to '../../outside.png', outside of the tar",
+        "gone": "a link to 'no/such.png', which the tar does not hold",
+        "hard-gone.png": "a link to '../outside.png', which the tar does not hold",
+        "round-1.png": "a link that leads round in a circle",
+        "round-2.png": "a link that leads round in a circle",
+        "hard-1.png": "a link that leads round in a circle",
+        "hard-2.png": "a link that leads round in a circle",
+        "rest.png": "begins in another volume of the tar",
+    }
+
+
+def write_with_holes(path, data, size=4096):
+    with open(path, "wb") as file:
+        for start in range(0, len(data), size):
+            if any(data[start : start + size]):
+                file.seek(start)
+                file.write(data[start : start + size])
+        file.truncate(len(data))
+
+
+@pytest.mark.parametrize(
+    "options", [["--format=gnu"], *(["--format=posix", f"--sparse-version={v}"] for v in ("0.0", "0.1", "1.0"))]
+)
+def test_sparse_members_are_read_with_their_holes(tmp_path, options):
+    image = Image.new("L", (1024, 1024))
+    for row in range(0, 1024, 32):  # more pieces than the header itself has room for
+        image.putpixel((row, row), 255)
+    image.save(tmp_path / "whole.bmp")
+    (tmp_path / "set").mkdir()
+    write_with_holes(tmp_path / "set" / "1.bmp", (tmp_path / "whole.bmp").read_bytes())
+    (tmp_path / "set" / "2.png").write_bytes(png(2))
+    path = gnu_tar(tmp_path / "set", tmp_path / "s.tar", "--sparse", "--hole-detection=raw", *options)
+    assert os.path.getsize(path) < os.path.getsize(tmp_path / "set" / "1.bmp")
+    table = pickle.loads(pickle.dumps(list_images(path)))  # as it travels to a worker
+    assert contents(table) == contents(list_images(str(tmp_path / "set")))
+    assert table.sizes.tolist() == [os.path.getsize(tmp_path / "set" / name) for name in table.ids]
