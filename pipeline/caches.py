@@ -47,6 +47,8 @@ def cache_images(
         progress.note(f"warning: {note}")
     with engine_for(options.scheduler, options.workers) as engine:
         for own, table in tables.items():
+            for note in table.notes:
+                progress.note(note)
             cache = extract_features(
                 table,
                 backbone,

@@ -438,7 +438,10 @@ class Study:
     def _new_source(self, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
         """What `predict` is to score: images, or a file of features where the study's sets are such files."""
         if not self.config.has_features:
-            return list_images(path)
+            images = list_images(path)
+            for note in (*images.notes, *filter(None, [describe_left_out(images.left_out)])):
+                self.progress.note(f"{path}: {note.removeprefix(f'{path}: ')}")
+            return images
         if Path(path).suffix.lower() not in ARRAY_SUFFIXES:
             raise InputError(
                 f"{path}: this study's sets have features, and nothing here makes such features of an image: give a "
@@ -565,7 +568,7 @@ class Study:
                 state = f"{changes}: would extract {changes.to_extract}, take over the others, and {state[6:]}"
             if table.left_out:
                 state += f"; {describe_left_out(table.left_out)}"
-            lines.append(f"extract {leg.name} {entry.name}: {len(table)} {_unit(entry)}, {state}")
+            lines += [f"extract {leg.name} {entry.name}: {len(table)} {_unit(entry)}, {state}", *table.notes]
         return lines
 
     def _plan_train(self, leg: Leg) -> Lines:

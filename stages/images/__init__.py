@@ -3,6 +3,7 @@
     source                                         file            class of an image
     folder, one image file                         folder.py       its first folder, if any
     .tar of a tree, or WebDataset                  tar.py          its first folder, or a file beside it
+    folder of tars, "t-{00..14}.tar", "t-*.tar"    shards.py       the same
     .txt (OpenOOD: `path label`), .csv, .parquet   listing.py      as listed
     folder that Hugging Face `datasets` saved      huggingface.py  its ClassLabel
     "sklearn:digits[0-6]/train", "sklearn:photos"  embedded.py     the digit, the photograph
@@ -22,10 +23,12 @@ from stages.images.columns import USUAL, Columns
 from stages.images.dataset import list_dataset
 from stages.images.decode import MAX_PIXELS, ImageError, decode_image, is_overcome
 from stages.images.embedded import list_embedded
-from stages.images.folder import is_image_file, list_file, list_folder
+from stages.images.folder import find_files, is_image_file, list_file
 from stages.images.huggingface import is_huggingface, list_huggingface
 from stages.images.kind import IMAGE_SUFFIXES, describe_left_out
 from stages.images.listing import list_csv, list_parquet, list_text
+from stages.images.packed import refuse_packed
+from stages.images.shards import is_pattern, list_pattern, list_tars_below
 from stages.images.table import ImageReader, SampleTable
 from stages.images.tar import list_tar
 
@@ -45,18 +48,18 @@ __all__ = [
 ]
 
 _TABLES = {".csv": list_csv, ".tsv": list_csv, ".parquet": list_parquet}
-_COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"}
 
 
 def list_images(source: str, root: str | None = None, columns: Columns = USUAL) -> SampleTable:
     """List the images of a source without decoding any.
 
     Args:
-        source: A folder of images or of Hugging Face `datasets`, an image file, a `.tar`, a list (`.txt`, `.csv`,
-            `.tsv`, `.parquet`), or an embedded set, `"sklearn:…"`.
+        source: A folder of images, of tars or of Hugging Face `datasets`, an image file, a `.tar`, a pattern of several
+            (`train-{0000..0146}.tar`, `train-*.tar`), a list (`.txt`, `.csv`, `.tsv`, `.parquet`), or an embedded set,
+            `"sklearn:…"`. A folder is one of tars where these lie in it and no image does, see `list_tars_below`.
         root: The folder that the paths of a list are relative to; its own by default.
         columns: Which column of a table (`.csv`, `.tsv`, `.parquet`) or of Hugging Face `datasets` is the image and
-            which its class, and which field of a WebDataset `.json` is the class; the usual names by default.
+            which its class, and which field of a WebDataset sample is its class; the usual names by default.
 
     Returns:
         The samples, sorted by the UTF-8 bytes of their ids.
@@ -79,35 +82,38 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
         if not os.path.isdir(root):
             raise InputError(f"{source}: its root {root} is no folder; give the one that its paths are relative to")
     embedded = source.startswith("sklearn:")
-    if not embedded and ("\0" in source or not os.path.exists(source)):
+    is_several = not embedded and not os.path.exists(source) and is_pattern(source)
+    if not embedded and ("\0" in source or not (is_several or os.path.exists(source))):
         raise InputError(f"{source!r}: no such file or folder")
-    if os.path.isdir(source) and is_huggingface(source):
+    is_folder = os.path.isdir(source)
+    if is_folder and is_huggingface(source):
         return list_huggingface(source, columns)
-    if not os.path.isdir(source) and suffix in _TABLES:
+    if not is_folder and not is_several and suffix in _TABLES:
         return _TABLES[suffix](source, root, columns)
     if columns.path is not None:
         raise InputError(
             f"{source}: path_column is for tables ({', '.join(_TABLES)}) and Hugging Face datasets, this is none: "
             "leave it out"
         )
-    if not os.path.isdir(source) and suffix == ".tar":
+    if is_several:
+        return list_pattern(source, columns)
+    files = find_files(source) if is_folder else None
+    if files is not None and (table := list_tars_below(source, files, columns)) is not None:
+        return table
+    if not is_folder and suffix == ".tar":
         return list_tar(source, columns)
     if columns.label is not None:
         raise InputError(
-            f"{source}: label_column is for tables ({', '.join(_TABLES)}), Hugging Face datasets and the .json files "
-            "of a tar, this is none: leave it out"
+            f"{source}: label_column is for tables ({', '.join(_TABLES)}), Hugging Face datasets and tars, this is "
+            "none: leave it out"
         )
     if embedded:
         return list_embedded(source)
-    if os.path.isdir(source):
-        return list_folder(source)
+    if files is not None:
+        return files.table(source)
     if suffix == ".txt":
         return list_text(source, root)
     if is_image_file(source):
         return list_file(source)
-    hint = (
-        "unpack it to a .tar or a folder first"
-        if suffix in _COMPRESSED
-        else f"give a folder, .tar, .txt, {', '.join(_TABLES)}"
-    )
-    raise InputError(f"{source}: not a source of images; {hint}")
+    refuse_packed(source)
+    raise InputError(f"{source}: not a source of images; give a folder, .tar, .txt, {', '.join(_TABLES)}")

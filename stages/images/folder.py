@@ -4,14 +4,31 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from stages.errors import InputError
 from stages.images.kind import SPECIAL, extension, is_hidden, is_image
 from stages.images.table import FileRange, Sample, SampleTable, first_folder, make_table
 
 
-def list_folder(source: str) -> SampleTable:
-    """List the images under a folder; what counts as one, and what is hidden, `stages.images.kind` says.
+class Files(NamedTuple):
+    """What lies below a folder."""
+
+    samples: list[Sample]  # the images
+    others: list[str]  # other regular files, by their paths below it
+    special: Counter[str]  # how many pipes and devices, as `stages.images.kind` calls them
+
+    def table(self, source: str) -> SampleTable:
+        """The images as a table.
+
+        Raises:
+            InputError: There is none.
+        """
+        return make_table(source, self.samples, Counter(map(extension, self.others)) + self.special)
+
+
+def find_files(source: str) -> Files:
+    """Find the files under a folder; what counts as an image, and what is hidden, `stages.images.kind` says.
 
     Links are followed: one to a file is that file, and one back to a folder above it ends there. The class of an image
     is its first folder below `source`; an image that lies directly in `source` has none.
@@ -19,18 +36,18 @@ def list_folder(source: str) -> SampleTable:
     A file that cannot be looked at (a broken link, say) is an image as well, whatever its name: reading it fails, and
     is then recorded.
     """
-    root, samples, left_out = os.path.abspath(source), list[Sample](), Counter[str]()
+    root, files = os.path.abspath(source), Files([], [], Counter())
     start_of_id = len(os.path.join(root, ""))
     for path in _files(root):
         sample_id = path[start_of_id:]
         sample = file_sample(sample_id, path, first_folder(sample_id))
         if sample is None:
-            left_out[SPECIAL] += 1
+            files.special[SPECIAL] += 1
         elif _is_image(path):
-            samples.append(sample)
+            files.samples.append(sample)
         else:
-            left_out[extension(sample_id)] += 1
-    return make_table(source, samples, left_out)
+            files.others.append(sample_id)
+    return files
 
 
 def list_file(source: str) -> SampleTable:

@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 from stages.errors import InputError
 from stages.images.decode import ImageError
 from stages.images.kind import HEAD_BYTES, is_hidden, is_image
+from stages.images.packed import refuse_packed
 from stages.images.table import MAX_FILE_BYTES, Content, FileRange, Unusable, storable
 
 _CHUNK = 1 << 20  # bytes; read at once where nothing but zeros is expected
@@ -86,6 +87,7 @@ def read_members(path: str) -> Members:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8") as tar:
                 _read_headers(path, tar, file, now.st_size, members)
     except _LIBRARY_ERRORS as error:
+        refuse_packed(path)
         raise InputError(f"{path}: not a tar, or damaged where it begins: {error}; copy or make it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

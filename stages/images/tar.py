@@ -135,6 +135,7 @@ class _Images:
             )
         if not classes and self._has_numbers and not any(sample.class_name for sample in self._samples):
             classes = self._numbers
+            self._notes += [f"{source}: classes are the whole numbers in .txt files; label_column may say otherwise"]
         else:
             self._left_out.update(self._number_files)
         samples: Iterable[Sample] = self._samples

@@ -69,6 +69,17 @@ def test_image_files_given_by_themselves_are_one_set_and_a_name_may_be_given(hom
     assert "patches" not in cache.spec.datasets()
 
 
+def test_shards_are_one_set_and_what_is_said_of_them_is_said(home, tmp_path):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"s-{number}.tar", "w") as tar:
+            for _ in range(number + 1):  # the second has its files twice
+                tar.add(home / "images" / "photos", arcname=".")
+    (tmp_path / "s-1.json").write_text("{}")
+    done_once = done("cache", f"{tmp_path}/s-*", *NETWORK, "--patches", "none", "--out", tmp_path / "out")
+    assert done_once.out.endswith("16 rows + 0 failures = 16 inputs; left out: 1 file: 1 .json\n")
+    assert "s-1.tar: members that stand there twice, the later counts: 8 (" in done_once.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -347,6 +347,14 @@ def test_data_is_what_the_paths_of_sets_are_relative_to(study, tmp_path, monkeyp
     assert config.data == tmp_path / "here/elsewhere"
 
 
+def test_a_pattern_of_shards_is_a_path_like_any_other(study, tmp_path, monkeypatch):
+    path = study(text=STUDY.replace("data/train", "data/{a,b}/train-{0000..0146}.tar"))
+    assert load_config(path).sets[0].images == str(tmp_path / "data/{a,b}/train-{0000..0146}.tar")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("other/t-{00..14}.tar", "{a,b}.tar", "[ab]-*.tar", "**/*.tar"):
+        assert load_config(path, [f"sets.train.images={pattern}"]).sets[0].images == str(tmp_path / pattern)
+
+
 def test_a_list_may_have_its_root_below_data_and_its_classes_beside_the_file(study, tmp_path):
     text = 'data = "d"\n' + STUDY.replace('"data/train"', '"lists/a.txt"\nroot = "images"\nclasses = "some.txt"')
     (train, _) = load_config(study(text=text)).sets

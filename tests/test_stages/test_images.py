@@ -166,7 +166,7 @@ def test_csv(tmp_path):
         ("l.csv", 'path\n"1.png', "not CSV"),
         ("l.csv", "path\n" + "x" * 200_000, "not CSV"),
         ("l.csv", "path\n" + "x" * 5000, "none of its 1 images"),
-        ("l.tgz", "", "unpack it"),
+        ("l.tgz", "", "not a source of images"),
         ("l.npy", "", "not a source of images; give a folder"),
     ],
 )

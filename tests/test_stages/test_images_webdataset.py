@@ -132,6 +132,7 @@ def test_a_caption_is_no_class(tmp_path, texts, folder, expected):
     table = list_images(write_tar(tmp_path / "s.tar", files))
     assert tuple(classes(table).values()) == expected
     assert table.left_out == ({} if "3" in expected else {".txt": 2})
+    assert any("whole numbers in .txt files" in note for note in table.notes) is ("3" in expected)
 
 
 def test_whole_numbers_of_json_may_have_a_point(tmp_path):
