@@ -17,6 +17,7 @@ from cache.inputs import Failure, InputTable
 from cache.lock import Lock
 from cache.manifest import Manifest, ShardInfo, resumed_with
 from cache.plan import ShardPlan, plan_shards
+from cache.shard import list_datasets, read_dataset
 from cache.spec import FeatureSpec
 from cache.store import Damage, FeatureCache, find_caches, next_cache_path, restore_manifest
 
@@ -43,8 +44,10 @@ __all__ = [
     "file_sha256",
     "find_caches",
     "fingerprint",
+    "list_datasets",
     "next_cache_path",
     "plan_shards",
+    "read_dataset",
     "restore_manifest",
     "resumed_with",
     "sha256",

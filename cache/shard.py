@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from cache.lock import NO_LOCKS
 from cache.spec import FeatureSpec
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every item size
+_CHUNK_CACHE = 64 << 20  # bytes: so that a chunk larger than HDF5's own 1 MiB is unpacked once, not at every row
+_MOST_DATASETS = 10_000  # of a file of other people
 _BLOCK = 1 << 20  # bytes that are cast or checked together: they stay in the cache of a core
 
 
@@ -279,11 +282,55 @@ class ShardReader:
             raise CacheDamagedError(f"{self.path}: cannot be opened as HDF5: {error}; run verify") from error
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, **options: Any) -> h5py.File:
     """A shard to read. HDF5 locks what it opens; where there are no locks it need not, for shards arrive by rename."""
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", **options)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return h5py.File(path, "r", locking=False)
+        return h5py.File(path, "r", locking=False, **options)
+
+
+# ------------------------------------------------------------------------------------------ files of other people
+
+
+def list_datasets(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of the datasets of any HDF5 file, by their path in it, such as ``cls`` or ``group/cls``.
+
+    Links to other files, external storage and virtual datasets are left out: what a file says of others is not read.
+
+    Raises:
+        OSError, RuntimeError, KeyError, ValueError, TypeError: what HDF5 makes of bad bytes.
+    """
+    with _open(Path(path)) as file:
+        found = dict(islice(_datasets_below(file, "", ()), _MOST_DATASETS + 1))
+    if len(found) > _MOST_DATASETS:  # or groups that are linked to one another many times over
+        raise ValueError(f"it has more than {_MOST_DATASETS:,} datasets")
+    return found
+
+
+def _datasets_below(
+    group: h5py.Group, at: str, above: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[tuple[int, ...], np.dtype[Any]]]]:
+    here = h5py.h5o.get_info(group.id).addr
+    if here in above:  # a link back
+        return
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            continue
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            yield from _datasets_below(item, f"{at}{name}/", (*above, here))
+        elif isinstance(item, h5py.Dataset) and item.shape is not None and not (item.is_virtual or item.external):
+            yield f"{at}{name}", (item.shape, item.dtype)
+
+
+def read_dataset(path: str | Path, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+    """Rows ``start`` to ``stop`` (exclusive) of a dataset that `list_datasets` found; text as bytes.
+
+    Raises:
+        OSError, RuntimeError, KeyError, ValueError, TypeError: what HDF5 makes of bad bytes.
+    """
+    with _open(Path(path), rdcc_nbytes=_CHUNK_CACHE) as file:
+        return np.asarray(file[name][start:stop])

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from stages.config import (
+    ARRAY_KEYS,
     SCORE_NAMES,
     BackboneConfig,
     FinetuneConfig,
@@ -109,24 +110,29 @@ class SetConfig(StageConfig):
     role: Literal["id-train", "id-val", "id-test", "near-ood", "far-ood"]
     images: str | None = None
     root: str | None = None  # folder that the paths of a list are relative to; its own folder where nothing is given
-    classes: str | None = None  # text file, a class a line: images of other classes are left out
+    # A list, or a text file with a class a line. Of images: those of other classes are left out. Of features: the names
+    # of the columns of logits and of the numbers in label.
+    classes: str | Several[str] | None = None
     # Which column of a list is the image, and which its class; the usual names where nothing is given.
     path_column: str | None = Field(default=None, min_length=1)
     label_column: str | None = Field(default=None, min_length=1)
-    features: str | None = None  # instead of images: a file of arrays, see stages/arrays.py
+    features: str | None = None  # instead of images: arrays in a file or in several, see stages/arrays
+    columns: dict[str, str] | None = None  # of features: what keys are called there, { cls = "emb", label = "y" }
     origin: str | None = Field(default=None, min_length=1)  # where these features come from; others do not mix
 
     @property
     def source(self) -> str:
         """What it is made from."""
         root = f", its paths below {self.root}" if self.root else ""
-        classes = f", the classes of {self.classes}" if self.classes else ""
+        listed = self.classes if isinstance(self.classes, str) else ", ".join(self.classes or ())
+        classes = f", the classes of {listed}" if listed else ""
         columns = "".join(
             f", {what} in {name!r}"
             for what, name in (("paths", self.path_column), ("classes", self.label_column))
             if name is not None
         )
-        return f"{self.images or self.features}{root}{classes}{columns}"
+        keys = "".join(f", {key} in {name!r}" for key, name in (self.columns or {}).items())
+        return f"{self.images or self.features}{root}{classes}{columns}{keys}"
 
 
 class SplitConfig(StageConfig):
@@ -247,9 +253,16 @@ class RunConfig(StageConfig):
         for entry in self.sets:
             if entry.name == "average":
                 yield "sets.average: this name is taken by the averages of the table"
-            for key in ("root", "classes", "path_column", "label_column"):
+            for key in ("root", "path_column", "label_column"):
                 if entry.images is None and getattr(entry, key) is not None:
                     yield f"sets.{entry.name}.{key}: is for images; this set has none"
+            if entry.columns is not None and entry.features is None:
+                yield f"sets.{entry.name}.columns: is for features; of images it is path_column and label_column"
+            if entry.classes is not None and not entry.classes:
+                yield f"sets.{entry.name}.classes: {_shown(entry.classes)} given, must be names or the path of a file"
+            for key in entry.columns or {}:
+                if key not in ARRAY_KEYS:
+                    yield f"sets.{entry.name}.columns.{key}: unknown key{nearest(key, ARRAY_KEYS)}"
         yield from self._source_problems()
         for score in self.score.scores:
             if (unknown := unknown_part(score)) is not None:

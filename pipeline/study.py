@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from pipeline.legs import Leg, legs
 from pipeline.predictions import Format, predict_sources
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
-from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, list_arrays
+from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
 from stages.artifacts import read_json, write_text
 from stages.backbone import stored_grid
 from stages.dataset import IdData
@@ -436,18 +437,20 @@ class Study:
         return [predict_sources(predictor, leg, paths, sources, form, self.progress)]
 
     def _new_source(self, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
-        """What `predict` is to score: images, or a file of features where the study's sets are such files."""
+        """What `predict` is to score: images, or features as the study's sets have them."""
         if not self.config.has_features:
             images = list_images(path)
             for note in (*images.notes, *filter(None, [describe_left_out(images.left_out)])):
                 self.progress.note(f"{path}: {note.removeprefix(f'{path}: ')}")
             return images
-        if Path(path).suffix.lower() not in ARRAY_SUFFIXES:
+        if Path(path).suffix.lower() not in ARRAY_SUFFIXES and not os.path.isdir(path) and not is_pattern(path):
             raise InputError(
                 f"{path}: this study's sets have features, and nothing here makes such features of an image: give a "
                 f"file of them ({', '.join(ARRAY_SUFFIXES)})"
             )
-        table = list_arrays(path)
+        (train,) = self.config.sets_of("id-train")
+        named = {key: name for key, name in (train.columns or {}).items() if key not in ("label", "id")}
+        table = self._read_features(path, named or None, None)
         network = (spec.backbone, spec.weights_sha, spec.expert_blocks, spec.image_size)
         if difference := table.spec(spec.origin, spec.dtype, network).first_difference(spec):
             raise InputError(f"{path}: other arrays than those of the study: {difference}")
@@ -652,24 +655,31 @@ class Study:
     def _given(self, entry: SetConfig) -> ArrayTable:
         if entry.name not in self._arrays:
             with _about(entry):
-                self._arrays[entry.name] = list_arrays(entry.source)
+                self._arrays[entry.name] = self._read_features(str(entry.features), entry.columns, entry.classes)
         return self._arrays[entry.name]
+
+    def _read_features(
+        self, path: str, columns: Mapping[str, str] | None, classes: str | Sequence[str] | None
+    ) -> ArrayTable:
+        """Arrays; columns of logits are called as those of id-train, and those of its classes alone are taken."""
+        (train,) = self.config.sets_of("id-train")
+        if train.features is None:
+            return list_arrays(path, columns, classes)
+        table = list_arrays(path, columns, classes or train.classes)
+        own = path == train.features and columns == train.columns
+        return table.of_classes((table if own else self._given(train)).samples.class_names)
 
     def _given_spec(self, leg: Leg) -> FeatureSpec:
         """What the features of sets are that came as arrays; refuses those that do not go together."""
         tables = {entry.name: self._given(entry) for entry in self.config.sets}
         (train,) = self.config.sets_of("id-train")
-        columns, classes = tables[train.name].columns, tables[train.name].samples.class_names
-        if self.config.backbone is not None and "patches" not in columns:
+        if self.config.backbone is not None and not tables[train.name].has_tokens:
             raise InputError(
                 f"backbone: sets.{train.name}.features has no patches, so nothing reads it: leave [backbone] out, or "
                 "give the tokens tap_cls and patches that enter its last blocks"
             )
-        if "logits" in columns and classes != tuple(map(str, range(columns["logits"].shape[1]))):
-            raise InputError(
-                f"sets.{train.name}.features: logits have {columns['logits'].shape[1]} columns, label names "
-                f"{len(classes)} classes: with logits, label is the number of a column, and each column has rows"
-            )
+        with _about(train):
+            tables[train.name].check_logits()
         return leg.given_spec(tables)
 
     def _check_origins(self, spec: FeatureSpec) -> None:

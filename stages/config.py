@@ -10,6 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+# What a file of features may hold, see stages/arrays.
+ARRAY_FEATURES = ("cls", "tap_cls", "registers", "patches", "logits")
+ARRAY_KEYS = (*ARRAY_FEATURES, "label", "id")
+
 
 class StageConfig(BaseModel):
     """Settings of one stage; strict types, so that ``epochs = "20"`` is an error and not a guess."""

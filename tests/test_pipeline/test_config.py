@@ -372,8 +372,8 @@ def test_a_list_may_say_which_columns_count(study):
     assert 'label_column: "" given' in refusal(study(text=text.replace("breed", "")))
 
 
-@pytest.mark.parametrize("key", ["root", "classes", "path_column", "label_column"])
-def test_root_classes_and_columns_are_for_images(study, key):
+@pytest.mark.parametrize("key", ["root", "path_column", "label_column"])
+def test_root_and_columns_of_lists_are_for_images(study, key):
     text = STUDY.replace('images = "sklearn:photos"', f'features = "mine.npz"\norigin = "o"\n{key} = "x"')
     assert f"sets.textures.v2.{key}: is for images" in refusal(study(text=text))
 

@@ -9,7 +9,9 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from cache import FeatureCache
 from stages.scorers import energy_score
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 
@@ -153,7 +155,7 @@ def test_a_second_run_does_nothing(study, tmp_path):
 
 
 def test_scoring_opens_no_file_of_features(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.study.list_arrays", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("pipeline.study.list_arrays", lambda path, *_: pytest.fail(f"{path} was opened"))
     done("score", *study, *settings("score.k=3"))
     assert json.loads(table(tmp_path)[0]["params"])["k"] == 3
 
@@ -180,7 +182,7 @@ def test_images_cannot_be_scored(study, tmp_path):
     (tmp_path / "a.jpg").touch()
     assert refused("predict", *study, tmp_path / "a.jpg").endswith(
         "a.jpg: this study's sets have features, and nothing here makes such features of an image: give a file of them "
-        "(.npz, .npy, .parquet)"
+        "(.npz, .npy, .parquet, .h5, .hdf5, .pt, .pth, .safetensors)"
     )
 
 
@@ -229,7 +231,7 @@ def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
         ),
         (
             {"train": {"label": np.arange(160) % 3}, "test": {"label": np.arange(48) % 3}},
-            "sets.train.features: logits have 4 columns, label names 3 classes: ",
+            "sets.train.features: {train}: logits have 4 columns, label names 3 classes: ",
         ),
         ({"near": {"cls": None}}, "sets.near.features: {near}: 'cls' is missing"),
     ],
@@ -237,7 +239,8 @@ def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
 def test_files_refused(copy, change, message):
     for name, arrays in change.items():
         replaced(copy, name, **arrays)
-    assert refused("extract", copy / "study.toml").startswith(message.format(near=copy / "near.npz"))
+    message = message.format(near=copy / "near.npz", train=copy / "train.npz")
+    assert refused("extract", copy / "study.toml").startswith(message)
 
 
 def test_a_feature_that_is_no_number(copy):
@@ -340,3 +343,83 @@ def test_features_beside_images_of_another_network_are_refused(mixed, tmp_path, 
         text = re.sub('origin = ".*"', f'origin = "{change["origin"]}"', text)
     (tmp_path / "study.toml").write_text(text)
     assert message in refused("extract", tmp_path / "study.toml")
+
+
+# ------------------------------------------------------------------------------------------ as people have them
+
+
+HEAD = [f"other {i}" for i in range(3)] + ["three", "one", "two", "zero"]
+
+
+@pytest.fixture
+def elsewhere(plain, tmp_path):
+    """The same features in parts, under other names, with logits of a larger head and its numbers as labels."""
+    for name in ROWS:
+        with np.load(plain / f"{name}.npz") as stored:
+            logits = np.concatenate(
+                [np.full((len(stored["cls"]), 3), 99, np.float32), stored["logits"][:, [3, 1, 2, 0]]], 1
+            )
+            (tmp_path / name).mkdir()
+            for part, rows in enumerate(np.array_split(np.arange(len(logits)), 3)):
+                arrays = {"emb": stored["cls"][rows], "logits": logits[rows], "url": stored["id"][rows]}
+                numbers = {0: 6, 1: 4, 2: 5, 3: 3}
+                labels = np.array([numbers.get(label, 0) for label in stored["label"][rows].tolist()], np.uint8)
+                np.savez(tmp_path / name / f"part-{part}.npz", **arrays, y=labels)
+    text = re.sub(r'features = "(.*)\.npz"', r'features = "\1"\ncolumns = { cls = "emb", label = "y" }', STUDY)
+    (tmp_path / "study.toml").write_text(
+        text.replace('label = "y" }', f'label = "y" }}\nclasses = {json.dumps(HEAD)}', 1)
+    )
+    return tmp_path
+
+
+def test_parts_names_and_a_larger_head(elsewhere, plain):
+    said = done("extract", elsewhere / "study.toml").err
+    assert "left out: 'url': columns that no key names" in said
+    assert "3 of 7 columns of logits are of no ID class and left out" in said
+    (path,) = (elsewhere / "work" / "cache").glob("test-*")
+    cache = FeatureCache.open(path)
+    with np.load(plain / "test.npz") as stored:
+        assert cache.class_names == ("one", "three", "two", "zero")
+        assert [cache.class_names[label] for label in cache.labels] == [
+            ("zero", "one", "two", "three")[label] for label in stored["label"]
+        ]
+        np.testing.assert_array_equal(cache.read("logits"), stored["logits"][:, [1, 3, 2, 0]])
+        np.testing.assert_array_equal(cache.read("cls"), stored["cls"])
+    assert "fresh" in done("extract", elsewhere / "study.toml").out
+
+
+def test_predict_takes_every_kind_of_file(study, plain, tmp_path):
+    with np.load(plain / "test.npz") as stored:
+        rows = {name: torch.from_numpy(stored[name][:3]) for name in ("cls", "logits")}
+    torch.save(rows, tmp_path / "new.pt")
+    (tmp_path / "parts").mkdir()
+    for row in range(3):
+        np.savez(tmp_path / "parts" / f"{row}.npz", **{name: array[row : row + 1] for name, array in rows.items()})
+    one, many = (done("predict", *study, tmp_path / name).out for name in ("new.pt", "parts"))
+    assert one.replace("new.pt", "parts") == many
+    assert len(one.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('columns = { cls = "emb", lable = "y" }', "sets.train.columns.lable: unknown key; did you mean 'label'?"),
+        ("classes = []", "sets.train.classes: [] given, must be names or the path of a file"),
+        ('columns = { cls = "emd" }', "columns.cls: 'emd' is not there"),
+        ('classes = ["a", "b"]', "logits have 4 columns, classes names 2"),
+        ('classes = "no.txt"', "no.txt: cannot be read"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(copy, text, said):
+    (copy / "study.toml").write_text(STUDY.replace('features = "train.npz"', f'features = "train.npz"\n{text}'))
+    assert said in refused("extract", copy / "study.toml")
+
+
+def test_columns_are_for_features(copy):
+    text = STUDY.replace(
+        'features = "near.npz"\norigin = "lite0@48"', 'images = "sklearn:photos"\ncolumns = { cls = "x" }'
+    )
+    (copy / "study.toml").write_text(text)
+    assert "sets.near.columns: is for features; of images it is path_column and label_column" in refused(
+        "extract", copy / "study.toml"
+    )

@@ -4,12 +4,15 @@ import tracemalloc
 import warnings
 import zipfile
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from cache import FeatureCache
 from stages import arrays as module
@@ -54,6 +57,22 @@ def as_parquet(path, rows, fixed=True):
     return path
 
 
+def as_hdf5(path, rows, **options):
+    with h5py.File(path, "w") as file:
+        for name, array in rows.items():
+            texts = {"dtype": h5py.string_dtype()} if array.dtype.kind == "U" else {}
+            file.create_dataset(name, data=array.tolist() if texts else array, **texts, **options)
+    return path
+
+
+def as_torch(path, rows, **options):
+    def stored(array):
+        return array.tolist() if array.dtype.kind == "U" else torch.from_numpy(array)
+
+    torch.save({name: stored(array) for name, array in rows.items()}, path, **options)
+    return path
+
+
 FORMATS = {
     "npz": ("f.npz", as_npz, {}),
     "compressed": ("f.npz", as_npz, {"compressed": True}),
@@ -61,6 +80,10 @@ FORMATS = {
     "by columns": ("f.npy", as_npy, {"order": "F"}),
     "parquet": ("f.parquet", as_parquet, {}),
     "parquet, lists": ("f.parquet", as_parquet, {"fixed": False}),
+    "hdf5": ("f.h5", as_hdf5, {}),
+    "hdf5, in chunks": ("f.hdf5", as_hdf5, {"chunks": True, "compression": "gzip"}),
+    "torch": ("f.pt", as_torch, {}),
+    "torch, before 1.6": ("f.pth", as_torch, {"_use_new_zipfile_serialization": False}),
 }
 
 
@@ -85,6 +108,14 @@ def test_every_kind_of_file_becomes_the_same_sealed_cache(table, rows, tmp_path)
     assert cache.spec.grid == (2, 3)
     assert (cache.spec.origin, cache.spec.n_logits, cache.spec.backbone) == ("net@224", 3, "")
     assert len({row.tobytes() for row in cache.image_hashes}) == N
+
+
+def test_safetensors_are_read_in_place(rows, tmp_path):
+    arrays = {name: array for name, array in rows.items() if name != "id"}
+    save_file(arrays, tmp_path / "f.safetensors", {"made": "by hand"})
+    cache = imported(list_arrays(str(tmp_path / "f.safetensors")), tmp_path)
+    for name in ("cls", "tap_cls", "registers", "logits"):
+        np.testing.assert_array_equal(cache.read(name), rows[name])
 
 
 def test_the_kind_of_file_is_not_part_of_the_identity(rows, tmp_path):
@@ -187,7 +218,12 @@ def test_other_labels_are_another_version(rows, tmp_path):
         ({"id": np.ones(N)}, "id is float64, must be text"),
         ({"tap_cls": None}, "has registers, but no tap_cls: give the class token that stands before them"),
         ({"tap_cls": np.ones((N, 5))}, f"tokens of one network have one length: tap_cls ({N}, 5), registers "),
-        ({"labels": np.arange(N)}, "'labels' is not a known key; did you mean 'label'? (known: cls, "),
+        (
+            {"label": None, "labels": np.arange(N)},
+            "'labels' is not a known key; did you mean 'label'? Say so by columns ",
+        ),
+        ({"label": np.arange(N).astype("V2")}, "label is |V2, must be whole numbers or text"),
+        ({"cls": np.ones((N, D), "V2")}, "cls is |V2, must be float16, float32 or float64: numpy knows no bfloat16"),
     ],
 )
 @pytest.mark.parametrize("kind", ["npz", "compressed"])
@@ -213,18 +249,20 @@ def test_pickled_objects_are_never_loaded(tmp_path):
         def __reduce__(self):
             return pytest.fail, ("code of the file was run",)
 
-    for name in ("f.npz", "f.npy"):
-        path = tmp_path / name
-        array = np.array([Bomb(), Bomb()])
-        np.savez(path, cls=array) if name == "f.npz" else np.save(path, array, allow_pickle=True)
-        with pytest.raises(InputError, match="cls holds pickled Python objects, which may run code and are never "):
+    array = np.array([Bomb(), Bomb()])
+    np.savez(tmp_path / "f.npz", cls=array)
+    np.save(tmp_path / "f.npy", array, allow_pickle=True)
+    torch.save({"cls": torch.ones(2, 2), "more": Bomb()}, tmp_path / "f.pt")
+    torch.save({"cls": np.ones((2, 2))}, tmp_path / "g.pt")
+    for path in tmp_path.iterdir():
+        with pytest.raises(InputError, match="holds pickled Python objects, which may run code and are never loaded"):
             list_arrays(str(path))
 
 
 def test_files_that_are_none(rows, tmp_path):
-    for name in ("f.npz", "f.npy", "f.parquet"):
+    for name in ("f.npz", "f.npy", "f.parquet", "f.h5", "f.pt", "f.safetensors"):
         (tmp_path / name).write_bytes(b"PK\3\4 no archive" * 9)
-        with pytest.raises(InputError, match=rf"{name}: cannot be read: "):
+        with pytest.raises(InputError, match=rf"{name}: (cannot be read: |holds pickled)"):
             list_arrays(str(tmp_path / name))
     with pytest.raises(InputError, match=r"no\.npz': no such file"):
         list_arrays(str(tmp_path / "no.npz"))
@@ -277,9 +315,9 @@ def test_a_zip_with_a_key_twice(tmp_path, rows):
         list_arrays(str(path))
 
 
-@pytest.mark.parametrize("kind", ["npz", "compressed", "parquet"])
+@pytest.mark.parametrize("kind", ["npz", "compressed", "parquet", "hdf5, in chunks"])
 def test_memory_does_not_grow_with_the_rows(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr("stages.arrays.columns.BLOCK_BYTES", 1 << 17)
     name, write, options = FORMATS[kind]
     peaks = []
     for n in (300, 3_000):
