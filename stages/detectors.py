@@ -57,7 +57,7 @@ class SetRows:
         expert: ``[n]`` the expert that each row went to; None without experts.
         confidence: ``[n]`` the router's probability of its choice, or of its second one where it is that; None without
             experts.
-        others: ``[n, E]`` each group's probability of "other"; None where the heads do not see the same features.
+        others: ``[n, E]`` each group's log odds of "other"; None where the heads do not see the same features.
         other: ``[n]`` logit of the expert's "other" beside its trained head's; None where there is none.
         patches: ``[n, P, D]`` patch tokens after the final norm, read when they are asked for; None where there are
             none.
@@ -148,7 +148,7 @@ class Subject:
         runs: one for each fold.
         bank: training rows of the final model.
         n_experts: E; 0 without experts.
-        has_others: whether its rows carry each group's probability of "other".
+        has_others: whether its rows carry each group's log odds of "other".
     """
 
     key: SubjectKey

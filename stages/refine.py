@@ -33,8 +33,8 @@ class Refined:
         expert: ``[N]`` int64.
         gate: ``[N, E]`` float32, the router's group probabilities.
         router_class: ``[N]`` int64, the router's most probable class.
-        others: ``[N, E]`` float32, each group's probability of its "other"; ``[N, 0]`` where every head sees the
-            features of its own expert, or where there is no "other".
+        others: ``[N, E]`` float32, each group's log odds of its "other"; ``[N, 0]`` where every head sees the features
+            of its own expert, or where there is no "other".
     """
 
     features: NDArray[np.float32]
@@ -165,10 +165,11 @@ def _columns(mixture: MixtureOfFeatureExperts, cache: FeatureCache) -> dict[str,
 
 
 def _others(mixture: MixtureOfFeatureExperts, tokens: Tokens) -> Tensor:
-    """``[B, E]`` each group's probability of "other"; ``[B, 0]`` where that needs E experts a row, or there is none."""
+    """``[B, E]`` each group's log odds of "other"; ``[B, 0]`` where that needs E experts a row, or there is none."""
     if not _says_other_of_all(mixture):
         return tokens.cls[:, :0]
-    return torch.stack([expert(tokens)[1].softmax(1)[:, -1] for expert in mixture.experts], dim=1)
+    outputs = [expert(tokens)[1] for expert in mixture.experts]  # over the group's classes and, last, "other"
+    return torch.stack([each[:, -1] - each[:, :-1].logsumexp(1) for each in outputs], dim=1)
 
 
 def _says_other_of_all(mixture: MixtureOfFeatureExperts) -> bool:

@@ -41,10 +41,11 @@ from stages.scorers import threshold_at
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
 from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
 
-SCORE_SEMANTICS = 3  # raise it when the same caches, models and settings would give another table
+SCORE_SEMANTICS = 4  # raise it when the same caches, models and settings would give another table
 ADMIT = (0.95, 0.99)
 Scores = dict[str, NDArray[np.float32]]  # of each set
 Predictions = dict[str, dict[str, NDArray[np.int32]]]  # class of each row, by set and head
+_WORTH_SAYING = 0.01  # share of rows that tie
 _SAMPLES = 1 << 16  # rows that are written at once
 _TAKEN = {"id", "average"}  # names that the table uses itself
 
@@ -81,6 +82,7 @@ def score(
     evaluator = Evaluator(oods, sizes, config.bootstrap)
     rows: list[tuple[OODRow, Replicates]] = []
     left_out: dict[tuple[str, str], list[str]] = {}  # (score, what it needs) -> features that lack it
+    ties = _Ties({_key(test): test.cache.image_hashes for test in tests})
     thresholds: list[dict[str, Any]] = []
     written: set[Path] = set()
     id_record: dict[str, Any] = {"accuracy": [], "router": [], "k": [], "split": {}}
@@ -100,6 +102,8 @@ def score(
                     rows += evaluator.rows(name, scores["id"], {ood: scores[ood] for ood, _ in oods})
                     scored.setdefault(routing, []).append((detector, scores))
                     thresholds += _thresholds(detector, name)
+                if not detector.calibrated:  # a map of each expert's own scale unties nothing
+                    ties.look(detector.score, _place(subject, detector.head), next(iter(routes.values())))
                 progress.advance()
             progress.close()
             predicted = {routing: made.predictions(routing) for routing in made.routings}
@@ -113,8 +117,7 @@ def score(
                 id_record["router"].append(_router_record(made, predicted))
             for lacking, what, head in made.factory.left_out():
                 if subject.n_experts or not source.mixtures or not needs_of(lacking) & {"others", "other"}:
-                    where = f"head {head} of {_words(subject)}" if head else _words(subject)
-                    left_out.setdefault((lacking, what), []).append(where)
+                    left_out.setdefault((lacking, what), []).append(_place(subject, head))
             for routing, results in scored.items():
                 shown = _Shown(made.routed(routing), predicted.get(routing, predicted[made.routings[0]]))
                 written |= _write_samples(folder / "samples", subject, routing, results, shown, source)
@@ -133,7 +136,40 @@ def score(
     ]
     for (lacking, what), places in left_out.items():
         notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
+    notes += ties.notes()
     return ScoreResult(table, summary, notes)
+
+
+class _Ties:
+    """Rows that a score cannot tell apart: a tie counts half in AUROC, and no threshold comes between.
+
+    Args:
+        images: SHA-256 of each row's image, ``[n, 32]`` of each set. Of rows of one image the first counts alone.
+    """
+
+    def __init__(self, images: Mapping[str, NDArray[np.uint8]]) -> None:
+        hashes = np.concatenate(list(images.values()))
+        first = np.zeros(len(hashes), dtype=bool)
+        first[np.unique(hashes, axis=0, return_index=True)[1]] = True
+        ends = np.cumsum([len(own) for own in images.values()])[:-1]
+        self._distinct = dict(zip(images, np.split(first, ends), strict=True))
+        self._found: dict[str, dict[str, str]] = {}  # score -> where -> how many
+
+    def look(self, score: str, where: str, scores: Scores) -> None:
+        """Count among the rows of all sets together; remembered where more than 1 % tie."""
+        values = np.concatenate([scores[name][own] for name, own in self._distinct.items()])
+        counts = np.unique(values, return_counts=True)[1]
+        tied = int(counts[counts > 1].sum())
+        if tied > _WORTH_SAYING * len(values):
+            self._found.setdefault(score, {})[where] = f"{tied} of {len(values)}"
+
+    def notes(self) -> list[str]:
+        """A line for each score of which more than 1 % of the rows tie."""
+        return [
+            f"{score}: rows that have another row's score, and count half in AUROC: "
+            + ", ".join(f"{share} ({where})" for where, share in places.items())
+            for score, places in self._found.items()
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,6 +427,10 @@ def _sample_tables(
 def _words(subject: Subject) -> str:
     own = "the backbone's own features" if subject.key.features == "cls" else f"variant {subject.key.variant}"
     return own if subject.key.backbone == "pretrained" else f"{own} ({subject.key.backbone})"
+
+
+def _place(subject: Subject, head: str) -> str:
+    return _words(subject) if head in ("", NO_HEAD) else f"head {head} of {_words(subject)}"
 
 
 def _key(test: TestSet) -> str:

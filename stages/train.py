@@ -42,7 +42,7 @@ from stages.refine import REFINE_BATCH, Refined, refine_to, refined_path
 from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
 from stages.split import Rows
 
-TRAIN_SEMANTICS = 4  # raise it when the same settings would train another model
+TRAIN_SEMANTICS = 5  # raise it when the same settings would train another model
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Higher = more OOD, everywhere. A new score is one file beside these, a line in `
     base          ScoreInputs, what a score may look at; Scorer, what a score is, and its routing over experts
     energy, msp, temperature, maxlogit, entropy, gen, klmatching    scores of the logits
     react, ash, scale, lts, vra, dice, gradnorm                     scores of the last layer's input and weights
-    mos           the smallest probability of "other" over the groups
-    other         the routed expert's probability of "other"
+    mos           the smallest odds of "other" over the groups
+    other         the routed expert's odds of "other"
     softmax, quantiles, shaping    what several of them share
     knn, knn_mean distance to the k-th neighbour, and mean distance to the k nearest
     patch_knn     the patches farthest from all patches of ID training images

@@ -79,7 +79,7 @@ class ScoreInputs:
             they are left out, ``head`` gives them.
         labels: [n] integers, of ID rows; negative: unknown.
         expert: [n] integers, the expert whose features and logits these are; absent where there are no experts.
-        others: [n, E], each group's probability of "other"; only where the heads of all experts see the same features.
+        others: [n, E], each group's log odds of "other"; only where the heads of all experts see the same features.
         other: [n] logit of the routed expert's "other", beside the ``logits`` of its own trained head.
         patches: [n, P, D] patch tokens after the final norm; an array, or rows that become one when they are read.
         head: the linear head that makes the logits: one for all rows, or one for each expert.
@@ -168,6 +168,12 @@ class ScoreInputs:
             rows = np.flatnonzero(self.expert == expert)
             logits[rows] = self.head[expert].logits(features[rows])
         return logits
+
+    @property
+    def n_classes(self) -> int | None:
+        """C, of the logits or of the head that makes them; None where there is neither."""
+        head = self.head[0] if isinstance(self.head, tuple) else self.head
+        return self.logits.shape[1] if self.logits is not None else None if head is None else len(head.bias)
 
     def classes(self) -> NDArray[np.intp] | None:
         """Classes that apply, of the head or of the logits; None where there is neither."""
@@ -308,13 +314,18 @@ class Scorer(ABC):
             select: held-out ID rows, for scores that choose a setting by them.
 
         Raises:
-            InputError: no rows, or rows that lack what the score needs.
+            InputError: no rows, rows that lack what the score needs, or, of a score that reads logits, labels beyond
+                their columns.
         """
         self._learnt = {}
         if not self.needs & {"bank", "select", "head"}:
             return self
         if not len(train):
             raise InputError(f"{self.name} needs ID training rows, none given")
+        if self.needs & {"logits", "head"}:
+            for rows in (train, *(() if select is None else (select,))):
+                if rows.labels is not None and (n_classes := rows.n_classes) is not None:
+                    labels_within(rows.labels, n_classes, self.name)
         experts = [None] if train.expert is None else np.unique(train.expert).tolist()
         with _naming_rows("ID training", train), _naming_rows("held-out ID", select):
             for expert in experts:
@@ -470,6 +481,20 @@ def check_settings(scorer: type[Scorer], settings: Mapping[str, Any]) -> None:
             raise InputError(f"{scorer.name}.{key}: unknown setting{nearest(key, model.model_fields)}") from error
         must = re.sub(r"^\w+ should ", "", problem["msg"])
         raise InputError(f"{scorer.name}.{key}: {problem['input']!r} given, must {must}") from error
+
+
+def labels_within(labels: NDArray[np.integer], n_classes: int, who: str) -> NDArray[np.integer]:
+    """Labels [n], unknown ones (negative) included.
+
+    Raises:
+        InputError: one beyond the classes that there are logits of.
+    """
+    labels = np.asarray(labels)
+    if len(labels) and labels.max() >= n_classes:
+        raise InputError(
+            f"{who}: ID rows of class {labels.max()}, but logits of {n_classes} classes, 0 to {n_classes - 1}"
+        )
+    return labels
 
 
 def scaled_logits(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:

@@ -8,14 +8,15 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from stages.scorers.base import Floats, ScoreInputs, Scorer
-from stages.scorers.softmax import softmax_of
+from stages.scorers.softmax import ALONE, Softmax, finite_log, log_sum
 
 
 def gen_score(logits: ArrayLike, gamma: float = 0.1, top: int | None = 100, floor: float = 0.0) -> Floats:
-    """Σ p^γ (1 − p)^γ over the M largest of p = softmax(l); higher = more OOD.
+    """log(Σ p^γ (1 − p)^γ) over the M largest of p = softmax(l); higher = more OOD.
 
-    Liu et al., "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", CVPR 2023. pytorch-ood gives
-    the mean over the M, which is this divided by M.
+    Liu et al., "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", CVPR 2023, whose score is the
+    sum: the logarithm keeps the order where the sum itself is too small for float32. pytorch-ood gives the mean over
+    the M, the sum divided by M.
 
     Args:
         logits: [n, C]; −inf for classes that do not apply.
@@ -24,21 +25,22 @@ def gen_score(logits: ArrayLike, gamma: float = 0.1, top: int | None = 100, floo
         floor: p is clipped into [floor, 1 − floor] first.
 
     Returns:
-        [n] float32.
+        [n] float32; −36.7 γ where one class alone applies.
 
     Raises:
         InputError: as `scaled_logits`.
 
-    >>> gen_score([[0.0, 0.0], [40.0, 0.0]], gamma=0.5).round(4).tolist()
+    >>> np.exp(gen_score([[0.0, 0.0], [40.0, 0.0]], gamma=0.5)).round(4).tolist()
     [1.0, 0.0]
     """
-    p, rest, _ = softmax_of(logits)
+    softmax = Softmax.of(logits)
+    log_p, log_rest = -softmax.surprise, softmax.log_rest
     if floor:
-        p, rest = p.clip(floor, 1 - floor), rest.clip(floor, 1 - floor)
-    if top is not None and top < p.shape[1]:
-        largest = np.argpartition(p, -top, axis=1)[:, -top:]
-        p, rest = np.take_along_axis(p, largest, axis=1), np.take_along_axis(rest, largest, axis=1)
-    return np.asarray(((p * rest) ** gamma).sum(axis=1), dtype=np.float32)
+        log_p, log_rest = (each.clip(np.log(floor), np.log1p(-floor)) for each in (log_p, log_rest))
+    if top is not None and top < log_p.shape[1]:
+        largest = np.argpartition(log_p, -top, axis=1)[:, -top:]
+        log_p, log_rest = (np.take_along_axis(each, largest, axis=1) for each in (log_p, log_rest))
+    return finite_log(log_sum(gamma * (log_p + log_rest)), gamma * ALONE)
 
 
 @dataclass(eq=False)

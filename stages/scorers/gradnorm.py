@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from stages.bank import checked_features
 from stages.errors import InputError
 from stages.scorers.base import Floats, ScoreInputs, Scorer
-from stages.scorers.softmax import softmax_of
+from stages.scorers.softmax import Softmax
 
 
 def gradnorm_score(features: ArrayLike, logits: ArrayLike) -> Floats:
@@ -32,7 +32,7 @@ def gradnorm_score(features: ArrayLike, logits: ArrayLike) -> Floats:
     >>> gradnorm_score([[1.0, -2.0], [1.0, -2.0]], [[0.0, 0.0], [np.log(3), 0.0]]).round(4).tolist()
     [-0.0, -3.0]
     """
-    z, p = checked_features(features, "GradNorm's"), softmax_of(logits).p
+    z, p = checked_features(features, "GradNorm's"), Softmax.of(logits).p
     if len(z) != len(p):
         raise InputError(f"GradNorm needs as many rows of features as of logits, got {len(z)} and {len(p)}")
     applies = ~np.isneginf(np.asarray(logits))

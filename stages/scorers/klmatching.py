@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
 from stages.scorers.base import Floats, RowsName, ScoreInputs, Scorer, fitting_rows
-from stages.scorers.softmax import softmax_of
+from stages.scorers.softmax import Softmax
 
 Unpredicted = Literal["left out", "one-hot"]
 
@@ -28,30 +28,37 @@ def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "lef
     [[0.75, 0.25]]
     """
     sums: NDArray[np.float64] = np.zeros((0, 0))
+    doubts: NDArray[np.float64] = np.zeros(0)  # sums of 1 − p of the predicted class
     counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
     for logits in blocks:
-        p = softmax_of(logits).p
+        softmax = Softmax.of(logits)
+        p, doubt, predicted = softmax.p, np.exp(softmax.log_doubt), softmax.largest
         if not sums.size:
-            sums, counts = np.zeros((p.shape[1], p.shape[1])), np.zeros(p.shape[1], dtype=np.int64)
-        predicted = p.argmax(axis=1)
+            n_classes = p.shape[1]
+            sums, doubts = np.zeros((n_classes, n_classes)), np.zeros(n_classes)
+            counts = np.zeros(n_classes, dtype=np.int64)
         for c in np.unique(predicted):
-            own = p[predicted == c]
-            sums[c] += own.sum(axis=0)
-            counts[c] += len(own)
-    seen = counts > 0
-    if not seen.any():
+            own = predicted == c
+            sums[c] += p[own].sum(axis=0)
+            doubts[c] += doubt[own].sum()
+            counts[c] += own.sum()
+    seen = np.flatnonzero(counts)
+    if not seen.size:
         raise InputError("KL matching needs ID rows to take typical softmaxes from, none given")
-    means = sums[seen] / counts[seen, None]
-    if unpredicted == "one-hot":
-        means = np.concatenate([means, np.eye(len(counts))[~seen]])
     # A probability too small for float64 is the smallest that it has: log 0 would make every divergence infinite.
-    return np.log(np.maximum(means, np.finfo(np.float64).tiny))
+    smallest = np.finfo(np.float64).tiny
+    templates = np.log(np.maximum(sums[seen] / counts[seen, None], smallest))
+    templates[np.arange(len(seen)), seen] = np.log1p(-doubts[seen] / counts[seen])  # may be nearer to 1 than 1 − 1e-16
+    if unpredicted == "one-hot":
+        templates = np.concatenate([templates, np.log(np.maximum(np.eye(len(counts))[counts == 0], smallest))])
+    return templates
 
 
 def kl_matching_score(logits: ArrayLike, log_templates: NDArray[np.float64]) -> Floats:
     """min_c KL(p ‖ d_c), p = softmax(l), d_c the mean softmax of class c; higher = more OOD.
 
-    Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
+    Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022. Of rows much surer of
+    a class than its typical ones it sees no difference: towards p_c = 1 the divergence is −log d_cc, and many may tie.
 
     Args:
         logits: [n, C].
@@ -66,7 +73,8 @@ def kl_matching_score(logits: ArrayLike, log_templates: NDArray[np.float64]) -> 
     >>> kl_matching_score([[5.0, 5.0]], class_templates([[[5.0, 5.0]]])).round(6).tolist()
     [0.0]
     """
-    p, _, surprise = softmax_of(logits)
+    softmax = Softmax.of(logits)
+    p, surprise = softmax.p, softmax.surprise
     negative_entropy = -np.multiply(p, surprise, out=np.zeros_like(p), where=p > 0).sum(axis=1)
     cross = p @ log_templates.T
     return np.asarray(np.maximum(negative_entropy - cross.max(axis=1), 0), dtype=np.float32)

@@ -6,31 +6,35 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.base import Floats, ScoreInputs, Scorer, Temperature, scaled_logits
+from stages.scorers.base import Floats, ScoreInputs, Scorer, Temperature
+from stages.scorers.softmax import Softmax, finite_log
 
 
 def msp_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.float32]:
-    """−max softmax(l / T); higher = more OOD.
+    """log(1 − max p), p = softmax(l / T); higher = more OOD.
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017;
-    with T ≠ 1, Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    with T ≠ 1, Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Their score is −max p, which rounds
+    to −1 for every row whose margin passes 17 in float32, 37 in float64. This is an increasing function of it,
+    −max p = exp(this) − 1: the same order and the same metrics, without the ties.
 
     Args:
         logits: [n, C]; −inf for classes that do not apply.
         temperature: T > 0.
 
     Returns:
-        [n] float32 in [−1, −1/C]. Confident rows saturate: beyond a margin of about 17 they all tie at −1.
+        [n] float32, at most log(1 − 1/C); about minus the margin for confident rows. −36.7 where one class alone
+        applies: p is 1 there whatever the row.
 
     Raises:
         InputError: as `scaled_logits`.
 
-    >>> msp_score([[0.0, 0.0], [np.log(3), 0.0], [5.0, -np.inf]]).tolist()
+    >>> np.expm1(msp_score([[0.0, 0.0], [np.log(3), 0.0], [5.0, -np.inf]])).round(4).tolist()
     [-0.5, -0.75, -1.0]
+    >>> msp_score([[500.0, 0.0], [1000.0, 0.0]]).tolist()
+    [-500.0, -1000.0]
     """
-    scaled = scaled_logits(logits, temperature)
-    # The largest softmax is 1 / Σ exp(l − max l): its own term is exp(0).
-    return np.asarray(-1 / np.exp(scaled - scaled.max(axis=1, keepdims=True)).sum(axis=1), dtype=np.float32)
+    return finite_log(Softmax.of(logits, temperature).log_doubt)
 
 
 @dataclass(eq=False)

@@ -7,20 +7,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import softmax
 
 from stages.scorers.base import ClassifierHead, Floats, ScoreInputs, Scorer
 from stages.scorers.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of, whitened
+from stages.scorers.softmax import ALONE, Softmax, finite_log, log_of_log1p, log_sum
 
 Matrix = NDArray[np.float64]
-_SMALLEST = 1e-12  # probabilities are kept this far from 0 and 1: pytorch-ood's bound
 
 
 def pnml_score(features: ArrayLike, weight: ArrayLike, bias: ArrayLike, whiten: ArrayLike) -> Floats:
-    """The regret log Σ_c p_c / (p_c + (1 − p_c) p_c^κ) / log C, κ = h / (1 + h), h = z̄ᵀ(XᵀX)⁺z̄; higher = more OOD.
+    """log(Γ), Γ = log Σ_c p_c / (p_c + (1 − p_c) p_c^κ) / log C, κ = h / (1 + h), h = z̄ᵀ(XᵀX)⁺z̄; higher = more OOD.
 
     Bibas et al., "Single Layer Predictive Normalized Maximum Likelihood for Out-of-Distribution Detection", NeurIPS
-    2021. z̄ = z / ‖z‖, X the same of the ID training features, and p = softmax(W z̄ + b): the head sees z̄ as well.
+    2021, whose score is the regret Γ; its logarithm has the same order, and keeps it where the head is sure.
+    z̄ = z / ‖z‖, X the same of the ID training features, and p = softmax(W z̄ + b): the head sees z̄ as well.
+    pytorch-ood clips p at 1e-12 first.
 
     Args:
         features: [n, D], any float type; computed in float64.
@@ -29,23 +30,37 @@ def pnml_score(features: ArrayLike, weight: ArrayLike, bias: ArrayLike, whiten: 
         whiten: [D, r] with whiten · whitenᵀ = (XᵀX)⁺ (`stages.scorers.moments.Scatter.whitening`).
 
     Returns:
-        [n] float32 in [0, 1]: 0 for a row that lies in all of X or that the head is sure of. With one class, 0.
+        [n] float32, at most 0: the smaller the more a row lies in all of X or the surer the head is of it. −36.7 where
+        Γ is 0: with one class, and for a row without a component in X.
 
     Raises:
         InputError: another D, NaN or inf.
 
     >>> pnml_score([[2.0, 0.0]], np.zeros((2, 2)), np.zeros(2), whiten=np.eye(2)).round(4)  # p = ½, κ = ½
-    array([0.2284], dtype=float32)
+    array([-1.4765], dtype=float32)
     """
     whiten = np.asarray(whiten, dtype=np.float64)
     rows = float64_rows(features, normalise=True, dim=len(whiten))
     logits = rows @ np.asarray(weight, dtype=np.float64).T + np.asarray(bias, dtype=np.float64)
     if logits.shape[1] == 1:
-        return np.zeros(len(rows), dtype=np.float32)
-    p = np.clip(softmax(logits, axis=1), _SMALLEST, 1 - _SMALLEST)
+        return np.full(len(rows), ALONE, dtype=np.float32)
     leverage = np.square(whitened(rows, whiten)).sum(axis=1, keepdims=True)
-    terms = p / (p + (1 - p) * p ** (leverage / (1 + leverage)))
-    return np.asarray(np.log(terms.sum(axis=1)) / np.log(logits.shape[1]), dtype=np.float32)
+    log_regret = log_of_log1p(_log_excess(Softmax.of(logits), 1 / (1 + leverage)))
+    return finite_log(log_regret - np.log(np.log(logits.shape[1])))
+
+
+def _log_excess(softmax: Softmax, share: Matrix) -> NDArray[np.float64]:
+    """Log of Σ_c t_c − 1, t_c = p_c / (p_c + (1 − p_c) p_c^(1 − share)), [n]; −inf where it is not above 0.
+
+    What the largest class lacks to 1 is taken from the sum of the others: where p is near 1, Σ_c t_c rounds to 1.
+    """
+    odds = softmax.log_rest + share * softmax.surprise  # t = 1 / (1 + exp(odds))
+    every = np.arange(len(odds))
+    lacking = -np.logaddexp(0, -odds[every, softmax.largest])
+    odds[every, softmax.largest] = np.inf
+    others = log_sum(-np.logaddexp(0, odds))
+    with np.errstate(divide="ignore", invalid="ignore"):  # no other class, or nothing above 1
+        return others + np.log(-np.expm1(np.minimum(lacking - others, 0)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.errors import InputError
 from stages.scorers.base import Floats, ScoreInputs, Scorer, scaled_logits
 from stages.scorers.moments import FeatureMoments, float64_rows, known_labels
 
@@ -64,7 +63,7 @@ class SHEScorer(Scorer):
         """Mean of each class's correctly classified rows.
 
         Raises:
-            InputError: rows without a class, or of one that the logits lack.
+            InputError: rows without a class.
         """
         right, every = FeatureMoments(scatter=False), FeatureMoments(scatter=False)
         for block in train.blocks():
@@ -72,11 +71,9 @@ class SHEScorer(Scorer):
             predicted = block.need("logits", self.name).argmax(axis=1)
             every.add(features, labels)
             right.add(features[predicted == labels], labels[predicted == labels])
-        n_classes = train.take(slice(1)).need("logits", self.name).shape[1]
-        if every.classes[-1] >= n_classes:
-            raise InputError(f"she: ID training rows of class {every.classes[-1]}, but logits of {n_classes} classes")
         patterns = every.class_means
-        patterns[np.searchsorted(every.classes, right.classes)] = right.class_means
+        if len(right):  # else no class has a row that is classified right
+            patterns[np.searchsorted(every.classes, right.classes)] = right.class_means
         return Patterns(patterns, every.classes, len(every.classes) - len(right.classes))
 
     def judge(self, x: ScoreInputs, memory: Patterns) -> Floats:

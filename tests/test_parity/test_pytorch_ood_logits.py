@@ -79,15 +79,16 @@ def test_max_logit(parts):
 def test_gen(parts):
     """The mean over all classes there, the sum here; both clip p at 1e-7. In float32 there, 1 − p loses its digits."""
     n_classes = len(parts["train"].head.bias)
-    same(ours("gen", parts), n_classes * theirs(GEN.score, parts, "logits", dtype=np.float64), rtol=1e-4)
-    top = ours("gen", parts, top=2, gamma=0.5)
+    sums = np.exp(ours("gen", parts))  # ours is their logarithm
+    same(sums, n_classes * theirs(GEN.score, parts, "logits", dtype=np.float64), rtol=1e-4)
+    top = np.exp(ours("gen", parts, top=2, gamma=0.5))
     two = theirs(lambda logits: GEN.score(logits, gamma=0.5, M=2), parts, "logits", dtype=np.float64)
     same(top, 2 * two, rtol=1e-4, atol=1e-6)
 
 
 def test_entropy(parts):
-    """p is clipped at 1e-7 there: up to 1.6e-6 a class is added."""
-    same(ours("entropy", parts), theirs(Entropy.score, parts, "logits"), atol=1e-5)
+    """p is clipped at 1e-7 there: up to 1.6e-6 a class is added. Ours is the logarithm."""
+    same(np.exp(ours("entropy", parts)), theirs(Entropy.score, parts, "logits"), atol=1e-5)
 
 
 def test_an_entropy_of_saturated_rows_keeps_their_order():
@@ -95,7 +96,7 @@ def test_an_entropy_of_saturated_rows_keeps_their_order():
     assert (np.diff(entropy_score(logits)) < 0).all()
     clipped = Entropy.score(torch.from_numpy(logits)).numpy()
     assert clipped[1] == pytest.approx(clipped[2], rel=1e-5)  # what is left there is the clipping
-    assert clipped[2] > 1e6 * entropy_score(logits)[2]
+    assert clipped[2] > 1e6 * np.exp(entropy_score(logits)[2])
 
 
 def test_kl_matching(parts):
@@ -111,7 +112,7 @@ def test_temperature_scaling(parts):
     detector.fit_logits(logits, torch.from_numpy(np.int64(select.labels)))
     scorer = get_scorer("temperature-scaling", PYTORCH_OOD).fit(parts["train"], select)
     assert scorer.params()["temperature"] == pytest.approx(detector.t.item(), rel=1e-6)
-    same(ours("temperature-scaling", parts), theirs(detector.predict_logits, parts, "logits"))
+    same(np.expm1(ours("temperature-scaling", parts)), theirs(detector.predict_logits, parts, "logits"))
 
 
 @pytest.mark.parametrize("percentile", [80.0, 90.0, 99.5])

@@ -16,6 +16,7 @@ from stages.scorers.nnguide import NNGuideScorer, nnguide_score
 from stages.scorers.other import other_score
 from stages.scorers.patch_knn import PatchKNNScorer, patch_knn_score
 from stages.scorers.pnml import pnml_score
+from stages.scorers.softmax import ALONE
 from stages.scorers.vim import ViMScorer, virtual_origin
 
 GAUSSIAN = ("mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm")
@@ -141,7 +142,7 @@ def plain_pnml(train, x):
     h = np.einsum("nd,de,ne->n", z, np.linalg.inv(bank.T @ bank), z)
     p = softmax(z @ train.head.weight.T + train.head.bias)
     regrets = np.log((p / (p + (1 - p) * p ** (h / (1 + h))[:, None])).sum(axis=1))
-    return regrets / np.log(C)
+    return np.log(regrets / np.log(C))
 
 
 def plain_nnguide(train, x):
@@ -423,6 +424,9 @@ def test_a_class_that_is_never_right_takes_the_mean_of_its_rows_and_she_says_so(
     x.logits[:, 1] = 50
     np.testing.assert_allclose(scorer.score(x), -x.features @ train.features[train.labels == 1].mean(axis=0), rtol=1e-5)
     assert get_scorer("she").fit(rows()).params() == {}
+    never = ScoreInputs(train.features, np.eye(C)[(train.labels + 1) % C], train.labels)  # no row of any class
+    assert get_scorer("she").fit(never).params() == {"classes_never_right": C}
+    assert np.isfinite(get_scorer("she").fit(never).score(x)).all()
     unseen = (
         get_scorer("she").fit(train.take(train.labels != 1)).score(x)
     )  # class 1 has no rows: the best of the others
@@ -453,11 +457,11 @@ def test_fdbd_sums_where_openood_does():
 def test_other_is_one_probability_among_those_of_the_group():
     rng = np.random.default_rng(0)
     logits, other = rng.normal(size=(20, 3)), rng.normal(size=20)
-    expected = softmax(np.c_[logits, other])[:, -1]
-    np.testing.assert_allclose(other_score(logits, other), expected, rtol=1e-6)
+    probability = softmax(np.c_[logits, other])[:, -1]
+    np.testing.assert_allclose(other_score(logits, other), np.log(probability / (1 - probability)), rtol=1e-5)
     padded = np.c_[logits, np.full(20, -np.inf)]
     np.testing.assert_array_equal(other_score(padded, other), other_score(logits, other))
-    assert other_score([[-1e4], [1e4]], [1e4, -1e4]).tolist() == [1, 0]
+    assert other_score([[-1e4], [1e4]], [1e4, -1e4]).tolist() == [2e4, -2e4]
     for bad in (other[:3], np.where(np.arange(20) == 3, np.nan, other)):
         with pytest.raises(InputError, match="one finite number a row"):
             other_score(logits, bad)
@@ -497,8 +501,24 @@ def test_a_bank_of_patches_is_no_larger_than_asked_and_the_same_every_time():
         PatchKNNScorer().fit(ScoreInputs(patches=np.zeros((3, 0, 5))))
 
 
+@settings(deadline=None)
+@given(st.floats(0.01, 10), st.floats(1, 1000))
+def test_regrets_of_sure_heads_do_not_vanish(size, weight):
+    """In a float format with more exponents: at p = 1 − exp(−1000) the regret itself is far below float64's least."""
+    rows = np.float64([[np.cos(angle), np.sin(angle)] for angle in (0.1, 0.4, 0.7)])  # the third is between the classes
+    scores = pnml_score(rows, weight * np.eye(2), np.zeros(2), size * np.eye(2))
+    p = np.exp(np.longdouble(weight * (rows - rows.max(axis=1, keepdims=True))))
+    p /= p.sum(axis=1, keepdims=True)
+    small = p[:, 1]  # the first class is the largest: 1 − p of it is p of the other
+    power = np.longdouble(1 / (1 + size**2))
+    lacking = small / (small + (1 - small) ** power)  # 1 − t of the first
+    other = small**power / (small**power + 1 - small)
+    np.testing.assert_allclose(scores, np.float64(np.log(np.log1p(other - lacking) / np.log(2))), rtol=1e-5, atol=1e-5)
+    assert len(set(scores.tolist())) == 3
+
+
 def test_one_class_has_no_regret():
-    assert pnml_score([[1.0, 2.0]], np.ones((1, 2)), np.zeros(1), np.eye(2)).tolist() == [0]
+    assert pnml_score([[1.0, 2.0]], np.ones((1, 2)), np.zeros(1), np.eye(2)).tolist() == [np.float32(ALONE)]
 
 
 def test_nnguide_says_that_k_was_cut_and_takes_its_share():

@@ -9,15 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from scipy.stats import entropy as scipy_entropy
+from sklearn.metrics import log_loss
 
 from stages.errors import InputError
+from stages.metrics import auroc
 from stages.scorers import (
     ClassifierHead,
     ScoreInputs,
     ash_score,
     class_templates,
+    energy_score,
     entropy_score,
     fit_temperature,
     gen_score,
@@ -27,6 +31,7 @@ from stages.scorers import (
     lts_score,
     max_logit_score,
     msp_score,
+    other_score,
     scale_score,
     vra_score,
 )
@@ -69,17 +74,18 @@ def energy_of_each(x, shape):
 
 def plain_gen(train, select, x):
     terms = softmax(logits_of(x)) ** 0.1 * (1 - softmax(logits_of(x))) ** 0.1
-    return terms.sum(axis=1)  # five classes are fewer than 100
+    return np.log(terms.sum(axis=1))  # five classes are fewer than 100
 
 
 def plain_temperature(train, select, x):
     def nll(t):
-        return -np.mean(np.log(softmax(logits_of(select) / t))[np.arange(len(select)), select.labels])
+        own = np.log(softmax(logits_of(select) / t))[np.arange(len(select)), select.labels]
+        return -np.mean(own) + np.log(t) ** 2 / (2 * len(select))
 
     grid = np.geomspace(0.2, 5, 20_001)
     best = grid[np.argmin([nll(t) for t in grid[::100]]) * 100]
     fine = np.linspace(best * 0.98, best * 1.02, 4001)
-    return -softmax(logits_of(x) / fine[np.argmin([nll(t) for t in fine])]).max(axis=1)
+    return np.log(1 - softmax(logits_of(x) / fine[np.argmin([nll(t) for t in fine])]).max(axis=1))
 
 
 def plain_kl(train, select, x):
@@ -134,7 +140,7 @@ def plain_gradnorm(train, select, x):
 
 PLAIN = {
     "max-logit": lambda train, select, x: -logits_of(x).max(axis=1),
-    "entropy": lambda train, select, x: scipy_entropy(softmax(logits_of(x)), axis=1),
+    "entropy": lambda train, select, x: np.log(scipy_entropy(softmax(logits_of(x)), axis=1)),
     "gen": plain_gen,
     "temperature-scaling": plain_temperature,
     "kl-matching": plain_kl,
@@ -170,8 +176,9 @@ def test_entropy_and_gen_equal_their_formulas_however_saturated(logits):
     rest = np.where(first, np.where(first, 0, p).sum(axis=1, keepdims=True), 1 - p)
     log_p = np.where(first, np.log1p(-np.where(first, rest, 0)), np.log(p))
     expected = -(p * log_p).sum(axis=1)
-    np.testing.assert_allclose(entropy_score(logits), np.float64(expected), rtol=1e-5, atol=1e-30)
-    np.testing.assert_allclose(gen_score(logits), np.float64((p**0.1 * rest**0.1).sum(axis=1)), rtol=1e-5)
+    np.testing.assert_allclose(entropy_score(logits), np.float64(np.log(expected)), rtol=1e-5, atol=1e-6)
+    gen = np.log((p**0.1 * rest**0.1).sum(axis=1))
+    np.testing.assert_allclose(gen_score(logits), np.float64(gen), rtol=1e-5, atol=1e-6)
 
 
 @settings(deadline=None)
@@ -180,11 +187,10 @@ def test_shifts_and_the_order_of_classes(logits, shift, random):
     columns = list(range(logits.shape[1]))
     random.shuffle(columns)
     for score in (max_logit_score, entropy_score, gen_score):
-        np.testing.assert_allclose(score(logits[:, columns]), score(logits), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(score(logits[:, columns]), score(logits), rtol=1e-5, atol=1e-6)
     for score in (entropy_score, gen_score):
         np.testing.assert_allclose(score(np.float64(logits) + shift), score(logits), rtol=1e-4, atol=1e-6)
-    assert (entropy_score(logits) >= 0).all()
-    assert (entropy_score(logits) <= np.log(logits.shape[1]) + 1e-6).all()
+    assert (np.exp(entropy_score(logits)) <= np.log(logits.shape[1]) + 1e-6).all()
 
 
 @settings(deadline=None)
@@ -196,10 +202,54 @@ def test_a_class_that_does_not_apply_changes_nothing(logits):
         np.testing.assert_allclose(score(padded), score(logits), rtol=1e-6, atol=1e-12)
 
 
+BY_MARGIN = {
+    "max-logit": max_logit_score,
+    "energy": energy_score,
+    "msp": msp_score,
+    "entropy": entropy_score,
+    "gen": gen_score,
+    "other": lambda logits: other_score(logits[:, 1:], -logits[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", BY_MARGIN)
+@given(st.sets(st.integers(0, 64_000), min_size=2))
+def test_margins_up_to_a_thousand_keep_their_order(name, margins):
+    """Of logits m, 0 and −1, m in steps of 1/64: the surer of a class, the more ID, and no two rows tie."""
+    m = np.sort(list(margins))[:, None] / 64
+    scores = BY_MARGIN[name](m * [1, 0, 0] + [0, 0, -1])
+    assert scores.dtype == np.float32
+    assert (np.diff(scores) < 0).all()
+
+
+def test_what_softmax_scores_say_of_confident_rows_is_what_their_margins_say():
+    """ID rows with margins around 30, OOD rows around 22: −max p is −1 for nearly all of them, even in float64."""
+    rng = np.random.default_rng(0)
+    ids, oods = rng.normal(30, 3, 400), rng.normal(22, 3, 400)
+    logits = [np.c_[margins, np.zeros(400)] for margins in (ids, oods)]
+    exact = auroc(-ids, -oods)
+    select = ScoreInputs(logits=np.float32(50 * np.eye(2)[np.arange(60) % 2]), labels=np.arange(60) % 2)
+    scaled = get_scorer("temperature-scaling").fit(select, select)
+    assert [auroc(*(score(each) for each in logits)) for score in (msp_score, entropy_score, gen_score)] == [exact] * 3
+    assert auroc(*(scaled.score(ScoreInputs(logits=each)) for each in logits)) == exact
+    saturated = [-1 / (1 + np.exp(-each)).astype(np.float32) for each in (ids, oods)]
+    assert auroc(*saturated) < exact - 0.03
+
+
+@pytest.mark.parametrize("name", ["msp", "entropy", "gen", "temperature-scaling", "kl-matching", "gradnorm", "energy"])
+def test_one_class_alone_has_one_finite_score(name):
+    """A routed expert may have one class: p = 1 and the score says nothing, but infinities would break all sums."""
+    logits = np.array([[3.0, -np.inf], [-7.0, -np.inf], [300.0, -np.inf]])
+    alone = ScoreInputs(np.ones((3, 2)), logits, np.zeros(3, dtype=int))
+    scores = get_scorer(name).fit(alone, alone).score(alone)
+    assert np.isfinite(scores).all()
+    assert len(set(scores.tolist())) == (3 if name == "energy" else 1)
+
+
 def test_gen_takes_the_largest_alone():
     logits = np.log([[0.5, 0.3, 0.15, 0.05]])
     p = np.array([0.5, 0.3])
-    assert gen_score(logits, gamma=0.5, top=2) == pytest.approx(np.sqrt(p * (1 - p)).sum())
+    assert gen_score(logits, gamma=0.5, top=2) == pytest.approx(np.log(np.sqrt(p * (1 - p)).sum()))
     assert gen_score(logits, top=4) == gen_score(logits, top=None) == gen_score(logits, top=100)
 
 
@@ -211,18 +261,35 @@ def test_the_temperature_at_the_minimum_depends_on_no_start():
     logits = logits_of(select)
     found = [fit_temperature(logits, select.labels, start=start) for start in (0.2, 1.5, 20.0)]
     np.testing.assert_allclose([each.temperature for each in found], found[0].temperature, rtol=1e-5)
-    nll = [
-        -np.mean(np.log(softmax(logits / t))[np.arange(90), select.labels])
-        for t in found[0].temperature * np.array([0.99, 1, 1.01])
-    ]
-    assert nll[1] < min(nll[0], nll[2])
+    near = found[0].temperature * np.array([0.99, 1, 1.01])
+    nll = [-np.mean(np.log(softmax(logits / t))[np.arange(90), select.labels]) for t in near]
+    loss = nll + np.log(near) ** 2 / (2 * 90)
+    assert loss[1] < min(loss[0], loss[2])
     assert nll[1] == pytest.approx(found[0].nll)
 
 
-def test_a_head_that_is_always_right_or_never_gets_a_temperature_at_the_border():
-    right = np.array([[3.0, 0.0], [0.0, 3.0]])
-    assert fit_temperature(right, np.array([0, 1])).temperature < 0.2
-    assert fit_temperature(right, np.array([1, 0])).temperature == 100
+def test_the_prior_of_the_temperature_vanishes_as_rows_grow():
+    """Where scikit-learn's minimum is inside, it is found; the more rows, the nearer."""
+    few, many = rows(90, 1, 1.2), rows(9000, 1, 1.2)
+    apart = []
+    for select in (few, many):
+        logits = logits_of(select)
+        reference = minimize_scalar(
+            lambda u, logits=logits, select=select: log_loss(select.labels, softmax(logits * np.exp(u))), (-1, 1)
+        )
+        apart.append(abs(fit_temperature(logits, select.labels).temperature * np.exp(reference.x) - 1))
+    assert apart[0] < 0.1
+    assert apart[1] < 2e-3
+
+
+@pytest.mark.parametrize("margin", [0.5, 3.0, 30.0, 1000.0])
+def test_a_head_that_is_always_right_or_never_gets_a_temperature_that_means_something(margin):
+    """Without a prior the first wants T = 0, at which every row has p = 1, and the second T = infinity."""
+    logits = margin * np.eye(2)[np.arange(40) % 2]
+    always = fit_temperature(logits, np.arange(40) % 2).temperature
+    never = fit_temperature(logits, np.arange(1, 41) % 2).temperature
+    assert 0.1 < always <= 1 <= never
+    assert never < max(100, 2 * margin)
 
 
 def test_fifty_steps_stop_short_and_depend_on_the_start():

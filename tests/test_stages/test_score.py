@@ -426,7 +426,8 @@ def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp
         features = torch.from_numpy(np.float32(test.cache.read("cls")))
         with torch.inference_mode():
             others = torch.stack([expert.head(features).softmax(1)[:, -1] for expert in network.experts])
-        np.testing.assert_allclose(samples["mos"][samples["set"] == test.name], others.amin(0), rtol=1e-4)
+        found = 1 / (1 + np.exp(-samples["mos"][samples["set"] == test.name]))  # from log odds
+        np.testing.assert_allclose(found, others.amin(0), rtol=1e-4)
     assert next(row.auroc for row in rows if row.ood == "far") > 0.7
 
 
@@ -436,7 +437,7 @@ def test_predict_by_mos_needs_groups_without_experts(source, groups_alone):
     cache = source.tests[0].cache
     predictor = Predictor(replace(groups_alone, mixtures=groups_alone.mixtures[1:]), CONFIG, "mos")
     found = predictor.predict(cache.ids.tolist(), cache)
-    assert all(0 <= one.score <= 1 for one in found)
+    assert all(np.isfinite(one.score) for one in found)
     assert np.mean([one.decision == "ID" for one in found]) > 0.8
 
 
@@ -553,6 +554,27 @@ def test_images_of_id_train_in_an_ood_set_are_counted(source, caches, folder, tm
     distinct = len(caches["train"])
     assert json.loads((tmp_path / "id.json").read_text())["overlap_with_id_train"] == {"leak": distinct}
     assert result.notes == [f"{distinct} images of leak are in the id-train set as well (same bytes)"]
+
+
+def test_rows_that_a_score_cannot_tell_apart_are_said(source, tmp_path):
+    """Relations up to the threshold are none: a row without any scores 0, as others do."""
+    config = CONFIG.model_copy(update={"scores": ["knn", "relation"], "params": {"relation": {"threshold": 0.95}}})
+    result = score([replace(source, mixtures=())], config, tmp_path)
+    row = next(row for row in result.rows if row.score == "relation")
+    counts = np.unique(samples_of(tmp_path, asdict(row))["relation"], return_counts=True)[1]
+    tied = counts[counts > 1].sum()
+    assert tied > 0.01 * counts.sum()
+    assert result.notes == [
+        "relation: rows that have another row's score, and count half in AUROC: "
+        f"{tied} of {counts.sum()} (head probe of the backbone's own features)"
+    ]
+
+
+def test_rows_of_one_image_are_no_ties(source, caches, tmp_path):
+    """The images of a set once more: each image counts once."""
+    twice = (*source.tests, ScoredSet("again", "far", caches["near"]))
+    config = CONFIG.model_copy(update={"scores": ["knn", "msp", "energy"]})
+    assert score([replace(source, tests=twice, mixtures=())], config, tmp_path).notes == []
 
 
 def test_images_of_id_train_in_the_other_id_sets_are_counted(source, caches, tmp_path):
