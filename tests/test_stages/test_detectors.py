@@ -183,8 +183,8 @@ def test_other_is_what_the_routed_expert_says():
     assert [(d.head, d.calibrated, d.is_routed) for d in (plain, calibrated)] == [
         ("trained", False, True), ("trained", True, True),
     ]  # fmt: skip
-    sums = np.exp(test.logits["trained"].astype(np.float64)).sum(axis=1) + np.exp(test.other)
-    np.testing.assert_allclose(plain.score_rows(test), np.exp(test.other) / sums, rtol=1e-5)
+    sums = np.exp(test.logits["trained"].astype(np.float64)).sum(axis=1)
+    np.testing.assert_allclose(plain.score_rows(test), test.other - np.log(sums), rtol=1e-5)
     assert make(subject(), scores=["other"]).detectors() == []
     assert make(subject(), scores=["other"]).left_out() == [("other", "a mixture of two experts or more", "")]
 
