@@ -15,7 +15,7 @@ from stages.scorers.msp import msp_score
 from stages.scorers.softmax import log_sum
 
 _RANGE = (0.01, 100.0)  # of a fit that stops after some steps; the prior keeps the other far inside
-_GRID = np.linspace(*np.log(_RANGE), 13)
+_GRID = np.linspace(np.log(_RANGE[0]), np.log(_RANGE[1]), 13)
 _PRIOR_DEVIATION = 1.0  # of log T
 
 
