@@ -104,14 +104,49 @@ def plain_name(name: str) -> str:
 
 
 class _Header(tarfile.TarInfo):
-    """A header in which GNU tar may have times (of --incremental) where ustar has the beginning of a long name."""
+    """A header as the library reads it; that of a plain file, of which there may be a million, in a fifth of the time.
+
+    GNU tar may have times (of --incremental) where ustar has the beginning of a long name: then they are no name here.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        header = super().frombuf(buf, encoding, errors)
-        if buf[257:265] == b"ustar  \0" and buf[345]:
-            header.name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
+        return cls._plain(buf, encoding, errors) or cls._any(buf, encoding, errors)
+
+    @classmethod
+    def _plain(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header | None":
+        """Header of a regular file with name and size as they always were; None where the library has to look."""
+        if len(buf) != tarfile.BLOCKSIZE or buf[257:262] != b"ustar":
+            return None
+        if buf[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            return None
+        try:
+            size, checksum = _octal(buf[124:136]), _octal(buf[148:156])
+        except ValueError:
+            return None
+        name = _text(buf[:100])
+        if checksum != sum(buf) - sum(buf[148:156]) + 8 * ord(" ") or size < 0 or name.endswith(b"/"):
+            return None
+        if buf[345] and buf[257:265] != tarfile.GNU_MAGIC:
+            name = _text(buf[345:500]) + b"/" + name
+        header = cls(name.decode(encoding, errors))
+        header.size, header.type = size, bytes(buf[156:157])
         return header
+
+    @classmethod
+    def _any(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == tarfile.GNU_MAGIC and buf[345]:
+            header.name = _text(buf[:100]).decode(encoding, errors)
+        return header
+
+
+def _text(field: bytes | bytearray) -> bytes:
+    return bytes(field).partition(b"\0")[0]
+
+
+def _octal(field: bytes | bytearray) -> int:
+    return int(_text(field).strip() or b"0", 8)
 
 
 def _read_headers(path: str, tar: tarfile.TarFile, file: IO[bytes], size: int, members: Members) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from stages.errors import InputError
 from stages.images import ImageError, list_images
+from stages.images.members import _Header
 from tests.test_stages.tars import classes, contents, png, write_folder, write_tar
 
 BLOCK = tarfile.BLOCKSIZE
@@ -350,3 +351,31 @@ def test_sparse_members_are_read_with_their_holes(tmp_path, options):
     table = pickle.loads(pickle.dumps(list_images(path)))  # as it travels to a worker
     assert contents(table) == contents(list_images(str(tmp_path / "set")))
     assert table.sizes.tolist() == [os.path.getsize(tmp_path / "set" / name) for name in table.ids]
+
+
+@given(
+    st.text(min_size=1, max_size=200).filter(lambda name: "\0" not in name),
+    st.integers(0, 8**12),
+    st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE, b"M"]),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT]),
+    st.none() | st.tuples(st.integers(0, BLOCK - 1), st.integers(0, 255)),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_header_is_read_as_the_library_reads_it(name, size, kind, form, damage):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    try:
+        block = bytearray(member.tobuf(form, "utf-8", "surrogateescape")[-BLOCK:])
+    except ValueError:  # too long for this format
+        return
+    if damage is not None:
+        block[damage[0]] = damage[1]
+
+    def read(header):
+        try:
+            found = header.frombuf(bytes(block), "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            return str(error)
+        return found.name, found.size, found.type
+
+    assert read(_Header) == read(tarfile.TarInfo)
