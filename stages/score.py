@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from cache import CacheMismatchError
+from cache import CacheMismatchError, FeatureCache
 from stages.artifacts import write_json
 from stages.config import ScoreConfig
 from stages.dataset import labels_in, unit
@@ -36,6 +36,7 @@ from stages.detectors import (
 from stages.errors import InputError
 from stages.metrics import OODMetrics, ood_metrics
 from stages.neighbours import NeighbourStore
+from stages.overlap import find_overlaps
 from stages.progress import NullProgress, Progress
 from stages.scorers import threshold_at
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
@@ -121,7 +122,8 @@ def score(
             for routing, results in scored.items():
                 shown = _Shown(made.routed(routing), predicted.get(routing, predicted[made.routings[0]]))
                 written |= _write_samples(folder / "samples", subject, routing, results, shown, source)
-    id_record["overlap_with_id_train"] = overlap = _overlap(sources[0])
+    overlaps = find_overlaps(_sets(sources[0]))
+    id_record["overlap"] = [asdict(overlap) for overlap in overlaps]
     summary = summarise(rows)
     table = [row for row, _ in rows]
     write_json(folder / "id.json", id_record)
@@ -130,10 +132,10 @@ def score(
         left.unlink()
     neighbours.forget_others()
     write_table(folder, table, summary)
-    notes = [
-        f"{count} {unit(sources[0].data.train)}s of {name} are in the id-train set as well (same bytes)"
-        for name, count in overlap.items()
-    ]
+    notes = []
+    if overlaps:
+        what = f"{unit(sources[0].data.train)}s that stand in two sets (same bytes)"
+        notes.append(f"{what}: {'; '.join(map(str, overlaps))}; all are named in {folder / 'id.json'}")
     for (lacking, what), places in left_out.items():
         notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
     notes += ties.notes()
@@ -360,15 +362,13 @@ def _router_record(made: _Made, predicted: Mapping[str, Predictions]) -> dict[st
     )
 
 
-def _overlap(source: BackboneSource) -> dict[str, int]:
-    """Images of the other sets whose bytes are in id-train as well."""
+def _sets(source: BackboneSource) -> dict[str, FeatureCache]:
+    """All sets of the study by name, those that train and calibrate first."""
     data = source.data
-    known = {row.tobytes() for row in data.train.image_hashes}
-    others = [(test.name, test.cache) for test in source.tests]
+    sets = {data.train.manifest.dataset: data.train}
     if data.split.held_out == "id-val":
-        others.insert(0, (data.held_out.manifest.dataset, data.held_out))
-    counts = {name: sum(row.tobytes() in known for row in cache.image_hashes) for name, cache in others}
-    return {name: count for name, count in counts.items() if count}
+        sets[data.held_out.manifest.dataset] = data.held_out
+    return sets | {test.name: test.cache for test in source.tests}
 
 
 def _write_samples(

@@ -1,10 +1,9 @@
 """The table: a row per detector and OOD set, averages per group, summary over seeds with paired differences."""
 
 import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import groupby
@@ -15,16 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.artifacts import write_text
-from stages.metrics import bootstrap_each, ood_metrics, percentile_interval, resample_counts
+from stages.formats import csv_cell_text, csv_text, latex_table, markdown_table
+from stages.intervals import Difference, SetParts, auroc_interval, fpr95_interval, verdicts
+from stages.metrics import bootstrap_each, ood_metrics, resample_counts
 
 METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
+COMPARED = ("auroc", "fpr95")  # those with a paired difference to each baseline
 GROUPS = ("near", "far", "all")
 _HIGHER_IS_BETTER = {"auroc", "aupr_in", "aupr_out"}
 
 
 @dataclass(frozen=True)
 class OODRow:
-    """A row of ``table.csv``; metrics are fractions, see `stages.metrics`; intervals are 95 % bootstrap intervals."""
+    """A row of ``table.csv``; metrics are fractions, see `stages.metrics`; 95 % intervals, see `stages.intervals`."""
 
     backbone: str
     features: str
@@ -100,10 +102,11 @@ class Evaluator:
         resampled = bootstrap_each(
             id_scores, [ood_scores[ood] for ood in names], self.counts["id"], [self.counts[ood] for ood in names]
         )
+        parts = {ood: SetParts.of(id_scores, ood_scores[ood]) for ood in names}
         for (ood, group), drawn in zip(self.oods, resampled, strict=True):
             metrics = asdict(ood_metrics(id_scores, ood_scores[ood]))
             replicates = Replicates(drawn["auroc"], drawn["fpr95"])
-            result.append((OODRow(**name, ood=ood, group=group, **metrics, **_intervals(replicates)), replicates))
+            result.append((OODRow(**name, ood=ood, group=group, **metrics, **_intervals([parts[ood]])), replicates))
         if name["routing"] == "oracle":
             return result
         averages = []
@@ -119,15 +122,14 @@ class Evaluator:
                 metric: float(np.mean([getattr(row, metric) for row, _ in members])) for metric in METRICS
             }
             sizes: dict[str, Any] = {"n_id": members[0][0].n_id, "n_ood": sum(row.n_ood for row, _ in members)}
-            averages.append(
-                (OODRow(**name, ood="average", group=group, **sizes, **means, **_intervals(replicates)), replicates)
-            )
+            intervals = _intervals([parts[row.ood] for row, _ in members])
+            averages.append((OODRow(**name, ood="average", group=group, **sizes, **means, **intervals), replicates))
         return result + averages
 
 
-def _intervals(replicates: Replicates) -> dict[str, Any]:
-    auroc, fpr95 = percentile_interval(replicates.auroc), percentile_interval(replicates.fpr95)
-    return {"auroc_lo": auroc[0], "auroc_hi": auroc[1], "fpr95_lo": fpr95[0], "fpr95_hi": fpr95[1]}
+def _intervals(sets: Sequence[SetParts]) -> dict[str, Any]:
+    auroc, fpr95 = auroc_interval(sets), fpr95_interval(sets)
+    return {"auroc_lo": auroc.lo, "auroc_hi": auroc.hi, "fpr95_lo": fpr95.lo, "fpr95_hi": fpr95.hi}
 
 
 # Methods that every other one is compared with: (backbone, features, head, variant, routing, score, calibrated).
@@ -141,12 +143,14 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
     """One line per method and OOD set over seeds: mean, standard deviation, n, and paired differences.
 
     The difference of a method to a baseline is that of the means over seeds; its interval resamples ID and OOD images
-    alike for both. A gain is a gain where the interval excludes 0.
+    alike for both, and seeds where there are several. What it says holds the false discovery rate of all differences
+    of the summary at 5 %, see `stages.intervals.verdicts`.
     """
     by_cell: dict[tuple[Any, ...], list[tuple[OODRow, Replicates]]] = {}
     for row, drawn in rows:
         by_cell.setdefault((row.method, row.ood, row.group), []).append((row, drawn))
-    lines = []
+    lines: list[dict[str, Any]] = []
+    found: list[tuple[dict[str, Any], str, Difference]] = []
     for (method, ood, group), members in by_cell.items():
         first = members[0][0]
         line: dict[str, Any] = {
@@ -167,22 +171,29 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
             line[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         for label, baseline in BASELINES.items():
             reference = by_cell.get((baseline, ood, group))
-            for metric in ("auroc", "fpr95"):
+            for metric in COMPARED:
                 column = f"{metric}_minus_{label}"
-                line |= {column: None, f"{column}_lo": None, f"{column}_hi": None}
+                line |= dict.fromkeys(difference_columns(column))
                 if reference is None or method == baseline:
                     continue
-                difference = _mean(members, metric) - _mean(reference, metric)
-                own = np.mean([getattr(drawn, metric) for _, drawn in members], axis=0)
-                theirs = np.mean([getattr(drawn, metric) for _, drawn in reference], axis=0)
-                lo, hi = percentile_interval(own - theirs)
-                line |= {column: difference, f"{column}_lo": lo, f"{column}_hi": hi}
+                sides = (_side(members, metric), _side(reference, metric))
+                seeded = any(row.seed is not None for row, _ in (*members, *reference))
+                found.append((line, column, Difference.of(*sides, seeded, first.n_id, first.n_ood)))
         lines.append(line)
+    told = verdicts([one for *_, one in found], [column.startswith("auroc") for _, column, _ in found])
+    for (line, column, one), says in zip(found, told, strict=True):
+        line |= zip(difference_columns(column), (one.mean, one.lo, one.hi, says), strict=True)
     return lines
 
 
-def _mean(members: Iterable[tuple[OODRow, Replicates]], metric: str) -> float:
-    return float(np.mean([getattr(row, metric) for row, _ in members]))
+def difference_columns(column: str) -> list[str]:
+    """Where a line has a difference, the ends of its interval, and what it says."""
+    return [f"{column}{end}" for end in ("", "_lo", "_hi", "_says")]
+
+
+def _side(members: Sequence[tuple[OODRow, Replicates]], metric: str) -> tuple[list[float], list[NDArray[np.float64]]]:
+    """A metric of each seed, and its replicates."""
+    return [getattr(row, metric) for row, _ in members], [getattr(drawn, metric) for _, drawn in members]
 
 
 # ------------------------------------------------------------------------------------------------------- exports
@@ -191,7 +202,7 @@ def _mean(members: Iterable[tuple[OODRow, Replicates]], metric: str) -> float:
 def write_table(folder: Path, rows: Sequence[OODRow], summary: Sequence[dict[str, Any]]) -> None:
     """Write ``table.csv``, ``table.json`` and the summary, see `write_summary`."""
     table = [asdict(row) for row in rows]
-    write_text(folder / "table.csv", _csv(table, [field.name for field in fields(OODRow)]))
+    write_text(folder / "table.csv", csv_text(table, [field.name for field in fields(OODRow)]))
     write_text(folder / "table.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     write_summary(folder, summary)
 
@@ -201,11 +212,11 @@ def write_summary(folder: Path, summary: Sequence[dict[str, Any]]) -> None:
 
     Lines of several studies have a column ``study``.
     """
-    write_text(folder / "summary.csv", _csv(summary, list(summary[0]) if summary else []))
+    write_text(folder / "summary.csv", csv_text(summary, list(summary[0]) if summary else []))
     write_text(folder / "summary.json", json.dumps(list(summary), indent=1, ensure_ascii=False) + "\n")
     header, body = compact(summary)
-    write_text(folder / "summary.md", _markdown(header, body))
-    write_text(folder / "summary.tex", _latex(header, body))
+    write_text(folder / "summary.md", markdown_table(header, body))
+    write_text(folder / "summary.tex", latex_table(header, body, header.index("score") + 1))
 
 
 def read_summary(folder: Path) -> list[dict[str, Any]]:
@@ -219,23 +230,11 @@ def _parse(column: str, text: str) -> Any:
         return text == "true"
     if column == "n_seeds":
         return int(text)
+    if column.endswith("_says"):
+        return text or None
     if column.startswith(METRICS):
         return float(text) if text else None
-    return text
-
-
-def _csv(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{k: _cell(v) for k, v in line.items()} for line in lines])
-    return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None else value
+    return csv_cell_text(text)
 
 
 def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -267,29 +266,3 @@ def per_cent(line: dict[str, Any] | None, metric: str) -> str:
         return "–"
     mean, deviation = line[f"{metric}_mean"], line[f"{metric}_std"]
     return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-
-
-def _markdown(header: list[str], body: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def _latex(header: list[str], body: list[list[str]]) -> str:
-    escape = str.maketrans(
-        {"%": r"\%", "_": r"\_", "&": r"\&", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-    )
-    rows = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in (header, *body)]
-    n_names = header.index("score") + 1
-    columns = "l" * n_names + "r" * (len(header) - n_names)
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            rows[0],
-            r"\midrule",
-            *rows[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )

@@ -134,11 +134,9 @@ def points(fraction: float) -> str:
 
 
 def verdict(line: Mapping[str, Any], metric: Metric) -> str:
-    """Whether the interval of the difference to the frozen kNN excludes 0: ``better``, ``worse`` or ``open``."""
-    column = f"{metric.column}_minus_knn"
-    if line[f"{column}_lo"] <= 0 <= line[f"{column}_hi"]:
-        return "open"
-    return "better" if (line[column] > 0) == (metric.arrow == "↑") else "worse"
+    """What the difference to the frozen kNN says: ``better``, ``worse`` or ``open``; see `stages.intervals.verdicts`."""
+    word = line[f"{metric.column}_minus_knn_says"].split(" ")[0]
+    return {"gain": "better", "loss": "worse"}.get(word, "open")
 
 
 def duration(seconds: float) -> str:

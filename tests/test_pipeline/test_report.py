@@ -137,7 +137,7 @@ def make_study(work, seeds=(0,), experts=2, variants=()):
         ],
         "k": [key | {"rule": "given", "k": 5} for key in (frozen, *mofe)],
         "split": {"pretrained": "held-out split"},
-        "overlap_with_id_train": {"near-birds": 3},
+        "overlap": [{"sets": ["train", "near-birds"], "ids": [["a", "x"], ["b", "y"], ["c", "z"]]}],
     }
     for variant, (key, value, _) in dict(variants).items():
         n_experts = value if key == "train.experts" else experts

@@ -548,15 +548,6 @@ def test_id_json_counts_what_the_samples_hold(source, folder, table):
     ]
 
 
-def test_images_of_id_train_in_an_ood_set_are_counted(source, caches, folder, tmp_path):
-    assert json.loads((folder / "id.json").read_text())["overlap_with_id_train"] == {}
-    mixed = (*source.tests[:2], ScoredSet("leak", "far", caches["train"]))
-    result = score([replace(source, tests=mixed, mixtures=())], CONFIG, tmp_path)
-    distinct = len(caches["train"])
-    assert json.loads((tmp_path / "id.json").read_text())["overlap_with_id_train"] == {"leak": distinct}
-    assert result.notes[0] == f"{distinct} images of leak are in the id-train set as well (same bytes)"
-
-
 def test_rows_that_a_score_cannot_tell_apart_are_said(source, tmp_path):
     """Relations up to the threshold are none: a row without any scores 0, as others do."""
     config = CONFIG.model_copy(update={"scores": ["knn", "relation"], "params": {"relation": {"threshold": 0.95}}})
@@ -575,19 +566,30 @@ def test_rows_of_one_image_are_no_ties(source, caches, tmp_path):
     """The images of a set once more: each image counts once."""
     twice = (*source.tests, ScoredSet("again", "far", caches["near"]))
     config = CONFIG.model_copy(update={"scores": ["knn", "msp", "energy"]})
-    assert score([replace(source, tests=twice, mixtures=())], config, tmp_path).notes == []
+    notes = score([replace(source, tests=twice, mixtures=())], config, tmp_path).notes
+    assert not any("have another row's score" in note for note in notes)
 
 
-def test_images_of_id_train_in_the_other_id_sets_are_counted(source, caches, tmp_path):
+def test_images_in_two_sets_are_named(source, caches, folder, tmp_path):
+    """In id-train and an OOD set, in id-test and an OOD set, in two OOD sets."""
+    assert json.loads((folder / "id.json").read_text())["overlap"] == []
+    tests = (*source.tests, ScoredSet("leak", "far", caches["train"]), ScoredSet("twin", "far", caches["test"]))
+    result = score([replace(source, tests=tests, mixtures=())], CONFIG, tmp_path)
+    found = {tuple(one["sets"]): one["ids"] for one in json.loads((tmp_path / "id.json").read_text())["overlap"]}
+    everything = {name: [[id_, id_] for id_ in caches[name].ids] for name in ("train", "test")}
+    assert found == {("train", "leak"): everything["train"], ("test", "twin"): everything["test"]}
+    note = result.notes[0]
+    assert f"{len(caches['train'])} of leak in train ({caches['train'].ids[0]}, " in note
+    assert f"{len(caches['test'])} of twin in test" in note
+
+
+def test_images_of_id_train_in_the_other_id_sets_are_named(source, caches, tmp_path):
     """A held-out image that trained the model calibrates nothing, and a test image that did proves nothing."""
-    leaked = id_data(caches["train"], caches["train"], val_share=0.2)
+    leaked = id_data(caches["train"], caches["test"], val_share=0.2)
     tests = (ScoredSet("again", "id", caches["train"]), *source.tests[1:])
-    result = score([replace(source, data=leaked, tests=tests, mixtures=())], CONFIG, tmp_path)
-    n = len(caches["train"])
-    assert json.loads((tmp_path / "id.json").read_text())["overlap_with_id_train"] == {"train": n, "again": n}
-    assert result.notes[:2] == [
-        f"{n} images of {name} are in the id-train set as well (same bytes)" for name in ("train", "again")
-    ]
+    score([replace(source, data=leaked, tests=tests, mixtures=())], CONFIG, tmp_path)
+    found = json.loads((tmp_path / "id.json").read_text())["overlap"]
+    assert [(one["sets"], len(one["ids"])) for one in found] == [(["train", "again"], len(caches["train"]))]
 
 
 def test_a_fine_tuned_backbone_adds_its_own_head(source, probe, tmp_path):
