@@ -1,16 +1,15 @@
 """What ``make results`` says: one recommended score against its baselines and beside all else that a study scored.
 
 The recommended score is named here, before any run and for every benchmark alike, and so are the baselines. A
-difference is that of the means over seeds (those that both methods have), with the 95 % bootstrap interval over images,
-ID and OOD resampled alike for both; it is a gain or a loss where the interval excludes 0.
+difference is that of the means over seeds (those that both methods have), with a 95 % interval over images and seeds,
+ID and OOD resampled alike for both; it is a gain or a loss where the interval excludes 0 and the false discovery rate
+of all differences of the page stays at 5 % (`stages.intervals`).
 """
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -22,8 +21,9 @@ from pipeline.config import JOINT, ConfigError, RunConfig
 from stages.artifacts import read_json, write_text
 from stages.detectors import NO_HEAD, reads_head
 from stages.errors import StageError
-from stages.metrics import percentile_interval
-from stages.table import Evaluator, OODRow, Replicates
+from stages.formats import csv_text, markdown_table
+from stages.intervals import Difference, verdicts
+from stages.table import Evaluator, OODRow, Replicates, difference_columns
 
 _METRICS = ("fpr95", "auroc")
 _GROUPS = {"near-ood": "near", "far-ood": "far"}
@@ -121,18 +121,7 @@ def check_comparable(config: RunConfig) -> None:
 Seeds = dict[int | None, dict[str, tuple[OODRow, Replicates]]]  # by seed, then by group of OOD sets
 
 
-class Difference(NamedTuple):
-    """Of two methods' means over seeds, with its 95 % bootstrap interval over images."""
-
-    mean: float
-    lo: float
-    hi: float
-    says: str  # gain, loss or no difference
-
-    @property
-    def text(self) -> str:
-        """In per cent."""
-        return f"{100 * self.mean:+.1f} [{100 * self.lo:+.1f}, {100 * self.hi:+.1f}] {self.says}"
+Compared = tuple[Method, Method, str, str]  # a method, what it is compared with, group of OOD sets, metric
 
 
 class ScoredStudy:
@@ -148,6 +137,8 @@ class ScoredStudy:
         self.routers: list[dict[str, Any]] = about["router"]
         self._evaluator: Evaluator | None = None
         self._seeds: dict[Method, Seeds] = {}
+        self._differences: dict[Compared, Difference] = {}
+        self.says: dict[Compared, str] = {}  # of each difference; see `judge`
 
     @property
     def groups(self) -> list[str]:
@@ -166,18 +157,30 @@ class ScoredStudy:
             seeds = self.config.variant_seeds(method.backbone)[method.variant]
         return seeds
 
+    def compared(self) -> list[Compared]:
+        """All differences that a page of results shows."""
+        known = methods_of(self.config)
+        pairs = [(RECOMMENDED, other) for other in known if other != RECOMMENDED] + fine_tuned_pairs(self.config)
+        return [(*pair, group, metric) for pair in dict.fromkeys(pairs) for group in self.groups for metric in _METRICS]
+
     def difference(self, method: Method, other: Method, group: str, metric: str) -> Difference:
         """A method minus another, over the seeds that both have (all, where one of them has none)."""
-        own, others = self.seeds(method), self.seeds(other)
-        if None not in own and None not in others:
-            own, others = ({seed: side[seed] for seed in own.keys() & others.keys()} for side in (own, others))
-        sides = [list(side.values()) for side in (own, others)]
-        means = [np.mean([getattr(averages[group][0], metric) for averages in side]) for side in sides]
-        drawn = [_replicates(side, group, metric) for side in sides]
-        lo, hi = percentile_interval(drawn[0] - drawn[1])
-        better, worse = (hi < 0, lo > 0) if metric == "fpr95" else (lo > 0, hi < 0)
-        says = "gain" if better else "loss" if worse else "no difference"
-        return Difference(float(means[0] - means[1]), lo, hi, says)
+        key = (method, other, group, metric)
+        if key not in self._differences:
+            own, others = self.seeds(method), self.seeds(other)
+            seeded = any(None not in side for side in (own, others))
+            if None not in own and None not in others:
+                common = [seed for seed in own if seed in others]
+                own, others = ({seed: side[seed] for seed in common} for side in (own, others))
+            row = next(iter(own.values()))[group][0]
+            sides = (_side(own, group, metric), _side(others, group, metric))
+            self._differences[key] = Difference.of(*sides, seeded, row.n_id, row.n_ood)
+        return self._differences[key]
+
+    def difference_text(self, method: Method, other: Method, group: str, metric: str) -> str:
+        """The same in per cent, with what it says."""
+        found = self.difference(method, other, group, metric)
+        return _difference_text(found.mean, found.lo, found.hi, self.says[method, other, group, metric])
 
     def accuracy(self, method: Method) -> list[float]:
         """ID accuracy of the method's head for each seed; none where it has no head, or routes in its own way."""
@@ -228,6 +231,14 @@ class ScoredStudy:
         }
 
 
+def judge(studies: Sequence[ScoredStudy]) -> None:
+    """Say of every difference what it is, the false discovery rate held over all of them: they are read together."""
+    keys = [(study, key) for study in studies for key in study.compared()]
+    told = verdicts([study.difference(*key) for study, key in keys], [key[-1] == "auroc" for _, key in keys])
+    for (study, key), says in zip(keys, told, strict=True):
+        study.says[key] = says
+
+
 def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
     """A line per method and group: mean, deviation over seeds, interval, and what the recommended score is off it."""
     methods = methods_of(study.config)
@@ -240,27 +251,33 @@ def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
             line |= {"n_seeds": len(seeds)}
             for metric in _METRICS:
                 values = [getattr(averages[group][0], metric) for averages in seeds]
-                lo, hi = percentile_interval(_replicates(seeds, group, metric))
+                # Over images: they are the same for every seed, so ends are averaged as values are.
+                lo, hi = (
+                    float(np.mean([getattr(averages[group][0], f"{metric}_{end}") for averages in seeds]))
+                    for end in ("lo", "hi")
+                )
                 line |= {f"{metric}_mean": float(np.mean(values)), f"{metric}_std": _deviation(values)}
                 line |= {f"{metric}_lo": lo, f"{metric}_hi": hi}
             line |= {"id_accuracy_mean": float(np.mean(accuracy)) if accuracy else None}
             line |= {"id_accuracy_std": _deviation(accuracy)}
             for metric in _METRICS:
-                same = method == RECOMMENDED
-                told = [None] * 4 if same else study.difference(RECOMMENDED, method, group, metric)
-                line |= zip(_difference_columns(metric), told, strict=True)
+                told: Sequence[Any] = [None] * 4
+                if method != RECOMMENDED:
+                    found = study.difference(RECOMMENDED, method, group, metric)
+                    told = (found.mean, found.lo, found.hi, study.says[RECOMMENDED, method, group, metric])
+                line |= zip(difference_columns(f"recommended_minus_{metric}"), told, strict=True)
             lines.append(line)
     return lines
 
 
-def _difference_columns(metric: str) -> list[str]:
-    """Where a line has the parts of a `Difference` of the recommended score to its method."""
-    return [f"recommended_minus_{metric}{end}" for end in ("", "_lo", "_hi", "_says")]
+def _side(seeds: Seeds, group: str, metric: str) -> tuple[list[float], list[NDArray[np.float64]]]:
+    """A metric of each seed, and its replicates."""
+    averages = [own[group] for own in seeds.values()]
+    return [getattr(row, metric) for row, _ in averages], [getattr(drawn, metric) for _, drawn in averages]
 
 
-def _replicates(seeds: Iterable[dict[str, tuple[OODRow, Replicates]]], group: str, metric: str) -> NDArray[np.float64]:
-    drawn: NDArray[np.float64] = np.mean([getattr(averages[group][1], metric) for averages in seeds], axis=0)
-    return drawn
+def _difference_text(mean: float, lo: float, hi: float, says: str) -> str:
+    return f"{100 * mean:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}] {says}"
 
 
 def _deviation(values: Sequence[float]) -> float | None:
@@ -277,9 +294,7 @@ class TextTable:
 
     def markdown(self) -> str:
         """As Markdown, the title before it."""
-        rule = ["---", *["---:"] * (len(self.header) - 1)]
-        rows = ["| " + " | ".join(line) + " |\n" for line in (self.header, rule, *self.body)]
-        return f"{self.title}:\n\n{''.join(rows)}\n"
+        return f"{self.title}:\n\n{markdown_table(self.header, self.body, numbers_from=1)}\n"
 
     def rich(self) -> Table:
         """For the terminal."""
@@ -333,7 +348,7 @@ def fine_tuning_table(study: ScoredStudy) -> TextTable:
         f"{study.config.name}: what fine-tuning changes",
         ["", "minus", *(_column(group, metric) for group, metric in columns)],
         [
-            [own.label, other.label, *(study.difference(own, other, *column).text for column in columns)]
+            [own.label, other.label, *(study.difference_text(own, other, *column) for column in columns)]
             for own, other in fine_tuned_pairs(study.config)
         ],
     )
@@ -380,7 +395,7 @@ def _mean_and_interval(line: dict[str, Any], metric: str) -> str:
 
 
 def _shown_difference(line: dict[str, Any], metric: str) -> str:
-    return Difference(*(line[name] for name in _difference_columns(metric))).text
+    return _difference_text(*(line[name] for name in difference_columns(f"recommended_minus_{metric}")))
 
 
 def write_results(configs: Sequence[RunConfig], work: Path, difference: str | None) -> list[Any]:
@@ -396,14 +411,16 @@ def write_results(configs: Sequence[RunConfig], work: Path, difference: str | No
         "# Results\n\n",
         f"Recommended before the run: {RECOMMENDED.label}. Per cent; FPR95 with ID positive (admit 95 % of ID, report "
         "the OOD admitted); near and far are means over sets. The interval of a difference resamples ID and OOD "
-        "images alike for both methods; it is a gain or a loss where that excludes 0.\n\n",
+        "images alike for both methods, and seeds where there are several; it is a gain or a loss where that excludes "
+        "0 and the false discovery rate of all differences of this page stays at 5 %.\n\n",
         f"Images: {images}.\n\n",
     ]
     found: list[dict[str, Any]] = []
     shown: list[Any] = []
-    for config in configs:
-        study = ScoredStudy(config)
-        lines = result_lines(study)
+    studies = [ScoredStudy(config) for config in configs]
+    judge(studies)
+    for study in studies:
+        config, lines = study.config, result_lines(study)
         found += lines
         tuned = [fine_tuning_table(study)] if config.finetune is not None else []
         tables = [*text_tables(lines), *tuned, router_table(study)]
@@ -411,10 +428,6 @@ def write_results(configs: Sequence[RunConfig], work: Path, difference: str | No
         text += [f"## {config.name}\n\n", *(table.markdown() for table in tables)]
         text.append(f"Code: {git['commit']}{', with changes' if git['dirty'] else ''}.\n\n")
         shown += [table.rich() for table in tables]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(found[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
     write_text(work / "results.md", "".join(text).rstrip("\n") + "\n")
-    write_text(work / "results.csv", out.getvalue())
+    write_text(work / "results.csv", csv_text(found, list(found[0])))
     return [*shown, f"results: {work / 'results.md'}, {work / 'results.csv'}"]

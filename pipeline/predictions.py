@@ -1,7 +1,5 @@
 """What `predict` prints: CSV, a line an image, or one JSON document."""
 
-import csv
-import io
 import json
 import secrets
 import shutil
@@ -18,6 +16,7 @@ from pipeline.legs import Leg
 from stages.arrays import ArrayTable
 from stages.errors import InputError
 from stages.extract import extract_set, import_set
+from stages.formats import csv_text
 from stages.images import SampleTable
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
@@ -114,15 +113,13 @@ def _scratch_folder() -> Iterator[Path]:
 
 def _csv(predictions: Sequence[Prediction]) -> str:
     pairs = [(f"nearest_{rank}", f"distance_{rank}") for rank in range(1, N_NEAREST + 1)]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*_COLUMNS, *(column for pair in pairs for column in pair)], lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for prediction in predictions:
         line: dict[str, Any] = {column: getattr(prediction, column) for column in _COLUMNS}
         for (name, distance), neighbour in zip(pairs, prediction.nearest, strict=False):
             line |= {name: neighbour.id, distance: neighbour.distance}
-        writer.writerow(line)
-    return out.getvalue().rstrip("\n")
+        lines.append(line)
+    return csv_text(lines, [*_COLUMNS, *(column for pair in pairs for column in pair)]).rstrip("\n")
 
 
 def _json(predictor: Predictor, predictions: Sequence[Prediction], unusable: Sequence[Unusable]) -> str:

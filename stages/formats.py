@@ -31,8 +31,8 @@ _LATEX = str.maketrans(
         "↓": r"$\downarrow$",
     }
 )
-# Any of these may begin a construct of Markdown or be taken for HTML.
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&])")
+# Any of these may begin a construct of Markdown or be taken for HTML; brackets where they make a link.
+_MARKDOWN = re.compile(r"([\\`*_<>|~]|&(?=[#\w])|\](?=[(\[]))")
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

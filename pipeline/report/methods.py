@@ -134,7 +134,7 @@ def points(fraction: float) -> str:
 
 
 def verdict(line: Mapping[str, Any], metric: Metric) -> str:
-    """What the difference to the frozen kNN says: ``better``, ``worse`` or ``open``; see `stages.intervals.verdicts`."""
+    """What a line's difference to the frozen kNN says, see `stages.intervals`: ``better``, ``worse`` or ``open``."""
     word = line[f"{metric.column}_minus_knn_says"].split(" ")[0]
     return {"gain": "better", "loss": "worse"}.get(word, "open")
 

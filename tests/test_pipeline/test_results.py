@@ -146,7 +146,11 @@ def test_words_follow_the_intervals(finished):
                 assert line["score"] == "knn+energy"
                 continue
             lo, hi = sorted(sign * float(line[f"recommended_minus_{metric}_{end}"]) for end in ("lo", "hi"))
-            assert says == ("gain" if lo > 0 else "loss" if hi < 0 else "no difference")
+            # An interval that excludes 0 says something only where all that is read beside it allows it.
+            alone = "gain" if lo > 0 else "loss" if hi < 0 else "no difference"
+            assert says.removesuffix(" for this seed") in (alone, "no difference", "too few images")
+            if line["variant"] == "dense-1":  # seed 0 alone
+                assert not says.startswith(("gain", "loss")) or says.endswith("for this seed")
 
 
 def test_id_accuracy_is_that_of_the_head(finished):
