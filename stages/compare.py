@@ -5,14 +5,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from stages.config import Profile
 from stages.errors import InputError
+from stages.images.names import class_order, class_texts, match_classes, tidy, unlike
 from stages.metrics import ood_metrics
 from stages.scorers import ClassifierHead, ScoreInputs, Scorer, Standardiser, get_scorer, sum_scores
 
-Rows = ScoreInputs | Mapping[str, ArrayLike] | ArrayLike
+Array = Any  # what numpy makes an array of: arrays, nested lists, tensors of torch on any device
+Rows = ScoreInputs | Mapping[str, Array] | Array
+_KNOWN = {"features", "logits", "labels"}
 _SHOWN = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
 
 
@@ -42,31 +45,34 @@ class Comparison:
 def compare_scores(
     train: Rows,
     test: Rows,
-    ood: Mapping[str, Rows],
-    scores: Sequence[str] = ("knn",),
+    ood: Mapping[str, Rows] | Rows,
+    scores: Sequence[str] | str = ("knn",),
     *,
     held_out: Rows | None = None,
-    head: tuple[ArrayLike, ArrayLike] | None = None,
+    head: tuple[Array, Array] | None = None,
+    class_names: Sequence[str] | None = None,
     params: Mapping[str, Mapping[str, Any]] | None = None,
     profile: Profile = "paper",
 ) -> Comparison:
     """Fit scores on ID training rows, and tell ID test rows from OOD rows with each.
 
-    Rows are features [n, D], or a mapping with any of ``features``, ``logits`` [n, C] and ``labels`` [n] (class
-    numbers, of ID rows), or `ScoreInputs`.
+    Rows are features [n, D], or a mapping with any of ``features``, ``logits`` [n, C] and ``labels`` [n] (of ID rows:
+    class numbers from 0, or names; negative, empty, None and NaN: unknown), or `ScoreInputs`. Arrays may be nested
+    lists or tensors, on any device and of any float type.
 
     Args:
         train: ID training rows; many scores need their labels.
         test: ID test rows.
-        ood: OOD rows by the name of their set.
-        scores: names of `stages.scorers.SCORERS`, or sums such as ``"knn+energy"``.
+        ood: OOD rows by the name of their set; rows alone are one set, ``"ood"``.
+        scores: names of `stages.scorers.SCORERS`, or sums such as ``"knn+energy"``; or one of them.
         held_out: ID rows of neither; sums are standardised on them, and some scores choose a setting by them.
         head: weight [C, D] and bias [C] of a linear head; it gives the logits where rows have none.
+        class_names: of the C classes, in the order of logits and head; needed where labels are names and there are any.
         params: settings by score, such as ``{"knn": {"k": 10}}``.
         profile: whose defaults, where implementations differ.
 
     Raises:
-        InputError: no OOD set, an unknown score or setting, or rows that lack what a score needs.
+        InputError: no OOD set, an unknown score or setting, rows that lack what a score needs, or that are none.
 
     >>> rng = np.random.default_rng(0)
     >>> blob = lambda centre: centre + rng.normal(size=(50, 4))
@@ -74,13 +80,16 @@ def compare_scores(
     >>> found.rows[0]["score"], found.rows[0]["auroc"], found.scores["knn"]["far"].shape
     ('knn', 1.0, (50,))
     """
-    if not ood:
-        raise InputError("compare_scores needs an OOD set to tell ID rows from, none given")
-    if taken := {"id", "average"} & ood.keys():
-        raise InputError(f"an OOD set is called {taken.pop()!r}, a word of the result's own: give it another name")
-    classifier = None if head is None else ClassifierHead(*(np.asarray(part) for part in head))
-    fitting, select = _inputs(train, classifier), None if held_out is None else _inputs(held_out, classifier)
-    sets = {name: _inputs(rows, classifier) for name, rows in ({"id": test} | dict(ood)).items()}
+    scores = [scores] if isinstance(scores, str) else list(scores)
+    classifier = None if head is None else _head(head)
+    given = {"train": train, "test": test} | ({} if held_out is None else {"held_out": held_out})
+    read = {who: _read(who, rows) for who, rows in given.items()}
+    oods = {name: _read(f"ood {name!r}", rows) for name, rows in _ood_sets(ood).items()}
+    _check_widths(read | {f"ood {name!r}": rows for name, rows in oods.items()})
+    number = _Classes(read["train"], classifier, class_names)
+    fitting, test_rows, *others = (number.inputs(who, rows) for who, rows in read.items())
+    select = others[0] if others else None
+    sets = {"id": test_rows} | {name: number.inputs(name, rows, of_id=False) for name, rows in oods.items()}
     unknown = (params or {}).keys() - {part for score in scores for part in score.split("+")}
     if unknown:
         raise InputError(f"params.{min(unknown)}: no score that is asked for has this name")
@@ -99,14 +108,137 @@ def compare_scores(
     return Comparison(rows, found)
 
 
-def _inputs(rows: Rows, head: ClassifierHead | None) -> ScoreInputs:
+def _ood_sets(ood: Any) -> dict[str, Any]:
+    """OOD rows by the name of their set."""
+    if ood is None or (isinstance(ood, Mapping) and not ood):
+        raise InputError("compare_scores needs an OOD set to tell ID rows from, none given")
+    if not isinstance(ood, Mapping) or ood.keys() <= _KNOWN:
+        return {"ood": ood}
+    for name in ood:
+        if not isinstance(name, str) or name in ("id", "average"):
+            why = "a word of the result's own" if isinstance(name, str) else "which is no text"
+            raise InputError(f"an OOD set is called {name!r}, {why}: give it another name")
+    return dict(ood)
+
+
+def _read(who: str, rows: Any) -> ScoreInputs | dict[str, NDArray[Any]]:
+    """The arrays of some rows, each of the kind that it must be."""
     if isinstance(rows, ScoreInputs):
         return rows
-    if not isinstance(rows, Mapping):
-        rows = {"features": rows}
-    if unknown := rows.keys() - {"features", "logits", "labels"}:
-        raise InputError(f"rows have {min(unknown)!r}; known are features, logits and labels")
-    return ScoreInputs(**{name: np.asarray(array) for name, array in rows.items()}, head=head)
+    named = dict(rows) if isinstance(rows, Mapping) else {"features": rows}
+    if unknown := [name for name in named if name not in _KNOWN]:
+        raise InputError(f"{who}: rows have {unknown[0]!r}; known are features, logits and labels")
+    arrays = {name: _array(who, name, value) for name, value in named.items() if value is not None}
+    if not arrays:
+        raise InputError(f"{who}: no rows given: give features [n, D], or a mapping of features, logits and labels")
+    for name, array in arrays.items():
+        axes = 1 if name == "labels" else 2
+        if array.ndim != axes or not all(array.shape):
+            raise InputError(f"{who}: {name} has shape {array.shape}, must be {'[n]' if axes == 1 else '[n, values]'}")
+    return arrays
+
+
+def _array(who: str, name: str, value: Any) -> NDArray[Any]:
+    if hasattr(value, "detach"):  # a tensor of torch, which need not be imported for it
+        value = value.detach().cpu()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{who}: {name} is no array: {str(error).splitlines()[0]}") from error
+    if name != "labels" and array.dtype.kind not in "fiu":
+        hint = ": load the file first, as by numpy.load" if array.dtype.kind == "U" and not array.ndim else ""
+        raise InputError(f"{who}: {name} is a {type(value).__name__} of {array.dtype}, must be numbers{hint}")
+    return array if array.dtype.kind == "f" or name == "labels" else array.astype(np.float32)
+
+
+def _head(head: Any) -> ClassifierHead:
+    """A linear head, of a pair or of a layer that has both."""
+    if hasattr(head, "weight") and hasattr(head, "bias"):
+        head = (head.weight, np.zeros(len(head.weight), np.float32) if head.bias is None else head.bias)
+    if not isinstance(head, Sequence) or len(head) != 2:
+        raise InputError(f"head is a {type(head).__name__}, must be a pair: weight [C, D] and bias [C]")
+    weight, bias = (_array("head", name, part) for name, part in zip(("weight", "bias"), head, strict=True))
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise InputError(f"head has weight {list(weight.shape)} and bias {list(bias.shape)}, must be [C, D] and [C]")
+    return ClassifierHead(weight, bias)
+
+
+def _check_widths(sets: Mapping[str, ScoreInputs | dict[str, NDArray[Any]]]) -> None:
+    """Refuse sets whose features or logits are of another length than those of the training rows."""
+    for name in ("features", "logits"):
+        widths = {who: rows[name].shape[1] for who, rows in sets.items() if isinstance(rows, dict) and name in rows}
+        for who, width in widths.items():
+            if width != widths.get("train", width):
+                raise InputError(f"{who}: {name} have {width} values a row, those of train {widths['train']}")
+
+
+class _Classes:
+    """The classes of the ID rows: their numbers, where labels are names.
+
+    Args:
+        train: ID training rows.
+        head: the linear head, if there is one.
+        names: of the classes, by number, if they are given.
+    """
+
+    def __init__(
+        self, train: ScoreInputs | dict[str, NDArray[Any]], head: ClassifierHead | None, names: Sequence[str] | None
+    ) -> None:
+        logits = train.get("logits") if isinstance(train, dict) else None
+        self._n = logits.shape[1] if logits is not None else None if head is None else len(head.bias)
+        self._head = head
+        self._names = None if names is None else tuple(map(tidy, names))
+        if self._names is not None and len(set(self._names)) != (self._n or len(self._names)):
+            raise InputError(f"class_names has {len(set(self._names))} names for {self._n} classes: name each once")
+        labels = train.get("labels") if isinstance(train, dict) else None
+        if names is None and labels is not None and _are_names(labels):
+            if self._n is not None:
+                raise InputError(
+                    f"train: labels are names: give class_names, the names of the {self._n} classes in the order of "
+                    "logits and head"
+                )
+            self._names = class_order({tidy(text) for text in class_texts("train", labels) if text is not None})
+
+    def inputs(self, who: str, rows: ScoreInputs | dict[str, NDArray[Any]], of_id: bool = True) -> ScoreInputs:
+        """Rows as scores take them; labels are those of ID rows alone."""
+        if isinstance(rows, ScoreInputs):
+            return rows
+        arrays = {name: array for name, array in rows.items() if name != "labels"}
+        if not arrays:
+            raise InputError(f"{who}: labels alone are no rows: give features or logits")
+        if of_id and "labels" in rows:
+            arrays["labels"] = self._numbers(who, rows["labels"])
+        return ScoreInputs(**arrays, head=self._head)
+
+    def _numbers(self, who: str, labels: NDArray[Any]) -> NDArray[np.int64]:
+        if _are_names(labels):
+            texts = class_texts(who, labels)
+            if self._names is None:
+                raise InputError(f"{who}: labels are names, those of train are not: give class_names, or numbers")
+            own = sorted({text for text in texts if text is not None})
+            place = dict(zip(own, match_classes(own, self._names), strict=True))
+            if absent := [name for name, number in place.items() if number < 0]:
+                raise InputError(
+                    f"{who}: labels that train or class_names do not have: {unlike(absent, self._names, 'train')}"
+                )
+            return np.array([-1 if text is None else place[text] for text in texts], np.int64)
+        if labels.dtype.kind not in "iu":
+            labels = np.array([-1 if text is None else int(text) for text in class_texts(who, labels)], np.int64)
+        numbers = labels.astype(np.int64)
+        if self._n is not None and len(numbers) and (high := int(numbers.max())) >= self._n:
+            low = int(numbers[numbers >= 0].min())
+            if low and high == self._n:
+                raise InputError(
+                    f"{who}: labels run from {low} to {high} for {high} classes: subtract 1, they count from 0"
+                )
+            row = int(np.argmax(numbers >= self._n))
+            raise InputError(f"{who}: label of row {row} is {numbers[row]}, the classes are 0 to {self._n - 1}")
+        return numbers
+
+
+def _are_names(labels: NDArray[Any]) -> bool:
+    return labels.dtype.kind in "US" or any(isinstance(label, str | bytes) for label in labels.tolist())
 
 
 def _sums(

@@ -109,6 +109,10 @@ def _names(source: str, class_names: Sequence[Any] | None) -> list[str] | None:
 
 
 def _class_name(source: str, row: int, label: Any, names: list[str] | None) -> str | None:
+    if getattr(label, "ndim", None) == 0:  # a number of numpy or torch
+        label = label.item()
+    if isinstance(label, float) and (label != label or label.is_integer()):
+        label = None if label != label else int(label)  # NaN is how pandas writes that there is none
     if label is None:
         return None
     if isinstance(label, str):

@@ -13,7 +13,6 @@ import numpy as np
 from stages.errors import InputError
 from stages.images.decode import ImageError
 from stages.images.kind import HEAD_BYTES, IMAGE_SUFFIXES, describe_left_out
-from stages.images.names import given_class as given_class
 from stages.images.names import number_classes, storable
 
 MAX_FILE_BYTES = 2**30  # larger than any image within the limit on pixels needs, smaller than a worker's memory

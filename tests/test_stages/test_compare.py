@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 from stages.compare import compare_scores
 from stages.errors import InputError
@@ -94,8 +95,105 @@ def test_every_score_of_features_and_logits_runs(mine):
         ),
         ({"test": {"features": np.ones((2, 12)), "labels": [1]}}, "score inputs need one number of rows"),
         ({"test": np.full((2, 12), np.nan)}, "2 of 2 scored features hold NaN or inf, row 0 first"),
+        ({"ood": None}, "needs an OOD set"),
+        ({"ood": {3: np.ones((2, 12))}}, "an OOD set is called 3, which is no text"),
+        (
+            {"ood": "near.npy"},
+            "ood 'ood': features is a str of <U8, must be numbers: load the file first, as by numpy.load",
+        ),
+        ({"ood": [np.ones((2, 12)), np.ones((3, 12))]}, "ood 'ood': features is no array: "),
+        ({"ood": np.ones((2, 9))}, "ood 'ood': features have 9 values a row, those of train 12"),
+        ({"test": np.ones(12)}, r"test: features has shape \(12,\), must be \[n, values\]"),
+        ({"test": np.ones((0, 12))}, r"test: features has shape \(0, 12\), must be"),
+        ({"test": {}}, "test: no rows given: give features"),
+        ({"test": {"labels": [1, 2]}}, "test: labels alone are no rows: give features or logits"),
+        ({"test": {"features": np.ones((1, 12)), "labels": [0.5]}}, "test: label of row 0 is 0.5, must be a name"),
+        (
+            {"test": {"features": np.ones((2, 12)), "labels": [1, 5]}},
+            "test: label of row 1 is 5, the classes are 0 to 2",
+        ),
+        (
+            {"test": {"features": np.ones((2, 12)), "labels": [1, 3]}},
+            "labels run from 1 to 3 for 3 classes: subtract 1",
+        ),
+        (
+            {"test": {"features": np.ones((1, 12)), "labels": ["a"]}},
+            "test: labels are names, those of train are not: give",
+        ),
+        ({"class_names": ["a", "b"]}, "class_names has 2 names for 3 classes"),
+        ({"head": np.ones((3, 12))}, "head is a ndarray, must be a pair: weight"),
+        ({"head": (np.ones((3, 12)), np.ones(4))}, r"head has weight \[3, 12\] and bias \[4\], must be \[C, D\] and"),
     ],
 )
 def test_refused(mine, change, message):
     with pytest.raises(InputError, match=message):
         compare_scores(**mine | change)
+
+
+NAMES = ["dog", "Ameise", "café"]
+
+
+def named(rows):
+    return rows | {"labels": [NAMES[label] for label in rows["labels"]]}
+
+
+def test_labels_may_be_names(mine):
+    scores = ["mahalanobis", "ssd", "kl-matching"]
+    numbers = compare_scores(**mine, scores=scores)
+    of_id = {name: named(mine[name]) for name in ("train", "held_out", "test")}
+    names = compare_scores(**mine | of_id, scores=scores, class_names=NAMES)
+    for score in scores:
+        for part, values in numbers.scores[score].items():
+            np.testing.assert_array_equal(names.scores[score][part], values)
+    alone = compare_scores(of_id["train"], of_id["test"], mine["ood"], "mahalanobis")  # no head: any order will do
+    np.testing.assert_allclose(alone.scores["mahalanobis"]["far"], numbers.scores["mahalanobis"]["far"], rtol=1e-4)
+    with pytest.raises(InputError, match="train: labels are names: give class_names, the names of the 3 classes"):
+        compare_scores(**mine | of_id)
+    wrong = of_id["test"] | {"labels": ["Dog"] * 90}
+    with pytest.raises(
+        InputError, match=r"test: labels that train or class_names do not have: 'Dog' \(train has 'dog', "
+    ):
+        compare_scores(**mine | of_id | {"test": wrong}, class_names=NAMES)
+
+
+@pytest.mark.parametrize("as_rows", [lambda x: x, lambda x: {"features": x}, lambda x: ScoreInputs(features=x)])
+def test_one_ood_set_needs_no_name(mine, as_rows):
+    found = compare_scores(mine["train"], mine["test"], as_rows(mine["ood"]["far"]), "knn")
+    assert [row["ood"] for row in found.rows] == ["ood"]
+    np.testing.assert_array_equal(found.scores["knn"]["ood"], compare_scores(**mine).scores["knn"]["far"])
+
+
+def test_tensors_and_lists_are_arrays(mine):
+    def as_tensors(rows):
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in rows.items()}
+
+    scores = ["knn", "mahalanobis", "energy"]
+    expected = compare_scores(**mine, scores=scores)
+    layer = torch.nn.Linear(12, 3)
+    layer.weight.data, layer.bias.data = (torch.from_numpy(part) for part in mine["head"])
+    tensors = {name: as_tensors(mine[name]) for name in ("train", "held_out", "test")}
+    tensors["test"]["features"].requires_grad_()
+    found = compare_scores(**tensors, ood=as_tensors(mine["ood"]), head=layer, scores=scores)
+    for score in scores:
+        np.testing.assert_array_equal(found.scores[score]["far"], expected.scores[score]["far"])
+    lists = {name: mine[name]["features"].tolist() for name in ("train", "test")}
+    np.testing.assert_allclose(
+        compare_scores(**lists, ood=mine["ood"]["far"].tolist()).scores["knn"]["ood"],
+        expected.scores["knn"]["far"],
+        rtol=1e-6,
+    )
+    half = torch.from_numpy(mine["ood"]["far"]).to(torch.bfloat16)
+    found = compare_scores(mine["train"], mine["test"], half)
+    rounded = compare_scores(mine["train"], mine["test"], half.float().numpy())
+    np.testing.assert_array_equal(found.scores["knn"]["ood"], rounded.scores["knn"]["ood"])
+
+
+def test_unknown_labels_of_any_kind(mine):
+    labels = mine["train"]["labels"].astype(float)
+    labels[:5] = np.nan
+    whole = np.where(np.isnan(labels), -1, labels).astype(int)
+    one, other = (
+        compare_scores(mine["train"] | {"labels": each}, mine["test"], mine["ood"], "ssd").scores["ssd"]["far"]
+        for each in (labels, whole)
+    )
+    np.testing.assert_array_equal(one, other)

@@ -149,6 +149,11 @@ def test_a_huge_pil_image_is_refused_before_it_is_decoded(monkeypatch):
         assert reason(image) == "too large: more than 178956970 pixels"
 
 
+def test_labels_may_be_whole_numbers_of_any_type():
+    labels = [7.0, np.float32(7), torch.tensor(7.0), np.uint8(7), "7", "07", float("nan"), np.str_("-1")]
+    assert classes(list_dataset(Items([RAMP] * 8), "mine", labels)) == ["7"] * 6 + [None, None]
+
+
 def test_labels_are_given_or_targets_or_second_entries():
     items = [(RAMP, 5), (RAMP, torch.tensor(10)), (RAMP, np.int64(5)), (RAMP, None), ValueError("gone")]
     assert classes(list_dataset(Items(items), "mine")) == ["5", "10", "5", None, None]
@@ -176,6 +181,7 @@ def test_synonyms_make_one_name():
         (Items([RAMP], targets=[{"box": 1}]), {}, "mine: the label of item 0 is a dict, must be a whole number"),
         (Items([RAMP], targets=torch.zeros(1, 40)), {}, "the label of item 0 is a Tensor, must be a whole number"),
         (Items([(RAMP, 1.5)]), {}, "the label of item 0 is a float"),
+        (Items([(RAMP, torch.ones(2))]), {}, "the label of item 0 is a Tensor"),
         (Items([(RAMP, -2)]), {}, "item 0 is of class -2, must be -1 or"),
         (Items([(RAMP, 2)], classes=["a", "b"]), {}, "item 0 is of class 2, must be -1 or"),
         (Items([(RAMP, 0)], classes=[("crane",), ("crane",)]), {}, "classes 0 and 1 are both called 'crane'"),
