@@ -31,6 +31,7 @@ from stages.images import ImageError, SampleTable, decode_image
 from stages.mixup import mixing_weight
 from stages.recipe import FinetuneSettings
 from stages.split import Rows
+from stages.weights.loading import transform_config
 
 _WORTH_WORKERS = 4096  # images: with fewer to load in all, starting processes takes longer than they save
 _MOST_WORKERS = 8
@@ -111,9 +112,8 @@ def generators_kept() -> Iterator[None]:
 
 
 def transforms(model: nn.Module, backbone: BackboneConfig, settings: FinetuneSettings) -> tuple[Any, Any]:
-    """The random transform to train with, and the plain one that the weights carry."""
-    size = backbone.image_size
-    config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
+    """The random transform to train with, and the plain one of the extraction."""
+    config = transform_config(model, backbone)
     train = timm.data.create_transform(
         input_size=config["input_size"],
         is_training=True,

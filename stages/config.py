@@ -8,7 +8,18 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+
+from stages.weights.names import canonical_name, has_official_recipe
 
 # What a file of features may hold, see stages/arrays.
 ARRAY_FEATURES = ("cls", "tap_cls", "registers", "patches", "logits")
@@ -26,10 +37,19 @@ Channels = Annotated[tuple[float, float, float], Field(strict=False)]  # TOML ha
 
 
 class BackboneConfig(StageConfig):
-    """Which network, with which weights, at which image size; ``None`` means: as the weights have it."""
+    """Which network, with which weights, at which image size; ``None`` means: as the weights have it.
 
-    name: str = "vit_small_patch14_dinov2.lvd142m"
-    weights: str = "hub"  # "hub", "embedded" or a path to .safetensors / .pth
+    Attributes:
+        name: timm's, or as Hugging Face's repositories have it, which becomes timm's (`canonical_name`).
+        weights: "hub", "embedded" or a path to .safetensors / .pth.
+        recipe: how an image and stored position embeddings become the network's input: as its authors do it
+            ("official", see `stages.weights.official`) or as timm does ("timm"). None becomes "official" where that
+            is known, for DINOv2, since published numbers are of its features; "timm" everywhere else.
+    """
+
+    name: Annotated[str, AfterValidator(canonical_name)] = "vit_small_patch14_dinov2.lvd142m"
+    weights: str = "hub"
+    recipe: Literal["official", "timm"] | None = Field(default=None, validate_default=True)
     image_size: int = Field(default=224, ge=16)
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
     compile: bool = False  # torch.compile: worth its minutes for large sets on a GPU
@@ -37,6 +57,16 @@ class BackboneConfig(StageConfig):
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
     crop_pct: float | None = Field(default=None, gt=0, le=1)
+
+    @field_validator("recipe")
+    @classmethod
+    def _resolve_recipe(cls, recipe: str | None, info: ValidationInfo) -> str | None:
+        if (name := info.data.get("name")) is None:  # wrong itself
+            return recipe
+        known = has_official_recipe(name)
+        if recipe == "official" and not known:
+            raise ValueError(f"'official' given, but only DINOv2's is known here, and none for {name}: give 'timm'")
+        return recipe or ("official" if known else "timm")
 
 
 class TrainConfig(StageConfig):

@@ -42,7 +42,7 @@ from stages.augment import (
     transforms,
     worker_count,
 )
-from stages.backbone import Backbone, build_model, compile_parts, freeze_first, n_parts, weights_sha
+from stages.backbone import Backbone, compile_parts, freeze_first, n_parts, weights_sha
 from stages.checkpoint import Checkpoints, load_checkpoint
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.dataset import IdData, read_blocks
@@ -56,6 +56,7 @@ from stages.objective import JointObjective, LinearObjective, Mixed, MixturePlan
 from stages.progress import NullProgress, Progress
 from stages.recipe import FinetuneSettings, resolve_recipe
 from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
+from stages.weights.loading import build_model
 
 FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 

@@ -16,7 +16,7 @@ VERBS = ("stages.extract", "stages.train", "stages.finetune", "stages.score", "s
 DOORS = {
     "h5py": {"cache.shard"},
     "faiss": {"stages.bank"},
-    "timm": {"stages.backbone", "stages.augment", "stages.objective", "stages.finetune"},
+    "timm": {"stages.backbone", "stages.weights.loading", "stages.augment", "stages.objective", "stages.finetune"},
     "dask": {"pipeline.engine"},
     "distributed": {"pipeline.engine"},
     "click": {"pipeline.cli"},

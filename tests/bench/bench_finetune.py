@@ -26,7 +26,7 @@ from torch import nn
 
 import pipeline.__main__  # noqa: F401  the process is set up as the command line sets it up
 from cache import FeatureCache
-from stages.backbone import build_architecture, build_model, load_backbone
+from stages.backbone import build_architecture, load_backbone
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.dataset import IdData, id_data
 from stages.extract import extract_set
@@ -34,6 +34,7 @@ from stages.finetune import finetune
 from stages.images import list_images
 from stages.objective import freeze_batch_norm
 from stages.progress import NullProgress
+from stages.weights.loading import build_model
 from tests.bench.bench_extract import write_jpegs
 from tests.bench.timing import RUNS, rates, row
 

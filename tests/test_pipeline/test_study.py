@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cache import FeatureCache
-from stages.backbone import build_model
 from stages.config import BackboneConfig
+from stages.weights.loading import build_model
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 from tests.test_pipeline.tiny import STUDY, draw
 

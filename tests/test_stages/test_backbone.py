@@ -23,7 +23,6 @@ from stages.backbone import (
     Tokens,
     TransformerEnd,
     build_architecture,
-    build_model,
     load_backbone,
     reduce_patches,
     stored_grid,
@@ -32,6 +31,7 @@ from stages.backbone import (
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.images import ImageError
+from stages.weights.loading import build_model
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, create, dinov2, photos
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)  # as the fixture `backbone`
@@ -294,8 +294,8 @@ def test_an_image_that_would_grow_beyond_all_limits_is_refused(backbone, size):
 
 
 def test_whole_dinov2_of_518_pixels_is_read_at_another_size(tmp_path):
-    """37 x 37 position embeddings become 4 x 4; everything else is the file's."""
-    config = stored(tmp_path / "model.safetensors", DINOV2, img_size=518)
+    """37 x 37 position embeddings become 4 x 4, by timm's recipe; everything else is the file's."""
+    config = stored(tmp_path / "model.safetensors", DINOV2, img_size=518).model_copy(update={"recipe": "timm"})
     backbone = load_backbone(config)
     original = create(DINOV2, img_size=518)
     state, loaded = original.state_dict(), backbone.model.state_dict()

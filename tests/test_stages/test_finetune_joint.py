@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import train as train_module
-from stages.backbone import Backbone, build_architecture, build_model, load_backbone
+from stages.backbone import Backbone, build_architecture, load_backbone
 from stages.dataset import read_tokens
 from stages.errors import InputError
 from stages.experts import MixtureOfFeatureExperts, load_mixture
@@ -20,6 +20,7 @@ from stages.heads import load_heads
 from stages.objective import JointObjective, Mixed, MixturePlan
 from stages.refine import refined_path
 from stages.train import finish_joint, joint_identity, mixture_is_fresh
+from stages.weights.loading import build_model
 from tests.test_parity.test_distributed import together
 from tests.test_stages.small_vit import SMALL, cached, metrics, tune
 from tests.test_stages.stops import StopsIn

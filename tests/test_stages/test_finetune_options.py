@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from stages import checkpoint as checkpoint_module
 from stages import finetune as finetune_module
-from stages.backbone import build_model, freeze_first
+from stages.backbone import freeze_first
 from stages.checkpoint import load_checkpoint
 from stages.config import FinetuneConfig
 from stages.errors import InputError, StageError
 from stages.finetune import read_finetuned_head
 from stages.objective import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
 from stages.recipe import FinetuneSettings, resolve_recipe
+from stages.weights.loading import build_model
 from tests.test_stages.drawn import create
 from tests.test_stages.small_vit import NAME, metrics, tune
 from tests.test_stages.stops import StopsAt, StopsIn
