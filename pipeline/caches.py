@@ -43,8 +43,8 @@ def cache_images(
     backbone = load_backbone(
         config.backbone, config.cache.expert_blocks, "cuda" if torch.cuda.is_available() else "cpu"
     )
-    for note in backbone.transform_notes():
-        progress.note(f"warning: {note}")
+    for note in backbone.notes():
+        progress.note(note)
     with engine_for(options.scheduler, options.workers) as engine:
         for own, table in tables.items():
             for note in table.notes:

@@ -166,8 +166,8 @@ class Study:
         pictured = [entry for entry in missing if entry.features is None]
         if not pictured:
             return
-        for note in leg.loaded.transform_notes():
-            self.progress.note(f"warning: {note}")
+        for note in leg.loaded.notes():
+            self.progress.note(note)
         with engine_for(self.options.scheduler, self.options.workers) as engine:
             mapper: Mapper | None = None if isinstance(engine, SerialEngine) else engine.map
             for entry in pictured:

@@ -279,6 +279,10 @@ class Backbone:
         """What is not as recipe or weights have it, or not known: a line each; wrong features often come from there."""
         return transform_notes(self.data_config, self.config)
 
+    def notes(self) -> list[str]:
+        """What is to be said before its features are used, a line each: of its weights, and of its transform."""
+        return [*self.weights_notes, *(f"warning: {note}" for note in self.transform_notes())]
+
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tokens:
         """One forward pass; safe in threads.

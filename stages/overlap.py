@@ -52,7 +52,7 @@ def find_overlaps(sets: Mapping[str, FeatureCache]) -> list[Overlap]:
             firsts.setdefault(own, int(row[place]))
     overlaps = []
     for (one, other), pairs in sorted(found.items()):
-        (first, cache), (second, twin) = caches[one], caches[other]
-        names = tuple((str(cache.ids[a]), str(twin.ids[b])) for a, b in sorted(pairs, key=lambda pair: pair[1]))
-        overlaps.append(Overlap((first, second), names))
+        (name, cache), (twin_name, twin) = caches[one], caches[other]
+        ids = tuple((str(cache.ids[a]), str(twin.ids[b])) for a, b in sorted(pairs, key=lambda pair: pair[1]))
+        overlaps.append(Overlap((name, twin_name), ids))
     return overlaps

@@ -171,7 +171,7 @@ def _from_hub(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
         _reach_hub(cfg.hf_hub_id)
         if config.recipe != "official":
             return Loaded(create_model(config, pretrained=True, **kwargs))
-        tensors = timm.models.load_state_dict_from_hf(cfg.hf_hub_id)
+        tensors = timm.models.load_state_dict_from_hf(str(cfg.hf_hub_id))
     except Exception as error:  # the hub client raises whatever its transport raises
         raise InputError(
             f"backbone.weights: the hub gave no weights for {config.name} ({first_line(error)}): "

@@ -14,7 +14,7 @@ _SIZES = {"small": "s", "base": "b", "large": "l", "giant": "g"}
 
 def _sisters() -> dict[str, str]:
     """Timm's name by that of the same weights elsewhere: in Hugging Face's repositories, and with torch.hub."""
-    known = {}
+    known: dict[str, str] = {}
     for size, letter in _SIZES.items():
         for registers, elsewhere, hub in (("", "dinov2", ""), ("_reg4", "dinov2-with-registers", "_reg")):
             name = f"vit_{size}_patch14{registers}_dinov2.lvd142m"

@@ -10,9 +10,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tests.test_pipeline.command import done, pipeline, settings
 from tests.test_pipeline.tiny import STUDY, draw
+from tests.test_stages.drawn import as_dinov3s_files, create
 
 DENSE = """
 [[variants]]
@@ -82,3 +84,16 @@ def test_many_images_go_by_blocks_and_are_scored_as_each_alone(home, tmp_path, m
         (one,) = lines(done("predict", home / "tiny.toml", files[index]))
         assert float(one["score"]) == pytest.approx(float(many[index]["score"]), abs=1e-5)
         assert one["nearest_1"] == many[index]["nearest_1"]
+
+
+def test_json_is_json_whatever_timm_prints(home, tmp_path):
+    """Of DINOv3's own file it prints a line for each block."""
+    torch.save(as_dinov3s_files(create("vit_small_patch16_dinov3_qkvb").state_dict(), 0.0), tmp_path / "dinov3.pth")
+    network = ("name=vit_small_patch16_dinov3", f"weights={tmp_path / 'dinov3.pth'}")
+    changed = settings(*(f"backbone.{each}" for each in network), f"work={tmp_path}", "cache.patches=none")
+    image = next((home / "images" / "test").rglob("*.png"))
+    for verb in ("extract", "train"):
+        done(verb, home / "tiny.toml", *changed)
+    command = [sys.executable, "-m", "pipeline", "predict", str(home / "tiny.toml"), str(image), "--format", "json"]
+    answer = subprocess.run([*command, *changed], capture_output=True, text=True, check=True)
+    assert str(image) in json.dumps(json.loads(answer.stdout))

@@ -4,6 +4,7 @@ At initialisation DINOv2's LayerScale is 1e-5: every block is nearly the identit
 registers that it attends to, would pass. Drawn between 0.1 and 1, as large as in the trained models, it cannot.
 """
 
+import re
 from functools import cache
 
 import numpy as np
@@ -38,6 +39,24 @@ def create(name: str, seed: int = 0, **kwargs) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return draw_weights(timm.create_model(name, num_classes=0, **kwargs), seed).eval()
+
+
+def as_dinov3s_files(state: dict[str, Tensor], bias: float) -> dict[str, Tensor]:
+    """DINOv3's tensors as its authors' files have them.
+
+    Args:
+        state: of timm's model with biases of q and v (``…_qkvb``).
+        bias: of q; twice as much of v. Keys share their tensor, and a mask takes theirs away.
+    """
+    found = {}
+    for name, x in state.items():
+        if name.endswith("q_bias"):
+            parts = [torch.full_like(x, value) for value in (bias, 9.0, 2 * bias)]
+            found[name.replace("q_bias", "qkv.bias")] = torch.cat(parts)
+            found[name.replace("q_bias", "qkv.bias_mask")] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(len(x))
+        elif not name.endswith("v_bias"):
+            found[re.sub(r"gamma_(\d)", r"ls\1.gamma", name).replace("reg_token", "storage_tokens")] = x
+    return found | {"mask_token": torch.ones_like(state["cls_token"][0])}
 
 
 @cache

@@ -1,6 +1,5 @@
 """Every tensor of a file is used, or is known to change nothing, or the file is refused; as is one that lacks any."""
 
-import re
 from functools import cache
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.weights.loading import Loaded, load_model
-from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, create
+from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, as_dinov3s_files, create
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 DINOV3 = "vit_small_patch16_dinov3"
@@ -119,16 +118,8 @@ def test_registers_under_a_name_without_them_name_the_one_that_has_them(tmp_path
 
 
 def official_dinov3(scale: float) -> dict[str, Tensor]:
-    """As DINOv3's own files are: q, k and v share a bias, of which a mask takes the keys' away."""
-    state = {}
-    for name, x in state_of(f"{DINOV3}_qkvb", **SMALL).items():
-        if name.endswith("q_bias"):
-            q, v = (torch.full((48,), scale * value) for value in (1.0, 2.0))
-            state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.full((48,), 9.0), v])
-            state[name.replace("q_bias", "qkv.bias_mask")] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(48)
-        elif not name.endswith("v_bias"):
-            state[re.sub(r"gamma_(\d)", r"ls\1.gamma", name).replace("reg_token", "storage_tokens")] = x
-    return state | {"mask_token": torch.ones(1, 48), "rope_embed.periods": 100 ** (torch.arange(4) / 4)}
+    periods = 100 ** (torch.arange(4) / 4)  # of rotary embeddings: 16 numbers a head, 4 of them different
+    return as_dinov3s_files(state_of(f"{DINOV3}_qkvb", **SMALL), scale) | {"rope_embed.periods": periods}
 
 
 def test_biases_of_dinov3_are_used_where_the_name_has_them(tmp_path):
