@@ -463,7 +463,7 @@ def test_images_that_cannot_be_used(home, tmp_path):
     assert last.startswith("error: test: 1 of 25 images cannot be used, more than --max-failures 0.01 allows")
     assert "digit 1/broken.png: " in last
     answer = done("extract", home / "tiny.toml", *given, "--max-failures", "0.1")
-    assert "150" not in answer.err
+    assert "extract train: " not in answer.err  # what was finished is kept
     (cache,) = (tmp_path / "caches").glob("test-*")
     assert f"test: 24 rows + 1 failures = 25 inputs, sealed in {cache}" in answer.err
     (failure,) = map(json.loads, (cache / "failures.jsonl").read_text().splitlines())
@@ -512,7 +512,7 @@ def test_images_that_stand_in_a_set_twice_are_said_and_listed(home, tmp_path):
         ("backbone.name=resnet1", "backbone.name: timm has no model 'resnet1'"),
         ("backbone.name=vit_tiny_patch16_224", 'backbone.weights: "embedded" weights exist for'),
         ("backbone.weights={tmp}/no.safetensors", "backbone.weights: no file {tmp}/no.safetensors"),
-        ("backbone.weights={tmp}/a.zip", "backbone.weights: {tmp}/a.zip does not hold weights"),
+        ("backbone.weights={tmp}/a.zip", "backbone.weights: a.zip does not hold weights"),
         ("cache.expert_blocks=7", "cache.expert_blocks: 7 given, tf_efficientnet_lite0 has 7: give at most 6"),
         ("score.k=0", "--set score.k: 0 given, must be greater than 0 or 'auto'"),
         ("score.scores=['energi']", "--set score.scores: \"energi\" is not a known score; did you mean 'energy'?"),
@@ -644,7 +644,7 @@ def test_repair_of_images_that_have_changed(home, tmp_path):
 def test_interrupted_extract_goes_on(home, tmp_path):
     """SIGINT while the second set is being made: 130, one line, and the first set is kept."""
     study = [str(home / "tiny.toml"), *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")]
-    study += settings("sets.train.images=sklearn:digits[0-2]", "sets.test.images=sklearn:digits[0-2]")
+    study += settings("sets.train.images=sklearn:digits[0-2]", "sets.test.images=sklearn:digits[1-2]")
     command = [sys.executable, "-u", "-m", "pipeline", "extract", *study]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
