@@ -313,8 +313,11 @@ def test_links_that_lead_nowhere_or_outside_are_failures_with_a_reason(tmp_path)
         bytes(2 * BLOCK),
     ]
     (tmp_path / "set" / "s.tar").write_bytes(b"".join(blocks))
-    assert contents(list_images(str(tmp_path / "set" / "s.tar"))) == {
-        "absolute.png": f"a link to {str(outside)!r}, outside of the tar",
+    found = contents(list_images(str(tmp_path / "set" / "s.tar")))
+    absolute = found.pop("absolute.png")  # a long path is cut
+    assert absolute.startswith("a link to '/")
+    assert absolute.endswith(", outside of the tar")
+    assert found == {
         "cat/above.png": "a link to '../../outside.png', outside of the tar",
         "gone": "a link to 'no/such.png', which the tar does not hold",
         "hard-gone.png": "a link to '../outside.png', which the tar does not hold",
