@@ -88,7 +88,11 @@ def test_the_hub_has_weights_of_every_backbone(path):
 
 def test_the_pilot_differs_in_the_backbone_alone():
     configs = [load_config(path).to_dict() for path in PAPERS if path.stem.startswith("pilot-")]
-    assert len({config["backbone"].pop("name") for config in configs}) == 6
+    recipes = {config["backbone"].pop("name"): config["backbone"].pop("recipe") for config in configs}
+    assert len(recipes) == 6
+    assert {name for name, recipe in recipes.items() if recipe == "official"} == {
+        name for name in recipes if "dinov2" in name
+    }
     assert len({config.pop("name") for config in configs}) == 6
     assert len({config.pop("work") for config in configs}) == 6
     assert len({config["cache"].pop("root") for config in configs}) == 6
