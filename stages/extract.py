@@ -179,7 +179,7 @@ def set_name(source: str) -> str:
     >>> set_name("/data/my pets/"), set_name("data/train-{0000..0146}.tar"), set_name("sklearn:digits[0-6]/test")
     ('my-pets', 'train-0000..0146', 'test')
     """
-    base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name.removesuffix(Path(source).suffix)).strip("-._")
+    base = re.sub(r"[^A-Za-z0-9._]+", "-", Path(source).name.removesuffix(Path(source).suffix)).strip("-._")
     return base[:100] or "images"
 
 

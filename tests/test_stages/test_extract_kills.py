@@ -27,7 +27,7 @@ def test_killed_at_random_moments(forks, backbone, tmp_path, request):
     whole = small_shards(backbone, IMAGES, tmp_path / "whole")
     rng, kills, lost_at_most, sealed = np.random.default_rng(0), 0, 0, 0
     root, before = tmp_path / "killed", 0
-    while kills < request.config.getoption("kills", 30):
+    while kills < request.config.getoption("kills", 30) or not sealed:  # a slow machine needs more to get to the end
         listener, teller = forks.Pipe(duplex=False)
         process = forks.Process(target=extract_and_tell, args=(str(root), teller))
         process.start()
@@ -52,5 +52,4 @@ def test_killed_at_random_moments(forks, backbone, tmp_path, request):
             }
             shutil.rmtree(root)
             sealed, before = sealed + 1, 0
-    assert sealed >= 1
     assert lost_at_most <= SHARD + AHEAD
