@@ -1,7 +1,7 @@
 """How often the 95 % intervals of `stages.intervals` hold the truth, by simulation.
 
-``python -m tests.bench.bench_intervals [DRAWS]``. ID scores are drawn from N(0, 1), OOD scores from N(m, 1) with m for the FPR95 or AUROC that is asked; a line
-each.
+``python -m tests.bench.bench_intervals [DRAWS]``. ID scores are drawn from N(0, 1), OOD scores from N(m, 1) with m for
+the FPR95 or AUROC that is asked; a line each.
 """
 
 import sys
