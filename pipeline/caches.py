@@ -2,18 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.config import FeaturesConfig, RunOptions
 from pipeline.engine import SerialEngine, engine_for
-from stages.backbone import load_backbone
+from stages.backbone import default_device, load_backbone
 from stages.errors import InputError
 from stages.extract import extract_features, set_name
 from stages.images import SampleTable, describe_left_out, list_images
-from stages.images.table import Sample, make_table
+from stages.images.table import Sample, is_one_file, make_table
 from stages.progress import Progress
 from stages.sanity import check_features
 
@@ -40,9 +37,7 @@ def cache_images(
         StageError, CacheError: as `stages.extract.extract_features`; caches that were sealed before stay.
     """
     tables = _tables(paths, name)
-    backbone = load_backbone(
-        config.backbone, config.cache.expert_blocks, "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    backbone = load_backbone(config.backbone, config.cache.expert_blocks, default_device())
     for note in backbone.notes():
         progress.note(note)
     with engine_for(options.scheduler, options.workers) as engine:
@@ -73,7 +68,7 @@ def _tables(paths: Sequence[str], name: str | None) -> dict[str, SampleTable]:
     files: list[Sample] = []
     for path in paths:
         table = list_images(path)
-        if table.ids == (Path(path).name,) and Path(path).is_file():
+        if is_one_file(path, table.ids):
             row: Any = (int(table.sizes[0]), int(table.mtimes_ns[0]), table.contents[0])
             files.append(Sample(path, None, *row))
         else:

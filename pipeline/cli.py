@@ -11,7 +11,7 @@ needs them, so that ``--help`` and a mistake in the experiment file answer at on
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -450,8 +450,6 @@ def _network_line(spec: "FeatureSpec") -> str:
 
 def cache_lines(cache: "FeatureCache") -> list[str]:
     """What is in a cache, a line each."""
-    from stages.images import describe_left_out
-
     manifest, spec = cache.manifest, cache.spec
     n_bytes = sum(shard.nbytes for shard in manifest.shards)
     datasets = ", ".join(f"{name} [n, {', '.join(map(str, shape))}]" for name, (shape, _) in spec.datasets().items())
@@ -462,10 +460,18 @@ def cache_lines(cache: "FeatureCache") -> list[str]:
         f"features   {_network_line(spec)}",
         f"datasets   {datasets} as {spec.dtype}",
         f"shards     {len(manifest.shards)}, {n_bytes / 2**20:.1f} MiB",
-        *([describe_left_out(manifest.left_out)] if manifest.left_out else []),
+        *_left_out_lines(manifest.left_out),
         f"identity   fingerprint {cache.fingerprint[:8]}, with its inputs {cache.identity[:8]}",
         *([] if spec.origin else [f"origin     {cache.fingerprint}"]),
     ]
+
+
+def _left_out_lines(left_out: Mapping[str, int]) -> list[str]:
+    if not left_out:
+        return []
+    from stages.images import describe_left_out  # and all that reads images
+
+    return [describe_left_out(left_out)]
 
 
 def show(result: Any) -> None:

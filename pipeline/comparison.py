@@ -23,7 +23,7 @@ from stages.detectors import NO_HEAD, reads_head
 from stages.errors import StageError
 from stages.formats import csv_text, markdown_table
 from stages.intervals import Difference, verdicts
-from stages.table import Evaluator, OODRow, Replicates, difference_columns
+from stages.table import HIGHER_IS_BETTER, Evaluator, OODRow, Replicates, difference_columns, over_seeds
 
 _METRICS = ("fpr95", "auroc")
 _GROUPS = {"near-ood": "near", "far-ood": "far"}
@@ -173,8 +173,8 @@ class ScoredStudy:
                 common = [seed for seed in own if seed in others]
                 own, others = ({seed: side[seed] for seed in common} for side in (own, others))
             row = next(iter(own.values()))[group][0]
-            sides = (_side(own, group, metric), _side(others, group, metric))
-            self._differences[key] = Difference.of(*sides, seeded, row.n_id, row.n_ood)
+            sides = [over_seeds([each[group] for each in side.values()], metric) for side in (own, others)]
+            self._differences[key] = Difference.of(sides[0], sides[1], seeded, row.n_id, row.n_ood)
         return self._differences[key]
 
     def difference_text(self, method: Method, other: Method, group: str, metric: str) -> str:
@@ -234,7 +234,7 @@ class ScoredStudy:
 def judge(studies: Sequence[ScoredStudy]) -> None:
     """Say of every difference what it is, the false discovery rate held over all of them: they are read together."""
     keys = [(study, key) for study in studies for key in study.compared()]
-    told = verdicts([study.difference(*key) for study, key in keys], [key[-1] == "auroc" for _, key in keys])
+    told = verdicts([study.difference(*key) for study, key in keys], [key[-1] in HIGHER_IS_BETTER for _, key in keys])
     for (study, key), says in zip(keys, told, strict=True):
         study.says[key] = says
 
@@ -268,12 +268,6 @@ def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
                 line |= zip(difference_columns(f"recommended_minus_{metric}"), told, strict=True)
             lines.append(line)
     return lines
-
-
-def _side(seeds: Seeds, group: str, metric: str) -> tuple[list[float], list[NDArray[np.float64]]]:
-    """A metric of each seed, and its replicates."""
-    averages = [own[group] for own in seeds.values()]
-    return [getattr(row, metric) for row, _ in averages], [getattr(drawn, metric) for _, drawn in averages]
 
 
 def _difference_text(mean: float, lo: float, hi: float, says: str) -> str:

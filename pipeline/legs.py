@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec
 from cache.spec import first_difference
 from pipeline.config import RunConfig, SetConfig
@@ -25,6 +23,7 @@ from stages.backbone import (
     EXTRACTION_SEMANTICS,
     Backbone,
     build_architecture,
+    default_device,
     load_backbone,
     weights_sha,
 )
@@ -106,7 +105,7 @@ class Leg:
     @cached_property
     def device(self) -> str:
         """Where networks run."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
 
     def asked(self) -> dict[str, Any]:
         """All settings that features depend on, known without opening the weights."""

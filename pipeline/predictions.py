@@ -18,6 +18,7 @@ from stages.errors import InputError
 from stages.extract import extract_set, import_set
 from stages.formats import csv_text
 from stages.images import SampleTable
+from stages.images.table import is_one_file
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
 
@@ -64,7 +65,7 @@ def predict_sources(
         for path, source in zip(paths, sources, strict=True):
             ids = source.samples.ids if isinstance(source, ArrayTable) else source.ids
             # One image file is its own name; of a folder, tar or list, each image adds its own.
-            one = ids == (Path(path).name,) and Path(path).is_file()
+            one = is_one_file(path, ids)
             for cache in _caches(source, leg, predictor.reads, scratch):
                 names = {id_: path if one else f"{path}/{id_}" for id_ in cache.inputs().ids}
                 unusable += [Unusable(names[failure.id], failure.reason) for failure in cache.failures()]

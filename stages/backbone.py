@@ -395,6 +395,11 @@ class Backbone:
         )
 
 
+def default_device() -> str:
+    """Where networks run: on a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_backbone(config: BackboneConfig, expert_blocks: int = 1, device: str | torch.device = "cpu") -> Backbone:
     """Build a timm model with the weights that an experiment asks for.
 

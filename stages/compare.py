@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stages.config import Profile
 from stages.errors import InputError
-from stages.images.names import class_order, class_texts, match_classes, tidy, unlike
+from stages.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
 from stages.metrics import ood_metrics
 from stages.scorers import ClassifierHead, ScoreInputs, Scorer, Standardiser, get_scorer, sum_scores
 
@@ -226,14 +226,8 @@ class _Classes:
         if labels.dtype.kind not in "iu":
             labels = np.array([-1 if text is None else int(text) for text in class_texts(who, labels)], np.int64)
         numbers = labels.astype(np.int64)
-        if self._n is not None and len(numbers) and (high := int(numbers.max())) >= self._n:
-            low = int(numbers[numbers >= 0].min())
-            if low and high == self._n:
-                raise InputError(
-                    f"{who}: labels run from {low} to {high} for {high} classes: subtract 1, they count from 0"
-                )
-            row = int(np.argmax(numbers >= self._n))
-            raise InputError(f"{who}: label of row {row} is {numbers[row]}, the classes are 0 to {self._n - 1}")
+        if self._n is not None and (numbers >= self._n).any():
+            raise beyond_classes(who, numbers, self._n, "classes", "the classes are")
         return numbers
 
 

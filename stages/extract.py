@@ -44,7 +44,7 @@ from cache import (
     unseal,
 )
 from stages.arrays import ArrayTable
-from stages.backbone import Backbone, load_backbone
+from stages.backbone import Backbone, default_device, load_backbone
 from stages.config import BackboneConfig
 from stages.errors import InputError, StageError
 from stages.images import ImageError, SampleTable, is_overcome, list_dataset, list_images
@@ -205,7 +205,7 @@ def _as_backbone(
         raise InputError(f"{' and '.join(given)}: for a backbone that is given by its name; this one has its own")
     if isinstance(backbone, Backbone):
         return backbone
-    return load_backbone(backbone, expert_blocks, "cuda" if torch.cuda.is_available() else "cpu")
+    return load_backbone(backbone, expert_blocks, default_device())
 
 
 def extract_set(

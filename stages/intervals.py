@@ -46,7 +46,8 @@ class SetParts(NamedTuple):
     Attributes:
         auroc, fpr95: the metrics.
         n_ood: OOD rows.
-        id_wins: ``[n_id]`` share of the OOD rows that score higher than each ID row, ties half (DeLong's placements).
+        id_wins: ``[n_id]`` share of the OOD rows that score higher than each ID row, ties half (DeLong's placements);
+            ID rows by ascending score, so alike for all sets.
         ood_variance: of the AUROC, from the OOD rows; NaN for one row.
         admitted: share of the OOD rows that the ends of the threshold's interval admit.
     """
@@ -60,27 +61,33 @@ class SetParts(NamedTuple):
 
     @classmethod
     def of(cls, id_scores: ArrayLike, ood_scores: ArrayLike) -> Self:
-        """From scores ``[n_id]`` and ``[n_ood]``; higher = more OOD.
+        """Of one OOD set, see `of_each`."""
+        return cls.of_each(id_scores, [ood_scores])[0]
+
+    @classmethod
+    def of_each(cls, id_scores: ArrayLike, ood_scores: Sequence[ArrayLike]) -> list[Self]:
+        """From scores ``[n_id]``, and ``[n_ood]`` of each OOD set; higher = more OOD.
 
         Raises:
             InputError: a side is empty, not one-dimensional, or holds NaN or inf.
         """
-        ids, oods = checked_scores(id_scores, "ID"), np.sort(checked_scores(ood_scores, "OOD"))
-        ordered = np.sort(ids)
-        n_id, n_ood = len(ids), len(oods)
-        ood_wins = (np.searchsorted(ordered, oods, "left") + np.searchsorted(ordered, oods, "right")) / (2 * n_id)
-        id_wins = 1 - (np.searchsorted(oods, ids, "left") + np.searchsorted(oods, ids, "right")) / (2 * n_ood)
-
-        def admitted(threshold: float) -> float:
-            return float(np.searchsorted(oods, threshold, "right") / n_ood)
-
-        low, high = quantile_ranks(n_id, _ADMIT)
-        ends = Interval(
-            admitted(ordered[low - 1]) if low >= 1 else 0.0, admitted(ordered[high - 1]) if high <= n_id else 1.0
+        ids = np.sort(checked_scores(id_scores, "ID"))
+        low, high = quantile_ranks(len(ids), _ADMIT)
+        thresholds = (
+            ids[low - 1] if low >= 1 else -np.inf,
+            ids[high - 1] if high <= len(ids) else np.inf,
+            admitting_threshold(ids, _ADMIT),
         )
-        at = admitted(admitting_threshold(ordered, _ADMIT))
-        variance = float(ood_wins.var(ddof=1) / n_ood) if n_ood > 1 else np.nan
-        return cls(float(ood_wins.mean()), at, n_ood, id_wins, variance, ends)
+        return [cls._of(ids, np.sort(checked_scores(scores, "OOD")), thresholds) for scores in ood_scores]
+
+    @classmethod
+    def _of(cls, ids: NDArray[np.float64], oods: NDArray[np.float64], thresholds: tuple[float, float, float]) -> Self:
+        """Of sorted scores; thresholds at the ends of their interval, and the one of FPR95."""
+        ood_wins = (np.searchsorted(ids, oods, "left") + np.searchsorted(ids, oods, "right")) / (2 * len(ids))
+        id_wins = 1 - (np.searchsorted(oods, ids, "left") + np.searchsorted(oods, ids, "right")) / (2 * len(oods))
+        lo, hi, at = (np.searchsorted(oods, thresholds, "right") / len(oods)).tolist()
+        variance = float(ood_wins.var(ddof=1) / len(oods)) if len(oods) > 1 else np.nan
+        return cls(float(ood_wins.mean()), at, len(oods), id_wins, variance, Interval(lo, hi))
 
 
 def fpr95_interval(sets: Sequence[SetParts]) -> Interval:

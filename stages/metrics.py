@@ -312,16 +312,6 @@ def _running_sum(counts: NDArray[np.integer]) -> NDArray[np.int64]:
     return sums
 
 
-def percentile_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Interval that holds the middle ``level`` of bootstrap replicates.
-
-    >>> percentile_interval(range(101), level=0.5)
-    (25.0, 75.0)
-    """
-    low, high = np.quantile(checked_scores(values, "bootstrap"), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def checked_scores(scores: ArrayLike, which: str) -> NDArray[np.float64]:
     """``scores`` as float64 [n], or an `InputError` that says what is wrong with the ``which`` scores."""
     array = np.asarray(scores, dtype=np.float64)

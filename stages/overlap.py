@@ -1,9 +1,10 @@
-"""Images that stand in two sets: found by their bytes, whatever their names."""
+"""Images of equal bytes, whatever their names: of one set, or in two."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache import FeatureCache
 
@@ -25,34 +26,41 @@ class Overlap:
         return f"{len(self.ids)} of {self.sets[1]} in {self.sets[0]} ({shown})"
 
 
-def find_overlaps(sets: Mapping[str, FeatureCache]) -> list[Overlap]:
+def first_alike(hashes: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """The first row of the bytes of each row, ``[n]``; its own number where none before it has them.
+
+    Args:
+        hashes: ``[n, 32]`` SHA-256 of each row's image.
+
+    >>> first_alike(np.uint8([[1], [2], [1]])).tolist()
+    [0, 1, 0]
+    """
+    keys = np.ascontiguousarray(hashes).view(np.dtype((np.void, hashes.shape[1]))).ravel()
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    found: NDArray[np.intp] = first[inverse]
+    return found
+
+
+def find_overlaps(sets: Sequence[tuple[str, FeatureCache]]) -> list[Overlap]:
     """Every two sets that share images, or rows of the same given features.
 
     Args:
-        sets: by name, in the order of the study.
+        sets: name and cache of each, in the order of the study.
     """
-    caches = list(sets.items())
-    hashes = np.concatenate([np.asarray(cache.image_hashes) for _, cache in caches])
-    owner = np.repeat(np.arange(len(caches)), [len(cache.image_hashes) for _, cache in caches])
-    row = np.concatenate([np.arange(len(cache.image_hashes)) for _, cache in caches])
-    keys = np.ascontiguousarray(hashes).view(np.dtype((np.void, hashes.shape[1]))).ravel()
-    order = np.argsort(keys, kind="stable")  # of equal bytes the order of the study stays
-    ordered = keys[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(ordered) else np.zeros(0, np.intp)
-    ends = np.append(starts[1:], len(ordered))
+    sizes = [len(cache.image_hashes) for _, cache in sets]
+    owner, row = np.repeat(np.arange(len(sets)), sizes), np.concatenate([np.arange(size) for size in sizes])
+    first = first_alike(np.concatenate([np.asarray(cache.image_hashes) for _, cache in sets]))
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
-        members = order[start:end]
-        firsts: dict[int, int] = {}
-        for place in members.tolist():
-            own = int(owner[place])
-            for other, first in firsts.items():
-                if other != own:
-                    found.setdefault((other, own), []).append((first, int(row[place])))
-            firsts.setdefault(own, int(row[place]))
+    holders: dict[int, dict[int, int]] = {}  # sets that hold an image, and the first row that does
+    for place in np.flatnonzero(np.bincount(first, minlength=len(first))[first] > 1).tolist():
+        own, seen = int(owner[place]), holders.setdefault(int(first[place]), {})
+        for other, holder in seen.items():
+            if other != own:
+                found.setdefault((other, own), []).append((holder, int(row[place])))
+        seen.setdefault(own, int(row[place]))
     overlaps = []
     for (one, other), pairs in sorted(found.items()):
-        (name, cache), (twin_name, twin) = caches[one], caches[other]
-        ids = tuple((str(cache.ids[a]), str(twin.ids[b])) for a, b in sorted(pairs, key=lambda pair: pair[1]))
+        (name, cache), (twin_name, twin) = sets[one], sets[other]
+        ids = tuple((str(cache.ids[a]), str(twin.ids[b])) for a, b in pairs)
         overlaps.append(Overlap((name, twin_name), ids))
     return overlaps

@@ -15,6 +15,7 @@ from cache import FeatureCache
 from stages.bank import FeatureBank
 from stages.dataset import unit
 from stages.images.names import listed
+from stages.overlap import first_alike
 
 NEIGHBOURS = 5
 MOST_ROWS = 10_000  # drawn where there are more: the figure is then good to half a per cent
@@ -80,10 +81,8 @@ class SameBytes(NamedTuple):
 
 def find_same_bytes(cache: FeatureCache) -> list[SameBytes]:
     """Rows of a cache whose images, or rows of arrays, have equal bytes."""
-    hashes = np.ascontiguousarray(cache.image_hashes).view("V32").ravel()
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    earlier = first[inverse]
-    rows = np.flatnonzero(earlier != np.arange(len(hashes))).tolist()
+    earlier = first_alike(cache.image_hashes)
+    rows = np.flatnonzero(earlier != np.arange(len(earlier))).tolist()
     names, labels, ids = (*cache.class_names, None), cache.labels, cache.ids  # label -1, unknown, takes the last name
     return [
         SameBytes(str(ids[row]), names[labels[row]], str(ids[one]), names[labels[one]])

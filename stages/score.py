@@ -36,7 +36,7 @@ from stages.detectors import (
 from stages.errors import InputError
 from stages.metrics import OODMetrics, ood_metrics
 from stages.neighbours import NeighbourStore
-from stages.overlap import find_overlaps
+from stages.overlap import find_overlaps, first_alike
 from stages.progress import NullProgress, Progress
 from stages.scorers import threshold_at
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
@@ -150,9 +150,8 @@ class _Ties:
     """
 
     def __init__(self, images: Mapping[str, NDArray[np.uint8]]) -> None:
-        hashes = np.concatenate(list(images.values()))
-        first = np.zeros(len(hashes), dtype=bool)
-        first[np.unique(hashes, axis=0, return_index=True)[1]] = True
+        earlier = first_alike(np.concatenate(list(images.values())))
+        first = earlier == np.arange(len(earlier))
         ends = np.cumsum([len(own) for own in images.values()])[:-1]
         self._distinct = dict(zip(images, np.split(first, ends), strict=True))
         self._found: dict[str, dict[str, str]] = {}  # score -> where -> how many
@@ -362,13 +361,12 @@ def _router_record(made: _Made, predicted: Mapping[str, Predictions]) -> dict[st
     )
 
 
-def _sets(source: BackboneSource) -> dict[str, FeatureCache]:
-    """All sets of the study by name, those that train and calibrate first."""
+def _sets(source: BackboneSource) -> list[tuple[str, FeatureCache]]:
+    """All sets of the study, those that train and calibrate first; two caches may well be called alike."""
     data = source.data
-    sets = {data.train.manifest.dataset: data.train}
-    if data.split.held_out == "id-val":
-        sets[data.held_out.manifest.dataset] = data.held_out
-    return sets | {test.name: test.cache for test in source.tests}
+    held_out = [data.held_out] if data.split.held_out == "id-val" else []
+    fitted = [(cache.manifest.dataset, cache) for cache in (data.train, *held_out)]
+    return fitted + [(test.name, test.cache) for test in source.tests]
 
 
 def _write_samples(

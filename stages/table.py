@@ -21,7 +21,7 @@ from stages.metrics import bootstrap_each, ood_metrics, resample_counts
 METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
 COMPARED = ("auroc", "fpr95")  # those with a paired difference to each baseline
 GROUPS = ("near", "far", "all")
-_HIGHER_IS_BETTER = {"auroc", "aupr_in", "aupr_out"}
+HIGHER_IS_BETTER = {"auroc", "aupr_in", "aupr_out"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Evaluator:
         resampled = bootstrap_each(
             id_scores, [ood_scores[ood] for ood in names], self.counts["id"], [self.counts[ood] for ood in names]
         )
-        parts = {ood: SetParts.of(id_scores, ood_scores[ood]) for ood in names}
+        parts = dict(zip(names, SetParts.of_each(id_scores, [ood_scores[ood] for ood in names]), strict=True))
         for (ood, group), drawn in zip(self.oods, resampled, strict=True):
             metrics = asdict(ood_metrics(id_scores, ood_scores[ood]))
             replicates = Replicates(drawn["auroc"], drawn["fpr95"])
@@ -150,7 +150,7 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
     for row, drawn in rows:
         by_cell.setdefault((row.method, row.ood, row.group), []).append((row, drawn))
     lines: list[dict[str, Any]] = []
-    found: list[tuple[dict[str, Any], str, Difference]] = []
+    found: list[tuple[dict[str, Any], str, str, Difference]] = []
     for (method, ood, group), members in by_cell.items():
         first = members[0][0]
         line: dict[str, Any] = {
@@ -176,12 +176,12 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
                 line |= dict.fromkeys(difference_columns(column))
                 if reference is None or method == baseline:
                     continue
-                sides = (_side(members, metric), _side(reference, metric))
+                sides = (over_seeds(members, metric), over_seeds(reference, metric))
                 seeded = any(row.seed is not None for row, _ in (*members, *reference))
-                found.append((line, column, Difference.of(*sides, seeded, first.n_id, first.n_ood)))
+                found.append((line, metric, column, Difference.of(*sides, seeded, first.n_id, first.n_ood)))
         lines.append(line)
-    told = verdicts([one for *_, one in found], [column.startswith("auroc") for _, column, _ in found])
-    for (line, column, one), says in zip(found, told, strict=True):
+    told = verdicts([one for *_, one in found], [metric in HIGHER_IS_BETTER for _, metric, _, _ in found])
+    for (line, _, column, one), says in zip(found, told, strict=True):
         line |= zip(difference_columns(column), (one.mean, one.lo, one.hi, says), strict=True)
     return lines
 
@@ -191,8 +191,10 @@ def difference_columns(column: str) -> list[str]:
     return [f"{column}{end}" for end in ("", "_lo", "_hi", "_says")]
 
 
-def _side(members: Sequence[tuple[OODRow, Replicates]], metric: str) -> tuple[list[float], list[NDArray[np.float64]]]:
-    """A metric of each seed, and its replicates."""
+def over_seeds(
+    members: Sequence[tuple[OODRow, Replicates]], metric: str
+) -> tuple[list[float], list[NDArray[np.float64]]]:
+    """A metric of each seed, and its bootstrap replicates, as `Difference.of` takes them."""
     return [getattr(row, metric) for row, _ in members], [getattr(drawn, metric) for _, drawn in members]
 
 
@@ -248,7 +250,7 @@ def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
         header.insert(0, "study")
     naming = (*header, "calibrated")
     metrics = [(group, metric) for group in GROUPS for metric in ("auroc", "fpr95")]
-    header += [f"{group} {metric.upper()} {'↑' if metric in _HIGHER_IS_BETTER else '↓'}" for group, metric in metrics]
+    header += [f"{group} {metric.upper()} {'↑' if metric in HIGHER_IS_BETTER else '↓'}" for group, metric in metrics]
     averages = [line for line in summary if line["ood"] == "average"]
     body = []
     for _, members in groupby(averages, key=lambda line: tuple(line[name] for name in naming)):

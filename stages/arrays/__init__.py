@@ -32,7 +32,7 @@ from stages.arrays.parts import ARRAY_SUFFIXES, is_pattern, open_parts
 from stages.arrays.table import ARRAY_SEMANTICS, FEATURES, KEYS, ArrayTable, RowsOf, check_end, network_of, row_bytes
 from stages.errors import InputError
 from stages.images.classes import read_classes
-from stages.images.names import class_texts, listed, number_classes, shown, storable, tidy
+from stages.images.names import beyond_classes, class_texts, listed, number_classes, shown, storable, tidy
 from stages.images.table import SampleTable
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _AXES = {"cls": (2,), "tap_cls": (2,), "registers": (3,), "patches": (3, 4), "logits": (2,)}
+_MOST_NAMES = 12  # that a message shows of those that are there
 _NEAR = 0.9  # names that are more alike than this are one word, misspelt or in another number
 
 
@@ -105,20 +106,21 @@ def _widened_note(path: str, columns: Mapping[str, Column]) -> list[str]:
 def _choose(path: str, file: ArrayFile, columns: Mapping[str, str] | None) -> tuple[dict[str, str], list[str]]:
     """What each key is called in a file, and the columns that are none."""
     given, there = columns or {}, file.arrays
+    known = listed(list(there), most=_MOST_NAMES)
     for key, name in given.items():
         if key not in KEYS:
             raise InputError(f"{path}: columns: {key!r} is not a key (known: {', '.join(KEYS)})")
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{path}: columns.{key}: {name!r} is not there{hint} (it has {_shown(there)})")
+            raise InputError(f"{path}: columns.{key}: {name!r} is not there{hint} (it has {known})")
     rest = [name for name in there if name not in given.values()]
     names = {key: key for key in KEYS if key in rest and key not in given}
     names |= {key: name for key, name in file.soft.items() if name in rest and key not in names | dict(given)}
     names = {key: (names | dict(given))[key] for key in KEYS if key in names | dict(given)}
     if "cls" not in names:
         raise InputError(
-            f"{path}: 'cls' is missing: the features of n rows, [n, D] (it has {_shown(there)}); "
+            f"{path}: 'cls' is missing: the features of n rows, [n, D] (it has {known}); "
             'columns = { cls = "…" } says what they are called'
         )
     left_out = [name for name in there if name not in names.values()]
@@ -194,17 +196,10 @@ def _named_labels(path: str, labels: NDArray[Any], named: Sequence[str]) -> list
     texts = class_texts(path, labels)
     if not named or any(isinstance(label, str | bytes) for label in labels.tolist()):
         return texts
-    numbers = [None if text is None else int(text) for text in texts]
-    known = [number for number in numbers if number is not None]
-    if known and max(known) >= len(named):
-        if min(known) and max(known) == len(named):
-            raise InputError(
-                f"{path}: labels run from {min(known)} to {max(known)} for {len(named)} classes: subtract 1, they "
-                "count from 0"
-            )
-        row = next(row for row, number in enumerate(numbers) if number is not None and number >= len(named))
-        raise InputError(f"{path}: label of row {row} is {numbers[row]}, classes names 0 to {len(named) - 1}")
-    return [None if number is None else named[number] for number in numbers]
+    numbers = np.array([-1 if text is None else int(text) for text in texts], np.int64)
+    if (numbers >= len(named)).any():
+        raise beyond_classes(path, numbers, len(named), "classes", "classes names")
+    return [None if number < 0 else named[number] for number in numbers.tolist()]
 
 
 def _ids(path: str, found: Mapping[str, Column], n: int, soft: bool) -> tuple[tuple[str, ...], list[str]]:
@@ -242,7 +237,3 @@ def _texts(path: str, ids: NDArray[Any]) -> list[str]:
 
 def _mtime_ns(file: ArrayFile) -> int:
     return max(os.stat(path).st_mtime_ns for path in file.paths)
-
-
-def _shown(names: Mapping[str, Any]) -> str:
-    return ", ".join(list(names)[:12]) + (", …" if len(names) > 12 else "")

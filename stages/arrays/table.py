@@ -16,7 +16,7 @@ from stages.arrays.columns import Chosen, Column, block_rows
 from stages.backbone import END_TOLERANCE, Backbone, Tokens, weights_sha
 from stages.config import ARRAY_FEATURES, ARRAY_KEYS
 from stages.errors import InputError
-from stages.images.names import listed, match_classes, shown, unlike
+from stages.images.names import beyond_classes, listed, match_classes, shown, unlike
 from stages.images.table import SampleTable
 
 ARRAY_SEMANTICS = 1  # raise it when the same file would give another cache
@@ -103,12 +103,9 @@ class ArrayTable:
                 f"{where}: which column is {listed(list(map(shown, classes)))}? Give classes, a list or a text file of "
                 "the columns' names in their order"
             )
-        low, high = int(classes[0]), int(classes[-1])
-        if low and high == n:
-            raise InputError(f"{where}: labels run from {low} to {high} for {n} columns: subtract 1, they count from 0")
-        if high >= n:
-            row = int(np.argmax(self.samples.labels == len(classes) - 1))
-            raise InputError(f"{where}: label of row {row} is {high}, the columns are 0 to {n - 1}")
+        numbers = np.array([*map(int, classes), -1])[self.samples.labels]  # label -1, unknown, takes the last
+        if (numbers >= n).any():
+            raise beyond_classes(where, numbers, n, "columns", "the columns are")
         raise InputError(
             f"{where}: with logits, label is the number of a column, and each column has rows: give classes, a list or "
             "a text file of the columns' names in their order, and those that are ID classes are taken"

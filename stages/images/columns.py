@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from stages.config import nearest
 from stages.errors import InputError
-from stages.images.names import trimmed
+from stages.images.names import listed, trimmed
 
 PATH_NAMES = ("path", "file", "filename", "filepath", "image", "imagepath")
+_MOST_NAMES = 12  # that a message shows of those that are there
 LABEL_NAMES = ("label", "class", "target", "category", "labels", "cls", "classname")
 
 
@@ -72,7 +73,9 @@ def _found(source: str, key: str, given: str | None, names: list[str], usual: tu
         found = _usual(names, usual)
     elif not (found := [name for name in names if trimmed(name) == trimmed(given)]):
         known = [trimmed(name) for name in names]
-        raise InputError(f"{source}: {key} {given!r} is not there{nearest(given, known)} (it has {_shown(known)})")
+        raise InputError(
+            f"{source}: {key} {given!r} is not there{nearest(given, known)} (it has {listed(known, most=_MOST_NAMES)})"
+        )
     if found and names.count(found[0]) > 1:
         raise InputError(f"{source}: {trimmed(found[0])!r} stands there twice: give each column a name of its own")
     return found[0] if found else None
@@ -82,7 +85,3 @@ def _usual(names: list[str], usual: tuple[str, ...]) -> list[str]:
     """Those of the names that are usual, in the order of preference."""
     plain = {name: re.sub(r"[\s_-]", "", trimmed(name)).casefold() for name in names}
     return [name for wanted in usual for name in plain if plain[name] == wanted]
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

@@ -93,6 +93,23 @@ def class_texts(source: str, values: NDArray[Any]) -> list[str | None]:
     return texts
 
 
+def beyond_classes(where: str, numbers: NDArray[np.integer], n: int, what: str, whose: str) -> InputError:
+    """What to say of class numbers of which one is n or more; that they count from 1, where they seem to.
+
+    Args:
+        where: begins the message.
+        numbers: ``[rows]`` class of each row, negative where it is unknown.
+        n: classes that there are.
+        what: they are, "classes" or "columns".
+        whose: begins the range of numbers that there are, such as "the classes are".
+    """
+    low, high = int(numbers[numbers >= 0].min()), int(numbers.max())
+    if low and high == n:
+        return InputError(f"{where}: labels run from {low} to {high} for {n} {what}: subtract 1, they count from 0")
+    row = int(np.argmax(numbers >= n))
+    return InputError(f"{where}: label of row {row} is {numbers[row]}, {whose} 0 to {n - 1}")
+
+
 def number_classes(source: str, names: Sequence[str | None]) -> Classes:
     """Number the classes of a set's samples.
 
@@ -160,10 +177,10 @@ def unlike(names: Sequence[str], known: Sequence[str], whose: str = "id-train") 
     return listed([f"{shown(name)}{_reason(name, others, whose)}" for name in map(tidy, names[:_SHOWN])], len(names))
 
 
-def listed(parts: Sequence[str], n: int | None = None) -> str:
-    """The first of several, and whether there are more."""
-    more = (len(parts) if n is None else n) > _SHOWN
-    return ", ".join(parts[:_SHOWN]) + (", …" if more else "")
+def listed(parts: Sequence[str], n: int | None = None, most: int = _SHOWN) -> str:
+    """The first of several, and whether there are more: n in all, where not all of them are given."""
+    more = (len(parts) if n is None else n) > most
+    return ", ".join(parts[:most]) + (", …" if more else "")
 
 
 def shown(name: str) -> str:

@@ -171,6 +171,11 @@ def make_table(
     )
 
 
+def is_one_file(path: str, ids: Sequence[str]) -> bool:
+    """Whether a path is an image file by itself, and no folder, tar or list of images, by the ids listed of it."""
+    return tuple(ids) == (os.path.basename(path),) and os.path.isfile(path)
+
+
 def first_folder(sample_id: str) -> str | None:
     """Class of an image in a tree of folders.
 
