@@ -1,7 +1,7 @@
 """Scores of one's own arrays, without caches and stages: `compare_scores`, for notebooks and scripts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,19 @@ class Comparison:
         rows: a row a score and OOD set, and its unweighted mean over the sets as ``average``: ``score``, ``params``,
             ``ood``, ``n_id``, ``n_ood`` and the metrics of `stages.metrics.OODMetrics`, fractions.
         scores: score -> set (``"id"``, and each OOD set) -> [n] float32; higher = more OOD.
+        notes: lines worth saying of the fits, which stand below the table.
     """
 
     rows: list[dict[str, Any]]
     scores: dict[str, dict[str, NDArray[np.float32]]]
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = ["| score | ood | " + " | ".join(_SHOWN) + " |", "|---|---|" + "---:|" * len(_SHOWN)]
         for row in self.rows:
             cells = " | ".join(f"{100 * row[metric]:.2f}" for metric in _SHOWN)
             lines.append(f"| {row['score']} | {row['ood']} | {cells} |")
+        lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines)
 
     _repr_markdown_ = __str__  # notebooks show it as a table
@@ -105,7 +108,8 @@ def compare_scores(
         settings = {part: fitted[part].params() for part in parts}
         about = {"score": score, "params": settings[score] if len(parts) == 1 else settings}
         rows += _metrics(about, found[score])
-    return Comparison(rows, found)
+    notes = [f"{part}: {remark}" for part, scorer in fitted.items() for remark in scorer.remarks()]
+    return Comparison(rows, found, notes)
 
 
 def _ood_sets(ood: Any) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def score(
     evaluator = Evaluator(oods, sizes, config.bootstrap)
     rows: list[tuple[OODRow, Replicates]] = []
     left_out: dict[tuple[str, str], list[str]] = {}  # (score, what it needs) -> features that lack it
+    remarks: dict[tuple[str, str], list[str]] = {}  # (score, what there is to say of its fit) -> features
     ties = _Ties({_key(test): test.cache.image_hashes for test in tests})
     thresholds: list[dict[str, Any]] = []
     written: set[Path] = set()
@@ -103,6 +104,9 @@ def score(
                     rows += evaluator.rows(name, scores["id"], {ood: scores[ood] for ood, _ in oods})
                     scored.setdefault(routing, []).append((detector, scores))
                     thresholds += _thresholds(detector, name)
+                for part in detector.parts:
+                    for remark in part.scorer.remarks():
+                        remarks.setdefault((part.scorer.name, remark), []).append(_place(subject, part.head))
                 if not detector.calibrated:  # a map of each expert's own scale unties nothing
                     ties.look(detector.score, _place(subject, detector.head), next(iter(routes.values())))
                 progress.advance()
@@ -138,6 +142,7 @@ def score(
         notes.append(f"{what}: {'; '.join(map(str, overlaps))}; all are named in {folder / 'id.json'}")
     for (lacking, what), places in left_out.items():
         notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
+    notes += [f"{of}: {said}: {', '.join(dict.fromkeys(places))}" for (of, said), places in remarks.items()]
     notes += ties.notes()
     return ScoreResult(table, summary, notes)
 

@@ -20,6 +20,7 @@ Higher = more OOD, everywhere. A new score is one file beside these, a line in `
     pnml          regret
     nnguide, relation  products with all ID training rows
     moments       counts, means and scatter of ID rows, block by block; whitening
+    shrinkage     covariances of few rows
     pairs         blocks of rows times blocks of ID training rows
     selection     choose_k(): k from ID rows alone
     calibration   scores of several experts or kinds onto one scale; thresholds

@@ -289,6 +289,10 @@ class Scorer(ABC):
         """What was chosen from ID rows, and from which, for the record; JSON-able."""
         return {}
 
+    def remark(self, memory: Any) -> str:
+        """What to say of the fit to whoever reads the scores, in a few words; empty for nothing. Numbers are facts."""
+        return ""
+
     # ------------------------------------------------------------------------------------------- what it is used by
 
     def settings(self) -> dict[str, Any]:
@@ -305,6 +309,11 @@ class Scorer(ABC):
             same = len(values) == len(found) and all(value == next(iter(values.values())) for value in values.values())
             chosen[name] = next(iter(values.values())) if same else values
         return self.settings() | chosen
+
+    def remarks(self) -> list[str]:
+        """What there is to say of the fit, of several experts each thing once."""
+        said = (self.remark(learnt.memory) for learnt in self._learnt.values())
+        return [remark for remark in dict.fromkeys(said) if remark]
 
     def fit(self, train: ScoreInputs, select: ScoreInputs | None = None) -> Self:
         """Learns of ID rows what `score` needs, of each expert's apart where ``train`` names experts.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 from stages.errors import InputError
 from stages.scorers.base import Floats, ScoreInputs, Scorer
 from stages.scorers.moments import FeatureMoments, float64_rows, known_labels, moments_of, squared_distances
+from stages.scorers.shrinkage import FEW_ROWS, ShrinkageRule, Shrunk, is_scarce, shrunk_scatter, shrunk_towards, varies
 
 Matrix = NDArray[np.float64]
 
@@ -32,12 +33,16 @@ class GaussianMixture:
         means: [C, D].
         factors: [C, D, D] lower Cholesky factors of the covariances, or [1, D, D] of the one that all classes share.
         jitter: what was added to the diagonals of the covariances.
+        n_shrunk: how many covariances are shrunk.
+        remark: what to say of them, as of `stages.scorers.shrinkage.Shrunk`.
     """
 
     shares: Matrix
     means: Matrix
     factors: Matrix
     jitter: float
+    n_shrunk: int = 0
+    remark: str = ""
 
     @classmethod
     def of(cls, shares: ArrayLike, means: ArrayLike, covariances: ArrayLike, jitter: float | None = None) -> Self:
@@ -133,15 +138,20 @@ class GMMScorer(Scorer):
     Attributes:
         covariance: ``"class"`` gives each class its own, C × D × D numbers and as much work a row; ``"shared"`` one to
             all of them.
-        jitter: added to the diagonals; None takes the smallest that does, as the paper's code tries them. A class with
-            one row has nothing else on its diagonal, and only that row is near it.
+        shrinkage: ``"auto"`` moves a class's covariance that has few rows towards the one around all class means, and
+            that one, where it has few too, towards a multiple of the identity (`stages.scorers.shrinkage`);
+            ``"none"``, and a given jitter, leave them.
+        jitter: added to the diagonals; None takes the smallest that does, as the paper's code tries them.
     """
 
     name: ClassVar[str] = "gmm"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
-    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"pytorch-ood": {"jitter": 1e-6}})
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+        {"pytorch-ood": {"shrinkage": "none", "jitter": 1e-6}}
+    )
 
     covariance: Literal["class", "shared"] = "class"
+    shrinkage: Literal["auto", "none"] = "auto"
     jitter: Annotated[float, Field(ge=0)] | None = None
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> GaussianMixture:
@@ -150,12 +160,18 @@ class GMMScorer(Scorer):
         Raises:
             InputError: class covariances that take more than 2 GiB.
         """
-        if self.covariance == "shared":
-            tied = moments_of(train, self.name)
-            return GaussianMixture.of(
-                tied.counts / len(tied), tied.class_means, tied.within.matrix[None] / len(tied), self.jitter
-            )
-        return self._of_classes(train)
+        if self.covariance == "class":
+            return self._of_classes(train)
+        tied = moments_of(train, self.name)
+        shrunk = shrunk_scatter(train, self.name, tied, self._rule)
+        mixture = GaussianMixture.of(
+            tied.counts / len(tied), tied.class_means, shrunk.scatter.matrix[None] / len(tied), self.jitter
+        )
+        return mixture if shrunk.intensity is None else replace(mixture, n_shrunk=1, remark=shrunk.remark)
+
+    @property
+    def _rule(self) -> ShrinkageRule:
+        return self.shrinkage if self.jitter is None else "none"
 
     def _of_classes(self, train: ScoreInputs) -> GaussianMixture:
         features, classes = train.need_unread(self.name), known_labels(train, self.name)
@@ -166,19 +182,31 @@ class GMMScorer(Scorer):
                 f"gmm: covariances of {shape[0]} classes and {shape[1]} features take {taken / 2**30:.1f} GiB, "
                 f'{_MAX_BYTES >> 30} are allowed: set score.params.gmm.covariance = "shared"'
             )
-        means, covariances = np.empty(shape[:2]), np.empty(shape)
+        means, covariances, n_shrunk = np.empty(shape[:2]), np.empty(shape), 0
+        target: Shrunk | None = None
         for index, label in enumerate(seen):
             moments = FeatureMoments()
             rows = np.flatnonzero(classes == label)
             for start in range(0, len(rows), _BLOCK):
                 moments.add(np.asarray(features[rows[start : start + _BLOCK]]))
             means[index], covariances[index] = moments.mean, moments.within.matrix / len(moments)
-        return GaussianMixture.of(counts / len(train), means, covariances, self.jitter)
+            if self._rule == "auto" and (is_scarce(len(rows), 1, shape[1]) or not varies(moments.within, moments)):
+                target = target or shrunk_scatter(train, self.name, moments_of(train, self.name))
+                of_all, own = target.scatter.matrix / len(train), ScoreInputs(features=features[rows])
+                covariances[index] = shrunk_towards(of_all, covariances[index], own, self.name, moments)
+                n_shrunk += 1
+        mixture = GaussianMixture.of(counts / len(train), means, covariances, self.jitter)
+        return mixture if target is None else replace(mixture, n_shrunk=n_shrunk, remark=target.remark or FEW_ROWS)
 
     def judge(self, x: ScoreInputs, memory: GaussianMixture) -> Floats:
         """Negative log density, [n]."""
         return gmm_score(x.need("features", self.name), memory)
 
     def facts(self, memory: GaussianMixture) -> dict[str, Any]:
-        """What was added to the diagonals, where that was chosen."""
-        return {"jitter_used": memory.jitter} if self.jitter is None else {}
+        """What was added to the diagonals, where that was chosen, and how many covariances were shrunk."""
+        shrunk = {"covariances_shrunk": memory.n_shrunk} if memory.n_shrunk else {}
+        return ({"jitter_used": memory.jitter} if self.jitter is None else {}) | shrunk
+
+    def remark(self, memory: GaussianMixture) -> str:
+        """Whether the covariances are not the rows' own."""
+        return memory.remark

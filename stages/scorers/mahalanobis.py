@@ -14,12 +14,12 @@ from stages.scorers.moments import (
     RANK_RTOL,
     FeatureMoments,
     RankTolerance,
-    Scatter,
     float64_rows,
     moments_of,
     squared_distances,
     whitened,
 )
+from stages.scorers.shrinkage import ShrinkageRule, Shrunk, shrunk_scatter
 
 Matrix = NDArray[np.float64]
 
@@ -32,18 +32,22 @@ class TiedGaussians:
         origin: [D] where these coordinates have their zero.
         whiten: [D, r] with whiten · whitenᵀ = Σ⁺, r the rank of Σ.
         means: [C, r] the means in these coordinates.
+        shrinkage: intensity with which Σ was shrunk; None where it is the rows' own.
+        remark: what to say of Σ, as of `stages.scorers.shrinkage.Shrunk`.
     """
 
     origin: Matrix
     whiten: Matrix
     means: Matrix
+    shrinkage: float | None = None
+    remark: str = ""
 
     @classmethod
-    def of(cls, means: ArrayLike, whiten: Matrix) -> Self:
+    def of(cls, means: ArrayLike, whiten: Matrix, shrinkage: float | None = None, remark: str = "") -> Self:
         """From means [C, D] and `whiten` [D, r]."""
         means = np.asarray(means, dtype=np.float64)
         origin = means.mean(axis=0)
-        return cls(origin, whiten, (means - origin) @ whiten)
+        return cls(origin, whiten, (means - origin) @ whiten, shrinkage, remark)
 
     def nearest(self, features: ArrayLike, normalise: bool = False) -> NDArray[np.float64]:
         """min_c (z − μ_c)ᵀ Σ⁺ (z − μ_c) of features [n, D], [n] float64.
@@ -114,6 +118,7 @@ class _TiedScorer(Scorer):
     """What the scores of this module share.
 
     Attributes:
+        shrinkage: of Σ, as in `stages.scorers.shrinkage.shrunk_scatter`; ``"auto"`` is ``"none"`` with a ridge.
         rank_rtol: directions whose variance is at most this share of the largest are left out of Σ⁺. ``"float32"``: D
             times the rounding of float32, which is what OpenOOD leaves out: scikit-learn's pseudo-inverse, of a float32
             covariance. A narrow spectrum loses nothing by it, a ViT's of D = 1536 all that is below 2e-4.
@@ -122,27 +127,37 @@ class _TiedScorer(Scorer):
 
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-        {"openood": {"rank_rtol": "float32"}, "pytorch-ood": {"ridge": 1e-6}}
+        {"openood": {"shrinkage": "none", "rank_rtol": "float32"}, "pytorch-ood": {"shrinkage": "none", "ridge": 1e-6}}
     )
     normalise: ClassVar[bool] = False
 
+    shrinkage: ShrinkageRule = "auto"
     rank_rtol: RankTolerance = RANK_RTOL
     ridge: Annotated[float, Field(ge=0)] = 0.0
 
     def _moments(self, train: ScoreInputs, by_class: bool = True) -> FeatureMoments:
         return moments_of(train, self.name, self.normalise, by_class)
 
-    def _gaussians(self, means: Matrix, scatter: Scatter, n: int) -> TiedGaussians:
-        rtol = self.rank_rtol
+    def _shrunk(self, train: ScoreInputs, moments: FeatureMoments) -> Shrunk:
+        rule = "none" if self.ridge and self.shrinkage == "auto" else self.shrinkage
+        return shrunk_scatter(train, self.name, moments, rule)
+
+    def _gaussians(self, means: Matrix, shrunk: Shrunk, n: int) -> TiedGaussians:
+        scatter, rtol = shrunk.scatter, self.rank_rtol
         if self.ridge:
             scatter, rtol = scatter.plus(np.sqrt(self.ridge) * np.eye(means.shape[1])), 0.0
-        return TiedGaussians.of(means, scatter.whitening(rtol) * np.sqrt(n))
+        return TiedGaussians.of(means, scatter.whitening(rtol) * np.sqrt(n), shrunk.intensity, shrunk.remark)
 
     def facts(self, memory: TiedGaussians | tuple[TiedGaussians, TiedGaussians]) -> dict[str, Any]:
-        """Rank of the covariance, where it has less than D: directions without variance are not looked at."""
+        """Intensity of the shrinkage; rank of Σ where it is below D: other directions are not looked at."""
         tied = memory[0] if isinstance(memory, tuple) else memory
         dim, rank = tied.whiten.shape
-        return {"rank": rank} if rank < dim else {}
+        shrunk = {} if tied.shrinkage is None else {"shrinkage_intensity": tied.shrinkage}
+        return ({"rank": rank} if rank < dim else {}) | shrunk
+
+    def remark(self, memory: TiedGaussians | tuple[TiedGaussians, TiedGaussians]) -> str:
+        """Whether Σ is not the rows' own."""
+        return (memory[0] if isinstance(memory, tuple) else memory).remark
 
 
 @dataclass(eq=False)
@@ -157,7 +172,7 @@ class MahalanobisScorer(_TiedScorer):
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> TiedGaussians:
         """Class means and their covariance."""
         moments = self._moments(train)
-        return self._gaussians(moments.class_means, moments.within, len(moments))
+        return self._gaussians(moments.class_means, self._shrunk(train, moments), len(moments))
 
     def judge(self, x: ScoreInputs, memory: TiedGaussians) -> Floats:
         """Squared distance to the nearest class mean, [n]."""
@@ -179,11 +194,17 @@ class RelativeMahalanobisScorer(_TiedScorer):
     name: ClassVar[str] = "relative-mahalanobis"
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> tuple[TiedGaussians, TiedGaussians]:
-        """Class means with their covariance, and the mean of all rows with its own."""
+        """Class means with their covariance, and the mean of all rows with its own.
+
+        Both are of one estimate, shrunk or not: the covariance of all is that around the class means plus that of the
+        means. Shrunk apart, they would differ outside of the ID rows' plane, where no row tells one from the other.
+        """
         moments = self._moments(train)
+        shrunk = self._shrunk(train, moments)
+        of_all = shrunk._replace(scatter=shrunk.scatter.plus(moments.between))
         return (
-            self._gaussians(moments.class_means, moments.within, len(moments)),
-            self._gaussians(moments.mean[None], moments.total, len(moments)),
+            self._gaussians(moments.class_means, shrunk, len(moments)),
+            self._gaussians(moments.mean[None], of_all, len(moments)),
         )
 
     def judge(self, x: ScoreInputs, memory: tuple[TiedGaussians, TiedGaussians]) -> Floats:
@@ -208,8 +229,8 @@ class SSDScorer(_TiedScorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> TiedGaussians:
         """The mean of all rows and their covariance."""
-        moments = self._moments(train, by_class=False)
-        return self._gaussians(moments.mean[None], moments.total, len(moments))
+        moments = self._moments(train, by_class=False)  # all of one class, whose mean is that of all
+        return self._gaussians(moments.class_means, self._shrunk(train, moments), len(moments))
 
     def judge(self, x: ScoreInputs, memory: TiedGaussians) -> Floats:
         """Squared distance to the mean, [n]."""

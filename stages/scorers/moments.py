@@ -42,6 +42,20 @@ class Scatter:
         """[D, D] float64."""
         return self._matrix if self._rows is None else self._rows.T @ self._rows
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(self._matrix) if self._rows is None else self._rows.shape[1]
+
+    def trace(self) -> float:
+        """Sum of the diagonal."""
+        return float(np.trace(self._matrix) if self._rows is None else np.square(self._rows).sum())
+
+    def squared_norm(self) -> float:
+        """Sum of the squares of all elements: of few rows r, Σ (rᵢ·rⱼ)²."""
+        small = self._matrix if self._rows is None else self._rows @ self._rows.T
+        return float(np.vdot(small, small))
+
     def add(self, rows: NDArray[np.float64]) -> Self:
         """Takes rows [n, D] in, and returns itself."""
         if self._rows is not None and 2 * (len(self._rows) + len(rows)) <= self._rows.shape[1]:
@@ -67,6 +81,17 @@ class Scatter:
             return divided.add(self._rows / scale)
         divided._rows, divided._matrix = None, self._matrix / np.outer(scale, scale)
         return divided
+
+    def shrunk(self, intensity: float) -> "Scatter":
+        """(1 − intensity) of this, and as much of the identity that the trace stays.
+
+        >>> Scatter(2).add(np.array([[2.0, 0.0]])).shrunk(0.5).matrix.tolist()
+        [[3.0, 0.0], [0.0, 1.0]]
+        """
+        mixed = Scatter(self.dim)
+        mixed._rows, mixed._matrix = None, (1 - intensity) * self.matrix
+        mixed._matrix[np.diag_indices(self.dim)] += intensity * self.trace() / self.dim
+        return mixed
 
     def spectrum(self, rtol: RankTolerance = RANK_RTOL) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Eigenvalues and eigenvectors of the matrix, the largest first, without those that count as 0.
@@ -183,7 +208,13 @@ class FeatureMoments:
     @property
     def total(self) -> Scatter:
         """Σ (z − μ)(z − μ)ᵀ around the mean μ of all rows; not divided by their number."""
-        return self.within.plus(np.sqrt(self.counts)[:, None] * (self.class_means - self.mean))
+        return self.within.plus(self.between)
+
+    @property
+    def between(self) -> NDArray[np.float64]:
+        """[C, D] the class means around the mean of all, each times the root of its rows: their scatter's rows."""
+        between: NDArray[np.float64] = np.sqrt(self.counts)[:, None] * (self.class_means - self.mean)
+        return between
 
     def about(self, origin: NDArray[np.float64]) -> Scatter:
         """Σ (z − origin)(z − origin)ᵀ; not divided by the number of rows."""
@@ -257,6 +288,23 @@ def moments_of(
     for block in train.blocks():
         moments.add(block.need("features", who), known_labels(block, who) if by_class else None)
     return moments
+
+
+def fourth_moment(train: ScoreInputs, who: str, moments: FeatureMoments) -> float:
+    """Σ ‖z − μ_class‖⁴ of ID training rows, read block by block once their means are known.
+
+    Args:
+        train: the rows that the moments are of.
+        who: the score that needs it, for messages.
+        moments: their means; of one class, rows are measured from the mean of all, whatever their labels.
+    """
+    total = 0.0
+    for block in train.blocks():
+        rows = float64_rows(block.need("features", who), moments.normalise)
+        alone = len(moments.classes) == 1
+        rows -= moments.class_means[0 if alone else np.searchsorted(moments.classes, known_labels(block, who))]
+        total += float(np.square(np.einsum("nd,nd->n", rows, rows)).sum())
+    return total
 
 
 def known_labels(train: ScoreInputs, who: str) -> NDArray[np.integer]:

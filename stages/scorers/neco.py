@@ -88,6 +88,8 @@ class NECOScorer(Scorer):
         total = moments.total
         variances = np.diagonal(total.matrix) / len(moments)
         scale = np.sqrt(np.where(variances > RANK_RTOL * variances.max(), variances, 1.0))
+        if not variances.max() > 0:  # no direction in which rows differ: nothing lies inside
+            return Principal(moments.mean, scale, np.zeros((moments.dim, 0)))
         lengths, directions = total.over(scale).spectrum()
         explained = np.cumsum(lengths)
         # Less a rounding, or a share of 1 might never be reached.
@@ -104,3 +106,7 @@ class NECOScorer(Scorer):
         """The dimension, where it is not the one that was set."""
         dim = memory.components.shape[1]
         return {"dim_used": dim} if dim != self.dim else {}
+
+    def remark(self, memory: Principal) -> str:
+        """Whether there is a principal subspace at all."""
+        return "" if memory.components.size else "every row scores 0, for no two ID training rows differ"

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stages.scorers.base import ClassifierHead, Floats, ScoreInputs, Scorer
 from stages.scorers.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of, whitened
+from stages.scorers.shrinkage import ShrinkageRule, shrunk_about_zero
 from stages.scorers.softmax import ALONE, Softmax, finite_log, log_of_log1p, log_sum
 
 Matrix = NDArray[np.float64]
@@ -65,10 +66,17 @@ def _log_excess(softmax: Softmax, share: Matrix) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """The head, and the whitening [D, r] of the normalised ID training features."""
+    """The head, and the whitening [D, r] of the normalised ID training features, shrunk or not.
+
+    Attributes:
+        shrinkage: intensity; None where it is the rows' own.
+        remark: what to say of it.
+    """
 
     head: ClassifierHead
     whiten: Matrix
+    shrinkage: float | None
+    remark: str
 
 
 @dataclass(eq=False)
@@ -76,22 +84,37 @@ class PNMLScorer(Scorer):
     """`pnml_score`.
 
     Attributes:
+        shrinkage: of XᵀX, as in `stages.scorers.shrinkage.shrunk_scatter`: outside of what few rows span there is
+            h = 0, and no regret.
         rank_rtol: eigenvalues of XᵀX that are at most this share of the largest are left out of its pseudo-inverse.
             ``"float32"``: D times the rounding of float32, as torch's pseudo-inverse does for pytorch-ood.
     """
 
     name: ClassVar[str] = "pnml"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank"})
-    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"pytorch-ood": {"rank_rtol": "float32"}})
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+        {"pytorch-ood": {"shrinkage": "none", "rank_rtol": "float32"}}
+    )
 
+    shrinkage: ShrinkageRule = "auto"
     rank_rtol: RankTolerance = RANK_RTOL
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Design:
-        """The head, and the pseudo-inverse of XᵀX."""
+        """The head, and the inverse of XᵀX."""
         moments = moments_of(train, self.name, normalise=True, by_class=False)
-        return Design(train.need_head(self.name), moments.about(np.zeros(moments.dim)).whitening(self.rank_rtol))
+        shrunk = shrunk_about_zero(moments, self.shrinkage)
+        whiten = shrunk.scatter.whitening(self.rank_rtol)
+        return Design(train.need_head(self.name), whiten, shrunk.intensity, shrunk.remark)
 
     def judge(self, x: ScoreInputs, memory: Design) -> Floats:
         """Regret, [n]."""
         head = memory.head
         return pnml_score(x.need("features", self.name), head.weight, head.bias, memory.whiten)
+
+    def facts(self, memory: Design) -> dict[str, Any]:
+        """Intensity of the shrinkage."""
+        return {} if memory.shrinkage is None else {"shrinkage_intensity": memory.shrinkage}
+
+    def remark(self, memory: Design) -> str:
+        """Whether XᵀX is not the rows' own."""
+        return memory.remark
