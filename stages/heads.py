@@ -9,7 +9,7 @@ scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: �
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class LinearHead:
         scale: ``[1]`` root of the mean variance of their features.
         weight: ``[C, D]``; rows of classes that were not fitted are zero.
         bias: ``[C]``; ``-inf`` for classes that were not fitted, so their logits are.
+        converged: whether the solver came to the minimum; not stored.
     """
 
     mean: Floats
     scale: Floats
     weight: Floats
     bias: Floats
+    converged: bool = field(default=True, kw_only=True)
 
     def logits(self, features: Floats) -> Floats:
         """``[N, D]`` to ``[N, C]``."""
@@ -87,9 +89,9 @@ def fit_head(features: Rows2D, labels: NDArray[np.int32], n_classes: int, streng
     bias = np.full(n_classes, -np.inf, dtype=np.float32)
     if len(classes) == 1:
         bias[classes] = 0
-    else:
-        weight[classes], bias[classes] = fit_logistic(features, own, len(classes), strength, standardise)
-    return LinearHead(*standardise, weight, bias)
+        return LinearHead(*standardise, weight, bias)
+    weight[classes], bias[classes], converged = fit_logistic(features, own, len(classes), strength, standardise)
+    return LinearHead(*standardise, weight, bias, converged=converged)
 
 
 def log_likelihood(head: LinearHead, features: Rows2D, labels: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -191,7 +193,7 @@ def load_heads(folder: Path, name: str, identity: str) -> dict[str, FittedHeads]
 
 def _stored_heads(tensors: Mapping[str, Floats], kind: str, described: Mapping[str, Any]) -> FittedHeads:
     heads = [
-        LinearHead(**{key: tensors[f"{kind}/{index}/{key}"] for key in ("mean", "scale", "weight", "bias")})
+        LinearHead(*(tensors[f"{kind}/{index}/{key}"] for key in ("mean", "scale", "weight", "bias")))
         for index in range(described["folds"] + 1)
     ]
     return FittedHeads(tuple(heads[:-1]), heads[-1], described["strength"], described["log_likelihood"])

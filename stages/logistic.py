@@ -21,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 from stages.cores import usable_cores
 from stages.lazy import Rows2D
 
+MAX_STEPS = 1000  # of the solver, after which it stops anyway: a weak penalty on separable rows may ask for many
 BLOCK = 1024  # rows; a result's last digits depend on it
 _KEPT_BYTES = 1 << 28  # of blocks that stay in memory as they are computed with; those beyond are read in every step
 
@@ -74,6 +75,14 @@ def standardisation(features: Rows2D) -> Standardisation:
     return Standardisation(mean.astype(np.float32), np.full(1, scale, dtype=np.float32))
 
 
+class LogisticFit(NamedTuple):
+    """Weight ``[K, D]`` and bias ``[K]`` float64, and whether the solver came to the minimum."""
+
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    converged: bool
+
+
 def fit_logistic(
     features: Rows2D,
     labels: NDArray[np.integer],
@@ -81,8 +90,8 @@ def fit_logistic(
     strength: float,
     standardise: Standardisation,
     tolerance: float = 1e-4,
-    max_iter: int = 1000,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    max_iter: int | None = None,
+) -> LogisticFit:
     """Minimise Σ −log p(label) + ‖weight‖² / (2 · strength); the intercept is not penalised.
 
     As in scikit-learn, two classes have one vector of coefficients, the difference of their logits, and it is the one
@@ -95,10 +104,11 @@ def fit_logistic(
         strength: scikit-learn's ``C``, the inverse of the penalty.
         standardise: of these rows.
         tolerance: the largest component of the gradient of the objective, divided by N, at which it stops.
-        max_iter: steps after which it stops anyway: a weak penalty on separable rows has its optimum far out.
+        max_iter: steps after which it stops anyway; `MAX_STEPS` by default.
 
     Returns:
-        Weight ``[K, D]`` and bias ``[K]``; each sums to 0 over two classes.
+        Weight and bias; each sums to 0 over two classes. Steps that were used up, and a line search that found no
+        lower point while the gradient was above `tolerance`, have not come to the minimum.
     """
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
@@ -111,12 +121,18 @@ def fit_logistic(
             method="L-BFGS-B",
             jac=True,
             # ftol: as fine as the loss can be told from its rounding
-            options={"maxiter": max_iter, "maxls": 50, "gtol": tolerance, "ftol": 64 * np.finfo(np.float64).eps},
+            options={
+                "maxiter": max_iter or MAX_STEPS,
+                "maxls": 50,
+                "gtol": tolerance,
+                "ftol": 64 * np.finfo(np.float64).eps,
+            },
         )
     weight, bias = objective.split(found.x)
+    converged = bool(found.success) or float(np.abs(found.jac).max()) <= tolerance
     if n_classes == 2:
-        return np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return weight, bias
+        return LogisticFit(np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2, converged)
+    return LogisticFit(weight, bias, converged)
 
 
 class _Objective:

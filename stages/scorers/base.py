@@ -460,6 +460,11 @@ def fitting_rows(
     return rows, {"fitted_on": "train" if rows is train else "select", "fitted_rows": len(rows)}
 
 
+def fitted_on_train(which: RowsName, record: Mapping[str, Any]) -> str:
+    """What to say where held-out rows were asked for and training rows stand in: the remark of such a score."""
+    return "fitted on ID training rows, for no held-out row is there" if record["fitted_on"] != which else ""
+
+
 # ------------------------------------------------------------------------------------------------------ settings
 
 

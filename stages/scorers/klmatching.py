@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
-from stages.scorers.base import Floats, RowsName, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.base import Floats, RowsName, ScoreInputs, Scorer, fitted_on_train, fitting_rows
 from stages.scorers.softmax import Softmax
 
 Unpredicted = Literal["left out", "one-hot"]
@@ -115,3 +115,7 @@ class KLMatchingScorer(Scorer):
     def facts(self, memory: _Memory) -> dict[str, Any]:
         """Of which rows, and how many templates came of them."""
         return memory.record | {"templates": len(memory.log_templates)}
+
+    def remark(self, memory: _Memory) -> str:
+        """Whether it is fitted on other rows than asked for."""
+        return fitted_on_train(self.rows, memory.record)

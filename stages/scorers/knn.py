@@ -163,6 +163,10 @@ class KNNScorer(Scorer):
         clipped = {"k_used": n} if n < self.k else {}
         return clipped if self.index == "flat" else clipped | {"recall": memory.recall(min(self.k, n))}
 
+    def remark(self, memory: "Searched") -> str:
+        """Whether a bank has fewer than k rows."""
+        return "fewer rows than k: the farthest is the k-th" if len(memory.bank) < self.k else ""
+
 
 @dataclass(frozen=True, eq=False)
 class Searched:

@@ -44,3 +44,7 @@ class KNNMeanScorer(KNNScorer):
     def judge(self, x: ScoreInputs, memory: Searched) -> Floats:
         """Mean distance to the neighbours, [n]."""
         return self._distances(x, memory, 0).mean(axis=0, dtype=np.float64).astype(np.float32)
+
+    def remark(self, memory: Searched) -> str:
+        """Whether a bank has fewer than k rows."""
+        return "fewer rows than k: all are averaged" if len(memory.bank) < self.k else ""

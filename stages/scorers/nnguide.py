@@ -83,3 +83,7 @@ class NNGuideScorer(Scorer):
     def facts(self, memory: ScoreInputs) -> dict[str, Any]:
         """``k_used``, where there are fewer than k rows."""
         return {"k_used": len(memory)} if len(memory) < self.k else {}
+
+    def remark(self, memory: ScoreInputs) -> str:
+        """Whether there are fewer than k rows."""
+        return "fewer rows than k: all are averaged" if len(memory) < self.k else ""

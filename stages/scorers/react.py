@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from stages.scorers.base import ClassifierHead, Floats, RowsName, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.base import ClassifierHead, Floats, RowsName, ScoreInputs, Scorer, fitted_on_train, fitting_rows
 from stages.scorers.energy import energy_score
 from stages.scorers.quantiles import quantiles
 from stages.scorers.shaping import activations
@@ -74,3 +74,7 @@ class ReActScorer(Scorer):
     def facts(self, memory: _Memory) -> dict[str, Any]:
         """c, and of which rows."""
         return {"threshold": memory.threshold} | memory.record
+
+    def remark(self, memory: _Memory) -> str:
+        """Whether it is fitted on other rows than asked for."""
+        return fitted_on_train(self.rows, memory.record)

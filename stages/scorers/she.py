@@ -84,3 +84,9 @@ class SHEScorer(Scorer):
     def facts(self, memory: Patterns) -> dict[str, Any]:
         """Classes without a correctly classified row, where there are any."""
         return {"classes_never_right": memory.n_never_right} if memory.n_never_right else {}
+
+    def remark(self, memory: Patterns) -> str:
+        """Whether there are classes without a correctly classified row."""
+        return (
+            "classes of which no row is classified right have all their rows as pattern" if memory.n_never_right else ""
+        )

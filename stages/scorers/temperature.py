@@ -20,11 +20,12 @@ _PRIOR_DEVIATION = 1.0  # of log T
 
 
 class FittedTemperature(NamedTuple):
-    """T*, the mean negative log-likelihood there, and of how many rows."""
+    """T*, the mean negative log-likelihood there, of how many rows, and whether that is the minimum."""
 
     temperature: float
     nll: float
     rows: int
+    converged: bool = True
 
 
 def fit_temperature(
@@ -63,20 +64,21 @@ def fit_temperature(
         scaled = rows / temperature
         return float(np.mean(log_sum(scaled) - scaled[np.arange(len(rows)), truth]))
 
-    best = _most_probable(nll, len(rows)) if steps is None else _after_steps(rows, truth, start, steps)
-    return FittedTemperature(best, nll(best), len(rows))
+    best, converged = _most_probable(nll, len(rows)) if steps is None else _after_steps(rows, truth, start, steps)
+    return FittedTemperature(best, nll(best), len(rows), converged)
 
 
-def _most_probable(nll: Callable[[float], float], n: int) -> float:
+def _most_probable(nll: Callable[[float], float], n: int) -> tuple[float, bool]:
     def loss(log_t: float) -> float:
         return nll(float(np.exp(log_t))) + (log_t / _PRIOR_DEVIATION) ** 2 / (2 * n)
 
     near = int(np.argmin([loss(log_t) for log_t in _GRID]))  # it need not have one minimum alone
     around = _GRID[max(near - 1, 0)], _GRID[min(near + 1, len(_GRID) - 1)]
-    return float(np.exp(minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-9}).x))
+    found = minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-9})
+    return float(np.exp(found.x)), bool(found.success)
 
 
-def _after_steps(rows: NDArray[np.float64], truth: NDArray[np.integer], start: float, steps: int) -> float:
+def _after_steps(rows: NDArray[np.float64], truth: NDArray[np.integer], start: float, steps: int) -> tuple[float, bool]:
     import torch  # where it is needed alone: scores are importable without
 
     finite = torch.from_numpy(np.maximum(rows, -1e30))  # −inf has no gradient; this has softmax 0 just so
@@ -91,7 +93,8 @@ def _after_steps(rows: NDArray[np.float64], truth: NDArray[np.integer], start: f
         return loss
 
     optimiser.step(closure)
-    return float(temperature.detach().clamp(*_RANGE))
+    converged = optimiser.state[temperature]["n_iter"] < steps
+    return float(temperature.detach().clamp(*_RANGE)), converged
 
 
 @dataclass(eq=False)
@@ -111,11 +114,12 @@ class TemperatureScalingScorer(Scorer):
     steps: Annotated[int, Field(ge=1)] | None = None
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FittedTemperature:
-        """T* of the held-out rows; 1 where an expert got none."""
+        """T* of the held-out rows; 1 where an expert got none of a class that it knows."""
         if select is None:
             raise InputError(f"{self.name} needs held-out ID rows to fit on: give them to fit() as well")
         logits, labels = select.need("logits", self.name), select.need("labels", self.name)
-        if not (labels >= 0).any():
+        known = labels_within(labels, logits.shape[1], self.name) >= 0
+        if not np.isfinite(logits[known, labels[known]]).any():
             return FittedTemperature(1.0, 0.0, 0)
         return fit_temperature(logits, labels, self.start, self.steps)
 
@@ -126,3 +130,9 @@ class TemperatureScalingScorer(Scorer):
     def facts(self, memory: FittedTemperature) -> dict[str, Any]:
         """T* and of which rows."""
         return {"temperature": memory.temperature, "fitted_on": "select", "fitted_rows": memory.rows}
+
+    def remark(self, memory: FittedTemperature) -> str:
+        """Whether T is what held-out rows like best."""
+        if not memory.rows:
+            return "T = 1, for no held-out row is of a class that is known here"
+        return "" if memory.converged else "T is where the steps stopped, before the minimum"

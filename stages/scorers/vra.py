@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.errors import InputError
-from stages.scorers.base import ClassifierHead, Floats, RowsName, ScoreInputs, Scorer, fitting_rows
+from stages.scorers.base import ClassifierHead, Floats, RowsName, ScoreInputs, Scorer, fitted_on_train, fitting_rows
 from stages.scorers.energy import energy_score
 from stages.scorers.quantiles import column_quantiles, quantiles
 from stages.scorers.shaping import activations
@@ -103,3 +103,7 @@ class VRAScorer(Scorer):
         """Of which rows; α and β where all features have one."""
         one = {} if self.each else {"alpha": float(memory.low[0]), "beta": float(memory.high[0])}
         return one | memory.record
+
+    def remark(self, memory: _Memory) -> str:
+        """Whether it is fitted on other rows than asked for."""
+        return fitted_on_train(self.rows, memory.record)

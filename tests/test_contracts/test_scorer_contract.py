@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stages.errors import StageError
+from stages.errors import InputError, StageError
 from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
 
 pytestmark = pytest.mark.parametrize("name", SCORERS)
@@ -137,3 +137,65 @@ def test_half_precision_is_near_single(fitted, experts):
 
 def test_its_settings_can_be_written_into_the_table(fitted):
     assert json.loads(json.dumps(fitted.params())) == fitted.params()
+
+
+def never_right(x: ScoreInputs, classes: list[int]) -> ScoreInputs:
+    logits = x.need("logits", "a test").copy()
+    own = np.flatnonzero(np.isin(x.labels, classes))
+    logits[own, x.labels[own]] = -50
+    return replace(x, logits=logits)
+
+
+def with_features(x: ScoreInputs, features: np.ndarray) -> ScoreInputs:
+    return replace(x, features=features, logits=None, patches=np.repeat(features[:, None], 3, axis=1))
+
+
+def with_zero_head(x: ScoreInputs) -> ScoreInputs:
+    def zero(head: ClassifierHead) -> ClassifierHead:
+        return ClassifierHead(np.zeros_like(head.weight), head.bias)
+
+    return replace(x, logits=None, head=tuple(map(zero, x.head)) if isinstance(x.head, tuple) else zero(x.head))
+
+
+POOR = {
+    "a class without a right row": lambda x: never_right(x, [1]),
+    "no right row at all": lambda x: never_right(x, [0, 1, 2, 3, 4]),
+    "a class with one row": lambda x: x.take((x.labels != 2) | (np.cumsum(x.labels == 2) == 1)),
+    "a class without rows": lambda x: x.take(x.labels != 2),
+    "one class": lambda x: x.take(x.labels == 2),
+    "one row a class": lambda x: x.take(np.unique(x.labels, return_index=True)[1]),
+    "one row": lambda x: x.take(np.array([0])),
+    "two rows": lambda x: x.take(np.array([0, 1])),
+    "one row twice": lambda x: x.take(np.array([0, 0])),
+    "constant features": lambda x: with_features(x, np.full_like(x.features, 1.5)),
+    "zero features": lambda x: with_features(x, np.zeros_like(x.features)),
+    "a dead channel": lambda x: with_features(x, x.features * (np.arange(12) != 3)),
+    "huge features": lambda x: with_features(x, x.features * np.float32(1e6)),
+    "tiny features": lambda x: with_features(x, x.features * np.float32(1e-6)),
+    "a head of zeros": with_zero_head,
+}
+
+
+@pytest.mark.filterwarnings("error")  # nothing is divided by 0 on the way
+@pytest.mark.parametrize("poor", POOR)
+def test_poor_rows_to_fit_on_still_give_scores(name, experts, poor):
+    """Held-out rows may be as poor, or none; rows to score as poor, or as ever."""
+    train, select, x = POOR[poor](rows(80, 0, experts)), rows(40, 3, experts), rows(17, 1, experts)
+    if experts:
+        x = x.take(np.isin(x.expert, train.expert))
+    for held_out in (select, POOR[poor](select), select.take(np.zeros(0, dtype=int))):
+        scorer = get_scorer(name).fit(train, held_out)
+        assert np.isfinite(scorer.score(x)).all()
+        assert np.isfinite(scorer.score(train)).all()
+        assert all("\n" not in remark for remark in scorer.remarks())
+
+
+def test_labels_beyond_the_logits_are_refused_in_one_line(name):
+    train = rows(80, 0)
+    few = replace(train, logits=train.need("logits", "a test")[:, :4], head=None)
+    beyond = replace(few, head=ClassifierHead(train.head.weight[:4], train.head.bias[:4]))
+    scorer = get_scorer(name)
+    if not scorer.needs & {"bank", "select", "head"} or not scorer.needs & {"logits", "head"}:
+        return  # reads no labels, or no logits
+    with pytest.raises(InputError, match=r"class 4, but logits of 4 classes, 0 to 3$"):
+        scorer.fit(beyond, beyond)

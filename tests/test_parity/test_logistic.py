@@ -21,7 +21,7 @@ def mean_log_likelihood(logits, labels) -> float:
 
 def compare(features, labels, strength, standardise: Standardisation) -> None:
     n_classes = int(labels.max()) + 1
-    weight, bias = fit_logistic(features, labels, n_classes, strength, standardise)
+    weight, bias, _ = fit_logistic(features, labels, n_classes, strength, standardise)
     rows = standardise(np.asarray(features))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # both stop after as many steps

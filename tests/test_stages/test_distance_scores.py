@@ -432,6 +432,8 @@ def test_a_class_that_is_never_right_takes_the_mean_of_its_rows_and_she_says_so(
     x.logits[:, 1] = 50
     np.testing.assert_allclose(scorer.score(x), -x.features @ train.features[train.labels == 1].mean(axis=0), rtol=1e-5)
     assert get_scorer("she").fit(rows()).params() == {}
+    assert get_scorer("she").fit(rows()).remarks() == []
+    assert scorer.remarks() == ["classes of which no row is classified right have all their rows as pattern"]
     never = ScoreInputs(train.features, np.eye(C)[(train.labels + 1) % C], train.labels)  # no row of any class
     assert get_scorer("she").fit(never).params() == {"classes_never_right": C}
     assert np.isfinite(get_scorer("she").fit(never).score(x)).all()
@@ -532,6 +534,7 @@ def test_one_class_has_no_regret():
 def test_nnguide_says_that_k_was_cut_and_takes_its_share():
     train, x = rows(), rows(n=9, seed=1)
     assert NNGuideScorer(k=100).fit(train).params()["k_used"] == 80
+    assert NNGuideScorer(k=100).fit(train).remarks() == ["fewer rows than k: all are averaged"]
     assert NNGuideScorer(k=100, share=0.25).fit(train).params()["k_used"] == 20
     np.testing.assert_array_equal(*(NNGuideScorer(share=0.25).fit(train).score(x) for _ in range(2)))
     with pytest.raises(InputError, match=r"nnguide\.k: 0 given, must be 1 to 80"):

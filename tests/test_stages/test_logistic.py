@@ -23,7 +23,7 @@ def digits(n: int) -> tuple[np.ndarray, np.ndarray]:
 def weights(features, labels, strength=1.0) -> np.ndarray:
     """Weight and bias in one, float64."""
     classes, own = np.unique(labels, return_inverse=True)
-    weight, bias = fit_logistic(features, own, len(classes), strength, standardisation(features))
+    weight, bias, _ = fit_logistic(features, own, len(classes), strength, standardisation(features))
     return np.concatenate([weight, bias[:, None]], axis=1)
 
 
@@ -97,6 +97,16 @@ def test_far_from_the_origin_the_scale_is_exact(monkeypatch):
 
 def test_features_that_do_not_vary_are_divided_by_something():
     assert standardisation(np.full((5, 3), 7.0)).scale == np.float32(1e-6)
+
+
+def test_a_solver_that_stops_before_the_minimum_says_so(monkeypatch):
+    features, labels = digits(300)
+    standardise = standardisation(features)
+    assert fit_logistic(features, labels, 10, 0.1, standardise).converged
+    assert not fit_logistic(features, labels, 10, 0.1, standardise, max_iter=3).converged
+    assert fit_head(features, labels, 10, 0.1).converged
+    monkeypatch.setattr(logistic, "MAX_STEPS", 3)
+    assert not fit_head(features, labels, 10, 0.1).converged
 
 
 def peak_of_a_fit(n, folder, kept):

@@ -343,11 +343,25 @@ def test_an_expert_without_held_out_rows_keeps_temperature_1_and_the_record_says
     routed = ScoreInputs(rows(6).features, logits=logits_of(rows(6)), labels=np.arange(6) % C, expert=np.arange(6) % 2)
     scorer = get_scorer("temperature-scaling").fit(routed, routed.take(routed.expert == 0))
     assert scorer.params()["fitted_rows"] == {"0": 3, "1": 0}
+    assert scorer.remarks() == ["T = 1, for no held-out row is of a class that is known here"]
     assert scorer.params()["temperature"]["1"] == 1
     react = get_scorer("react", "openood").fit(replace(routed, head=rows(6).head), routed.take(routed.expert == 0))
     assert react.params()["fitted_on"] == {"0": "select", "1": "train"}
+    assert react.remarks() == ["fitted on ID training rows, for no held-out row is there"]
     own = routed.take(routed.expert == 1)
     np.testing.assert_array_equal(scorer.score(own), msp_score(own.logits))
+    masked = logits_of(rows(6))
+    masked[:, 2] = -np.inf  # a head that lacks the one class of the held-out rows
+    lacking = ScoreInputs(logits=masked, labels=np.full(6, 2))
+    fitted = get_scorer("temperature-scaling").fit(lacking, lacking)
+    assert fitted.params()["temperature"] == 1
+    assert fitted.remarks() == scorer.remarks()
+
+
+def test_a_temperature_before_its_minimum_is_said():
+    train, select = rows(), rows(90, 1, 1.2)
+    said = [get_scorer("temperature-scaling", profile).fit(train, select).remarks() for profile in ("paper", "openood")]
+    assert said == [[], ["T is where the steps stopped, before the minimum"]]
 
 
 def test_a_class_that_is_never_predicted_has_a_one_hot_template_or_none():

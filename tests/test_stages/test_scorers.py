@@ -167,6 +167,8 @@ def test_k_larger_than_a_bank_is_clipped_and_said():
     train = inputs(n=10, classes=5, experts=2)  # 6 rows of expert 0, 4 of expert 1
     scorer = KNNScorer(k=5).fit(train)
     assert scorer.params() == {"k": 5, "k_used": {"1": 4}}
+    assert scorer.remarks() == ["fewer rows than k: the farthest is the k-th"]
+    assert KNNScorer(k=4).fit(train).remarks() == []
     clipped = train.expert == 1
     np.testing.assert_array_equal(scorer.score(train)[clipped], KNNScorer(4).fit(train).score(train)[clipped])
     columns = ExpertBanks(train).distances(train, k_max=8)
