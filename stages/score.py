@@ -39,6 +39,7 @@ from stages.neighbours import NeighbourStore
 from stages.overlap import find_overlaps, first_alike
 from stages.progress import NullProgress, Progress
 from stages.scorers import threshold_at
+from stages.scorers.selection import SMALLEST
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
 from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
 
@@ -118,6 +119,8 @@ def score(
             ]
             if any("k" in part.scorer.follows for detector in detectors for part in detector.parts):
                 id_record["k"].append(asdict(subject.key) | made.factory.k_record | {"k": made.factory.k})
+                if made.factory.k_record["rule"] == SMALLEST:
+                    remarks.setdefault((f"k = {made.factory.k}", SMALLEST), []).append(_words(subject))
             if subject.n_experts:
                 id_record["router"].append(_router_record(made, predicted))
             for lacking, what, head in made.factory.left_out():

@@ -12,6 +12,8 @@ from stages.scorers.base import ScoreInputs
 from stages.scorers.knn import ExpertBanks
 
 K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+BY_LEFT_OUT_CLASSES = "best mean AUROC of left-out ID classes against the others"
+SMALLEST = "the smallest candidate, for no ID class can be left out and be told from others"
 _MAX_CLASS_GROUPS = 5
 
 
@@ -31,6 +33,9 @@ def choose_k(
     rows leave the bank, its queries are pseudo-OOD and the other queries pseudo-ID. The k with the best AUROC, averaged
     over groups and folds, wins; the smallest among equals. No OOD row is ever looked at.
 
+    Where that leaves nothing to compare, as where a group has all classes of an expert, every class is a group of its
+    own; and where that does not help, as where each expert has one class, all k are equal: the smallest is taken.
+
     Args:
         folds: one for a held-out set; several where cross-fitting replaces it.
         grid: candidates; those above half of the smallest bank are dropped, for they would be clipped.
@@ -40,40 +45,35 @@ def choose_k(
         k, and the record: the rule, the grid, mean AUROC for each k, how many classes, groups, folds and rows.
 
     Raises:
-        InputError: no folds, fewer than 2 classes, unknown labels (negative), or nothing left to compare.
+        InputError: no folds, no candidate or one below 1, or unknown labels (negative).
     """
     if not folds or min(grid, default=0) < 1:
         raise InputError(f"choosing k needs a fold and candidates of at least 1, got {len(folds)} and {tuple(grid)}")
     classes = np.unique(np.concatenate([fold.bank.need("labels", "choosing k") for fold in folds]))
-    if len(classes) < 2 or classes[0] < 0:
-        raise InputError(
-            f"choosing k needs 2 known ID classes or more, got labels {classes[:5].tolist()}; give a number"
-        )
+    if len(classes) and classes[0] < 0:
+        raise InputError(f"choosing k needs known ID classes, got labels {classes[:5].tolist()}; give a number")
     smallest = min(_smallest_bank(fold.bank) for fold in folds)
     candidates = sorted({k for k in grid if k <= smallest // 2} or {min(grid)})
-    groups = max(2, min(_MAX_CLASS_GROUPS, len(classes) // 2))
-
-    curves, skipped = [], 0
-    for fold in folds:
-        for group in range(groups):
-            curve, dropped = _pseudo_ood_auroc(fold, classes[group::groups], candidates, neighbours)
-            skipped += dropped
-            if curve is not None:
-                curves.append(curve)
-    if not curves:
-        raise InputError("choosing k: no fold has queries both of left-out and of other classes; give a number")
-    means = np.mean(curves, axis=0)
-    k = candidates[int(np.argmax(means))]  # argmax takes the first, the smallest k, among equals
-    return k, {
-        "rule": "best mean AUROC of left-out ID classes against the others",
-        "k": k,
-        "auroc": {str(candidate): float(mean) for candidate, mean in zip(candidates, means, strict=True)},
+    record: dict[str, Any] = {
         "classes": len(classes),
-        "class_groups": groups,
         "folds": len(folds),
         "queries": sum(len(fold.queries) for fold in folds),
-        "queries_without_bank": skipped,
     }
+    for groups in dict.fromkeys((max(2, min(_MAX_CLASS_GROUPS, len(classes) // 2)), len(classes))):
+        found = [
+            _pseudo_ood_auroc(fold, classes[group::groups], candidates, neighbours)
+            for fold in folds
+            for group in range(groups)
+        ]
+        curves = [curve for curve, _ in found if curve is not None]
+        if curves:
+            means = np.mean(curves, axis=0)
+            k = candidates[int(np.argmax(means))]  # argmax takes the first, the smallest k, among equals
+            auroc_of_k = {str(candidate): float(mean) for candidate, mean in zip(candidates, means, strict=True)}
+            return k, {"rule": BY_LEFT_OUT_CLASSES, "k": k, "auroc": auroc_of_k, "class_groups": groups} | record | {
+                "queries_without_bank": sum(dropped for _, dropped in found)
+            }
+    return candidates[0], {"rule": SMALLEST, "k": candidates[0], "auroc": {}} | record
 
 
 def _smallest_bank(train: ScoreInputs) -> int:

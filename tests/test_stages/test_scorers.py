@@ -14,6 +14,7 @@ from stages.config import SCORE_NAMES
 from stages.errors import InputError, StageError
 from stages.metrics import auroc
 from stages.scorers import (
+    K_GRID,
     SCORERS,
     ClassifierHead,
     ExpertBanks,
@@ -32,6 +33,7 @@ from stages.scorers import (
     sum_scores,
     threshold_at,
 )
+from stages.scorers.selection import BY_LEFT_OUT_CLASSES, SMALLEST
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "scores.json"
 logit_rows = arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 7)), elements=st.floats(-50, 50, width=32))
@@ -342,13 +344,57 @@ def test_queries_of_an_expert_that_lost_all_its_classes_are_left_out_and_counted
     assert record["queries_without_bank"] == 40  # each query once: when its expert's class is left out
 
 
+def test_a_group_that_has_all_classes_of_an_expert_is_taken_apart():
+    """Four classes, two experts: both groups of classes are one expert's, and nothing is left to compare with."""
+    train, queries = inputs(n=120, classes=4, experts=2), inputs(n=40, classes=4, experts=2, seed=1)
+    assert set(train.labels[train.expert == 0]) == {0, 2}
+    k, record = choose_k([Fold(train, queries)])
+    assert record["rule"] == BY_LEFT_OUT_CLASSES
+    assert (record["class_groups"], record["k"]) == (4, k)
+    assert all(0.5 < area <= 1 for area in record["auroc"].values())
+
+
+@pytest.mark.parametrize(
+    "fold",
+    [
+        Fold(inputs(n=40, classes=1), inputs(n=9, classes=1)),
+        Fold(inputs(n=40, classes=4, experts=4), inputs(n=20, classes=4, experts=4)),  # each expert has one
+        Fold(inputs(), inputs().take(np.array([0, 5]))),  # queries of one class
+        Fold(inputs(), inputs().take(np.zeros(0, dtype=int))),
+    ],
+)
+def test_where_no_class_can_be_left_out_k_is_the_smallest_and_the_rule_says_so(fold):
+    k, record = choose_k([fold], grid=(2, 5, 10))
+    assert (k, record["k"], record["rule"], record["auroc"]) == (2, 2, SMALLEST, {})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 12), st.integers(1, 8), st.integers(1, 12), st.integers(0, 3), st.integers(0, 99), st.booleans())
+def test_k_can_be_chosen_however_small_the_data(classes, experts, per_class, held_out, seed, one_fold):
+    """Any routing: experts of one class, of none, and queries that went to another's."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(n: int, routed: bool) -> ScoreInputs:
+        labels = np.arange(n * classes) % classes
+        features = np.eye(classes, 13)[labels] + rng.normal(scale=0.5, size=(n * classes, 13))
+        expert = rng.integers(0, min(experts, classes), len(labels)) if routed else labels % experts
+        return ScoreInputs(features=features, labels=labels, expert=expert)
+
+    folds = [Fold(drawn(per_class, routed=False), drawn(held_out, routed=True)) for _ in range(1 if one_fold else 3)]
+    k, record = choose_k(folds)
+    smallest = min(np.unique(fold.bank.expert, return_counts=True)[1].min() for fold in folds)
+    assert k in K_GRID
+    assert k == 1 or k <= smallest // 2
+    assert record["rule"] in (BY_LEFT_OUT_CLASSES, SMALLEST)
+    json.dumps(record)
+
+
 @pytest.mark.parametrize(
     ("folds", "says"),
     [
         ([], "needs a fold"),
-        ([Fold(inputs(classes=1), inputs(classes=1))], "2 known ID classes or more"),
         ([Fold(inputs(), ScoreInputs(features=np.ones((3, 8))))], "choosing k needs labels"),
-        ([Fold(inputs(), inputs().take(np.array([0, 5])))], "no fold has queries both"),
+        ([Fold(ScoreInputs(np.ones((3, 8)), labels=np.array([0, 1, -1])), inputs())], "needs known ID classes"),
     ],
 )
 def test_k_that_cannot_be_chosen_is_refused(folds, says):
