@@ -18,6 +18,7 @@ need chunks and cost most of the reading speed.
 """
 
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -298,7 +299,8 @@ def _open(path: Path, **options: Any) -> h5py.File:
 def list_datasets(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and dtype of the datasets of any HDF5 file, by their path in it, such as ``cls`` or ``group/cls``.
 
-    Links to other files, external storage and virtual datasets are left out: what a file says of others is not read.
+    Links to other files, external storage and virtual datasets are left out: what a file says of others is not read. So
+    are datasets of which not all values were ever written: their shape says nothing of how many there are.
 
     Raises:
         OSError, RuntimeError, KeyError, ValueError, TypeError: what HDF5 makes of bad bytes.
@@ -308,6 +310,15 @@ def list_datasets(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype
     if len(found) > _MOST_DATASETS:  # or groups that are linked to one another many times over
         raise ValueError(f"it has more than {_MOST_DATASETS:,} datasets")
     return found
+
+
+def _is_whole(dataset: h5py.Dataset) -> bool:
+    """Whether all values of a dataset stand in its file."""
+    if dataset.shape is None or dataset.is_virtual or dataset.external:
+        return False
+    if dataset.chunks is None:
+        return bool(dataset.id.get_storage_size()) or 0 in dataset.shape
+    return dataset.id.get_num_chunks() * math.prod(dataset.chunks) >= math.prod(dataset.shape)
 
 
 def _datasets_below(
@@ -322,7 +333,7 @@ def _datasets_below(
         item = group[name]
         if isinstance(item, h5py.Group):
             yield from _datasets_below(item, f"{at}{name}/", (*above, here))
-        elif isinstance(item, h5py.Dataset) and item.shape is not None and not (item.is_virtual or item.external):
+        elif isinstance(item, h5py.Dataset) and _is_whole(item):
             yield f"{at}{name}", (item.shape, item.dtype)
 
 

@@ -1,7 +1,5 @@
 """Text and numbers in columns of Arrow tables, such as Parquet files: as numpy has them, nulls included."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,16 +31,6 @@ def scalars(source: str, name: str, column: Any) -> NDArray[Any]:
     if pa.types.is_integer(kind):
         return np.array(column.to_pylist(), object) if column.null_count else np.asarray(column.to_numpy())
     raise InputError(f"{source}: {name} is {kind}, must be text or whole numbers")
-
-
-@contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Turn what Parquet makes of a bad file into one line."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: cannot be read: {reason}") from error
 
 
 def is_text(kind: Any) -> bool:

@@ -7,6 +7,9 @@ StageError                 a stage failed (exit status 1)
 └── PeerLostError          another of several processes has ended, and says why
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StageError(Exception):
     """A stage could not do its work; what it had finished is kept."""
@@ -22,3 +25,23 @@ class NotFiniteError(InputError):
 
 class PeerLostError(StageError):
     """One of the processes that work together has ended; it, not this one, knows why."""
+
+
+@contextmanager
+def reading(path: str, *unreadable: type[Exception]) -> Iterator[None]:
+    """Turn what a library makes of a bad file into one line.
+
+    Args:
+        path: of the file.
+        unreadable: what the library raises.
+
+    Raises:
+        InputError: it was raised.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except unreadable as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be read: {reason}") from error

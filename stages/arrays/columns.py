@@ -4,8 +4,8 @@ import weakref
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -15,10 +15,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.errors import InputError
+from stages import errors
 
 BLOCK_BYTES = 4 << 20  # of a column that can only be read from front to back
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pa.ArrowException,
+)
 Blocks = Generator[NDArray[Any], None, None]  # rows of an array, one block after another
 
 
@@ -64,16 +74,9 @@ def block_rows(row_bytes: int) -> int:
     return max(BLOCK_BYTES // max(row_bytes, 1), 1)
 
 
-@contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str) -> AbstractContextManager[None]:
     """Turn what numpy, zip, Parquet, HDF5 and torch make of a bad file into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (*_UNREADABLE, pa.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: cannot be read: {reason}") from error
+    return errors.reading(path, *_UNREADABLE)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def is_beside(path: str, others: set[str]) -> bool:
 def _whole_file(path: str, key: str) -> Column:
     with reading(path), open(path, "rb") as file:
         shape, column_major, dtype = _header(path, key, file)
+        _check_length(os.path.getsize(path) - file.tell(), shape, dtype)
         return InPlace(path, file.tell(), shape, dtype, column_major)
 
 
@@ -50,6 +51,7 @@ def _member(path: str, info: zipfile.ZipInfo, key: str) -> Column:
         with archive.open(info) as file:
             shape, column_major, dtype = _header(path, key, cast(BinaryIO, file))
             header = file.tell()
+        _check_length(info.file_size - header, shape, dtype)
         if info.compress_type == zipfile.ZIP_STORED:
             return InPlace(path, _data_offset(path, info) + header, shape, dtype, column_major)
         if column_major and len(shape) > 1:
@@ -66,6 +68,12 @@ def _header(path: str, key: str, file: BinaryIO) -> tuple[tuple[int, ...], bool,
     if dtype.hasobject:
         raise InputError(f"{path}: {key} holds pickled Python objects, which may run code and are never loaded")
     return shape, column_major, dtype
+
+
+def _check_length(nbytes: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse rows that a header promises and the file cannot hold, before anything is made for each of them."""
+    if nbytes < prod(shape) * dtype.itemsize:
+        raise ValueError("it ends before its last row")
 
 
 def _data_offset(path: str, info: zipfile.ZipInfo) -> int:

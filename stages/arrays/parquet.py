@@ -30,6 +30,8 @@ def _column(path: str, name: str, key: str) -> Column:
         if key in ("label", "id"):
             return Held(scalars(path, key, file.read(columns=[name])[name]))
         n = file.metadata.num_rows
+        if n != sum(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)):
+            raise ValueError("its row groups do not have the rows of the file")
         first = next(file.iter_batches(1, columns=[name])).column(0) if n else None
         shape, dtype = _list_shape(path, key, file.schema_arrow.field(name).type, first)
         return Onwards((n, *shape), dtype, _scanning(path, name, key, shape, dtype))

@@ -17,6 +17,7 @@ from stages.arrays.numpy_files import is_beside, open_npy, open_npz
 from stages.arrays.parquet import open_parquet
 from stages.arrays.torch_files import open_safetensors, open_torch
 from stages.errors import InputError
+from stages.images.kind import describe_left_out
 
 _OPENERS: dict[str, Callable[[str], ArrayFile]] = {
     ".npz": open_npz,
@@ -74,9 +75,8 @@ def _find(path: str) -> tuple[list[str], tuple[str, ...]]:
     parts = [file for file in arrays if not (file.lower().endswith(".npy") and is_beside(file, arrays))]
     if not parts:
         raise InputError(f"{path}: no file of features there; they end in {', '.join(_OPENERS)}")
-    left = Counter(Path(file).suffix.lower() or "without extension" for file in found if file not in arrays)
-    kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(left.items()))
-    return sorted(parts, key=_in_order), (f"{path}: left out: {left.total()} files: {kinds}",) if left else ()
+    left_out = describe_left_out(Counter(Path(file).suffix.lower() for file in found if file not in arrays))
+    return sorted(parts, key=_in_order), (f"{path}: {left_out}",) if left_out else ()
 
 
 def _in_order(path: str) -> list[tuple[int, int, str]]:

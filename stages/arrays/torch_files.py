@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from stages.arrays.columns import ArrayFile, Column, FromBFloat16, Held, InPlace, reading
 from stages.errors import InputError
+from stages.images.decode import short
 
 # Types of safetensors that numpy has.
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "U8": "u1"} | {
@@ -60,12 +61,14 @@ def _load(path: str) -> Any:
             warnings.simplefilter("ignore")  # of sparse tensors, which are refused
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # saved before torch 1.6: such a file cannot be mapped
+            except RuntimeError:  # saved before torch 1.6: such a file cannot be mapped, and is loaded
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: holds pickled Python objects, which may run code and are never loaded: save named tensors"
         ) from error
+    except Exception as error:  # its reader of pickles raises whatever bad bytes make of it
+        raise ValueError(f"{type(error).__name__}: {short(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,8 @@ def _column(path: str, value: Any, key: str) -> Column:
     value = value.detach()
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
         raise InputError(f"{path}: {key} is a tensor of another layout than numpy's: save it dense")
+    if value.untyped_storage().nbytes() < value.nbytes:
+        raise InputError(f"{path}: {key} is a view of fewer values, repeated: save its own, by clone()")
     if value.dtype == torch.bfloat16:
         return FromBFloat16(_Mapped(value))
     column = _Mapped(value)

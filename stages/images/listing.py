@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.arrow import is_text, reading, scalars
-from stages.errors import InputError
+from stages.arrow import is_text, scalars
+from stages.errors import InputError, reading
 from stages.images.columns import PATH_NAMES, USUAL, Columns
 from stages.images.folder import file_sample
 from stages.images.names import class_texts, given_class, trimmed
@@ -57,6 +57,8 @@ def list_csv(source: str, root: str | None = None, columns: Columns = USUAL) -> 
         for row in table:
             if not row[path_name] or None in row:
                 raise InputError(f"{source}, line {table.line_num}: no path, or more fields than the header names")
+            if None in row.values():
+                raise InputError(f"{source}, line {table.line_num}: {len(names)} fields are named, this line has fewer")
             rows.append((table.line_num, row[path_name], given_class((label_name and row[label_name]) or "")))
     except csv.Error as error:
         raise InputError(f"{source}, line {table.line_num}: not CSV: {error}") from error
@@ -70,7 +72,7 @@ def list_parquet(source: str, root: str | None = None, columns: Columns = USUAL)
         InputError: There is no such column, one is no text (labels: or whole numbers), a row has no path or names a
             file that another row names, or none of the files exists.
     """
-    with reading(source), pq.ParquetFile(source) as file:
+    with reading(source, OSError, pa.ArrowException), pq.ParquetFile(source) as file:
         names = file.schema_arrow.names
         path_name, label_name = columns.find_path(source, names), columns.find_label(source, names)
         if path_name is None:

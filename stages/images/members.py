@@ -226,7 +226,7 @@ def _add(members: Members, path: str, member: tarfile.TarInfo, end: int, file: I
         members.links[name] = None
     if is_hidden(name):
         members.hidden.add(name)
-    elif not isinstance(entry, Link) and is_image(name, lambda: _head(entry, file)):
+    elif not isinstance(entry, Link) and is_image(name, lambda: first_bytes(entry, file)):
         members.images.add(name)
 
 
@@ -245,8 +245,8 @@ def _content(path: str, member: tarfile.TarInfo, end: int) -> Content:
     return SparseRange(member.size, tuple(parts))
 
 
-def _head(content: Content, file: IO[bytes]) -> bytes:
-    """The first bytes of a file of a tar, as far as no hole is among them."""
+def first_bytes(content: Content, file: IO[bytes]) -> bytes:
+    """The first bytes of a file of a tar, which is open, as far as no hole is among them."""
     if isinstance(content, SparseRange):
         content = next((part for start, part in content.parts if start == 0), content)
     if not isinstance(content, FileRange):

@@ -7,13 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from stages.errors import InputError
 from stages.images.columns import USUAL, Columns
-from stages.images.kind import HEAD_BYTES, SPECIAL, extension, is_hidden, is_image
+from stages.images.kind import SPECIAL, extension, is_hidden, is_image
 from stages.images.links import follow_links
-from stages.images.members import Members, SparseRange, read_members
+from stages.images.members import Members, SparseRange, first_bytes, read_members
 from stages.images.names import listed, shown
 from stages.images.table import Content, FileRange, Sample, SampleTable, Unusable, first_folder, make_table
 from stages.images.webdataset import SideFiles, keys_apart
@@ -100,8 +100,10 @@ class _Images:
     def add(self, shard: Shard, members: Members) -> None:
         files = follow_links(members)
         seen = [name for name in files if name not in members.hidden]
-        images = [name for name in seen if name in members.images or _is_linked_image(name, files[name], members)]
         with open(shard.path, "rb") as file:
+            images = [
+                name for name in seen if name in members.images or _is_linked_image(name, files[name], members, file)
+            ]
             side = SideFiles(shard.path, file, files, self._columns)
             beside = side.classes(images)
             numbers = side.numbers(images) if self._has_numbers and not self._beside and not beside else {}
@@ -160,12 +162,8 @@ def _folder(name: str) -> str | None:
     return first_folder(name)
 
 
-def _is_linked_image(name: str, content: Content, members: Members) -> bool:
+def _is_linked_image(name: str, content: Content, members: Members, file: IO[bytes]) -> bool:
     """Whether what a link leads to is an image, or nobody knows since it leads nowhere."""
     if name in members.entries and name not in members.links:
         return False
-    return isinstance(content, Unusable) or is_image(name, lambda: _head(content))
-
-
-def _head(content: Content) -> bytes:
-    return content.head() if isinstance(content, FileRange) else content.read()[:HEAD_BYTES]
+    return isinstance(content, Unusable) or is_image(name, lambda: first_bytes(content, file))

@@ -1,7 +1,9 @@
 """Features as people have them: other names, other columns, several files, other types, heads of more classes."""
 
 import os
+import pickle
 import resource
+import zipfile
 
 import h5py
 import numpy as np
@@ -9,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -144,7 +146,7 @@ def test_parts_are_one_set(tmp_path, suffix, pattern):
     assert table.samples.ids == tuple(map(str, range(12)))
     assert imported(table, tmp_path).n_rows == 12
     if not pattern:
-        assert table.samples.notes == (f"{tmp_path / 'set'}: left out: 1 files: 1 without extension",)
+        assert table.samples.notes == (f"{tmp_path / 'set'}: left out: 1 file: 1 without extension",)
 
 
 def test_npy_parts_with_what_stands_beside_them(tmp_path):
@@ -205,6 +207,7 @@ def test_more_parts_than_a_process_may_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
 def test_joined_columns_are_their_concatenation(sizes, data):
     whole = np.arange(2 * sum(sizes)).reshape(-1, 2)
@@ -319,6 +322,7 @@ def test_tensors_are_read_as_they_are(tmp_path):
         ({"cls": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "cls is torch.float8_e4m3fn, must be float16, bfloat16, "),
         ({"cls": torch.ones(2, 2, dtype=torch.complex64)}, "cls is complex64, must be float16"),
         ({"cls": torch.ones(2)}, "cls has shape (2,), must have 2 axes"),
+        ({"cls": torch.ones(1, 2).expand(10**12, 2)}, "cls is a view of fewer values, repeated: save its own"),
         (
             {"state_dict": {"cls": torch.ones(2, 2)}},
             "'cls' is missing: the features of n rows, [n, D] (it has state_dict)",
@@ -328,6 +332,12 @@ def test_tensors_are_read_as_they_are(tmp_path):
 def test_what_torch_saved_and_cannot_be_used(tmp_path, stored, said):
     torch.save(stored, tmp_path / "f.pt")
     assert message(tmp_path / "f.pt").startswith(f"{tmp_path / 'f.pt'}: {said}")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"\x80\x02}.", b"PK\3\4", pickle.dumps({"cls": [1]})])
+def test_what_torch_did_not_save(tmp_path, content):
+    (tmp_path / "f.pt").write_bytes(content)
+    assert message(tmp_path / "f.pt").startswith(f"{tmp_path / 'f.pt'}: ")
 
 
 def test_datasets_in_groups(tmp_path):
@@ -353,29 +363,45 @@ def test_what_an_hdf5_file_takes_from_others_is_not_read(tmp_path):
         layout[:] = h5py.VirtualSource(str(secret), "cls", (9, 4))
         file.create_virtual_dataset("d", layout)
         file["e"] = h5py.Empty("f")
-    for name in "abcde":
+        file.create_dataset("f", (10**12, 4), np.float32, chunks=(1000, 4))  # nothing but its fill value
+        file.create_dataset("g", (10**12, 4), np.float32, chunks=(1000, 4))[:1000] = 1  # or hardly more
+    for name in "abcdefg":
         assert f"columns.cls: '{name}' is not there" in message(tmp_path / "f.h5", {"cls": name})
 
 
 def test_types_of_hdf5_that_are_no_features(tmp_path):
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file["cls"] = np.zeros(3, [("a", "f4"), ("b", "f4")])
-        file.create_dataset("lists", (3,), h5py.vlen_dtype(np.float32))
+        file.create_dataset("lists", (3,), h5py.vlen_dtype(np.float32))[0] = np.zeros(2)
         file["small"] = np.zeros((3, 2), np.float16)
     assert "cls has shape (3,), must have 2 axes" in message(tmp_path / "f.h5")
     assert "cls has shape (3,), must have 2 axes" in message(tmp_path / "f.h5", {"cls": "lists"})
     assert list_arrays(str(tmp_path / "f.h5"), {"cls": "small"}).dtype == "float16"
 
 
+def test_rows_that_a_header_promises_and_no_file_could_hold(tmp_path):
+    np.save(tmp_path / "f.npy", CLS)
+    array = (tmp_path / "f.npy").read_bytes().replace(b"(9, 4), }         ", b"(9999999999, 4), }", 1)
+    (tmp_path / "f.npy").write_bytes(array)
+    for name, method in {"f.npz": zipfile.ZIP_STORED, "g.npz": zipfile.ZIP_DEFLATED}.items():
+        with zipfile.ZipFile(tmp_path / name, "w", method) as archive:
+            archive.writestr("cls.npy", array)
+    for path in tmp_path.iterdir():
+        assert message(path).endswith(f"{path.name}: cannot be read: it ends before its last row")
+
+
+@settings(max_examples=60)
 @given(st.data())
 def test_damaged_files_are_one_line(tmp_path_factory, data):
     """Whatever bytes of a file are changed, it is read, or refused in one line."""
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
     rows = {"cls": CLS[:2], "label": np.array([0, 1])}
-    suffix = data.draw(st.sampled_from([*WRITERS, "safetensors"]))
+    suffix = data.draw(st.sampled_from([*WRITERS, "pth", "safetensors"]))
     path = folder / f"f.{suffix}"
-    if suffix == "safetensors":
+    if suffix == "pth":
+        as_torch(path, rows, _use_new_zipfile_serialization=False)
+    elif suffix == "safetensors":
         save_file({name: torch.from_numpy(array) for name, array in rows.items()}, path)
     else:
         WRITERS[suffix](path, rows)

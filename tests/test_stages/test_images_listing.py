@@ -30,6 +30,7 @@ def test_what_separates_fields_is_seen(tmp_path, separator, suffix):
             "no column of paths (path, file, filename, filepath, image, imagepath) among where, label",
         ),
         ("l.csv", "path;label\n1.png;a;b\n", "line 2: no path, or more fields"),
+        ("l.csv", "path;label\n1.png;a\n2.png\n", "line 3: 2 fields are named, this line has fewer"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(tmp_path, name, content, message):
