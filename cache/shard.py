@@ -318,7 +318,7 @@ def _is_whole(dataset: h5py.Dataset) -> bool:
         return False
     if dataset.chunks is None:
         return bool(dataset.id.get_storage_size()) or 0 in dataset.shape
-    return dataset.id.get_num_chunks() * math.prod(dataset.chunks) >= math.prod(dataset.shape)
+    return bool(dataset.id.get_num_chunks() * math.prod(dataset.chunks) >= math.prod(dataset.shape))
 
 
 def _datasets_below(

@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationEr
 from stages.config import (
     ARRAY_KEYS,
     SCORE_NAMES,
+    TAKEN_NAMES,
     BackboneConfig,
     FinetuneConfig,
     ScoreConfig,
@@ -248,11 +249,12 @@ class RunConfig(StageConfig):
             yield f"sets.{name}: two sets have this name"
         if (n := len(self.sets_of("id-train"))) != 1:
             yield f"sets: {n} sets have role id-train, must be exactly one"
-        if (n := len(self.sets_of("id-val"))) > 1:
-            yield f"sets: {n} sets have role id-val, must be at most one"
+        for role in ("id-val", "id-test"):
+            if (n := len(self.sets_of(role))) > 1:
+                yield f"sets: {n} sets have role {role}, must be at most one"
         for entry in self.sets:
-            if entry.name == "average":
-                yield "sets.average: this name is taken by the averages of the table"
+            if entry.name == "average" or (entry.name in TAKEN_NAMES and entry.role in _OOD_ROLES):
+                yield f"sets.{entry.name}: this name is a word of the table's own"
             for key in ("root", "path_column", "label_column"):
                 if entry.images is None and getattr(entry, key) is not None:
                     yield f"sets.{entry.name}.{key}: is for images; this set has none"

@@ -1,5 +1,6 @@
 """A study: its stages in order, which of them are fresh, and what each says when it is done."""
 
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from cache import (
     fingerprint,
     restore_manifest,
 )
+from pipeline.checks import check_mixtures, check_patches, check_scalars, check_study, check_tuning
 from pipeline.config import JOINT, RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
 from pipeline.legs import Leg, legs
@@ -31,7 +33,7 @@ from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
 from stages.artifacts import read_json, write_text
-from stages.backbone import stored_grid
+from stages.backbone import Backbone, build_architecture, stored_grid
 from stages.dataset import IdData
 from stages.distributed import current
 from stages.errors import InputError, StageError
@@ -43,7 +45,6 @@ from stages.objective import MixturePlan
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
 from stages.sanity import check_features, find_same_bytes, same_bytes_notes
-from stages.scalars import require_tensorboard
 from stages.score import SCORE_SEMANTICS, score
 from stages.subjects import BackboneSource, MixtureFolder, TestSet
 from stages.table import compact, read_summary
@@ -98,10 +99,10 @@ class Study:
 
     def extract(self, backbone: str = "all") -> Lines:
         """Fill the caches of all sets; says what was done."""
+        self._check()
         return [line for leg in self._existing(backbone) for line in self._extract(leg)]
 
     def _extract(self, leg: Leg) -> Lines:
-        self._check_sets()
         spec = self._given_spec(leg) if self.config.has_features else leg.spec()
         self._check_origins(spec)
         with self.record.running(f"extract {leg.name}", spec.fingerprint) as stage:
@@ -194,6 +195,7 @@ class Study:
 
     def _train(self, leg: Leg) -> Lines:
         data = leg.id_data()
+        self._check_train(leg, data)
         lines: Lines = []
         with self.record.running(f"train {leg.name}", fingerprint(data.identity)) as stage:
             stage.fresh = True
@@ -227,6 +229,8 @@ class Study:
         assert self.config.finetune is not None
         pretrained = self._legs[0]
         data = pretrained.id_data(cross_fit=False)
+        if not all(map(self._is_finetuned, self._legs[1:])):
+            check_tuning(self.config, self._table, lambda: pretrained.architecture)
         plan = self._joint_plan(data)
         (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
         lines: Lines = []
@@ -412,9 +416,7 @@ class Study:
 
     def run(self) -> Lines:
         """Every stage that is not fresh, in order."""
-        for key, stage in (("train", self.config.train), ("finetune", self.config.finetune)):
-            if stage is not None and stage.tensorboard:
-                require_tensorboard(f"{key}.tensorboard")  # now, and not after hours of the stages before
+        self._check()  # now, and not after hours of the stages before
         self._say(self._extract(self._legs[0]))
         self._say(self._train(self._legs[0]))
         if self.config.finetune is not None:
@@ -517,9 +519,9 @@ class Study:
         """What the study is and what of it is still to be trained, in one line.
 
         Raises:
-            InputError: a set is not there, or cannot be scored.
+            InputError: a set is not there, or some stage is bound to refuse something.
         """
-        self._check_sets()
+        self._check(lambda: self._legs[0].architecture)
         n_rows = sum(len(self._table(entry)) for entry in self.config.sets)
         n_mixtures, n_left = (len(list(mixtures)) for mixtures in (self._mixtures(self._legs[0]), self.to_train()))
         unit = "rows" if self.config.has_features else "images"
@@ -530,6 +532,8 @@ class Study:
 
     def plan(self, verb: str, backbone: str = "all") -> Lines:
         """What a verb would do: what is fresh, what would run, and the bytes that it would write."""
+        if verb in ("extract", "run"):
+            self._check(lambda: self._legs[0].architecture)
         lines: Lines = []
         asked = [leg for leg in self._legs if backbone in (leg.backbone, "all")]
         if verb in ("extract", "run"):
@@ -537,6 +541,8 @@ class Study:
                 lines += self._plan_extract(leg)
         if verb in ("train", "run"):
             lines += [line for leg in asked for line in self._plan_train(leg)]
+        if verb == "finetune" and not all(map(self._is_finetuned, self._legs[1:])):
+            check_tuning(self.config, self._table, lambda: self._legs[0].architecture)
         if verb in ("finetune", "run"):
             for leg in self._legs[1:]:
                 state = f"fresh, {leg.finetune_folder}" if self._is_finetuned(leg) else "would run"
@@ -575,6 +581,9 @@ class Study:
         return lines
 
     def _plan_train(self, leg: Leg) -> Lines:
+        if self._is_finetuned(leg) and leg.link_path.is_file():
+            with suppress(CacheError):  # extracted with other settings, or not there any more
+                self._check_train(leg, leg.id_data())
         to_train = set(self.to_train(leg))
         return [
             f"train {leg.name} {variant} seed {seed}: {'would run' if (variant, seed) in to_train else 'fresh'}"
@@ -619,6 +628,32 @@ class Study:
             return False
         identity = finetune_identity(data, self.config.finetune, leg.seed, self._joint_plan(data))
         return finetune_is_fresh(leg.finetune_folder, identity)
+
+    def _check(self, network: Callable[[], Backbone] | None = None) -> None:
+        """Refuse all that can be known before work.
+
+        Args:
+            network: gives the architecture, where it is needed later as well; otherwise it is not kept.
+        """
+        self._check_sets()
+        check_scalars(self.config)
+        leg = self._legs[0]
+        network = network or functools.cache(lambda: build_architecture(leg.start, self.config.cache.expert_blocks))
+        spec, to_train = leg.known_spec(), self._variants_to_train(leg)
+        spec = self._given_spec(leg) if self.config.has_features else spec
+        check_study(self.config, self._table, spec, network, to_train)
+        if not all(map(self._is_finetuned, self._legs[1:])):
+            check_tuning(self.config, self._table, network)
+
+    def _check_train(self, leg: Leg, data: IdData) -> None:
+        """Refuse what no mixture on a leg's features can be trained with, before the first of them is."""
+        check_scalars(self.config)
+        names, to_train = data.class_names, self._variants_to_train(leg)
+        check_mixtures(self.config, names, data.train.spec)
+        check_patches(self.config, names, data.train.spec, to_train, lambda: leg.architecture)
+
+    def _variants_to_train(self, leg: Leg) -> set[str]:
+        return {variant for variant, _ in self.to_train(leg)}
 
     def _check_sets(self) -> None:
         """Refuse sets that are not there or cannot be scored before hours of extraction rather than after."""

@@ -112,21 +112,31 @@ def generators_kept() -> Iterator[None]:
 
 
 def transforms(model: nn.Module, backbone: BackboneConfig, settings: FinetuneSettings) -> tuple[Any, Any]:
-    """The random transform to train with, and the plain one of the extraction."""
+    """The random transform to train with, and the plain one of the extraction.
+
+    Raises:
+        InputError: an augmentation that timm does not know.
+    """
     config = transform_config(model, backbone)
-    train = timm.data.create_transform(
-        input_size=config["input_size"],
-        is_training=True,
-        scale=(settings.crop_scale, 1.0),
-        hflip=settings.hflip,
-        color_jitter=0.0,
-        auto_augment=settings.rand_augment or None,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        re_prob=settings.random_erasing,
-        re_mode="pixel",
-    )
+    try:
+        train = timm.data.create_transform(
+            input_size=config["input_size"],
+            is_training=True,
+            scale=(settings.crop_scale, 1.0),
+            hflip=settings.hflip,
+            color_jitter=0.0,
+            auto_augment=settings.rand_augment or None,
+            interpolation=config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+            re_prob=settings.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError) as error:  # of its parser
+        raise InputError(
+            f"finetune.rand_augment: {settings.rand_augment!r} given, timm cannot read it ({error}): give one such as "
+            '"rand-m9-mstd0.5-inc1", or leave it out'
+        ) from error
     return train, timm.data.create_transform(**config)
 
 

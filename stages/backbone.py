@@ -337,6 +337,16 @@ class Backbone:
         tap_cls = tap[:, 0] if self.has_class_token else patches.mean(1)
         return Tokens(cls, tap_cls, tap[:, first:prefix], patches)
 
+    @torch.inference_mode()
+    def end_reads(self, patches: str) -> bool:
+        """Whether a copy of the end runs, and sees something, on tokens of which the ``patches`` option leaves a part.
+
+        Rotary embeddings and relative positions of some families ask for all patches.
+        """
+        size = self.config.image_size
+        noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return runs_on(self.end(), reduce_patches(self._encode(noise), self.grid, patches).map(lambda x: x.cpu()))
+
     def end(self) -> BackboneEnd:
         """A fresh, trainable copy of everything behind the tap, on the CPU."""
         end = self._cut_end() if self.cut else ResidualEnd(self.dim, self.tap_dim)
@@ -423,6 +433,16 @@ def build_architecture(config: BackboneConfig, expert_blocks: int = 1) -> Backbo
 def weights_sha(model: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of a model's tensors."""
     return arrays_sha256({name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()})
+
+
+@torch.inference_mode()
+def runs_on(end: nn.Module, tokens: Tokens) -> bool:
+    """Whether an end (or what is made of ends) runs on such tokens, and tells two images or more apart by them."""
+    try:
+        features = end(tokens)
+    except (RuntimeError, ValueError, AssertionError):  # as the architecture's own code has it
+        return False
+    return bool(torch.isfinite(features).all() and (features != features[:1]).any())
 
 
 def reduce_patches(tokens: Tokens, grid: tuple[int, int], option: str) -> Tokens:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.config import Profile
+from stages.config import TAKEN_NAMES, Profile
 from stages.errors import InputError
 from stages.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
 from stages.metrics import ood_metrics
@@ -119,7 +119,7 @@ def _ood_sets(ood: Any) -> dict[str, Any]:
     if not isinstance(ood, Mapping) or ood.keys() <= _KNOWN:
         return {"ood": ood}
     for name in ood:
-        if not isinstance(name, str) or name in ("id", "average"):
+        if not isinstance(name, str) or name in TAKEN_NAMES:
             why = "a word of the result's own" if isinstance(name, str) else "which is no text"
             raise InputError(f"an OOD set is called {name!r}, {why}: give it another name")
     return dict(ood)

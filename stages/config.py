@@ -152,6 +152,8 @@ SCORE_NAMES = (
     "knn-mean", "patch-knn", "other",
 )  # fmt: skip
 
+TAKEN_NAMES = ("id", "average")  # words of the table's own, which no OOD set may be called
+
 Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ
 
 

@@ -77,10 +77,7 @@ def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cro
         raise InputError(f"id-train set {train.manifest.dataset!r}: {_some(train, without)} have no label: {how}")
     counts = np.bincount(labels, minlength=len(names))
     used = np.flatnonzero(counts)
-    if len(used) < 2:
-        raise InputError(
-            f"id-train set {train.manifest.dataset!r} has {len(used)} class with {unit(train)}s: at least 2 are needed"
-        )
+    _check_count(len(used), train.manifest.dataset, unit(train))
     names = tuple(names[index] for index in used)
     labels = np.searchsorted(used, labels).astype(np.int32)
     if val is None:
@@ -89,15 +86,80 @@ def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cro
     else:
         held_out, held_labels = val, labels_in(val, names)
         split = split_with_validation_set(len(labels), held_labels, val.image_hashes)
-    for fold in split.folds:
-        few = np.flatnonzero(np.bincount(labels[fold.train], minlength=len(names)) == 0)
-        if len(few):
-            raise InputError(
-                f"id-train set {train.manifest.dataset!r}: class {names[few[0]]!r} has {counts[used[few[0]]]} "
-                f"{unit(train)}(s), too few to hold some out ({len(few)} such class(es)): give more, or leave the "
-                "class out"
-            )
+    _check_folds(split, labels, names, train.manifest.dataset, unit(train))
     return IdData(train, labels, held_out, held_labels, names, split)
+
+
+def check_split(
+    dataset: str,
+    class_names: Sequence[str],
+    labels: Labels,
+    val_labels: Labels | None,
+    val_share: float,
+    cross_fit: bool = True,
+    what: str = "image",
+) -> int:
+    """Refuse classes of which nothing can be held out, before their images are read: the listing alone is known.
+
+    Args:
+        dataset: name of the id-train set.
+        class_names: of the C classes that have images.
+        labels: ``[N]`` class of each image, 0 to C − 1.
+        val_labels: of the images of the id-val set, if the study has one.
+        val_share: share of id-train to hold out where there is none.
+        cross_fit: see `stages.split.split_rows`.
+        what: a row is to people, see `unit`.
+
+    Returns:
+        How many images train the first fold's model, if all of them differ and can be used.
+
+    Raises:
+        InputError: fewer than two classes, classes or an id-val set with too few images.
+    """
+    _check_count(len(class_names), dataset, what)
+    if val_labels is not None:
+        split = split_with_validation_set(len(labels), val_labels, _any_hashes(len(val_labels)))
+        _check_folds(split, labels, class_names, dataset, what)
+        return len(labels)
+    # Which image is held out says its hash; how many are, their number alone: one class of each size stands for all.
+    sizes, first, classes = np.unique(np.bincount(labels), return_index=True, return_counts=True)
+    of_size = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    split = split_rows(of_size, _any_hashes(len(of_size)), val_share, cross_fit)
+    _check_folds(split, of_size, [class_names[place] for place in first], dataset, what, classes)
+    return int(np.bincount(of_size[split.folds[0].train], minlength=len(sizes)) @ classes)
+
+
+def _any_hashes(n: int) -> NDArray[np.uint8]:
+    """``[n, 32]`` of which no two are alike."""
+    return np.arange(4 * n, dtype=np.uint64).view(np.uint8).reshape(n, 32)
+
+
+def _check_count(n_classes: int, dataset: str, what: str) -> None:
+    if n_classes < 2:
+        raise InputError(f"id-train set {dataset!r} has {n_classes} class with {what}s: at least 2 are needed")
+
+
+def _check_folds(
+    split: Split,
+    labels: Labels,
+    names: Sequence[str],
+    dataset: str,
+    what: str,
+    alike: NDArray[np.integer] | None = None,
+) -> None:
+    """Refuse folds that lack a class to train on, or rows to hold out; `alike` says how many each class stands for."""
+    for fold in split.folds:
+        if len(few := np.flatnonzero(np.bincount(labels[fold.train], minlength=len(names)) == 0)):
+            n = len(few) if alike is None else int(alike[few].sum())
+            raise InputError(
+                f"id-train set {dataset!r}: class {names[few[0]]!r} has {np.count_nonzero(labels == few[0])} "
+                f"{what}(s), too few to hold some out ({n} such class(es)): give more, or leave the class out"
+            )
+        if not len(fold.calibrate):
+            raise InputError(
+                f"the id-val set has {len(fold.select)} {what}(s), too few to halve into those that select and those "
+                "that calibrate: give a class two or more, or leave the set out"
+            )
 
 
 def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:

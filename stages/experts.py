@@ -317,6 +317,14 @@ def load_mixture(folder: Path, make_end: Callable[[], nn.Module], dim: int, tap_
     return mixture.eval()
 
 
+def cannot_read(kind: str, backbone: str, patches: str) -> InputError:
+    """What to say of experts whose network does not run on the patches that are cached."""
+    return InputError(
+        f'train.expert: "{kind}" of {backbone} cannot run on a cache with patches = "{patches}": extract with '
+        'patches = "full", or give expert = "adapter"'
+    )
+
+
 def load_trained_heads(folder: Path) -> tuple[ClassifierHead, ...]:
     """The head of each expert over all C classes, as `save_mixture` wrote it; builds no network.
 

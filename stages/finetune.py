@@ -10,7 +10,7 @@ summed. All that is random is drawn for the whole batch, so the loss is that of 
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ from stages.objective import JointObjective, LinearObjective, Mixed, MixturePlan
 from stages.progress import NullProgress, Progress
 from stages.recipe import FinetuneSettings, resolve_recipe
 from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
-from stages.weights.loading import build_model
+from stages.weights.loading import build_model, model_shape
 
 FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 
@@ -141,6 +141,55 @@ def finetune(
     return True
 
 
+def check_finetune(
+    backbone: BackboneConfig, settings: FinetuneSettings, n_classes: int, network: Callable[[], Backbone]
+) -> None:
+    """Refuse settings that the network's shape does not allow; no weights are read.
+
+    Args:
+        backbone: the network to fine-tune.
+        settings: of the fine-tune.
+        n_classes: C.
+        network: the same network, with weights or without, asked for where ``joint`` is not 0.
+
+    Raises:
+        InputError: in the words of the fine-tune itself.
+    """
+    model = model_shape(backbone, **_network_options(backbone, settings))
+    model.reset_classifier(n_classes)
+    if settings.checkpointing:
+        _checkpoint_gradients(model)
+    if settings.joint:
+        _check_joint(network(), settings.joint)
+    else:
+        freeze_first(model, settings.freeze, "finetune.freeze")
+    transforms(model, backbone, settings)
+
+
+def _network_options(backbone: BackboneConfig, settings: FinetuneSettings) -> dict[str, float]:
+    """What the model is built with beside its name; some families know nothing of stochastic depth."""
+    options = {"drop_path_rate": settings.drop_path}
+    try:
+        model_shape(backbone, **options)
+    except TypeError as error:
+        if settings.drop_path:
+            raise InputError(
+                f"finetune.drop_path: {settings.drop_path:g} given, {backbone.name} has no stochastic depth: give 0"
+            ) from error
+        return {}
+    return options
+
+
+def _check_joint(tapped: Backbone, joint: int) -> int:
+    """How many blocks or stages stand before the experts; refuses more of them, and ends that cannot be cut out."""
+    name = tapped.config.name
+    if not tapped.cut:
+        raise InputError(f"finetune.joint: the end of {name} cannot be cut out for experts: leave joint at 0")
+    if joint > (before := n_parts(tapped.model) - tapped.expert_blocks):
+        raise InputError(f"finetune.joint: {joint} given, {name} has {before} blocks or stages before the experts")
+    return before
+
+
 def _objective(
     backbone: BackboneConfig,
     data: IdData,
@@ -150,7 +199,7 @@ def _objective(
     device: str,
 ) -> Any:
     """The network to train, on the device, with what stays as it is frozen."""
-    model = build_model(backbone, drop_path_rate=settings.drop_path)
+    model = build_model(backbone, **_network_options(backbone, settings))
     if not settings.joint:
         cast(Any, model).reset_classifier(data.n_classes)
         freeze_first(model, settings.freeze, "finetune.freeze")
@@ -162,16 +211,10 @@ def _objective(
     spec = data.train.spec
     plain = backbone.model_copy(update={"compile": False, "precision": "float32"})
     tapped = Backbone(model, plain, spec.expert_blocks, device, detach_end=True)
-    before = n_parts(model) - spec.expert_blocks
-    if not tapped.cut:
-        raise InputError(f"finetune.joint: the end of {backbone.name} cannot be cut out for experts: leave joint at 0")
+    before = _check_joint(tapped, settings.joint)
     if spec.patches != "full":
         raise InputError(
             f'finetune.joint: experts read all patches: extract with patches = "full", not "{spec.patches}"'
-        )
-    if settings.joint > before:
-        raise InputError(
-            f"finetune.joint: {settings.joint} given, {backbone.name} has {before} blocks or stages before the experts"
         )
     groups = current().agree(group_training_classes(data, mixture.experts, mixture.grouping, seed))
     experts = MixtureOfFeatureExperts(tapped.end, tapped.dim, tapped.tap_dim, groups, "end", mixture.router_input)

@@ -69,12 +69,8 @@ def group_classes(
     Raises:
         InputError: more groups than classes; a file that cannot be read, misses a class or names an unknown one.
     """
-    if method not in ("balanced", "kmeans"):
-        return _renumber(_from_file(Path(method), class_names))
-    if n_groups > len(class_names):
-        raise InputError(
-            f"train.experts: {n_groups} experts for {len(class_names)} classes: give at most {len(class_names)}"
-        )
+    if (given := check_groups(n_groups, method, class_names)) is not None:
+        return _renumber(given)
     with warnings.catch_warnings():
         # Prototypes of fewer than E places make fewer clusters; balanced groups are filled all the same.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -87,6 +83,26 @@ def group_classes(
             for s in starts
         ]
     return _renumber(min(found, key=lambda groups: squared_distance(prototypes, groups)).tolist())
+
+
+def check_groups(n_groups: int, method: str, class_names: tuple[str, ...]) -> list[object] | None:
+    """The group of each class where a file gives it; None where groups are still to be found.
+
+    Args:
+        n_groups: E.
+        method: see `group_classes`.
+        class_names: of the C classes.
+
+    Raises:
+        InputError: more groups than classes; a file that cannot be read, misses a class or names an unknown one.
+    """
+    if method not in ("balanced", "kmeans"):
+        return _from_file(Path(method), class_names)
+    if n_groups > len(class_names):
+        raise InputError(
+            f"train.experts: {n_groups} experts for {len(class_names)} classes: give at most {len(class_names)}"
+        )
+    return None
 
 
 def squared_distance(points: NDArray[np.floating], groups: NDArray[np.integer]) -> float:

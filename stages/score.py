@@ -19,7 +19,7 @@ from scipy.special import softmax
 
 from cache import CacheMismatchError, FeatureCache
 from stages.artifacts import write_json
-from stages.config import ScoreConfig
+from stages.config import TAKEN_NAMES, ScoreConfig
 from stages.dataset import labels_in, unit
 from stages.detectors import (
     NO_HEAD,
@@ -49,7 +49,6 @@ Scores = dict[str, NDArray[np.float32]]  # of each set
 Predictions = dict[str, dict[str, NDArray[np.int32]]]  # class of each row, by set and head
 _WORTH_SAYING = 0.01  # share of rows that tie
 _SAMPLES = 1 << 16  # rows that are written at once
-_TAKEN = {"id", "average"}  # names that the table uses itself
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ def _check(sources: Sequence[BackboneSource]) -> None:
         if groups.count("id") != 1 or len(groups) < 2:
             raise InputError("score needs one set with role id-test and at least one with role near-ood or far-ood")
         for test in source.tests:
-            if test.group != "id" and test.name in _TAKEN:
+            if test.group != "id" and test.name in TAKEN_NAMES:
                 raise InputError(f"an OOD set is called {test.name!r}, a word of the table's own: give it another name")
             if test.cache.n_rows == 0:
                 raise InputError(

@@ -102,8 +102,22 @@ class PatchTokens:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.float32]:
         end = self._end()
         blocks = [self._rows[start : start + REFINE_BATCH] for start in range(0, max(1, len(self)), REFINE_BATCH)]
-        tokens = [end.patch_tokens(read_tokens(self._cache, block)).numpy() for block in blocks]
+        try:
+            tokens = [end.patch_tokens(read_tokens(self._cache, block)).numpy() for block in blocks]
+        except (RuntimeError, ValueError, AssertionError) as error:  # as the architecture's own code has it
+            spec = self._cache.spec
+            if spec.patches == "full":
+                raise
+            raise cannot_read_patches(spec.backbone, spec.patches) from error
         return np.concatenate(tokens).astype(dtype or np.float32, copy=False)
+
+
+def cannot_read_patches(backbone: str, patches: str) -> InputError:
+    """What to say of patch tokens whose network does not run on those that are cached."""
+    return InputError(
+        f"score.scores: patch tokens behind the end of {backbone} are asked for, which cannot run on patches = "
+        f'"{patches}": extract with patches = "full", or leave the scores of patches out'
+    )
 
 
 class FrozenFeatures:

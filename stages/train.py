@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from cache import FeatureCache, FeatureSpec
 from cache.fingerprint import fingerprint
 from stages.artifacts import read_json, write_text
-from stages.backbone import Tokens
+from stages.backbone import Tokens, runs_on
 from stages.checkpoint import Checkpoints, load_checkpoint
 from stages.config import TrainConfig
 from stages.dataset import IdData, Labels, epoch_windows, lazy_rows, not_finite, read_blocks, read_tokens, unit
 from stages.distributed import current
 from stages.errors import InputError, StageError
 from stages.experts import (
+    Expert,
     ExpertKind,
     MixtureOfFeatureExperts,
     RouterInput,
+    cannot_read,
     load_mixture,
     save_mixture,
     soft_cross_entropy,
@@ -532,17 +534,8 @@ def _check_experts(mixture: MixtureOfFeatureExperts, cache: FeatureCache, rows: 
     """Refuse experts that cannot run on the patches that were cached, or that see nothing in them."""
     if cache.spec.patches == "full" or mixture.kind not in ("end", "dense"):
         return
-    try:
-        with torch.inference_mode():
-            features, _ = mixture.experts[0](read_tokens(cache, rows[:8]))
-        able = bool(torch.isfinite(features).all() and (features != features[:1]).any())
-    except (RuntimeError, ValueError, AssertionError):  # as the architecture's own code has it
-        able = False
-    if not able:
-        raise InputError(
-            f'train.expert: "{mixture.kind}" of {cache.spec.backbone} cannot run on a cache with patches = '
-            f'"{cache.spec.patches}": extract with patches = "full", or give expert = "adapter"'
-        )
+    if not runs_on(cast(Expert, mixture.experts[0]).end, read_tokens(cache, rows[:8])):
+        raise cannot_read(mixture.kind, cache.spec.backbone, cache.spec.patches)
 
 
 def _check_finite(cache: FeatureCache, rows: Rows, reads: Sequence[str]) -> None:

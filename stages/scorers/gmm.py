@@ -1,6 +1,5 @@
 """Density of one Gaussian for each class."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -173,15 +172,24 @@ class GMMScorer(Scorer):
     def _rule(self) -> ShrinkageRule:
         return self.shrinkage if self.jitter is None else "none"
 
+    def check_size(self, n_classes: int, dim: int) -> None:
+        """Refuse class covariances that take more than 2 GiB: known before there are rows.
+
+        Raises:
+            InputError: of C classes and D features they would.
+        """
+        taken = 8 * n_classes * dim * dim
+        if self.covariance != "shared" and taken > _MAX_BYTES:
+            raise InputError(
+                f"gmm: covariances of {n_classes} classes and {dim} features take {taken / 2**30:.1f} GiB, "
+                f'{_MAX_BYTES >> 30} are allowed: set score.params.gmm.covariance = "shared"'
+            )
+
     def _of_classes(self, train: ScoreInputs) -> GaussianMixture:
         features, classes = train.need_unread(self.name), known_labels(train, self.name)
         seen, counts = np.unique(classes, return_counts=True)
+        self.check_size(len(seen), features.shape[1])
         shape = len(seen), features.shape[1], features.shape[1]
-        if (taken := 8 * math.prod(shape)) > _MAX_BYTES:
-            raise InputError(
-                f"gmm: covariances of {shape[0]} classes and {shape[1]} features take {taken / 2**30:.1f} GiB, "
-                f'{_MAX_BYTES >> 30} are allowed: set score.params.gmm.covariance = "shared"'
-            )
         means, covariances, n_shrunk = np.empty(shape[:2]), np.empty(shape), 0
         target: Shrunk | None = None
         for index, label in enumerate(seen):

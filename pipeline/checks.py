@@ -1,0 +1,181 @@
+"""What can be known before any work: refused by the experiment file, the listings and the network's shape alone.
+
+Each check is that of the stage which would refuse, asked early; no image is decoded and no weights are read.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from cache import FeatureSpec
+from pipeline.config import RunConfig, SetConfig
+from stages.backbone import Backbone
+from stages.dataset import Labels, check_split
+from stages.detectors import needs_of
+from stages.errors import InputError
+from stages.experts import cannot_read
+from stages.finetune import check_finetune
+from stages.grouping import check_groups
+from stages.images import SampleTable
+from stages.images.names import match_classes
+from stages.recipe import resolve_recipe
+from stages.scalars import require_tensorboard
+from stages.scorers import get_scorer
+from stages.scorers.gmm import GMMScorer
+from stages.subjects import cannot_read_patches
+from stages.train import resolve_settings
+from stages.weights.loading import check_source
+
+Network = Callable[[], Backbone]  # the backbone, with weights or without
+Listing = Callable[[SetConfig], SampleTable]  # what a set holds
+
+
+def check_study(
+    config: RunConfig, table: Listing, spec: FeatureSpec | None, network: Network, to_train: Collection[str]
+) -> None:
+    """Refuse a study of which some stage is bound to refuse something.
+
+    Args:
+        config: the study.
+        table: what each of its sets holds.
+        spec: of features that came as arrays or were extracted before; None where images are still to be.
+        network: the backbone, asked for where its shape matters.
+        to_train: variants of which a mixture is still to be trained.
+
+    Raises:
+        InputError: in the words of the stage that cannot work so.
+    """
+    check_folder("work", config.work)
+    check_folder("cache.root", config.cache.root)
+    names, _ = _split(config, table)
+    check_mixtures(config, names, spec)
+    if config.has_features or config.backbone is None:
+        return
+    if spec is None:
+        check_source(config.backbone)
+        network()  # an image size, or a tap, that it does not have
+    check_patches(config, names, spec, to_train, network)
+    if spec is None:
+        _check_scores(config, len(names), network)
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that can neither be there nor be made.
+
+    Raises:
+        InputError: a file stands where it is to be, or nobody may write there.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: {there} is a file, a folder is needed")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {there} cannot be written to: give a folder that can")
+
+
+def check_scalars(config: RunConfig) -> None:
+    """Refuse TensorBoard files that are asked for and cannot be written."""
+    for key, stage in (("train", config.train), ("finetune", config.finetune)):
+        if stage is not None and stage.tensorboard:
+            require_tensorboard(f"{key}.tensorboard")
+
+
+def check_mixtures(config: RunConfig, names: tuple[str, ...], spec: FeatureSpec | None) -> None:
+    """Refuse settings of any variant that cannot be, before the first of them is trained.
+
+    Args:
+        config: the study.
+        names: of the classes that have images.
+        spec: what there is to train on, where it is known.
+
+    Raises:
+        InputError: in the words of the training.
+    """
+    for variant, train in config.variant_configs().items():
+        with _about(variant):
+            settings = resolve_settings(train, len(names), spec)
+            check_groups(settings.experts, settings.grouping, names)
+
+
+def check_patches(
+    config: RunConfig,
+    names: tuple[str, ...],
+    spec: FeatureSpec | None,
+    to_train: Collection[str],
+    network: Network,
+) -> None:
+    """Refuse experts that are copies of the network's end and cannot run on the patches that are kept.
+
+    Args:
+        config: the study.
+        names: of the classes that have images.
+        spec: what there is to train on, where it is known.
+        to_train: variants of which a mixture is still to be trained.
+        network: the backbone, asked for where not all patches are kept and an end is to read them.
+
+    Raises:
+        InputError: in the words of the training.
+    """
+    patches = config.cache.patches if spec is None else spec.patches
+    if patches == "full":
+        return
+    for variant, train in config.variant_configs().items():
+        kind = resolve_settings(train, len(names), spec).expert
+        if variant in to_train and kind in ("end", "dense") and not network().end_reads(patches):
+            with _about(variant):
+                raise cannot_read(kind, network().config.name, patches)
+
+
+def check_tuning(config: RunConfig, table: Listing, network: Network) -> None:
+    """Refuse a fine-tune that cannot be.
+
+    Raises:
+        InputError: in the words of the fine-tune.
+    """
+    if config.finetune is None or config.backbone is None:
+        return
+    names, n_train = _split(config, table, cross_fit=False)
+    settings = resolve_recipe(config.finetune, n_train)
+    check_finetune(config.backbone, settings, len(names), network)
+
+
+def _split(config: RunConfig, table: Listing, cross_fit: bool = True) -> tuple[tuple[str, ...], int]:
+    """Names of the classes that have images, and how many images train; refuses sets that cannot be split."""
+    (train,), val = config.sets_of("id-train"), config.sets_of("id-val")
+    samples = table(train)
+    used, labels = np.unique(samples.labels, return_inverse=True)
+    names = tuple(samples.class_names[number] for number in used)
+    held_out: Labels | None = None
+    if val:
+        others = table(val[0])
+        held_out = np.asarray(match_classes(others.class_names, names), np.int32)[others.labels]
+    what = "image" if train.features is None else "row"
+    numbers = labels.astype(np.int32)
+    return names, check_split(train.name, names, numbers, held_out, config.split.val, cross_fit, what)
+
+
+def _check_scores(config: RunConfig, n_classes: int, network: Network) -> None:
+    """Scores that the features to be extracted cannot have."""
+    patches = config.cache.patches
+    for score in config.score.scores:
+        if "patches" in needs_of(score) and patches == "none":
+            raise InputError(
+                f'score.scores: {score} reads patch tokens, and none are kept: give cache.patches = "full"'
+            )
+        if "patches" in needs_of(score) and patches != "full" and not network().end_reads(patches):
+            raise cannot_read_patches(network().config.name, patches)
+        for part in score.split("+"):
+            scorer = get_scorer(part, config.score.profile, **config.score.params.get(part, {}))
+            if isinstance(scorer, GMMScorer):
+                scorer.check_size(n_classes, network().dim)
+
+
+@contextmanager
+def _about(variant: str) -> Iterator[None]:
+    """Name the variant in front of what is wrong with its settings."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error) if variant == "default" else f"variants.{variant}.set.{error}") from error
