@@ -550,6 +550,8 @@ def _explain(error: ValidationError, document: Any, model: type[BaseModel]) -> l
         if kind == "value_error":
             cause = str(problem["ctx"]["error"])
             lines += [f"{key}: {cause}"] if key else cause.splitlines()
+        elif kind == "missing" and isinstance(loc[-1], int):  # a list that is too short
+            lines.append(f"{key}: {_shown(problem['input'])} given, must have {loc[-1] + 1} values at least")
         elif kind == "missing":
             lines.append(f"{key}: missing")
         elif kind == "extra_forbidden":
@@ -568,7 +570,11 @@ def _key(loc: tuple[int | str, ...], document: Any, may_be_absent: bool) -> str:
     """Dotted key as the user writes it: entries of lists by name, members of unions left out."""
     key, node = "", document
     for part in loc:
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        inside = (
+            part in node
+            if isinstance(node, dict)
+            else isinstance(node, list) and isinstance(part, int) and part < len(node)
+        )
         if not inside and not (may_be_absent and isinstance(node, dict)):
             break
         child = node[part] if inside else None

@@ -564,6 +564,7 @@ class Study:
             row_bytes = item * (shape.dim + shape.tap_dim * (1 + shape.n_registers + height * width))
         else:
             row_bytes = spec.row_bytes
+            self._check_origins(spec)
         lines: Lines = []
         for entry in self.config.sets:
             table = self._table(entry)

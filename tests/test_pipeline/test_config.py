@@ -295,6 +295,7 @@ def test_override_refused(study, override, message):
             "[train]\nalpha_min = 0.5\nalpha_max = 0.5",
             "toy.toml: train.alpha_min: 0.5 given, must be less than alpha_max = 0.5 for mixup = 'dynamic'",
         ),
+        ("[backbone]\nmean = [0.5, 0.5]", "toy.toml: backbone.mean: [0.5, 0.5] given, must have 3 values"),
         ("x = [}", "toy.toml: not valid TOML: Invalid value (at line "),
     ],
 )

@@ -325,6 +325,8 @@ def test_features_beside_images_are_scored_as_the_images_that_they_are_of(mixed)
     assert {row[0] for row in mine} == {"cls", "mofe"}
     assert near == mine
     assert "extract pretrained: fresh" in done("extract", mixed / "study.toml").out
+    other = settings(f"sets.mine.origin={'a' * 64}")
+    assert "but the features of this study's images have" in refused("run", mixed / "study.toml", *other, "--dry-run")
 
 
 @pytest.mark.parametrize(
