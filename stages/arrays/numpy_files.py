@@ -72,6 +72,8 @@ def _header(path: str, key: str, file: BinaryIO) -> tuple[tuple[int, ...], bool,
 
 def _check_length(nbytes: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Refuse rows that a header promises and the file cannot hold, before anything is made for each of them."""
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its shape is {shape}")
     if nbytes < prod(shape) * dtype.itemsize:
         raise ValueError("it ends before its last row")
 

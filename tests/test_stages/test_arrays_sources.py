@@ -379,6 +379,13 @@ def test_types_of_hdf5_that_are_no_features(tmp_path):
     assert list_arrays(str(tmp_path / "f.h5"), {"cls": "small"}).dtype == "float16"
 
 
+def test_a_shape_below_zero(tmp_path):
+    np.save(tmp_path / "f.npy", CLS)
+    array = (tmp_path / "f.npy").read_bytes().replace(b"(9, 4), }", b"(-9, 4), }", 1).replace(b" \n", b"\n", 1)
+    (tmp_path / "f.npy").write_bytes(array)
+    assert message(tmp_path / "f.npy").endswith("f.npy: cannot be read: its shape is (-9, 4)")
+
+
 def test_rows_that_a_header_promises_and_no_file_could_hold(tmp_path):
     np.save(tmp_path / "f.npy", CLS)
     array = (tmp_path / "f.npy").read_bytes().replace(b"(9, 4), }         ", b"(9999999999, 4), }", 1)
