@@ -136,12 +136,12 @@ def check_tuning(config: RunConfig, table: Listing, network: Network) -> None:
     """
     if config.finetune is None or config.backbone is None:
         return
-    names, n_train = _split(config, table, cross_fit=False)
+    names, n_train = _split(config, table)
     settings = resolve_recipe(config.finetune, n_train)
     check_finetune(config.backbone, settings, len(names), network)
 
 
-def _split(config: RunConfig, table: Listing, cross_fit: bool = True) -> tuple[tuple[str, ...], int]:
+def _split(config: RunConfig, table: Listing) -> tuple[tuple[str, ...], int]:
     """Names of the classes that have images, and how many images train; refuses sets that cannot be split."""
     (train,), val = config.sets_of("id-train"), config.sets_of("id-val")
     samples = table(train)
@@ -153,6 +153,7 @@ def _split(config: RunConfig, table: Listing, cross_fit: bool = True) -> tuple[t
         held_out = np.asarray(match_classes(others.class_names, names), np.int32)[others.labels]
     what = "image" if train.features is None else "row"
     numbers = labels.astype(np.int32)
+    cross_fit = config.finetune is None
     return names, check_split(train.name, names, numbers, held_out, config.split.val, cross_fit, what)
 
 

@@ -254,14 +254,18 @@ class Leg:
             )
         return self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"])
 
-    def id_data(self, cross_fit: bool | None = None) -> IdData:
-        """ID features with the study's split; a fine-tuned backbone has seen its training rows, so no cross-fitting."""
+    def id_data(self) -> IdData:
+        """ID features with the study's split, the same for all of its backbones.
+
+        Of a backbone that was fine-tuned only rows that it never saw can calibrate. So a study that fine-tunes is not
+        cross-fitted: all of its rows, those of the pre-trained backbone too, train, select and calibrate on the same.
+        """
         (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
         return id_data(
             self.cache(train),
             self.cache(val[0]) if val else None,
             self.config.split.val,
-            self.seed is None if cross_fit is None else cross_fit,
+            cross_fit=self.config.finetune is None,
         )
 
 

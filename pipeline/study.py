@@ -228,7 +228,7 @@ class Study:
         """Fine-tune the whole backbone on images, once a seed; with ``finetune.joint``, together with experts."""
         assert self.config.finetune is not None
         pretrained = self._legs[0]
-        data = pretrained.id_data(cross_fit=False)
+        data = pretrained.id_data()
         if not all(map(self._is_finetuned, self._legs[1:])):
             check_tuning(self.config, self._table, lambda: pretrained.architecture)
         plan = self._joint_plan(data)
@@ -624,7 +624,7 @@ class Study:
             return True
         assert self.config.finetune is not None
         try:
-            data = self._legs[0].id_data(cross_fit=False)
+            data = self._legs[0].id_data()
         except (InputError, CacheError):  # what it was made from is gone, so it is no longer what it says
             return False
         identity = finetune_identity(data, self.config.finetune, leg.seed, self._joint_plan(data))

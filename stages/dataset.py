@@ -48,7 +48,7 @@ class IdData:
         return {"id-train": self.train.identity, "held-out": self.held_out.identity, "split": self.split.rule}
 
     def runs(self) -> list[tuple[str, Fold]]:
-        """Models to fit before the final one: (name, rows)."""
+        """Models that calibrate: (name, rows); the final one alone where it leaves rows to calibrate on."""
         if not self.split.cross_fitted:
             return [("final", self.split.folds[0])]
         return [(f"fold-{index}", fold) for index, fold in enumerate(self.split.folds)]
@@ -121,12 +121,15 @@ def check_split(
         split = split_with_validation_set(len(labels), val_labels, _any_hashes(len(val_labels)))
         _check_folds(split, labels, class_names, dataset, what)
         return len(labels)
-    # Which image is held out says its hash; how many are, their number alone: one class of each size stands for all.
+    # Which image is held out says its hash; how many are, their number alone: two classes of each size, the middles of
+    # which go to different halves, stand for all.
     sizes, first, classes = np.unique(np.bincount(labels), return_index=True, return_counts=True)
-    of_size = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    shown = np.minimum(classes, 2)
+    alike = np.concatenate([[n - 1, 1] if n > 1 else [1] for n in classes])
+    of_size = np.repeat(np.arange(len(alike), dtype=np.int32), np.repeat(sizes, shown))
     split = split_rows(of_size, _any_hashes(len(of_size)), val_share, cross_fit)
-    _check_folds(split, of_size, [class_names[place] for place in first], dataset, what, classes)
-    return int(np.bincount(of_size[split.folds[0].train], minlength=len(sizes)) @ classes)
+    _check_folds(split, of_size, [class_names[place] for place in np.repeat(first, shown)], dataset, what, alike)
+    return int(np.bincount(of_size[split.folds[0].train], minlength=len(alike)) @ alike)
 
 
 def _any_hashes(n: int) -> NDArray[np.uint8]:
@@ -155,11 +158,17 @@ def _check_folds(
                 f"id-train set {dataset!r}: class {names[few[0]]!r} has {np.count_nonzero(labels == few[0])} "
                 f"{what}(s), too few to hold some out ({n} such class(es)): give more, or leave the class out"
             )
-        if not len(fold.calibrate):
+        if len(fold.select) and len(fold.calibrate):
+            continue
+        if split.held_out == "id-val":
             raise InputError(
                 f"the id-val set has {len(fold.select)} {what}(s), too few to halve into those that select and those "
-                "that calibrate: give a class two or more, or leave the set out"
+                "that calibrate: give it two or more, or leave the set out"
             )
+        raise InputError(
+            f"id-train set {dataset!r}: no {what} is left to {'calibrate' if len(fold.select) else 'select'} on: give "
+            f"3 different {what}s of a class or more, or an id-val set"
+        )
 
 
 def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:

@@ -31,7 +31,6 @@ from stages.scorers import (
     Standardiser,
     choose_k,
     get_scorer,
-    join,
     scorer_class,
     sum_scores,
 )
@@ -117,7 +116,7 @@ def _read_once(values: Rows2D | ReadOnce, some: slice) -> Rows2D | ReadOnce:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One fold's model: its bank (training rows), and the rows that it did not see.
+    """One fold's model: its bank (training rows), the rows that it was selected on, and those that it did not see.
 
     `second` are the calibrate rows once more, through the router's second choice; None where no top-2 row is asked.
     """
@@ -147,6 +146,7 @@ class Subject:
         heads: heads whose logits its rows carry.
         runs: one for each fold.
         bank: training rows of the final model.
+        select_rows: rows that the final model's scores may choose their settings by; it was trained on none of them.
         n_experts: E; 0 without experts.
         has_others: whether its rows carry each group's log odds of "other".
     """
@@ -155,15 +155,9 @@ class Subject:
     heads: tuple[str, ...]
     runs: tuple[Run, ...]
     bank: SetRows
+    select_rows: SetRows
     n_experts: int = 0
     has_others: bool = False
-
-    def select(self, head: str) -> ScoreInputs:
-        """Rows that the final model's scores may choose their settings by, none of which it was trained on.
-
-        Under cross-fitting it was trained on all: every fold's own then, as that fold's model has them.
-        """
-        return join([run.select.inputs(head) for run in self.runs])
 
     @property
     def calibration_expert(self) -> NDArray[np.int64] | None:
@@ -382,7 +376,10 @@ class DetectorFactory:
                     for key, scores in zip(new, _raw_scores(pairs, rows), strict=True):
                         kept[key].append(scores)
         if len(subject.runs) > 1:
-            scorers = [self._scorer(name).fit(subject.bank.inputs(head), subject.select(head)) for head, name in new]
+            scorers = [
+                self._scorer(name).fit(subject.bank.inputs(head), subject.select_rows.inputs(head))
+                for head, name in new
+            ]
         for key, scorer in zip(new, scorers, strict=True):
             twice = np.concatenate(second[key]) if second[key] else None
             self._parts[key] = Part(scorer, key[0], np.concatenate(calibration[key]), twice)

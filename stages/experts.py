@@ -139,7 +139,9 @@ class Expert(nn.Module):
 class Router(nn.Module):
     """Linear classifier on the un-normalised class embedding at the tap, or on the final ``cls``.
 
-    Inputs are shifted and scaled by training statistics first: still a linear map of them, better conditioned.
+    Inputs are shifted and scaled by training statistics first: still a linear map of them, better conditioned. The
+    scale is one for all features, as in `stages.heads` and for its reason: divided by its own deviation, a channel that
+    is nearly dead on ID rows would give an OOD row that moves it an enormous logit, and decide where it goes.
     """
 
     mean: Tensor
@@ -148,13 +150,13 @@ class Router(nn.Module):
     def __init__(self, dim: int, n_classes: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(1))
         self.linear = nn.Linear(dim, n_classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def standardise(self, blocks: Iterable[Tensor]) -> None:
-        """Take mean and standard deviation from training rows, given in blocks ``[n, D']``."""
+        """Take mean ``[D']`` and scale ``[1]``, the root of the mean variance, of rows in blocks ``[n, D']``."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         origin: Tensor | None = None
         for block in blocks:
@@ -167,7 +169,7 @@ class Router(nn.Module):
             raise ValueError("no rows to standardise by")
         mean = total / count
         self.mean.copy_(origin + mean)
-        self.scale.copy_((squares / count - mean**2).clamp_min(0).sqrt().clamp_min(1e-6))
+        self.scale.copy_((squares / count - mean**2).mean().clamp_min(0).sqrt().clamp_min(1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, D']`` to class logits ``[B, C]``, as precise as the input in any autocast."""
@@ -238,6 +240,13 @@ class MixtureOfFeatureExperts(nn.Module):
     def classes_of(self, expert: int) -> Tensor:
         """Classes of one expert's group, in the order of its head's outputs."""
         return torch.nonzero(self.group == expert).flatten()
+
+    def renumber(self, number: Sequence[int]) -> None:
+        """Give each expert, and its group, another number: expert e becomes ``number[e]``; nothing else changes."""
+        order = np.argsort(number)
+        self.experts = nn.ModuleList(self.experts[expert] for expert in order)
+        self.sizes = [self.sizes[expert] for expert in order]
+        self.group = torch.as_tensor(np.asarray(number), device=self.group.device)[self.group]
 
     def class_logits(self, tokens: Tokens) -> Tensor:
         """The router's logits ``[B, C]``."""

@@ -216,9 +216,10 @@ def _objective(
         raise InputError(
             f'finetune.joint: experts read all patches: extract with patches = "full", not "{spec.patches}"'
         )
-    groups = current().agree(group_training_classes(data, mixture.experts, mixture.grouping, seed))
+    train = data.split.folds[0].train
+    groups = current().agree(group_training_classes(data, train, mixture.experts, mixture.grouping, seed))
     experts = MixtureOfFeatureExperts(tapped.end, tapped.dim, tapped.tap_dim, groups, "end", mixture.router_input)
-    blocks = read_blocks(data.train, mixture.router_input, data.split.folds[0].train)
+    blocks = read_blocks(data.train, mixture.router_input, train)
     experts.router.standardise(torch.from_numpy(values) for _, values in blocks)
     cast(Any, model).reset_classifier(data.n_classes)
     freeze_first(model, before - settings.joint, "finetune.joint")

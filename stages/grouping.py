@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from stages.dataset import IdData, read_blocks
 from stages.errors import InputError
 from stages.images.names import listed, match_classes, shown, unlike
+from stages.split import Rows
 
 BALANCED_STARTS = 10
 
@@ -41,11 +42,28 @@ def class_prototypes(
     return sums / np.maximum(counts, 1)[:, None]
 
 
-def group_training_classes(data: IdData, n_groups: int, method: str, seed: int) -> list[int]:
-    """Group of each class by the frozen ``cls`` of the final model's training rows; see `group_classes`."""
-    blocks = read_blocks(data.train, "cls", data.split.final_train)
+def group_training_classes(data: IdData, rows: Rows, n_groups: int, method: str, seed: int) -> list[int]:
+    """Group of each class by the frozen ``cls`` of a model's own training rows; see `group_classes`."""
+    blocks = read_blocks(data.train, "cls", rows)
     prototypes = class_prototypes(((values, data.train_labels[rows]) for rows, values in blocks), data.n_classes)
     return group_classes(prototypes, n_groups, method, data.class_names, seed)
+
+
+def numbers_as_in(groups: Sequence[int], reference: Sequence[int]) -> list[int]:
+    """``[E]`` a number for each group, such that as many classes as can be stand in a group numbered as in `reference`.
+
+    Args:
+        groups: ``[C]`` of each class, 0 to E − 1.
+        reference: ``[C]`` the same of another grouping; groups beyond E have no counterpart.
+
+    >>> numbers_as_in([0, 0, 1, 1, 2], [2, 2, 0, 1, 1])
+    [2, 0, 1]
+    """
+    n_groups = max(groups) + 1
+    shared = np.zeros((n_groups, max(*reference, n_groups) + 1), dtype=np.int64)
+    np.add.at(shared, (np.asarray(groups), np.asarray(reference)), 1)
+    numbers: list[int] = linear_sum_assignment(shared[:, :n_groups], maximize=True)[1].tolist()
+    return numbers
 
 
 def grouping_content(method: str) -> str:

@@ -11,7 +11,7 @@ scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: �
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,64 +105,63 @@ def log_likelihood(head: LinearHead, features: Rows2D, labels: NDArray[np.int32]
     return likelihood
 
 
-def choose_strength(
-    folds: Sequence[HeadRows], n_classes: int, strengths: Sequence[float] = STRENGTHS
-) -> tuple[float, dict[str, float]]:
-    """The strongest penalty whose held-out ID log-likelihood is within one standard error of the best.
+class ChosenHead(NamedTuple):
+    """A head, the strength that was chosen for it, and the mean log-likelihood of each strength for the record."""
+
+    head: LinearHead
+    strength: float
+    judged: dict[str, float]
+
+
+def choose_head(rows: HeadRows, n_classes: int, strengths: Sequence[float] = STRENGTHS) -> ChosenHead:
+    """The head of the strongest penalty whose held-out ID log-likelihood is within one standard error of the best.
 
     The one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984: among heads that ID
     rows cannot tell apart, the most regular one.
 
-    Returns:
-        The strength, and the mean log-likelihood of each for the record.
+    Args:
+        rows: of one model; of a single strength none need be there to judge by.
+        n_classes: C.
+        strengths: to choose from.
     """
-    chosen, judged, _ = _choose(folds, n_classes, strengths)
-    return chosen, judged
-
-
-def _choose(
-    folds: Sequence[HeadRows], n_classes: int, strengths: Sequence[float]
-) -> tuple[float, dict[str, float], tuple[LinearHead, ...]]:
-    """What `choose_strength` returns, and the folds' heads of the chosen strength."""
-    heads = {
-        strength: tuple(fit_head(fold.features, fold.labels, n_classes, strength) for fold in folds)
-        for strength in sorted(strengths)
+    if not len(rows.select_labels):
+        (only,) = strengths
+        return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only), only, {})
+    heads = {strength: fit_head(rows.features, rows.labels, n_classes, strength) for strength in sorted(strengths)}
+    likelihood = {
+        strength: log_likelihood(head, rows.select_features, rows.select_labels) for strength, head in heads.items()
     }
-    judged = {
-        strength: np.concatenate(
-            [
-                log_likelihood(head, fold.select_features, fold.select_labels)
-                for head, fold in zip(fitted, folds, strict=True)
-            ]
-        )
-        for strength, fitted in heads.items()
-    }
-    best = max(judged.values(), key=lambda rows: rows.mean())
+    best = max(likelihood.values(), key=lambda judged: judged.mean())
     enough = best.mean() - best.std() / np.sqrt(len(best))
-    chosen = next(strength for strength, rows in judged.items() if rows.mean() >= enough)
-    return chosen, {f"{strength:g}": round(float(rows.mean()), 6) for strength, rows in judged.items()}, heads[chosen]
+    chosen = next(strength for strength, judged in likelihood.items() if judged.mean() >= enough)
+    judged = {f"{strength:g}": round(float(own.mean()), 6) for strength, own in likelihood.items()}
+    return ChosenHead(heads[chosen], chosen, judged)
 
 
 @dataclass(frozen=True)
 class FittedHeads:
-    """One head for each fold's model and one for the final model, with how their strength was chosen."""
+    """One head for each fold's model and one for the final model, with how the final one's strength was chosen."""
 
     folds: tuple[LinearHead, ...]
     final: LinearHead
     strength: float
     judged: dict[str, float]
 
+    @classmethod
+    def of(cls, chosen: Sequence[ChosenHead]) -> "FittedHeads":
+        """Heads of the folds' models and, last, of the final one; a single one is both."""
+        *folds, final = chosen
+        return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged)
 
-def fit_heads(folds: Sequence[HeadRows], final: tuple[Rows2D, NDArray[np.int32]] | None, n_classes: int) -> FittedHeads:
-    """Choose the strength on the folds' select rows, then fit every head with it.
+
+def fit_heads(models: Sequence[HeadRows], n_classes: int) -> FittedHeads:
+    """Choose and fit the head of every model by the same rule, each on its own rows alone.
 
     Args:
-        folds: rows of each fold's model.
-        final: features and labels of the final model under cross-fitting; None where the only fold's model is it.
+        models: rows of the folds' models and, last, of the final one; one where that is the only fold's.
         n_classes: C.
     """
-    strength, judged, heads = _choose(folds, n_classes, STRENGTHS)
-    return FittedHeads(heads, fit_head(*final, n_classes, strength) if final else heads[0], strength, judged)
+    return FittedHeads.of([choose_head(rows, n_classes) for rows in models])
 
 
 def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identity: str) -> None:

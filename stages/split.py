@@ -2,9 +2,14 @@
 
 Rows are held out per class by the hash of their image, so that renaming, reordering or adding images of other classes
 changes nothing, and identical images stand on the same side. Held-out rows are halved, again by hash: *select* (early
-stopping, head strength, k) and *calibrate* (standardisation, calibration over experts, thresholds). Where a class would
-have fewer than `MIN_ROWS` rows in a half, cross-fitting on id-train does both: K models, each calibrated and
-selected on the rows that it did not see, and a final model of all rows with the settings so chosen.
+stopping, difficulty, head strength, k) and *calibrate* (standardisation, calibration over experts, thresholds). An odd
+row of a class is dealt over the whole set, so that both halves have rows however few a class has.
+
+Where a class would have fewer than `MIN_ROWS` rows in a half, the whole share selects and the other rows are
+cross-fitted: K models, each without a part of them that it calibrates, and a final model of all of them. Every model,
+the final one too, is made by the same rule: groups, statistics and weights of its own training rows, settings by the
+select rows. So no row that calibrates a model had a say in it, and the final model has the rows that it has where
+halves are large enough.
 """
 
 import hashlib
@@ -22,7 +27,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows of one model: of id-train for `train`, of the held-out set for `select` and `calibrate`."""
+    """Rows of one model: of id-train for `train`, of the held-out set for `select` and `calibrate`; none in two."""
 
     train: Rows
     select: Rows
@@ -35,7 +40,7 @@ class Split:
 
     Attributes:
         held_out: the role of the set that `select` and `calibrate` rows belong to.
-        folds: one for a held-out split; K for cross-fitting.
+        folds: one for a held-out split; K for cross-fitting, with the same select rows.
         final_train: training rows of the final model; it is the only fold's model where there is one fold.
         rule: what was done, in words, for the record.
     """
@@ -50,6 +55,11 @@ class Split:
         """Whether the final model is another than the folds'."""
         return len(self.folds) > 1
 
+    @property
+    def select(self) -> Rows:
+        """Rows that every model, the final one too, is selected on; none was trained on any."""
+        return self.folds[0].select
+
 
 def split_rows(labels: NDArray[np.int32], image_hashes: NDArray[np.uint8], val: float, cross_fit: bool = True) -> Split:
     """Split id-train where no set is id-val.
@@ -58,57 +68,76 @@ def split_rows(labels: NDArray[np.int32], image_hashes: NDArray[np.uint8], val: 
         labels: ``[N]`` class of each row.
         image_hashes: ``[N, 32]`` SHA-256 of each image.
         val: share of each class to hold out.
-        cross_fit: False where one model has been trained already (a fine-tuned backbone): small classes then use
-            the whole held-out share for both purposes.
+        cross_fit: False where a backbone is trained on these rows (fine-tuning): features of rows that it has seen
+            are not those of new ones, so a held-out share must stay unseen however small the classes are.
     """
-    position = _position_in_class(labels, _keys(image_hashes, b"held-out"))
-    held_out = position < val
-    train, out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    select, calibrate = _halves(out, labels, image_hashes)
-    classes = np.unique(labels)
-    counts = [np.bincount(labels[rows], minlength=classes.max() + 1)[classes] for rows in (select, calibrate)]
-    if min(count.min() for count in counts) >= MIN_ROWS:
-        rule = f"held-out split: {val:g} of id-train per class by image hash, halved into select and calibrate"
+    keys = _keys(image_hashes, b"held-out")
+    out = _place_in_class(labels, keys) < val
+    select, calibrate = _halves(np.flatnonzero(out), labels, image_hashes)
+    scarce = _scarce(labels, select, calibrate)
+    if not cross_fit or not scarce:
+        train = np.flatnonzero(~out)
+        rule = f"held-out split: {val:g} of id-train per class by image hash, halved into select and calibrate{scarce}"
         return Split("id-train", (Fold(train, select, calibrate),), train, rule)
-    if not cross_fit:
-        rule = f"held-out split: {val:g} of id-train per class by image hash; too few to halve, used for both purposes"
-        return Split("id-train", (Fold(train, out, out),), train, rule)
-    number = np.minimum((position * CROSS_FITTING_FOLDS).astype(int), CROSS_FITTING_FOLDS - 1)
-    parts = [np.flatnonzero(number == k) for k in range(CROSS_FITTING_FOLDS)]
-    folds = tuple(Fold(np.flatnonzero(number != k), part, part) for k, part in enumerate(parts) if len(part))
+    select = _without_last_two(np.flatnonzero(out), labels, keys)
+    rest = np.setdiff1d(np.arange(len(labels)), select)
+    place = _place_in_class(labels[rest], [keys[row] for row in rest])
+    number = np.minimum((place * CROSS_FITTING_FOLDS).astype(int), CROSS_FITTING_FOLDS - 1)
+    folds = tuple(Fold(rest[number != k], select, rest[number == k]) for k in np.unique(number))
     rule = (
-        f"cross-fitting: {len(folds)} folds of id-train per class by image hash (a held-out share of {val:g} would "
-        f"leave a class fewer than {MIN_ROWS} rows to select or to calibrate on)"
+        f"cross-fitting: {val:g} of id-train per class by image hash selects, {len(folds)} folds of the rest calibrate "
+        f"(a half of that share would have fewer than {MIN_ROWS} rows of a class)"
     )
-    return Split("id-train", folds, np.arange(len(labels)), rule)
+    return Split("id-train", folds, rest, rule)
 
 
 def split_with_validation_set(n_train: int, val_labels: NDArray[np.int32], val_hashes: NDArray[np.uint8]) -> Split:
     """Split where a set has the role id-val: all of id-train trains, the set's rows are halved."""
     select, calibrate = _halves(np.arange(len(val_labels)), val_labels, val_hashes)
     train = np.arange(n_train)
-    return Split(
-        "id-val", (Fold(train, select, calibrate),), train, "id-val, halved into select and calibrate by image hash"
-    )
+    rule = f"id-val, halved into select and calibrate by image hash{_scarce(val_labels, select, calibrate)}"
+    return Split("id-val", (Fold(train, select, calibrate),), train, rule)
 
 
 def _keys(image_hashes: NDArray[np.uint8], salt: bytes) -> list[bytes]:
     return [hashlib.sha256(salt + row.tobytes()).digest() for row in image_hashes]
 
 
-def _position_in_class(labels: NDArray[np.int32], keys: list[bytes]) -> NDArray[np.float64]:
+def _place_in_class(labels: NDArray[np.int32], keys: list[bytes], offset: float = 0.0) -> NDArray[np.float64]:
     """Relative place in [0, 1) of each row among its class's distinct images, ordered by key.
 
-    An image that stands in several classes has one place, the lowest, or its copies would come apart.
+    An image that stands in several classes has one place, the lowest, or its copies would come apart. With an `offset`
+    of ½ it is the middle of the image's share of the class, without one its beginning.
     """
-    position: dict[bytes, float] = {}
+    place: dict[bytes, float] = {}
     for label in np.unique(labels):
         ordered = sorted({keys[row] for row in np.flatnonzero(labels == label)})
-        for place, key in enumerate(ordered):
-            position[key] = min(place / len(ordered), position.get(key, 1.0))
-    return np.array([position[key] for key in keys])
+        for index, key in enumerate(ordered):
+            place[key] = min((index + offset) / len(ordered), place.get(key, 1.0))
+    return np.array([place[key] for key in keys])
 
 
 def _halves(rows: Rows, labels: NDArray[np.int32], image_hashes: NDArray[np.uint8]) -> tuple[Rows, Rows]:
-    place = _position_in_class(labels[rows], _keys(image_hashes[rows], b"halves"))
-    return rows[place < 0.5], rows[place >= 0.5]
+    """Each class halved; images in the middle of a class with an odd number of them go to the two halves in turn."""
+    keys = _keys(image_hashes[rows], b"halves")
+    place = _place_in_class(labels[rows], keys, offset=0.5)
+    middle = sorted({keys[index] for index in np.flatnonzero(place == 0.5)})
+    first = (place < 0.5) | np.isin(np.asarray(keys, dtype=object), middle[::2])
+    return rows[first], rows[~first]
+
+
+def _scarce(labels: NDArray[np.int32], select: Rows, calibrate: Rows) -> str:
+    """What to say where a half has fewer than `MIN_ROWS` rows of a class; empty where it need not be said."""
+    n_classes = labels.max(initial=0) + 1
+    counts = [np.bincount(labels[rows], minlength=n_classes)[np.unique(labels)] for rows in (select, calibrate)]
+    fewest = min(int(count.min(initial=MIN_ROWS)) for count in counts)
+    return f" ({fewest} of a class in the smaller half)" if fewest < MIN_ROWS else ""
+
+
+def _without_last_two(rows: Rows, labels: NDArray[np.int32], keys: list[bytes]) -> Rows:
+    """Rows but for the last two images of each class: one is left to train on while the other calibrates."""
+    images: dict[int, set[bytes]] = {}
+    for label, key in zip(labels.tolist(), keys, strict=True):
+        images.setdefault(label, set()).add(key)
+    kept = {key for own in images.values() for key in sorted(own)[-2:]}
+    return np.array([row for row in rows if keys[row] not in kept], dtype=np.int64)

@@ -146,10 +146,11 @@ class FrozenFeatures:
             )
             for index, fold in enumerate(data.split.folds)
         )
-        # Where there is one fold, its model is the final one: its bank need not be in memory twice.
-        final = self._bank(train, data.split.final_train, None) if data.split.cross_fitted else runs[0].bank
-        key = SubjectKey(self.source.name, "cls", "", self.source.seed)
-        return Subject(key, (*self._heads, *train.given), runs, final)
+        key, heads = SubjectKey(self.source.name, "cls", "", self.source.seed), (*self._heads, *train.given)
+        if not data.split.cross_fitted:  # the only fold's model is the final one: its bank need not be in memory twice
+            return Subject(key, heads, runs, runs[0].bank, runs[0].select)
+        bank, select = self._bank(train, data.split.final_train, None), data.split.select
+        return Subject(key, heads, runs, bank, self._rows(held[select], data.held_out_labels[select], None))
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""
@@ -243,9 +244,12 @@ class RefinedFeatures:
                 )
             )
         key = SubjectKey(self.source.name, "mofe", self.folder.variant, self.folder.seed)
-        final = self._bank_rows("final", self.bank("final"), data.split.final_train, None)
+        final, select = self.bank("final"), runs[0].select
+        if data.split.cross_fitted:
+            select = self._rows(final, data.held_out_labels, None, data.split.select)
         has_others = runs[0].calibrate.others is not None
-        return Subject(key, ("trained", "refit", "refit-group"), tuple(runs), final, self.n_experts, has_others)
+        rows, heads = self._bank_rows("final", final, data.split.final_train, None), ("trained", "refit", "refit-group")
+        return Subject(key, heads, tuple(runs), rows, select, self.n_experts, has_others)
 
     def rows(self, name: str, cache: FeatureCache, labels: Labels, oracle: bool = False) -> SetRows:
         """A set's rows for the final model, routed by the router, or by the true label where `oracle` is asked."""

@@ -35,8 +35,17 @@ from stages.experts import (
     save_mixture,
     soft_cross_entropy,
 )
-from stages.grouping import experts_for, group_training_classes, grouping_content
-from stages.heads import FittedHeads, HeadRows, choose_strength, fit_head, fit_heads, load_heads, save_heads
+from stages.grouping import experts_for, group_training_classes, grouping_content, numbers_as_in
+from stages.heads import (
+    STRENGTHS,
+    ChosenHead,
+    FittedHeads,
+    HeadRows,
+    choose_head,
+    fit_heads,
+    load_heads,
+    save_heads,
+)
 from stages.lazy import LazyArray, Rows2D
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
@@ -155,14 +164,13 @@ class TrainedMixture:
 def train_mixture(
     data: IdData,
     rows: Rows,
-    select: Rows | None,
+    select: Rows,
     groups: Sequence[int],
     settings: TrainSettings,
     make_end: Callable[[], nn.Module],
     seed: int,
     checkpoint: Path,
     progress: Progress | None = None,
-    difficulty: Sequence[NDArray[np.float64]] | None = None,
     device: str = "cpu",
 ) -> TrainedMixture:
     """Train experts and router on cached tokens.
@@ -174,8 +182,7 @@ def train_mixture(
     Args:
         data: ID features.
         rows: training rows of id-train.
-        select: rows of the held-out set that stop early and measure difficulty; None trains every epoch and takes
-            difficulty from `difficulty`.
+        select: rows of the held-out set that stop early and measure difficulty.
         groups: ``[C]`` group of each class.
         settings: resolved.
         make_end: gives a fresh copy of the backbone's end.
@@ -183,7 +190,6 @@ def train_mixture(
         checkpoint: file that a killed run goes on from, stored after an epoch and within a long one, though not so
             often that it slows the training (`Checkpoints`); left to the caller to remove.
         progress: counts images.
-        difficulty: running accuracy per class for each epoch, measured elsewhere (cross-fitting).
         device: where to train; on ``"cuda"`` in mixed precision, unless the settings say otherwise.
 
     Raises:
@@ -233,10 +239,8 @@ def train_mixture(
         if store is not None and store.overdue:
             keep()
 
-    while not _done(history, settings, select):
+    while not _done(history, settings):
         epoch = len(history)
-        if difficulty is not None:
-            accuracy = difficulty[min(epoch, len(difficulty)) - 1] if epoch else None
         alpha = (
             np.full(data.n_classes, settings.alpha_min)
             if accuracy is None
@@ -244,18 +248,17 @@ def train_mixture(
         )
         record = training.epoch(rows, alpha, seed, epoch, begun, keep_within_epoch)
         begun = training.begin()
-        if select is not None:
-            # Rounded as the record has it: a resumed run reads it there, and must go on with the same numbers.
-            accuracy = np.round(training.evaluate(select, accuracy, record), 6)
-        record.accuracy = None if accuracy is None else accuracy.tolist()
+        # Rounded as the record has it: a resumed run reads it there, and must go on with the same numbers.
+        accuracy = np.round(training.evaluate(select, accuracy, record), 6)
+        record.accuracy = accuracy.tolist()
         history.append(record)
-        if select is None or _best_epoch(history) == epoch:
+        if _best_epoch(history) == epoch:
             best = {name: tensor.cpu().clone() for name, tensor in training.average.state_dict().items()}
-        if store is not None and (store.due or _done(history, settings, select)):
+        if store is not None and (store.due or _done(history, settings)):
             keep()
     progress.close()
     mixture.to("cpu").load_state_dict(best)
-    return TrainedMixture(mixture.eval(), history, len(history) - 1 if select is None else _best_epoch(history))
+    return TrainedMixture(mixture.eval(), history, _best_epoch(history))
 
 
 def _best_epoch(history: list[EpochRecord]) -> int:
@@ -263,11 +266,11 @@ def _best_epoch(history: list[EpochRecord]) -> int:
     return int(np.argmin([record.select_loss for record in history if record.select_loss is not None]))
 
 
-def _done(history: list[EpochRecord], settings: TrainSettings, select: Rows | None) -> bool:
+def _done(history: list[EpochRecord], settings: TrainSettings) -> bool:
     """Whether every epoch was trained, or patience has run out."""
     if len(history) >= settings.epochs:
         return True
-    if select is None or settings.patience is None or not history:
+    if settings.patience is None or not history:
         return False
     return len(history) - 1 - _best_epoch(history) >= settings.patience
 
@@ -595,8 +598,8 @@ def _fitted_probe(data: IdData, folder: Path) -> FittedHeads:
         for _ in read_blocks(cache, "cls", np.arange(cache.n_rows)):
             pass  # rows that are not finite are refused here, by their names
     train, held_out = (lazy_rows(cache, "cls", cache.spec.cls_dim) for cache in (data.train, data.held_out))
-    folds = [_head_rows(data, train, held_out, fold.train, fold.select) for fold in data.split.folds]
-    heads = {"probe": fit_heads(folds, _final_rows(data, train, data.split.final_train), data.n_classes)}
+    models = [_head_rows(data, train, held_out, rows, data.split.select) for rows in data.train_rows().values()]
+    heads = {"probe": fit_heads(models, data.n_classes)}
     save_heads(folder, "probe", heads, identity)
     return heads["probe"]
 
@@ -632,17 +635,14 @@ def train_mofe(
         if config.tensorboard and ranks.first:
             scalars_of_metrics(folder)
         return False
-    groups = ranks.agree(_groups(data, settings, seed))
-
-    def train(
-        name: str, rows: Rows, select: Rows | None, settings: TrainSettings = settings, **kwargs: Any
-    ) -> TrainedMixture:
+    groups = ranks.agree(_groups_of_runs(data, settings, seed))
+    runs = {}
+    for name, rows in data.train_rows().items():
         checkpoint = _checkpoint_path(folder, name, identity)
-        return train_mixture(
-            data, rows, select, groups, settings, make_end, seed, checkpoint, progress, device=device, **kwargs
+        trained = train_mixture(
+            data, rows, data.split.select, groups[name], settings, make_end, seed, checkpoint, progress, device
         )
-
-    runs = _train_runs(data, settings, train)
+        runs[name] = _numbered_as_in(trained, groups["final"])
     if ranks.first:
         about = {"identity": identity, "settings": asdict(settings), "seed": seed}
         about |= {"best_epoch": runs["final"].best_epoch}
@@ -705,24 +705,17 @@ def joint_identity(data: IdData, source: Path) -> str:
     return fingerprint({"data": data.identity, "joint": made_by, "semantics": TRAIN_SEMANTICS})
 
 
-def _train_runs(
-    data: IdData, settings: TrainSettings, train: Callable[..., TrainedMixture]
-) -> dict[str, TrainedMixture]:
-    """The first half: every model of the split, by the name of its run; the final one is the last."""
-    runs = {name: train(name, fold.train, fold.select) for name, fold in data.runs()}
-    if data.split.cross_fitted:
-        # No row is left to stop on: the folds' median of epochs, and the difficulty that they measured.
-        epochs = int(np.median([run.best_epoch for run in runs.values()])) + 1
-        measured = [[np.asarray(record.accuracy) for record in run.history] for run in runs.values()]
-        runs["final"] = train(
-            "final",
-            data.split.final_train,
-            None,
-            replace(settings, epochs=epochs),
-            # A fold that stopped early has measured its last.
-            difficulty=[np.mean([fold[min(e, len(fold) - 1)] for fold in measured], axis=0) for e in range(epochs)],
-        )
-    return runs
+def _numbered_as_in(trained: TrainedMixture, groups: Sequence[int]) -> TrainedMixture:
+    """A fold's model with its experts numbered as those of the final model that they are most like.
+
+    A fold groups classes by its own rows; what is calibrated per expert is pooled over folds. Numbered after the
+    training, since the final model's groups depend on rows that the fold must not see.
+    """
+    numbers = numbers_as_in(trained.mixture.group.tolist(), groups)
+    trained.mixture.renumber(numbers)
+    order = np.argsort(numbers)
+    history = [replace(record, load=[record.load[expert] for expert in order]) for record in trained.history]
+    return replace(trained, history=history)
 
 
 def _finish(
@@ -746,7 +739,6 @@ def _finish(
         tensorboard: whether the history is written as scalars as well.
     """
     identity, final = about["identity"], mixtures["final"]
-    groups: list[int] = final.group.tolist()
     # From here on the folder is of this identity, or of none: what an older run left must not be taken for whole.
     (folder / "mofe.json").unlink(missing_ok=True)
     bank = {
@@ -762,9 +754,9 @@ def _finish(
             name: refine_to(
                 refined_path(folder, name, "id-val"), about_held_out, mixtures[name], data.held_out, progress=progress
             )
-            for name, _ in data.runs()
+            for name in data.train_rows()
         }
-    heads = _refit_heads(data, groups, bank, held_out)
+    heads = _refit_heads(data, mixtures, bank, held_out)
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     with scalar_log(folder, tensorboard, history):
         pass
@@ -772,22 +764,28 @@ def _finish(
     description = {
         **about,
         "classes": list(data.class_names),
-        "groups": dict(zip(data.class_names, groups, strict=True)),
         "data": data.identity,
         "features": data.train.spec.fingerprint,
         "parameters": sum(parameter.numel() for parameter in final.parameters()),
     }
     for name, mixture in mixtures.items():
-        save_mixture(folder if name == "final" else folder / name, mixture, description)
+        groups = {"groups": dict(zip(data.class_names, mixture.group.tolist(), strict=True))}
+        save_mixture(folder if name == "final" else folder / name, mixture, description | groups)
     for checkpoint in folder.glob("*.checkpoint"):  # of runs with other settings, too
         checkpoint.unlink()
 
 
-def _groups(data: IdData, settings: TrainSettings, seed: int) -> list[int]:
-    """``[C]`` group of each class; one for all where nothing is routed."""
+def _groups_of_runs(data: IdData, settings: TrainSettings, seed: int) -> dict[str, list[int]]:
+    """``[C]`` group of each class for every model, by its own training rows; one for all where nothing is routed."""
     if settings.expert == "dense":
-        return [0] * data.n_classes
-    return group_training_classes(data, settings.experts, settings.grouping, seed)
+        return dict.fromkeys(data.train_rows(), [0] * data.n_classes)
+    final = group_training_classes(data, data.split.final_train, settings.experts, settings.grouping, seed)
+    folds = {
+        # Classes that look all the same can leave the final model fewer groups than were asked for.
+        name: group_training_classes(data, fold.train, max(final) + 1, settings.grouping, seed)
+        for name, fold in data.runs()
+    }
+    return folds | {"final": final}
 
 
 def _checkpoint_path(folder: Path, run: str, identity: str) -> Path:
@@ -824,42 +822,41 @@ def _refine_training_rows(
 
 
 def _refit_heads(
-    data: IdData, groups: Sequence[int], bank: Mapping[str, Refined], held_out: Mapping[str, Refined]
+    data: IdData,
+    mixtures: Mapping[str, MixtureOfFeatureExperts],
+    bank: Mapping[str, Refined],
+    held_out: Mapping[str, Refined],
 ) -> dict[str, FittedHeads]:
     """Heads for scoring. The heads that train the experts are bad OOD scorers (saturated, and taught "other").
 
     Args:
         data: whose rows these are.
-        groups: ``[C]`` group of each class.
-        bank: refined rows of id-train, by the name of the run.
+        mixtures: trained, by the name of the run.
+        bank: their refined rows of id-train.
         held_out: those of the held-out set.
     """
-    group = np.asarray(groups)
-    refined = [(fold, bank[name], held_out[name]) for name, fold in data.runs()]
-    rows = [_head_rows(data, own.features, held.features, fold.train, fold.select) for fold, own, held in refined]
-    final, ending = bank["final"], data.split.final_train
-    heads = {"refit": fit_heads(rows, _final_rows(data, final.features, ending), data.n_classes)}
-    for expert in range(max(groups) + 1):
+    runs = [
+        _heads_of_run(data, mixtures[name].group.numpy(), rows, bank[name], held_out[name])
+        for name, rows in data.train_rows().items()
+    ]
+    # A fold with fewer groups than the final model has no row of the others.
+    return {kind: FittedHeads.of([run.get(kind, run["refit"]) for run in runs]) for kind in runs[-1]}
+
+
+def _heads_of_run(
+    data: IdData, group: NDArray[np.int64], train: Rows, bank: Refined, held_out: Refined
+) -> dict[str, ChosenHead]:
+    """The heads of one model by their kinds: ``refit``, and ``refit-group-<e>`` for each expert."""
+    select = data.split.select
+    refit = choose_head(_head_rows(data, bank.features, held_out.features, train, select), data.n_classes)
+    heads = {"refit": refit}
+    for expert in range(group.max() + 1):
+        own = train[bank.expert[train] == expert]
         # Judged on select rows that the router sent to the right expert: only they can be classified at all.
-        rows = [
-            _head_rows(
-                data,
-                own.features,
-                held.features,
-                fold.train[own.expert[fold.train] == expert],
-                fold.select[
-                    (held.expert[fold.select] == expert) & (group[data.held_out_labels[fold.select]] == expert)
-                ],
-            )
-            for fold, own, held in refined
-        ]
-        judging = [fold_rows for fold_rows in rows if len(fold_rows.select_labels)]
-        strength, judged = choose_strength(judging, data.n_classes) if judging else (heads["refit"].strength, {})
-        folds = tuple(fit_head(own.features, own.labels, data.n_classes, strength) for own in rows)
-        last = _final_rows(data, final.features, ending[final.expert[ending] == expert])
-        heads[f"refit-group-{expert}"] = FittedHeads(
-            folds, fit_head(*last, data.n_classes, strength) if last else folds[0], strength, judged
-        )
+        right = select[(held_out.expert[select] == expert) & (group[data.held_out_labels[select]] == expert)]
+        rows = _head_rows(data, bank.features, held_out.features, own, right)
+        strengths = STRENGTHS if len(right) else [refit.strength]
+        heads[f"refit-group-{expert}"] = choose_head(rows, data.n_classes, strengths)
     return heads
 
 
@@ -867,11 +864,6 @@ def _head_rows(data: IdData, train: Rows2D, held_out: Rows2D, rows: Rows, select
     return HeadRows(
         _taken(train, rows), data.train_labels[rows], _taken(held_out, select), data.held_out_labels[select]
     )
-
-
-def _final_rows(data: IdData, train: Rows2D, rows: Rows) -> tuple[Rows2D, Labels] | None:
-    """Rows that a final head is fitted on; None where the only fold's head is the final one."""
-    return (_taken(train, rows), data.train_labels[rows]) if data.split.cross_fitted else None
 
 
 def _taken(features: Rows2D, rows: Rows) -> LazyArray:

@@ -147,12 +147,8 @@ def _class_lines(study: ScoredStudy, log: TrainingLog) -> list[Line]:
 
 
 def _accuracy_before(epochs: Sequence[Line], kept: int) -> NDArray[np.float64]:
-    """``[C]`` accuracy that α of the kept epoch was made of: after the epoch before; at the first all are equal.
-
-    A final model of cross-fitting judges no rows: its own line has what the folds measured for that epoch.
-    """
-    cross_fitted = epochs[kept].get("select_loss") is None
-    before = epochs[kept if cross_fitted else kept - 1]["accuracy"] if kept else None
+    """``[C]`` accuracy that α of the kept epoch was made of: after the epoch before; at the first all are equal."""
+    before = epochs[kept - 1]["accuracy"] if kept else None
     return np.zeros(len(epochs[kept]["alpha"])) if before is None else np.asarray(before, dtype=np.float64)
 
 

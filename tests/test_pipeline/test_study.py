@@ -314,7 +314,7 @@ def test_class_without_enough_rows_is_cross_fitted(home, tmp_path):
     draw(tmp_path / "few", "sklearn:digits[0-2]/train", 9)
     arguments = settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")
     few = settings(f"sets.train.images={tmp_path / 'few'}")
-    assert "cross-fitting: 3 folds" in done("run", home / "tiny.toml", *arguments, *few).out
+    assert "selects, 3 folds of the rest calibrate" in done("run", home / "tiny.toml", *arguments, *few).out
     shutil.rmtree(tmp_path / "few" / "digit 0")
     (tmp_path / "few" / "digit 0").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "few" / "digit 0" / "only.png")

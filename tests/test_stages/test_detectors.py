@@ -58,7 +58,8 @@ def subject(experts: int = 0, folds: int = 1, has_others: bool = False) -> Subje
     )
     bank = runs[0].bank if folds == 1 else draw(120, 99, experts)
     key = SubjectKey("pretrained", "mofe" if experts else "cls", "", None)
-    return Subject(key, ("trained", "refit") if experts else ("probe",), runs, bank, experts, has_others)
+    select = runs[0].select if folds == 1 else draw(24, 98, experts)
+    return Subject(key, ("trained", "refit") if experts else ("probe",), runs, bank, select, experts, has_others)
 
 
 def plain_knn(x: SetRows, bank: SetRows, k: int) -> np.ndarray:

@@ -227,9 +227,32 @@ def test_router_standardises_and_stays_linear():
     tap_cls[:, 2] = 3  # a channel that never varies must not divide by zero
     mixture.router.standardise([tap_cls[:10], tap_cls[10:]])
     weight, bias = mixture.router.linear.weight, mixture.router.linear.bias
-    scaled = (tap_cls - tap_cls.mean(0)) / torch.tensor([*tap_cls.std(0, correction=0)[:2], 1e-6])
+    scaled = (tap_cls - tap_cls.mean(0)) / tap_cls.var(0, correction=0).mean().sqrt()
     assert torch.allclose(mixture.router(tap_cls), scaled @ weight.T + bias, atol=1e-4)
+    mixture.router.standardise([torch.full((50, 3), 7.0)])  # nor rows that are all alike
     assert torch.isfinite(mixture.router(tap_cls)).all()
+
+
+@given(
+    deviation=st.floats(1e-7, 1e-2),
+    value=st.floats(-10, 10),
+    channel=st.integers(0, 2),
+    reads=st.sampled_from(["tap_cls", "cls"]),
+)
+def test_a_channel_that_is_nearly_dead_does_not_decide_where_an_ood_row_goes(deviation, value, channel, reads):
+    """A value moves the logits by what it is beside the values of all channels, not beside its own deviation."""
+    mixture, rows = small_mixture(router_input=reads), small_tokens(200)
+    known = getattr(rows, reads).clone()
+    known[:, channel] *= deviation / known[:, channel].std()
+    mixture.router.standardise([known])
+    with torch.no_grad():
+        mixture.router.linear.weight.copy_(torch.randn_like(mixture.router.linear.weight))
+        ood = known.clone()
+        ood[:, channel] = value
+        moved = (mixture.router(ood) - mixture.router(known)).abs().max()
+        usual = known.var(0, correction=0).mean().sqrt()
+        largest = mixture.router.linear.weight[:, channel].abs().max()
+    assert moved <= largest * (abs(value) + known[:, channel].abs().max()) / usual * 1.01 + 1e-5
 
 
 def test_router_statistics_lose_nothing_to_a_far_mean():
@@ -238,7 +261,7 @@ def test_router_statistics_lose_nothing_to_a_far_mean():
     mixture = small_mixture()
     mixture.router.standardise(rows.split(64))
     assert torch.allclose(mixture.router.mean.double(), rows.mean(0), rtol=1e-7)
-    assert torch.allclose(mixture.router.scale.double(), rows.std(0, correction=0), rtol=1e-4)
+    assert torch.allclose(mixture.router.scale.double(), rows.var(0, correction=0).mean().sqrt(), rtol=1e-4)
 
 
 def test_router_may_read_the_final_cls():

@@ -32,7 +32,7 @@ TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8
 
 @pytest.fixture(scope="module")
 def small(few):
-    """`few` with its held-out share used for both purposes: one model, no cross-fitting."""
+    """`few` with its held-out share halved, however few rows: one model, no cross-fitting."""
     return id_data(few.train, None, val_share=0.25, cross_fit=False)
 
 

@@ -1,6 +1,7 @@
 """Classes to groups: balanced k-means against random assignments, and the user's file with everything wrong in it."""
 
 import json
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from stages import grouping
 from stages.errors import InputError
-from stages.grouping import class_prototypes, experts_for, group_classes, squared_distance
+from stages.grouping import class_prototypes, experts_for, group_classes, numbers_as_in, squared_distance
 
 PETS = ("cat", "dog", "eagle", "finch")
 
@@ -88,6 +89,22 @@ def test_more_starts_are_never_worse_than_one(monkeypatch):
         assert inertia(prototypes, several) <= inertia(prototypes, one) * (1 + 1e-12)
         better += inertia(prototypes, several) < inertia(prototypes, one)
     assert better >= 10
+
+
+@given(n=st.integers(3, 20), n_groups=st.integers(1, 5), seed=st.integers(0, 9))
+def test_groups_are_numbered_as_those_that_they_share_most_classes_with(n, n_groups, seed):
+    """No other numbering shares more, and one that differs by its numbers alone is the reference."""
+    rng = np.random.default_rng(seed)
+    n_groups = min(n, n_groups)
+    groups, reference = (rng.permutation(np.arange(n) % n_groups) for _ in range(2))
+    shared = [(np.array(order)[groups] == reference).sum() for order in permutations(range(n_groups))]
+    assert (np.array(numbers_as_in(groups.tolist(), reference.tolist()))[groups] == reference).sum() == max(shared)
+    renamed = rng.permutation(n_groups)[reference]
+    assert np.array_equal(np.array(numbers_as_in(renamed.tolist(), reference.tolist()))[renamed], reference)
+
+
+def test_fewer_groups_than_in_the_reference_have_the_first_numbers():
+    assert sorted(numbers_as_in([0, 1, 1, 0], [0, 1, 2, 2])) == [0, 1]
 
 
 def test_squared_distance_is_that_to_the_group_means():

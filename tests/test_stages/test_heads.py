@@ -13,7 +13,7 @@ from stages.heads import (
     FittedHeads,
     HeadRows,
     LinearHead,
-    choose_strength,
+    choose_head,
     fit_head,
     fit_heads,
     load_heads,
@@ -122,45 +122,39 @@ def test_log_likelihood_is_that_of_the_label():
 
 
 def test_one_standard_error_rule_written_out():
-    folds = [fold()]
-    chosen, judged = choose_strength(folds, 10)
+    own = fold()
+    head, chosen, judged = choose_head(own, 10)
     rows = {}
     for strength in STRENGTHS:
-        logits = fit_head(folds[0].features, folds[0].labels, 10, strength).logits(folds[0].select_features)
+        logits = fit_head(own.features, own.labels, 10, strength).logits(own.select_features)
         probability = softmax(logits.astype(np.float64), axis=1)
-        rows[strength] = np.log(probability[np.arange(len(logits)), folds[0].select_labels])
+        rows[strength] = np.log(probability[np.arange(len(logits)), own.select_labels])
     best = max(STRENGTHS, key=lambda strength: rows[strength].mean())
     standard_error = rows[best].std() / np.sqrt(len(rows[best]))
     enough = [strength for strength in STRENGTHS if rows[strength].mean() >= rows[best].mean() - standard_error]
     assert chosen == min(enough)
     assert chosen < best  # the rule does something here
     assert judged == {f"{s:g}": pytest.approx(rows[s].mean(), abs=1e-6) for s in STRENGTHS}
+    assert same(head, fit_head(own.features, own.labels, 10, chosen))
+    assert choose_head(own, 10, STRENGTHS[::-1]).strength == chosen
 
 
-def test_strength_is_chosen_over_all_folds():
-    """Rows of every fold count, each judged by the head that did not see it; the order of the grid does not."""
-    first, second = fold(), HeadRows(*digits(start=600, stop=900), *digits(start=900, stop=1000))
-    _, judged = choose_strength([first, second], 10, (1.0, 0.01))
-    for strength in (0.01, 1.0):
-        each = [
-            log_likelihood(fit_head(f.features, f.labels, 10, strength), f.select_features, f.select_labels)
-            for f in (first, second)
-        ]
-        assert judged[f"{strength:g}"] == pytest.approx(np.concatenate(each).mean(), abs=1e-6)
-    assert choose_strength([first], 10, STRENGTHS[::-1]) == choose_strength([first], 10, STRENGTHS)
+def test_a_strength_that_is_given_needs_no_rows_to_judge_by():
+    features, labels = digits()
+    chosen = choose_head(HeadRows(features, labels, features[:0], labels[:0]), 10, [0.1])
+    assert (chosen.strength, chosen.judged) == (0.1, {})
+    assert same(chosen.head, fit_head(features, labels, 10, 0.1))
 
 
-def test_heads_of_folds_and_of_the_final_model_share_one_strength():
+def test_every_model_has_the_head_and_the_strength_of_its_own_rows():
+    """What another fold's rows are, or the final model's, changes nothing in a fold's head."""
     folds = [fold(), HeadRows(*digits(start=600, stop=900), *digits(start=900, stop=1000))]
-    final = digits(stop=1000)
-    fitted = fit_heads(folds, final, 10)
-    assert fitted.strength == choose_strength(folds, 10)[0]
-    expected = [fit_head(f.features, f.labels, 10, fitted.strength) for f in folds]
-    for head, reference in zip(
-        (*fitted.folds, fitted.final), (*expected, fit_head(*final, 10, fitted.strength)), strict=True
-    ):
-        assert same(head, reference)
-    alone = fit_heads(folds[:1], None, 10)
+    final = HeadRows(*digits(stop=900), *digits(start=900, stop=1000))
+    fitted = fit_heads([*folds, final], 10)
+    for head, rows in zip((*fitted.folds, fitted.final), (*folds, final), strict=True):
+        assert same(head, choose_head(rows, 10).head)
+    assert (fitted.strength, fitted.judged) == choose_head(final, 10)[1:]
+    alone = fit_heads(folds[:1], 10)
     assert alone.final is alone.folds[0]
 
 

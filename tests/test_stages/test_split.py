@@ -60,8 +60,30 @@ def test_no_image_stands_in_two_parts(image, label, val, cross_fit):
         assert np.array_equal(
             np.unique(np.concatenate([fold.train, fold.select, fold.calibrate])), np.arange(len(image))
         )
-        if not np.array_equal(fold.select, fold.calibrate):
-            assert not images(fold.select, image_hashes) & images(fold.calibrate, image_hashes)
+        assert not images(fold.select, image_hashes) & images(fold.calibrate, image_hashes)
+        assert np.array_equal(fold.select, split.select)
+    assert not images(split.final_train, image_hashes) & images(split.select, image_hashes)
+
+
+@given(per_class=st.lists(st.integers(1, 9), min_size=2, max_size=12), first=st.integers(0, 99))
+def test_both_halves_have_rows_however_few_a_class_has(per_class, first):
+    """Classes are halved to a row, and so is the whole; one row a class is enough."""
+    labels = np.repeat(np.arange(len(per_class), dtype=np.int32), per_class)
+    image_hashes = hashes(range(first, first + len(labels)))
+    _, select, calibrate = parts(split_with_validation_set(9, labels, image_hashes))
+    assert np.array_equal(np.sort(np.concatenate([select, calibrate])), np.arange(len(labels)))
+    counts = [np.bincount(labels[rows], minlength=len(per_class)) for rows in (select, calibrate)]
+    assert np.abs(counts[0] - counts[1]).max() <= 1
+    assert 0 <= len(select) - len(calibrate) <= 1
+
+
+@given(per_class=st.lists(st.integers(3, 12), min_size=2, max_size=12), val=st.floats(0.05, 0.6))
+def test_every_model_has_rows_of_every_class_from_three_images_on(per_class, val):
+    labels = np.repeat(np.arange(len(per_class), dtype=np.int32), per_class)
+    split = split_rows(labels, hashes(range(len(labels))), val)
+    for fold in split.folds:
+        assert np.bincount(labels[fold.train], minlength=len(per_class)).min() >= 1
+        assert min(len(fold.select), len(fold.calibrate)) >= 1
 
 
 @pytest.mark.parametrize("per_class", [10, 40])
@@ -126,27 +148,48 @@ def test_cross_fitting_where_a_class_has_too_few_rows(per_class, cross_fitted):
         assert min(counts) >= MIN_ROWS
 
 
-def test_cross_fitting_judges_every_row_by_a_model_that_did_not_see_it():
+def test_cross_fitting_selects_all_models_on_the_share_and_calibrates_every_other_row_by_one_that_did_not_see_it():
     labels, image_hashes = id_set(10)
     split = split_rows(labels, image_hashes, 0.2)
     assert len(split.folds) == CROSS_FITTING_FOLDS
+    assert np.bincount(labels[split.select]).tolist() == [2, 2, 2]
+    kept = np.setdiff1d(np.arange(30), split.select)
     for fold in split.folds:
-        assert np.array_equal(fold.select, fold.calibrate)
-        assert np.array_equal(np.sort(np.concatenate([fold.train, fold.select])), np.arange(30))
-        assert set(np.bincount(labels[fold.select])) <= {3, 4}  # every class, evenly
-    assert np.array_equal(np.sort(np.concatenate([fold.select for fold in split.folds])), np.arange(30))
-    assert np.array_equal(split.final_train, np.arange(30))
-    assert split.rule.startswith("cross-fitting: 3 folds of id-train per class by image hash (a held-out share of 0.2")
+        assert np.array_equal(fold.select, split.select)
+        assert np.array_equal(np.sort(np.concatenate([fold.train, fold.calibrate])), kept)
+        assert set(np.bincount(labels[fold.calibrate])) <= {2, 3}  # every class, evenly
+    assert np.array_equal(np.sort(np.concatenate([fold.calibrate for fold in split.folds])), kept)
+    assert np.array_equal(split.final_train, kept)
+    assert split.rule == (
+        "cross-fitting: 0.2 of id-train per class by image hash selects, 3 folds of the rest calibrate (a half of that "
+        "share would have fewer than 3 rows of a class)"
+    )
 
 
-def test_one_model_cannot_be_cross_fitted_and_uses_its_held_out_rows_twice():
+def test_final_model_has_the_same_rows_whether_it_is_cross_fitted_or_not():
+    """So have the pre-trained and the fine-tuned backbone of two studies."""
+    labels, image_hashes = id_set(10)
+    crossed, halved = (split_rows(labels, image_hashes, 0.2, cross_fit) for cross_fit in (True, False))
+    assert np.array_equal(crossed.final_train, halved.final_train)
+    assert np.array_equal(crossed.select, np.union1d(*parts(halved)[1:]))
+
+
+def test_a_class_of_two_images_is_cross_fitted_and_selects_on_none():
+    labels, image_hashes = id_set(10)
+    kept = np.concatenate([np.flatnonzero(labels != 1), np.flatnonzero(labels == 1)[:2]])
+    split = split_rows(labels[kept], image_hashes[kept], 0.6)
+    assert np.bincount(labels[kept][split.select]).tolist() == [6, 0, 6]
+    for fold in split.folds:
+        assert (labels[kept][fold.train] == 1).any()
+
+
+def test_backbone_that_is_trained_cannot_be_cross_fitted_and_halves_few_rows():
     labels, image_hashes = id_set(10)
     split = split_rows(labels, image_hashes, 0.2, cross_fit=False)
     train, select, calibrate = parts(split)
-    assert np.array_equal(select, calibrate)
-    assert np.bincount(labels[select]).tolist() == [2, 2, 2]
-    assert np.array_equal(np.sort(np.concatenate([train, select])), np.arange(30))
-    assert split.rule.endswith("too few to halve, used for both purposes")
+    assert [np.bincount(labels[rows]).tolist() for rows in (select, calibrate)] == [[1, 1, 1]] * 2
+    assert np.array_equal(np.sort(np.concatenate([train, select, calibrate])), np.arange(30))
+    assert split.rule.endswith("halved into select and calibrate (1 of a class in the smaller half)")
     large = id_set(40)
     assert split_rows(*large, 0.2, cross_fit=False).rule == split_rows(*large, 0.2).rule
 
@@ -162,7 +205,7 @@ def test_validation_set_is_halved_and_id_train_trains_whole():
     assert np.array_equal(train, np.arange(100))
     assert np.array_equal(split.final_train, train)
     assert np.array_equal(np.sort(np.concatenate([select, calibrate])), np.arange(27))
-    assert np.bincount(labels[select]).tolist() == [5, 5, 5]
+    assert sorted(np.bincount(labels[select])) == [4, 5, 5]  # the odd row of each class, in turn
 
 
 def test_copies_in_a_validation_set_stay_together():

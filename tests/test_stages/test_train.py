@@ -390,7 +390,8 @@ def few_of(few_images, tmp_path):
         def train_one(**settings):
             chosen = resolve_settings(config.model_copy(update=settings), 4)
             rows, checkpoint = data.split.final_train, tmp_path / f"{backbone.config.name}-{settings}.checkpoint"
-            return train_mixture(data, rows, None, (0, 0, 1, 1), chosen, backbone.end, 0, checkpoint)
+            select = data.split.select
+            return train_mixture(data, rows, select, (0, 0, 1, 1), chosen, backbone.end, 0, checkpoint)
 
         return train_one
 
@@ -669,7 +670,7 @@ def test_a_folder_without_one_of_its_files_is_trained_again(lost, data, mixture,
 
 
 def test_small_classes_are_cross_fitted(few, backbone, tmp_path):
-    """12 images a class: a model for each fold, and one of all rows with what they found; stopped once on the way."""
+    """12 images a class: a model for each fold and one of all that they have, stopped once on the way."""
     assert few.split.cross_fitted
     config = TrainConfig(experts=2, epochs=2, batch_size=16)
     folder = tmp_path / "stopped"
@@ -684,14 +685,11 @@ def test_small_classes_are_cross_fitted(few, backbone, tmp_path):
     assert len(set(files(folder, "mofe.safetensors", *names[3:]))) == 4
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    of = {run: [line for line in lines if line["run"] == run] for run in ("fold-0", "fold-1", "fold-2", "final")}
-    for line in of["final"]:
-        assert line["select_loss"] is None  # no row is left to judge by
-        assert sum(line["load"]) == 48
-    for fold in range(3):
-        assert sum(of[f"fold-{fold}"][0]["load"]) == 32
-    accuracy = np.mean([of[f"fold-{fold}"][0]["accuracy"] for fold in range(3)], axis=0)
-    np.testing.assert_allclose(of["final"][1]["alpha"], class_alpha(accuracy, 0.1, 0.8), atol=1e-5)
+    for run, rows in few.train_rows().items():
+        own = [line for line in lines if line["run"] == run]
+        assert sum(own[0]["load"]) == len(rows)
+        np.testing.assert_allclose(own[1]["alpha"], class_alpha(np.array(own[0]["accuracy"]), 0.1, 0.8), atol=1e-5)
+        assert own[1]["select_loss"] is not None
 
 
 # ---------------------------------------------------------------------------------------------------------- probe
