@@ -1,6 +1,7 @@
 """Refined features: what the mixture makes of cached tokens, kept so that re-scoring runs no network."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def refine(
     expert: NDArray[np.int64] | None = None,
     progress: Progress | None = None,
     rows: Rows | None = None,
+    device: str = "auto",
 ) -> Refined:
     """Run the mixture over a cache, in memory; see `refine_to` for rows that are to be kept, or are many.
 
@@ -76,16 +78,19 @@ def refine(
         expert: ``[N]`` sends each row to a given expert; −1, and None, leave it to the router.
         progress: counts rows.
         rows: N rows of the cache, ascending; all of them by default.
+        device: where the mixture runs, and is brought back from; ``"auto"`` takes a GPU where there is one. In float32
+            everywhere: a GPU gives the CPU's features to rounding.
     """
     n = cache.n_rows if rows is None else len(rows)
     columns = _columns(mixture, cache)
     whole: dict[str, Any] = {name: np.empty((n, *column.shape), column.dtype) for name, column in columns.items()}
     start = 0
-    for batch in _batches(mixture, cache, expert, progress, rows):
-        stop = start + len(batch.expert)
-        for name, array in vars(batch).items():
-            whole[name][start:stop] = array
-        start = stop
+    with _placed(mixture, device):
+        for batch in _batches(mixture, cache, expert, progress, rows):
+            stop = start + len(batch.expert)
+            for name, array in vars(batch).items():
+                whole[name][start:stop] = array
+            start = stop
     return Refined(**whole)
 
 
@@ -97,6 +102,7 @@ def refine_to(
     expert: NDArray[np.int64] | None = None,
     progress: Progress | None = None,
     rows: Rows | None = None,
+    device: str = "auto",
 ) -> Refined:
     """Run the mixture over a cache into a file, in memory that does not grow with N.
 
@@ -108,12 +114,13 @@ def refine_to(
         expert: ``[N]``.
         progress: counts rows.
         rows: N rows of the cache.
+        device: likewise.
 
     Returns:
         What stands in the file, as `load_refined` gives it.
     """
     n = cache.n_rows if rows is None else len(rows)
-    with described_rows(path, _columns(mixture, cache), n, identity) as writer:
+    with _placed(mixture, device), described_rows(path, _columns(mixture, cache), n, identity) as writer:
         for batch in _batches(mixture, cache, expert, progress, rows):
             writer.append(vars(batch))
     written = load_refined(path, identity)
@@ -132,21 +139,37 @@ def _batches(
 ) -> Iterator[Refined]:
     progress = progress or NullProgress()
     mixture.eval()
+    device = mixture.group.device
     n = cache.n_rows if rows is None else len(rows)
     progress.start(n, unit(cache), f"refine {cache.manifest.dataset}")
     for start in range(0, n, REFINE_BATCH):
         batch = slice(start, min(start + REFINE_BATCH, n))
-        tokens = read_tokens(cache, batch if rows is None else rows[batch])
+        tokens = read_tokens(cache, batch if rows is None else rows[batch], device)
         gate, _ = mixture.route(tokens)
         chosen = gate.argmax(1)
         if expert is not None:
-            forced = torch.from_numpy(np.ascontiguousarray(expert[batch]))
+            forced = torch.from_numpy(np.ascontiguousarray(expert[batch])).to(device)
             chosen = torch.where(forced >= 0, forced, chosen)
         out = mixture(tokens, chosen)
         columns = (out.features, out.logits, out.other, out.expert, gate, out.class_probability.argmax(1))
-        yield Refined(*(column.numpy() for column in (*columns, _others(mixture, tokens))))
+        yield Refined(*(column.cpu().numpy() for column in (*columns, _others(mixture, tokens))))
         progress.advance(batch.stop - batch.start)
     progress.close()
+
+
+@contextmanager
+def _placed(mixture: MixtureOfFeatureExperts, device: str) -> Iterator[None]:
+    """The mixture on a device, computing there as precisely as a CPU does, and back where it was."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = mixture.group.device
+    mixture.to(device)
+    try:
+        # By torch's default convolutions on a GPU round their inputs to the 10 bits of TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        mixture.to(before)
 
 
 def _columns(mixture: MixtureOfFeatureExperts, cache: FeatureCache) -> dict[str, Column]:

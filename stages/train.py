@@ -648,7 +648,7 @@ def train_mofe(
         about |= {"best_epoch": runs["final"].best_epoch}
         history = [{"run": name, **asdict(record)} for name, run in runs.items() for record in run.history]
         mixtures = {name: run.mixture for name, run in runs.items()}
-        _finish(data, mixtures, history, about, folder, progress, config.tensorboard)
+        _finish(data, mixtures, history, about, folder, progress, config.tensorboard, device)
     return True
 
 
@@ -726,6 +726,7 @@ def _finish(
     folder: Path,
     progress: Progress | None,
     tensorboard: bool = False,
+    device: str = "auto",
 ) -> None:
     """The second half, wherever the experts were trained: refined features of the bank, refitted heads, all files.
 
@@ -737,13 +738,14 @@ def _finish(
         folder: where to.
         progress: counts images.
         tensorboard: whether the history is written as scalars as well.
+        device: where the bank is refined; see `stages.refine.refine`.
     """
     identity, final = about["identity"], mixtures["final"]
     # From here on the folder is of this identity, or of none: what an older run left must not be taken for whole.
     (folder / "mofe.json").unlink(missing_ok=True)
     bank = {
         name: _refine_training_rows(
-            data, mixtures[name], rows, refined_path(folder, name, "id-train"), identity, progress
+            data, mixtures[name], rows, refined_path(folder, name, "id-train"), identity, progress, device
         )
         for name, rows in data.train_rows().items()
     }
@@ -752,7 +754,12 @@ def _finish(
         about_held_out = {"mixture": identity, "features": data.held_out.identity}
         held_out = {
             name: refine_to(
-                refined_path(folder, name, "id-val"), about_held_out, mixtures[name], data.held_out, progress=progress
+                refined_path(folder, name, "id-val"),
+                about_held_out,
+                mixtures[name],
+                data.held_out,
+                progress=progress,
+                device=device,
             )
             for name in data.train_rows()
         }
@@ -812,13 +819,19 @@ def mixture_is_fresh(folder: Path, identity: str, data: IdData) -> bool:
 
 
 def _refine_training_rows(
-    data: IdData, mixture: MixtureOfFeatureExperts, train: Rows, path: Path, identity: str, progress: Progress | None
+    data: IdData,
+    mixture: MixtureOfFeatureExperts,
+    train: Rows,
+    path: Path,
+    identity: str,
+    progress: Progress | None,
+    device: str,
 ) -> Refined:
     """Training rows through their own group's expert, as the bank has them; held-out rows of id-train by the router."""
     forced = np.full(data.train.n_rows, -1, dtype=np.int64)
     forced[train] = mixture.group.numpy()[data.train_labels[train]]
     about = {"mixture": identity, "features": data.train.identity}
-    return refine_to(path, about, mixture, data.train, forced, progress)
+    return refine_to(path, about, mixture, data.train, forced, progress, device=device)
 
 
 def _refit_heads(

@@ -50,6 +50,23 @@ def test_each_row_is_what_its_expert_makes_of_it(network, routed, caches):
         assert routed.other[row] == pytest.approx(float(outputs[0, -1]), abs=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU answers here")
+def test_a_gpu_refines_as_the_cpu_does(network, caches):
+    gpu, cpu = (refine(network, caches["test"], device=device) for device in ("cuda", "cpu"))
+    np.testing.assert_array_equal(gpu.expert, cpu.expert)
+    for name in ("features", "logits", "other", "gate", "others"):
+        np.testing.assert_allclose(getattr(gpu, name), getattr(cpu, name), rtol=1e-3, atol=1e-4)
+    assert network.group.device.type == "cpu"  # and is brought back
+
+
+def test_without_a_gpu_auto_is_the_cpu(network, routed, caches, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("auto", "cpu"):
+        refined = refine(network, caches["test"], device=device)
+        assert all(np.array_equal(own, getattr(refined, name)) for name, own in vars(routed).items())
+
+
 def test_rows_can_be_sent_to_an_expert(network, routed, caches):
     asked = np.arange(caches["test"].n_rows) % 3 - 1  # by the router, to 0, to 1, …
     refined = refine(network, caches["test"], asked)
