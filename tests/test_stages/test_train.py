@@ -518,7 +518,7 @@ def test_the_knob_turns_where_a_class_is_hard(fit, data):
     drawn = np.random.default_rng(0).random(len(labels)) < 0.25
     labels[drawn & (labels == 2)] = 3
     hard = replace(data, train_labels=labels, held_out_labels=labels)
-    history = fit(data=hard, epochs=5, head_lr=1e-2, router_lr=1e-3).history
+    history = fit(data=hard, epochs=5, head_lr=3e-3, router_lr=1e-3).history
     alpha, mixing = (np.array([getattr(record, name) for record in history]) for name in ("alpha", "mixing"))
     assert history[-2].accuracy[3] < 0.5 < min(history[-2].accuracy[:3])
     assert alpha[0].tolist() == [0.1] * 4
