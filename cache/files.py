@@ -102,8 +102,31 @@ def write_document(path: Path, body: Mapping[str, Any]) -> None:
         else:
             text = canonical_json(value)
         lines.append(canonical_json(key) + b": " + text)
-    rest = b",\n".join(lines) + b"\n}\n"
-    write_file(path, b'{"digest": "%s",\n%s' % (sha256(rest).encode(), rest))
+    write_file(path, seal(b",\n".join(lines) + b"\n}\n"))
+
+
+def seal(rest: bytes) -> bytes:
+    """A JSON object that begins with the digest of all that follows; `rest` is the object without its ``{``."""
+    return b'{"digest": "%s",\n%s' % (sha256(rest).encode(), rest)
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether bytes are a document as `seal` made it."""
+    head = _DIGEST.match(data)
+    return head is not None and sha256(memoryview(data)[head.end() :]) == head[1].decode()
+
+
+def written_after(path: Path, document: Path) -> bool:
+    """Whether a file may have been written to, moved or replaced since the document that has its digest was written.
+
+    Told by their times, without reading: the time of change (ctime) is the kernel's, so a write that puts size and
+    mtime back is seen as well. Bytes that a disk loses are not; only reading all of them finds those.
+
+    Raises:
+        OSError: one of them is not there.
+    """
+    found = path.stat()
+    return max(found.st_mtime_ns, found.st_ctime_ns) >= document.stat().st_mtime_ns
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -123,10 +146,9 @@ def read_document(path: Path) -> dict[str, Any]:
         raise CacheError(f"{path}: cannot be read: permission denied") from None
     except OSError as error:
         raise CacheDamagedError(f"{path}: cannot be read: {error.strerror}") from error
-    head = _DIGEST.match(data)
-    if head is None:
+    if _DIGEST.match(data) is None:
         raise CacheInvalidError(f"{path}: does not begin with a digest; not written by this project, or damaged")
-    if sha256(memoryview(data)[head.end() :]) != head[1].decode():
+    if not is_whole(data):
         raise CacheDamagedError(f"{path}: its bytes do not match its own digest: damaged, or edited by hand")
     try:
         body = json.loads(data, object_pairs_hook=_unique_keys)

@@ -1,5 +1,6 @@
 """FeatureCache: a sealed cache, to read from; and where caches stand under their root."""
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
-from cache.files import TEMPORARY
-from cache.fingerprint import file_sha256, sha256
+from cache.files import TEMPORARY, written_after
+from cache.fingerprint import file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
 from cache.journal import PLAN, file_size, is_blank, sweep
 from cache.lock import Lock
-from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, check_dataset_name
+from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, check_dataset_name
 from cache.shard import ShardReader
 from cache.spec import FeatureSpec
 
@@ -118,6 +119,13 @@ class FeatureCache:
     def identity(self) -> str:
         """Digest of what the features are: spec and content, without place and set name."""
         return self.manifest.identity
+
+    @property
+    def digest(self) -> str:
+        """Digest of all that a reader gets, without place and name: spec, classes, inputs, bytes of every shard."""
+        manifest = self.manifest
+        shards = [shard.sha256 for shard in manifest.shards if shard.rows]
+        return fingerprint([manifest.spec.fingerprint, list(self.class_names), manifest.content_sha256, shards])
 
     @cached_property
     def _inputs(self) -> InputTable:
@@ -224,6 +232,45 @@ class FeatureCache:
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             yield {name: self.read(name, batch) for name in names} | {"row": batch}
+
+    def suspects(self) -> list[ShardInfo]:
+        """Shards that may have been written to since they were sealed, told without reading them, see `written_after`.
+
+        That is none as a rule, and all of a cache that was copied.
+
+        Raises:
+            CacheDamagedError: a shard is missing, or has another size.
+        """
+        for shard in self.manifest.shards:
+            size = file_size(self.path / shard.name) if shard.rows else shard.nbytes
+            if size != shard.nbytes:
+                what = "is missing" if size is None else f"has {size} bytes, must have {shard.nbytes}"
+                raise CacheDamagedError(f"{self.path / shard.name}: {what}; run verify")
+        manifest = self.path / MANIFEST
+        return [s for s in self.manifest.shards if s.rows and written_after(self.path / s.name, manifest)]
+
+    def check(self, progress: Callable[[int], None] | None = None) -> None:
+        """Compare the bytes of the shards that may have been written to with the manifest.
+
+        Where all are whole the manifest is touched, if it may be, so that they are not compared again.
+
+        Args:
+            progress: called with the bytes of every shard that was read.
+
+        Raises:
+            CacheDamagedError: a shard is missing or not as it was sealed.
+        """
+        suspects = self.suspects()
+        for shard in suspects:
+            if file_sha256(self.path / shard.name) != shard.sha256:
+                raise CacheDamagedError(
+                    f"{self.path / shard.name}: its bytes are not those that were sealed; run verify"
+                )
+            if progress:
+                progress(shard.nbytes)
+        if suspects:
+            with suppress(OSError):  # somebody else's, or a disk that may only be read
+                os.utime(self.path / MANIFEST)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> list[Damage]:
         """Compare every byte of every file with the manifest: first names and sizes, then digests.

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from pipeline.config import JOINT, ConfigError, RunConfig
-from stages.artifacts import read_json, write_text
+from stages.artifacts import read_document, read_json, write_text
 from stages.detectors import NO_HEAD, reads_head
 from stages.errors import StageError
 from stages.formats import csv_text, markdown_table
 from stages.intervals import Difference, verdicts
+from stages.scored import check_scores, samples_path
 from stages.table import HIGHER_IS_BETTER, Evaluator, OODRow, Replicates, difference_columns, over_seeds
 
 _METRICS = ("fpr95", "auroc")
@@ -132,6 +133,7 @@ class ScoredStudy:
         self._folder = config.work / "scores"
         self._oods = [(entry.name, _GROUPS[entry.role]) for entry in config.sets_of(*_GROUPS)]
         self._id = config.sets_of("id-test")[0].name
+        check_scores(self._folder)
         about = read_json(self._folder / "id.json") or {}
         self._accuracies = about["accuracy"]
         self.routers: list[dict[str, Any]] = about["router"]
@@ -213,14 +215,7 @@ class ScoredStudy:
     def _scores(self, method: Method, seed: int | None) -> dict[str, NDArray[np.float32]]:
         # A score on features alone stands in the file of every head.
         head = method.head if method.head != NO_HEAD else "probe" if method.features == "cls" else "refit"
-        words = [
-            method.backbone,
-            method.features,
-            head,
-            method.variant or "none",
-            "none" if seed is None else str(seed),
-        ]
-        path = self._folder / "samples" / f"{'-'.join([*words, method.routing])}.parquet"
+        path = samples_path(self._folder, method.backbone, method.features, head, method.variant, seed, method.routing)
         try:
             table = pq.read_table(path, columns=["set", method.score])
         except (OSError, ValueError) as error:
@@ -418,7 +413,7 @@ def write_results(configs: Sequence[RunConfig], work: Path, difference: str | No
         found += lines
         tuned = [fine_tuning_table(study)] if config.finetune is not None else []
         tables = [*text_tables(lines), *tuned, router_table(study)]
-        git = (read_json(config.work / "record.json") or {}).get("git") or {"commit": "unknown", "dirty": False}
+        git = (read_document(config.work / "record.json") or {}).get("git") or {"commit": "unknown", "dirty": False}
         text += [f"## {config.name}\n\n", *(table.markdown() for table in tables)]
         text.append(f"Code: {git['commit']}{', with changes' if git['dirty'] else ''}.\n\n")
         shown += [table.rich() for table in tables]

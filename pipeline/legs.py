@@ -6,17 +6,18 @@
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec
+from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec, file_sha256
 from cache.spec import first_difference
 from pipeline.config import RunConfig, SetConfig
 from stages.arrays import ARRAY_SEMANTICS, ArrayTable, network_of
-from stages.artifacts import read_json, write_json
+from stages.artifacts import read_document, write_document
 from stages.backbone import (
     COMPUTE_BATCH,
     COMPUTE_THREADS,
@@ -30,6 +31,8 @@ from stages.backbone import (
 from stages.config import BackboneConfig
 from stages.dataset import IdData, id_data
 from stages.errors import InputError
+
+_TUNED = "backbone.safetensors"  # of a fine-tune
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Leg:
         """What its network is built from."""
         if self.seed is None:
             return self.start
-        weights = str(self.finetune_folder / "backbone.safetensors")
+        weights = str(self.finetune_folder / _TUNED)
         return self.start.model_copy(update={"weights": weights})
 
     @property
@@ -108,7 +111,7 @@ class Leg:
         return default_device()
 
     def asked(self) -> dict[str, Any]:
-        """All settings that features depend on, known without opening the weights."""
+        """All settings that features depend on but the kind of device, known without opening the weights."""
         if self.config.has_features:
             network = {} if self.config.backbone is None else self._asked_network(self.config.backbone)
             own = self.config.cache.model_dump(mode="json", include={"dtype"} & self.config.cache.model_fields_set)
@@ -118,7 +121,6 @@ class Leg:
             **self._asked_network(self.start),
             "dtype": cache.dtype,
             "patches": cache.patches,
-            "device": self.device,
             "batch": COMPUTE_BATCH,
             "threads": COMPUTE_THREADS,
             "semantics": EXTRACTION_SEMANTICS,
@@ -127,17 +129,24 @@ class Leg:
     def _asked_network(self, backbone: BackboneConfig) -> dict[str, Any]:
         weights: dict[str, Any] = {"weights": backbone.weights}
         if self.seed is not None:  # by what it was made of, so that a study may be moved
-            about = read_json(self.finetune_folder / "finetune.json") or {}
-            weights = {"weights": f"finetune/seed-{self.seed}", "finetune": about.get("identity")}
+            about = read_document(self.finetune_folder / "finetune.json") or {}
+            weights = {"weights": f"finetune/seed-{self.seed}", "finetune": about.get("files", {}).get(_TUNED)}
         elif backbone.weights not in ("hub", "embedded") and Path(backbone.weights).is_file():
-            stat = Path(backbone.weights).stat()
-            weights |= {"weights_bytes": stat.st_size, "weights_mtime_ns": stat.st_mtime_ns}
+            weights = {"weights": "file", "weights_sha256": self._file_digest(Path(backbone.weights))}
         return {
             "backbone": backbone.name,
             **backbone.model_dump(mode="json", exclude={"name", "weights"}),
             **weights,
             "expert_blocks": self.config.cache.expert_blocks,
         }
+
+    def _file_digest(self, path: Path) -> str:
+        """SHA-256 of a file; the one that was extracted with is read anew only where its size or time is another."""
+        known, now = (self._stored_link() or {}).get("weights_file", {}), _stamp(path)
+        return str(known["sha256"]) if known.get("stamp") == now else file_sha256(path)
+
+    def _stored_link(self) -> dict[str, Any] | None:
+        return read_document(self.link_path)
 
     @cached_property
     def loaded(self) -> Backbone:
@@ -163,7 +172,7 @@ class Leg:
 
     def known_spec(self) -> FeatureSpec | None:
         """What its features are, if they were extracted with these settings before; needs no weights."""
-        link = read_json(self.link_path)
+        link = self._stored_link()
         if link is None or link.get("asked") != self.asked():
             return None
         return FeatureSpec.from_dict(link["spec"])
@@ -203,20 +212,49 @@ class Leg:
                 )
         return spec
 
-    def link(self, spec: FeatureSpec, caches: dict[str, FeatureCache]) -> None:
-        """Remember which caches its sets are in."""
+    def other_device(self, spec: FeatureSpec) -> str | None:
+        """On what kind of device features of images were made, where this machine would make them on another."""
+        device = spec.compute.get("device")
+        return None if device in (None, self.device) else str(device)
+
+    def link(self, spec: FeatureSpec, caches: dict[str, FeatureCache], files: Mapping[str, Iterable[str]]) -> None:
+        """Remember which caches its sets are in.
+
+        Args:
+            spec: of their features.
+            caches: by the names of the sets.
+            files: of features, by the names of the sets that have such.
+        """
         sets = {
-            entry.name: {"images": entry.source, "path": self._place(caches[entry.name].path)}
+            entry.name: {
+                "images": entry.source,
+                "relative": self._relative(entry),
+                "path": os.path.relpath(caches[entry.name].path.resolve(), self.config.work.resolve()),
+                "files": {os.path.relpath(file, self.config.work): _stamp(file) for file in files.get(entry.name, ())},
+            }
             for entry in self.config.sets
         }
-        link = {"asked": self.asked(), "spec": spec.to_dict(), "sets": sets}
-        if read_json(self.link_path) != json.loads(json.dumps(link)):
-            write_json(self.link_path, link)
+        link: dict[str, Any] = {"asked": self.asked(), "spec": spec.to_dict(), "sets": sets}
+        if (digest := link["asked"].get("weights_sha256")) is not None:
+            link["weights_file"] = {"stamp": _stamp(self.start.weights), "sha256": digest}
+        if self._stored_link() != json.loads(json.dumps(link)):
+            write_document(self.link_path, link)
 
-    def _place(self, path: Path) -> str:
-        """Where a cache is; relative to ``work`` where it stands below, so that a study may be moved."""
-        path, work = path.resolve(), self.config.work.resolve()
-        return str(path.relative_to(work) if path.is_relative_to(work) else path)
+    def _relative(self, entry: SetConfig) -> str:
+        """What a set is made from, relative to ``work``: so a study that is moved as a whole is found again."""
+        given = {name: getattr(entry, name) for name in ("images", "features", "root", "classes")}
+        places = {
+            name: os.path.relpath(path, self.config.work)
+            for name, path in given.items()
+            if isinstance(path, str) and os.path.isabs(path)
+        }
+        return entry.model_copy(update=places).source
+
+    def changed_files(self, entry: SetConfig) -> list[str]:
+        """Files of features whose size or time is another than when they were extracted, as far as they are there."""
+        stored = (self._stored_link() or {}).get("sets", {}).get(entry.name, {}).get("files", {})
+        paths = {os.path.normpath(self.config.work / name): stamp for name, stamp in stored.items()}
+        return [path for path, stamp in paths.items() if os.path.exists(path) and _stamp(path) != stamp]
 
     def cache(self, entry: SetConfig) -> FeatureCache:
         """The sealed cache of one set; opens no image and no weights.
@@ -237,22 +275,27 @@ class Leg:
         return self._linked(entry)[0]
 
     def _linked(self, entry: SetConfig) -> tuple[Path, FeatureSpec]:
-        link = read_json(self.link_path)
+        link = self._stored_link()
         if link is None:
+            what = "is damaged" if self.link_path.exists() else "is missing"
             raise InputError(
-                f"the {self.name} features are not extracted yet ({self.link_path} is missing): run make extract"
+                f"the {self.name} features are not extracted yet ({self.link_path} {what}): run make extract"
             )
         if difference := first_difference(link["asked"], self.asked()):
             raise CacheMismatchError(f"{self.link_path}: extracted with other settings: {difference}: run make extract")
         stored = link["sets"].get(entry.name)
         if stored is None:
             raise InputError(f"set {entry.name!r} is not extracted yet: run make extract")
-        if stored["images"] != entry.source:
+        if stored["images"] != entry.source and stored["relative"] != self._relative(entry):
             raise CacheMismatchError(
                 f"set {entry.name!r} was extracted from {stored['images']}, this run gives {entry.source}: "
                 "run make extract"
             )
-        return self.config.work / stored["path"], FeatureSpec.from_dict(link["spec"])
+        # Relative to ``work``, or where the file says that caches are: one of them or both may have been moved.
+        path = Path(os.path.normpath(self.config.work.resolve() / stored["path"]))
+        if not path.is_dir():
+            path = self.config.cache.root / path.name
+        return path, FeatureSpec.from_dict(link["spec"])
 
     def id_data(self) -> IdData:
         """ID features with the study's split, the same for all of its backbones.
@@ -267,6 +310,12 @@ class Leg:
             self.config.split.val,
             cross_fit=self.config.finetune is None,
         )
+
+
+def _stamp(path: str | Path) -> list[int]:
+    """Size and time of a file."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _shapes(spec: FeatureSpec) -> str:

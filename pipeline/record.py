@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import RunConfig
-from stages.artifacts import read_json, write_json
+from stages.artifacts import read_document, write_document
 
 DISTRIBUTION = "mofe-feature-cache"
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ class RunRecord:
             self._stages[name] = last if last and stage.fresh and status == "done" else own
             stages = {key: asdict(stage) for key, stage in self._stages.items()}
             if self._writes:
-                write_json(self.path, self._context | {"stages": stages})
+                write_document(self.path, self._context | {"stages": stages})
 
         write("running")
         try:
@@ -101,7 +101,7 @@ class RunRecord:
 def _read_stages(path: Path) -> dict[str, StageRecord]:
     names = {field.name for field in fields(StageRecord)}
     required = {field.name for field in fields(StageRecord) if field.default is MISSING}
-    stages = (read_json(path) or {}).get("stages")
+    stages = (read_document(path) or {}).get("stages")
     if not isinstance(stages, dict):
         return {}
     return {

@@ -32,7 +32,7 @@ from pipeline.predictions import Format, predict_sources
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
-from stages.artifacts import read_json, write_text
+from stages.artifacts import CONTENTS, digest_of, has_contents, read_document, write_contents, write_text
 from stages.backbone import Backbone, build_architecture, stored_grid
 from stages.dataset import IdData
 from stages.distributed import current
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 
 Lines = list[Any]  # what a verb says: text, or tables of rich
 
-_SCORE_FILES = ("table.csv", "table.json", "summary.csv", "summary.md", "summary.tex", "id.json", "thresholds.json")
 _GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
 
 
@@ -126,13 +125,19 @@ class Study:
             caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
             missing = [entry for entry in self.config.sets if entry.name not in caches]
             stage.fresh = not missing
+            if (device := leg.other_device(spec)) and (images := [e.name for e in missing if e.images is not None]):
+                raise InputError(
+                    f"set {images[0]!r} is not extracted yet, or of other images, and the features of this study are "
+                    f'of device "{device}", where this machine has "{leg.device}": extract on one that has it, or '
+                    f"delete {leg.link_path} to extract all sets anew on this one"
+                )
             for entry, cache in self._fill(leg, spec, missing, found):
                 caches[entry.name] = cache
                 for note in check_features(cache, by_class=entry.role == "id-train"):
                     self.progress.note(note)
                 if leg.seed is None:  # the images of the other legs are the same
                     self._list_same_bytes(cache)
-            leg.link(spec, caches)
+            leg.link(spec, caches, {entry.name: self._given(entry).files for entry in self._entries_with_features()})
         rows = sum(cache.n_rows for cache in caches.values())
         failures = sum(cache.manifest.n_failures for cache in caches.values())
         done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
@@ -148,6 +153,9 @@ class Study:
             write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in same))
         else:
             path.unlink(missing_ok=True)
+
+    def _entries_with_features(self) -> list[SetConfig]:
+        return [entry for entry in self.config.sets if entry.features is not None]
 
     def _fill(
         self, leg: Leg, spec: FeatureSpec, missing: Sequence[SetConfig], found: Mapping[str, Changes | None]
@@ -196,6 +204,7 @@ class Study:
     def _train(self, leg: Leg) -> Lines:
         data = leg.id_data()
         self._check_train(leg, data)
+        self._check_caches(leg, "id-train", "id-val")
         lines: Lines = []
         with self.record.running(f"train {leg.name}", fingerprint(data.identity)) as stage:
             stage.fresh = True
@@ -207,7 +216,7 @@ class Study:
                 stage.fresh &= not done
                 if not self._speaks:  # nor are the files there yet: rank 0 still fits the heads
                     continue
-                about = read_json(folder / "mofe.json") or {}
+                about = read_document(folder / "mofe.json") or {}
                 lines.append(
                     f"train {leg.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "
                     f"{about['settings']['experts']} experts, epoch {about['best_epoch']} kept, {folder}"
@@ -231,6 +240,7 @@ class Study:
         data = pretrained.id_data()
         if not all(map(self._is_finetuned, self._legs[1:])):
             check_tuning(self.config, self._table, lambda: pretrained.architecture)
+        self._check_caches(pretrained, "id-train", "id-val")
         plan = self._joint_plan(data)
         (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
         lines: Lines = []
@@ -250,7 +260,7 @@ class Study:
                     plan,
                 )
                 stage.fresh = not done
-            about = read_json(leg.finetune_folder / "finetune.json") or {}
+            about = read_document(leg.finetune_folder / "finetune.json") or {}
             lines.append(
                 f"finetune seed {leg.seed}: {'done' if done else 'fresh'}, epoch {about['best_epoch']} kept, "
                 f"held-out ID accuracy {100 * about['select_accuracy']:.1f} %, {leg.finetune_folder}"
@@ -269,11 +279,11 @@ class Study:
     def score(self, backbone: str = "all") -> Lines:
         """Score every set with every detector; ends in the table."""
         sources = self._sources(backbone)
-        folder = self.config.work / "scores"
+        folder, identity = self.config.work / "scores", self._score_identity(sources)
         lines: Lines = []
-        if not self._is_scored(sources):
-            with self.record.running("score", self._score_identity(sources)):
-                result = score(sources, self.config.score, folder, self.progress)
+        if not self._is_scored(identity):
+            with self.record.running("score", identity):
+                result = score(sources, self.config.score, folder, self.progress, identity)
             lines += result.notes
         return [*lines, *table_lines(folder)]
 
@@ -284,10 +294,22 @@ class Study:
             sources.insert(0, self._source(self._legs[0]))
         return sources
 
-    def _is_scored(self, sources: Sequence[BackboneSource]) -> bool:
-        folder = self.config.work / "scores"
-        whole = all((folder / name).is_file() for name in _SCORE_FILES) and (folder / "samples").is_dir()
-        return whole and self.record.is_fresh("score", self._score_identity(sources))
+    def _is_scored(self, identity: str) -> bool:
+        return self.record.is_fresh("score", identity) and has_contents(self.config.work / "scores", identity)
+
+    def _check_caches(self, leg: Leg, *roles: str) -> None:
+        """Refuse caches that were written to since they were sealed; say which files of features are others by now."""
+        for entry in self.config.sets_of(*roles):
+            cache = leg.cache(entry)
+            if suspects := cache.suspects():
+                self.progress.start(len(suspects), "shard", f"compare the bytes of {cache.path.name}")
+                cache.check(lambda n_bytes: self.progress.advance(1))
+                self.progress.close()
+            for path in leg.changed_files(entry):
+                self.progress.note(
+                    f"sets.{entry.name}.features: {path} has changed since it was extracted (size or time): its rows "
+                    "are used as they were; run make extract"
+                )
 
     def _source(self, leg: Leg) -> BackboneSource:
         """All that stage three needs of a leg."""
@@ -302,25 +324,29 @@ class Study:
         return self._source_of(leg, list(self._mixtures(leg))[:1], [])
 
     def _source_of(self, leg: Leg, mixtures: Sequence[tuple[str, int]], tests: Sequence[TestSet]) -> BackboneSource:
+        self._check_caches(leg, "id-train", "id-val", *(_GROUP_OF_ROLE if tests else ()))
         data = leg.id_data()
+        folders = [MixtureFolder(variant, seed, self._trained(leg, data, variant, seed)) for variant, seed in mixtures]
+        probe = train_probe(data, leg.probe_folder)
+        documents = [leg.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]
+        documents += [] if leg.seed is None else [leg.finetune_folder / "finetune.json"]
         return BackboneSource(
             name=leg.backbone,
             seed=leg.seed,
             data=data,
-            probe=train_probe(data, leg.probe_folder),
+            probe=probe,
             finetuned_head=None if leg.seed is None else read_finetuned_head(leg.finetune_folder),
-            mixtures=tuple(
-                MixtureFolder(variant, seed, self._trained(leg, data, variant, seed)) for variant, seed in mixtures
-            ),
+            mixtures=tuple(folders),
             tests=tuple(tests),
             architecture=lambda: leg.architecture,
             network=None if self.config.backbone is None else lambda: leg.loaded,
+            models={str(path.relative_to(self.config.work)): digest_of(path) for path in documents},
         )
 
     def _trained(self, leg: Leg, data: IdData, variant: str, seed: int) -> Path:
         """Folder of a mixture that was trained with the settings of now."""
         folder = leg.mixture_folder(variant, seed)
-        about = read_json(folder / "mofe.json")
+        about = read_document(folder / "mofe.json")
         if about is None:
             raise InputError(f"{folder} holds no trained mixture: run make train")
         if not mixture_is_fresh(folder, self._mixture_identity(leg, data, variant, seed), data):
@@ -374,11 +400,9 @@ class Study:
                     {
                         "name": [source.name, source.seed],
                         "data": source.data.identity,
-                        "tests": [[test.name, test.group, test.cache.identity] for test in source.tests],
-                        "mixtures": [
-                            [m.variant, m.seed, (read_json(m.path / "mofe.json") or {})["identity"]]
-                            for m in source.mixtures
-                        ],
+                        "tests": [[test.name, test.group, test.cache.digest] for test in source.tests],
+                        "mixtures": [[mixture.variant, mixture.seed] for mixture in source.mixtures],
+                        "models": dict(source.models),
                     }
                     for source in sources
                 ],
@@ -387,15 +411,37 @@ class Study:
 
     def report(self) -> Lines:
         """The table, and ``report/index.html``."""
+        if (stale := self._stale_scores()) is not None:
+            self.progress.note(f"report: {stale}")
         lines = self.write_report()
         return [*table_lines(self.config.work / "scores"), *lines]
 
-    def write_report(self) -> Lines:
-        """Write ``report/index.html``."""
-        from pipeline.report import write_report
+    def _stale_scores(self) -> str | None:
+        """Why the scores are not those of now, as far as that can be seen: what they were made from may be gone."""
+        scored = (read_document(self.config.work / "scores" / CONTENTS) or {}).get("identity")
+        if scored is None or not self._legs[0].link_path.exists():
+            return None
+        try:
+            backbones = ["all"] if self.config.finetune is None else ["all", "pretrained"]
+            if any(self._score_identity(self._sources(backbone)) == scored for backbone in backbones):
+                return None
+        except CacheError:
+            return None
+        except InputError as error:
+            return f"the scores are not of the models of now: {error}"
+        return "the scores are of other models, features or settings than those of now: run make score"
 
-        with self.record.running("report", ""):
-            path = write_report(self.config.work, self.progress, self.evidence())
+    def write_report(self) -> Lines:
+        """Write ``report/index.html``, unless it shows what it would show."""
+        from pipeline.report import report_identity, write_report
+
+        evidence, folder = self.evidence(), self.config.work / "report"
+        identity = report_identity(self.config.work, evidence)
+        if has_contents(folder, identity):
+            return [f"report: fresh, {folder / 'index.html'}"]
+        with self.record.running("report", identity):
+            path = write_report(self.config.work, self.progress, evidence)
+            write_contents(folder, identity, [path.name])
         return [f"report: {path}"]
 
     def evidence(self) -> "Evidence":
@@ -404,8 +450,10 @@ class Study:
 
         caches = {}
         for entry in self.config.sets:
-            with suppress(InputError, CacheError):  # not there any more, or of other settings
-                caches[entry.name] = self._legs[0].cache(entry)
+            with suppress(InputError, CacheError):  # not there any more, of other settings, or damaged
+                cache = self._legs[0].cache(entry)
+                cache.check()
+                caches[entry.name] = cache
         return Evidence(self.config.sets_of("id-train")[0].name, caches, self._images)
 
     def _images(self, name: str) -> SampleTable:
@@ -435,6 +483,11 @@ class Study:
         """Score new images with the fitted detector of the study; of fine-tuned backbones, with the first's."""
         leg = next(self._existing(backbone))
         sources = [self._new_source(path, leg.spec()) for path in paths]  # a missing path is said before any work
+        if not self.config.has_features and (device := leg.other_device(leg.spec())):
+            self.progress.note(
+                f"predict: the study's features were made on {device}, those of the new images are made on "
+                f"{leg.device}: they are equal to a tolerance, not to the bit"
+            )
         predictor = Predictor(self._detector_source(leg), self.config.score, score_name, self.progress)
         return [predict_sources(predictor, leg, paths, sources, form, self.progress)]
 
@@ -483,6 +536,11 @@ class Study:
         if not damages:
             self._say([f"{cache.path}: whole, {cache.n_rows} rows"])
         elif repair:
+            if entry.images is not None and (device := leg.other_device(cache.spec)):
+                raise InputError(
+                    f"{cache.path}: made on {device}; made on {leg.device}, as here, its features would be others: "
+                    f"repair it on a machine with {device}"
+                )
             files = [damage.file for damage in damages]
             if entry.features is not None:
                 repair_import(cache, files, self._given(entry), self.progress)
@@ -506,7 +564,7 @@ class Study:
                     continue
                 lines += ["", *cache_lines(cache)]
             for variant, seed in self._mixtures(leg):
-                about = read_json(leg.mixture_folder(variant, seed) / "mofe.json")
+                about = read_document(leg.mixture_folder(variant, seed) / "mofe.json")
                 state = (
                     f"{about['settings']['experts']} experts, {about['parameters']:,} parameters"
                     if about
@@ -550,7 +608,7 @@ class Study:
         if verb in ("score", "run"):
             lines.append(self._plan_score(asked, backbone))
         if verb in ("report", "run"):
-            lines.append(f"report: would write {self.config.work / 'report' / 'index.html'}")
+            lines.append(self._plan_report())
         return lines
 
     def _plan_extract(self, leg: Leg) -> Lines:
@@ -591,10 +649,20 @@ class Study:
             for variant, seed in self._mixtures(leg)
         ]
 
+    def _plan_report(self) -> str:
+        from pipeline.report import report_identity
+
+        folder, fresh = self.config.work / "report", False
+        with suppress(InputError):  # nothing is scored yet
+            fresh = has_contents(folder, report_identity(self.config.work, self.evidence()))
+        return f"report: {'fresh,' if fresh else 'would write'} {folder / 'index.html'}"
+
     def _plan_score(self, asked: Sequence[Leg], backbone: str) -> str:
         folder = self.config.work / "scores"
         try:
-            fresh = all(map(self._is_finetuned, asked)) and self._is_scored(self._sources(backbone))
+            fresh = all(map(self._is_finetuned, asked)) and self._is_scored(
+                self._score_identity(self._sources(backbone))
+            )
         except (InputError, CacheError):  # what it reads is not there yet
             fresh = False
         return f"score: fresh, {folder}" if fresh else f"score: would read caches and models, write {folder}"

@@ -1,21 +1,30 @@
-"""Files that stages leave for each other: JSON and safetensors, arriving whole or not at all, holding no code."""
+"""Files that stages leave for each other: JSON and safetensors, arriving whole or not at all, holding no code.
+
+A *document* is JSON that begins with the digest of its own bytes, and says under ``files`` what bytes the files have
+that it is about. So whatever is derived from a file can be named by the bytes that it was derived from, and a changed
+byte of one or the other is found: of documents and weights whenever they are read, of rows of a set, which may be
+gigabytes, where their times say that they were written to since (`cache.files.written_after`).
+"""
 
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
-from cache.files import TEMPORARY, arriving, sync_folder, write_file
+from cache.files import TEMPORARY, arriving, is_whole, seal, sync_folder, write_file, written_after
+from cache.fingerprint import file_sha256, sha256
 from cache.lock import hold, is_held
+
+CONTENTS = "contents.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,21 +47,89 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write named arrays as safetensors, making their folder."""
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Write named arrays as safetensors, making their folder; returns the SHA-256 of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, save({name: np.asarray(array, order="C") for name, array in tensors.items()}))
+    data = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
+    write_file(path, data)
+    return sha256(data)
 
 
-def write_described(path: Path, tensors: Mapping[str, NDArray[Any]], about: Any) -> None:
-    """Write named arrays and, last, the JSON file beside them that says what they are.
+def write_document(path: Path, body: Mapping[str, Any]) -> None:
+    """Write an indented JSON object that begins with the digest of its bytes, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(body, indent=2, ensure_ascii=False).removeprefix("{").removeprefix("\n") + "\n"
+    write_file(path, seal(text.encode("utf-8")))
 
-    The JSON of an older pair goes first: killed in between, the new arrays must not stand under the old description.
+
+def read_document(path: Path) -> dict[str, Any] | None:
+    """Read what `write_document` wrote; None where there is no such file or a byte of it is another."""
+    try:
+        data = path.read_bytes()
+        body = json.loads(data) if is_whole(data) else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if body is not None:
+        del body["digest"]
+    return body
+
+
+def read_whole(path: Path, unread: Container[str] = ()) -> dict[str, Any] | None:
+    """Read a document; None where it, or one of the files that it is about, is missing or has other bytes.
+
+    Args:
+        path: of the document; its ``files`` stand in the same folder or below.
+        unread: of these it is enough that they are there.
+    """
+    about = read_document(path)
+    for name, digest in (about or {}).get("files", {}).items():
+        file = path.parent / name
+        if not file.is_file() or (name not in unread and digest_of(file) != digest):
+            return None
+    return about
+
+
+def write_contents(folder: Path, identity: str, names: Iterable[str]) -> None:
+    """Write ``contents.json``: what a folder's files are made of, and what bytes they have."""
+    files = {name: digest_of(folder / name) for name in sorted(names)}
+    write_document(folder / CONTENTS, {"identity": identity, "files": files})
+
+
+def has_contents(folder: Path, identity: str) -> bool:
+    """Whether a folder's files are all there, as they were left, and made of this."""
+    contents = read_whole(folder / CONTENTS)
+    return contents is not None and contents["identity"] == identity
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of a file's bytes; None where it cannot be read."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None
+
+
+def write_described(path: Path, tensors: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:
+    """Write named arrays and, last, the document beside them that says what they are.
+
+    The document of an older pair goes first: killed in between, the new arrays must not stand without one of theirs.
     """
     described = path.with_suffix(".json")
     described.unlink(missing_ok=True)
-    write_tensors(path, tensors)
-    write_json(described, about)
+    digest = write_tensors(path, tensors)
+    write_document(described, {**about, "files": {path.name: digest}})
+
+
+def read_described(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
+    """What `write_described` wrote: what the document says, and the arrays; None where either is not whole."""
+    about = read_document(path.with_suffix(".json"))
+    try:
+        data = path.read_bytes()
+        if about is None or about["files"][path.name] != sha256(data):
+            return None
+        return about, load(data)
+    except (OSError, SafetensorError, TypeError, KeyError):
+        return None
 
 
 class Column(NamedTuple):
@@ -119,7 +196,9 @@ class RowWriter:
 
 
 @contextmanager
-def described_rows(path: Path, columns: Mapping[str, Column], n_rows: int, about: Any) -> Iterator[RowWriter]:
+def described_rows(
+    path: Path, columns: Mapping[str, Column], n_rows: int, about: Mapping[str, Any]
+) -> Iterator[RowWriter]:
     """What `write_described` does, of arrays ``[N, …]`` that are made some rows at a time: the same bytes.
 
     An older pair stands until the new arrays are whole. What a killed process left of its arrays is removed.
@@ -134,7 +213,7 @@ def described_rows(path: Path, columns: Mapping[str, Column], n_rows: int, about
         writer.finish()
         described.unlink(missing_ok=True)
     sync_folder(path.parent)
-    write_json(described, about)
+    write_document(described, {**about, "files": {path.name: file_sha256(path)}})
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -152,12 +231,34 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
         return None
 
 
-def map_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
-    """Named arrays of a file, memory-mapped and read-only: rows are read when they are looked at.
+def map_described(path: Path, about: Mapping[str, Any]) -> dict[str, NDArray[Any]] | None:
+    """Arrays that `described_rows` wrote, memory-mapped and read-only: rows are read when they are looked at.
+
+    Bytes are compared only where the file may have been written to since.
+
+    Args:
+        path: of the arrays.
+        about: what their document must say, or a part of it.
 
     Returns:
-        None where there is no such file, it is damaged, or it holds other than float32 and int64.
+        None where there is no such pair, it is damaged, says something else, or holds other than float32 and int64.
     """
+    document = path.with_suffix(".json")
+    found = read_document(document)
+    if found is None or any(found.get(name) != value for name, value in about.items()):
+        return None
+    try:
+        if written_after(path, document):
+            if file_sha256(path) != found["files"][path.name]:
+                return None
+            with suppress(OSError):  # somebody else's: compared again the next time
+                os.utime(document)
+    except (OSError, KeyError):
+        return None
+    return _map_tensors(path)
+
+
+def _map_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
     try:
         with safe_open(path, "numpy") as file:  # checks that the header fits the file
             names = list(file.keys())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +44,15 @@ class IdData:
         return len(self.class_names)
 
     @property
-    def identity(self) -> dict[str, str]:
-        """What the features are and how they are split: part of the identity of everything trained on them."""
-        return {"id-train": self.train.identity, "held-out": self.held_out.identity, "split": self.split.rule}
+    def identity(self) -> dict[str, Any]:
+        """By its bytes what all that is trained on these rows is made of: features, names of the classes, split."""
+        return {
+            "id-train": self.train.digest,
+            "held-out": self.held_out.digest,
+            "classes": list(self.class_names),
+            "split": self.split.rule,
+            "rows": self.split.digest,
+        }
 
     def runs(self) -> list[tuple[str, Fold]]:
         """Models that calibrate: (name, rows); the final one alone where it leaves rows to calibrate on."""

@@ -29,10 +29,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.artifacts import read_json, read_tensors, write_described
+from stages.artifacts import read_described, write_document, write_tensors
 from stages.backbone import Tokens
 from stages.errors import InputError
 from stages.scorers import ClassifierHead
@@ -295,6 +296,23 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.log_softmax(1)).sum()
 
 
+def run_folder(folder: Path, run: str) -> Path:
+    """Where the mixture of one run (``final`` or ``fold-<i>``) of a training stands."""
+    return folder if run == "final" else folder / run
+
+
+def save_weights(folder: Path, mixture: MixtureOfFeatureExperts) -> str:
+    """Write ``mofe.safetensors`` alone, in place of an older pair; returns the SHA-256 of its bytes.
+
+    Args:
+        folder: where to.
+        mixture: on any device.
+    """
+    (folder / "mofe.json").unlink(missing_ok=True)
+    tensors = {name: tensor.cpu().numpy() for name, tensor in mixture.state_dict().items()}
+    return write_tensors(folder / "mofe.safetensors", tensors)
+
+
 def save_mixture(folder: Path, mixture: MixtureOfFeatureExperts, description: Mapping[str, Any]) -> None:
     """Write ``mofe.safetensors`` and, last, ``mofe.json``.
 
@@ -304,8 +322,8 @@ def save_mixture(folder: Path, mixture: MixtureOfFeatureExperts, description: Ma
         description: what ``mofe.json`` holds: ``"groups"``, the classes and their groups, and ``"settings"`` with the
             kind of expert, what the router reads and the number of experts, where they are not the usual ones.
     """
-    tensors = {name: tensor.cpu().numpy() for name, tensor in mixture.state_dict().items()}
-    write_described(folder / "mofe.safetensors", tensors, description)
+    digest = save_weights(folder, mixture)
+    write_document(folder / "mofe.json", {**description, "files": {"mofe.safetensors": digest}})
 
 
 def load_mixture(folder: Path, make_end: Callable[[], nn.Module], dim: int, tap_dim: int) -> MixtureOfFeatureExperts:
@@ -314,10 +332,10 @@ def load_mixture(folder: Path, make_end: Callable[[], nn.Module], dim: int, tap_
     Raises:
         InputError: missing or damaged files, or weights of another architecture.
     """
-    description, tensors = read_json(folder / "mofe.json"), read_tensors(folder / "mofe.safetensors")
+    description, tensors = _stored(folder)
     groups, kind = _stored_groups(description), _stored_kind(description)
-    if groups is None or kind is None or tensors is None:
-        raise InputError(f"{folder} holds no whole mofe.json and mofe.safetensors: run make train")
+    if groups is None or kind is None:
+        raise _not_whole(folder)
     mixture = MixtureOfFeatureExperts(make_end, dim, tap_dim, groups, *kind)
     try:
         mixture.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
@@ -342,10 +360,10 @@ def load_trained_heads(folder: Path) -> tuple[ClassifierHead, ...]:
     Raises:
         InputError: missing or damaged files.
     """
-    description, tensors = read_json(folder / "mofe.json"), read_tensors(folder / "mofe.safetensors")
+    description, tensors = _stored(folder)
     groups = _stored_groups(description)
-    if groups is None or tensors is None:
-        raise InputError(f"{folder} holds no whole mofe.json and mofe.safetensors: run make train")
+    if groups is None:
+        raise _not_whole(folder)
     heads = []
     for expert in range(max(groups) + 1):
         own = np.flatnonzero(np.asarray(groups) == expert)
@@ -357,17 +375,28 @@ def load_trained_heads(folder: Path) -> tuple[ClassifierHead, ...]:
     return tuple(heads)
 
 
-def _stored_groups(description: dict[str, Any] | None) -> list[int] | None:
+def _stored(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    stored = read_described(folder / "mofe.safetensors")
+    if stored is None:
+        raise _not_whole(folder)
+    return stored
+
+
+def _not_whole(folder: Path) -> InputError:
+    return InputError(f"{folder} holds no whole mofe.json and mofe.safetensors: run make train")
+
+
+def _stored_groups(description: dict[str, Any]) -> list[int] | None:
     """``[C]`` the group of each class, or None where the description does not say it."""
-    stored = (description or {}).get("groups")
+    stored = description.get("groups")
     groups = list(stored.values()) if isinstance(stored, dict) else []
     whole = groups and all(type(group) is int for group in groups)
     return groups if whole and set(groups) == set(range(len(set(groups)))) else None
 
 
-def _stored_kind(description: dict[str, Any] | None) -> tuple[ExpertKind, RouterInput, int] | None:
+def _stored_kind(description: dict[str, Any]) -> tuple[ExpertKind, RouterInput, int] | None:
     """Kind of expert, the router's input and the number of copies, or None where what is stored makes no sense."""
-    settings = (description or {}).get("settings", {})
+    settings = description.get("settings", {})
     if not isinstance(settings, dict):
         return None
     kind, reads = settings.get("expert", "end"), settings.get("router_input", "tap_cls")

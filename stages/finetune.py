@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from cache.fingerprint import fingerprint
 from stages.allocator import keep_freed_memory
-from stages.artifacts import read_json, read_tensors, write_json, write_tensors, write_text
+from stages.artifacts import (
+    digest_of,
+    read_document,
+    read_tensors,
+    read_whole,
+    write_document,
+    write_tensors,
+    write_text,
+)
 from stages.augment import (
     Batch,
     ImageLoader,
@@ -646,12 +654,8 @@ def finetune_identity(data: IdData, config: FinetuneConfig, seed: int, mixture: 
 
 def finetune_is_fresh(folder: Path, identity: str) -> bool:
     """Whether a folder holds the fine-tuned backbone of this identity, with all its files."""
-    about = read_json(folder / "finetune.json")
-    if about is None or about.get("identity") != identity:
-        return False
-    names = ["backbone.safetensors", "head.safetensors", "metrics.jsonl"]
-    names += ["mofe.safetensors", "mofe.json"] if about["settings"]["joint"] else []
-    return all((folder / name).is_file() for name in names)
+    about = read_whole(folder / "finetune.json", unread=("metrics.jsonl",))  # which nothing is made of but the report
+    return about is not None and about.get("identity") == identity
 
 
 def _write(
@@ -671,7 +675,9 @@ def _write(
         settings = asdict(plan) | {"expert": mixture.kind, "experts": mixture.n_experts, "joint": run.settings.joint}
         save_mixture(folder, mixture, {"identity": run.identity, "groups": groups, "settings": settings})
     run.write_metrics()
-    write_json(
+    names = ["backbone.safetensors", "head.safetensors", "metrics.jsonl"]
+    names += ["mofe.json", "mofe.safetensors"] if plan is not None else []
+    write_document(
         folder / "finetune.json",
         {
             "identity": run.identity,
@@ -684,6 +690,7 @@ def _write(
             "data": data.identity,
             "best_epoch": best["epoch"],
             "select_accuracy": best["select_accuracy"],
+            "files": {name: digest_of(folder / name) for name in names},
         },
     )
     for left in folder.glob("*.checkpoint"):  # of runs with other settings, too
@@ -700,7 +707,8 @@ def read_finetuned_head(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.f
     Raises:
         InputError: no whole fine-tune stands there.
     """
-    tensors = read_tensors(folder / "head.safetensors")
-    if tensors is None:
-        raise InputError(f"{folder} holds no fine-tuned head: run make finetune")
+    about, path = read_document(folder / "finetune.json"), folder / "head.safetensors"
+    tensors = read_tensors(path)
+    if about is None or tensors is None or digest_of(path) != about["files"][path.name]:
+        raise InputError(f"{folder} holds no whole fine-tuned head: run make finetune")
     return tensors["weight"], tensors["bias"]

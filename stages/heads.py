@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from stages.artifacts import read_json, read_tensors, write_described
+from stages.artifacts import read_described, write_described
 from stages.lazy import Rows2D
 from stages.logistic import blocks, fit_logistic, one_blas_thread, standardisation
 from stages.scorers import ClassifierHead
@@ -181,13 +181,11 @@ def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identi
 
 def load_heads(folder: Path, name: str, identity: str) -> dict[str, FittedHeads] | None:
     """Read what `save_heads` wrote; None where there is nothing whole of this identity."""
-    about, tensors = read_json(folder / f"{name}.json"), read_tensors(folder / f"{name}.safetensors")
-    if about is None or tensors is None or about.get("identity") != identity:
+    stored = read_described(folder / f"{name}.safetensors")
+    if stored is None or stored[0].get("identity") != identity:
         return None
-    try:
-        return {kind: _stored_heads(tensors, kind, described) for kind, described in about["heads"].items()}
-    except KeyError:  # killed between the two files: tensors of one fit beside the description of another
-        return None
+    about, tensors = stored
+    return {kind: _stored_heads(tensors, kind, described) for kind, described in about["heads"].items()}
 
 
 def _stored_heads(tensors: Mapping[str, Floats], kind: str, described: Mapping[str, Any]) -> FittedHeads:

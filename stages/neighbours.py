@@ -2,7 +2,8 @@
 
     <folder>/<digest of the bank>/<digest of the queries>.safetensors      distances [k_max, n] float32, nearest first
 
-A file is found by what was searched for and in, so one that is there is right; a column of it is read, and no more.
+A file is found by what was searched for and in, so one that is there is right, as long as its bytes are those that were
+written: each row has its own digest, so that one is read, compared, and no more.
 """
 
 from contextlib import suppress
@@ -55,7 +56,7 @@ class NeighbourStore:
         if stored is not None and stored.shape == (k - first, len(queries)):
             return stored
         found = bank.search(queries, min(max(k, self.kept), len(bank)))[0].T
-        write_tensors(path, {"distances": found})
+        write_tensors(path, {"distances": found, "digests": np.stack([_digest(row) for row in found])})
         return found[first:k]
 
     def forget_others(self) -> None:
@@ -68,10 +69,19 @@ class NeighbourStore:
 
 
 def _read(path: Path, first: int, k: int) -> NDArray[np.float32] | None:
-    """Rows of what is kept; None where there is no such file, it is damaged, or it has fewer."""
+    """Rows of what is kept; None where there is no such file, they are damaged, or it has fewer."""
     try:
         with safe_open(path, "numpy") as file:
-            kept = file.get_slice("distances")
-            return np.asarray(kept[first:k]) if kept.get_shape()[0] >= k else None
+            kept, digests = file.get_slice("distances"), file.get_slice("digests")
+            if kept.get_shape()[0] < k or kept.get_dtype() != "F32":
+                return None
+            found, expected = np.asarray(kept[first:k]), np.asarray(digests[first:k])
     except (OSError, SafetensorError):
         return None
+    whole = all(np.array_equal(_digest(row), digest) for row, digest in zip(found, expected, strict=True))
+    return found if whole else None
+
+
+def _digest(row: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """``[32]`` SHA-256 of the distances of one rank."""
+    return np.frombuffer(bytes.fromhex(arrays_sha256({"distances": row})), np.uint8)

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache import FeatureCache
-from stages.artifacts import Column, described_rows, map_tensors, read_json
+from cache import FeatureCache, arrays_sha256
+from stages.artifacts import Column, described_rows, map_described, read_document
 from stages.backbone import Tokens
 from stages.dataset import read_tokens, unit
 from stages.errors import StageError
@@ -204,14 +204,46 @@ def refined_path(folder: Path, run: str, name: str) -> Path:
     return folder / "refined" / run / f"{name}.safetensors"
 
 
-def load_refined(path: Path, identity: Mapping[str, str]) -> Refined | None:
-    """A set's refined features; None where there are none of this identity.
+def refined_identity(
+    weights: str, cache: FeatureCache, expert: NDArray[np.int64] | None = None, rows: Rows | None = None
+) -> dict[str, str]:
+    """What refined features are made of, by its bytes.
+
+    Args:
+        weights: SHA-256 of the mixture's ``mofe.safetensors``.
+        cache: of the set.
+        expert: as for `refine`.
+        rows: likewise.
+    """
+    given = {"expert": expert, "rows": rows}
+    routes = arrays_sha256({name: array for name, array in given.items() if array is not None})
+    return {"weights": weights, "features": cache.digest, "routes": routes}
+
+
+def training_routes(train: Rows, group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[N]`` where the bank sends rows of id-train: training rows to their own group's expert, −1 else: by the router.
+
+    Args:
+        train: which rows these are.
+        group: ``[N]`` group of each row's class.
+    """
+    routes = np.full(len(group), -1, dtype=np.int64)
+    routes[train] = group[train]
+    return routes
+
+
+def refined_digest(path: Path) -> str | None:
+    """SHA-256 of a set's refined features, as their document says it; None where there is no whole document."""
+    digest = ((read_document(path.with_suffix(".json")) or {}).get("files") or {}).get(path.name)
+    return None if digest is None else str(digest)
+
+
+def load_refined(path: Path, identity: Mapping[str, Any]) -> Refined | None:
+    """A set's refined features; None where there are none of this identity (or, in maps, of a part of one).
 
     Features and logits are memory-mapped: rows of them are read when they are looked at.
     """
-    if read_json(path.with_suffix(".json")) != identity:
-        return None
-    stored = map_tensors(path)
+    stored = map_described(path, identity)
     if stored is None or stored.keys() != {field.name for field in fields(Refined)}:  # damaged, or an older version's
         return None
     mapped = ("features", "logits")

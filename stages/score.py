@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from cache import CacheMismatchError, FeatureCache
-from stages.artifacts import write_json
+from stages.artifacts import write_contents, write_json
 from stages.config import TAKEN_NAMES, ScoreConfig
 from stages.dataset import labels_in, unit
 from stages.detectors import (
@@ -38,6 +38,7 @@ from stages.metrics import OODMetrics, ood_metrics
 from stages.neighbours import NeighbourStore
 from stages.overlap import find_overlaps, first_alike
 from stages.progress import NullProgress, Progress
+from stages.scored import FILES, samples_path
 from stages.scorers import threshold_at
 from stages.scorers.selection import SMALLEST
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
@@ -61,7 +62,11 @@ class ScoreResult:
 
 
 def score(
-    sources: Sequence[BackboneSource], config: ScoreConfig, folder: Path, progress: Progress | None = None
+    sources: Sequence[BackboneSource],
+    config: ScoreConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    identity: str = "",
 ) -> ScoreResult:
     """Score every test set with every detector and write all of ``scores/``.
 
@@ -70,6 +75,7 @@ def score(
         config: scores, k, temperature.
         folder: ``<work>/scores``.
         progress: counts detectors.
+        identity: of all that the scores are made of; ``contents.json`` has it.
 
     Raises:
         InputError: no ID test set or no OOD set, empty sets, labels that id-train lacks, non-finite features.
@@ -127,7 +133,7 @@ def score(
                     left_out.setdefault((lacking, what), []).append(_place(subject, head))
             for routing, results in scored.items():
                 shown = _Shown(made.routed(routing), predicted.get(routing, predicted[made.routings[0]]))
-                written |= _write_samples(folder / "samples", subject, routing, results, shown, source)
+                written |= _write_samples(folder, subject, routing, results, shown, source)
     overlaps = find_overlaps(_sets(sources[0]))
     id_record["overlap"] = [asdict(overlap) for overlap in overlaps]
     summary = summarise(rows)
@@ -138,6 +144,7 @@ def score(
         left.unlink()
     neighbours.forget_others()
     write_table(folder, table, summary)
+    write_contents(folder, identity, [*FILES, *(path.relative_to(folder).as_posix() for path in written)])
     notes = []
     if overlaps:
         what = f"{unit(sources[0].data.train)}s that stand in two sets (same bytes)"
@@ -385,7 +392,7 @@ def _write_samples(
     source: BackboneSource,
 ) -> set[Path]:
     """A Parquet file per head: a row per image, a float32 column per score. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
     names = np.asarray([*source.data.class_names, ""])
     written = set()
     for head in dict.fromkeys(detector.head for detector, _ in results):
@@ -394,8 +401,7 @@ def _write_samples(
             for detector, scores in results
             if detector.head in (head, NO_HEAD)
         }
-        backbone, features, variant, seed = _slug(subject.key)
-        path = folder / f"{backbone}-{features}-{head}-{variant}-{seed}-{routing}.parquet"
+        path = samples_path(folder, head=head, routing=routing, **asdict(subject.key))
         temporary = path.with_suffix(".tmp")
         with ExitStack() as stack:
             writer: pq.ParquetWriter | None = None

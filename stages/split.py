@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cache import arrays_sha256
+
 MIN_ROWS = 3
 CROSS_FITTING_FOLDS = 3
 
@@ -59,6 +61,14 @@ class Split:
     def select(self) -> Rows:
         """Rows that every model, the final one too, is selected on; none was trained on any."""
         return self.folds[0].select
+
+    @property
+    def digest(self) -> str:
+        """Digest of all its rows."""
+        rows = {"final": self.final_train}
+        for index, fold in enumerate(self.folds):
+            rows |= {f"{index}/{name}": own for name, own in vars(fold).items()}
+        return arrays_sha256(rows)
 
 
 def split_rows(labels: NDArray[np.int32], image_hashes: NDArray[np.uint8], val: float, cross_fit: bool = True) -> Split:

@@ -4,8 +4,8 @@ A `BackboneSource` is all that is on disk of one backbone. No image is opened an
 refined features are computed once per set and kept, so that another k or score costs a search and some arithmetic.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,16 +14,24 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 from cache import CacheMismatchError, FeatureCache
-from stages.artifacts import read_json
+from stages.artifacts import read_document
 from stages.backbone import Backbone, BackboneEnd
 from stages.dataset import IdData, Labels, lazy_rows, read_tokens
 from stages.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
-from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads
+from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads, run_folder
 from stages.heads import FittedHeads, LinearHead, load_heads
 from stages.lazy import Floats, LazyArray, RowNumbers
 from stages.progress import Progress
-from stages.refine import REFINE_BATCH, Refined, load_refined, refine, refine_to, refined_path
+from stages.refine import (
+    REFINE_BATCH,
+    Refined,
+    load_refined,
+    refine,
+    refine_to,
+    refined_identity,
+    refined_path,
+)
 from stages.split import Rows
 
 _FINETUNE_HEAD = "finetune"
@@ -63,6 +71,7 @@ class BackboneSource:
         architecture: gives the untrained network, whose end stored experts are loaded into.
         network: gives the network that the caches were made with, whose end makes patch tokens; None where there is
             none to be had.
+        models: digests of all that was trained on its cache, by their bytes.
     """
 
     name: str
@@ -74,6 +83,7 @@ class BackboneSource:
     tests: tuple[TestSet, ...]
     architecture: Callable[[], Backbone]
     network: Callable[[], Backbone] | None = None
+    models: Mapping[str, str | None] = field(default_factory=dict)
 
 
 class PatchTokens:
@@ -202,15 +212,15 @@ class RefinedFeatures:
         self.source = source
         self.folder = folder
         self._progress = progress
-        about = read_json(folder.path / "mofe.json")
+        about = read_document(folder.path / "mofe.json")
         if about is None:
             raise InputError(f"{folder.path} holds no trained mixture: run make train")
-        self.identity: str = about["identity"]
         if about["data"] != source.data.identity:
             raise CacheMismatchError(
                 f"{folder.path}: the mixture was trained on other features or another split: run make train"
             )
-        heads = load_heads(folder.path, "heads", self.identity)
+        self._files, self._bank = about["files"], about["bank"]
+        heads = load_heads(folder.path, "heads", about["heads"])
         if heads is None:
             raise InputError(f"{folder.path} holds no whole heads.safetensors: run make train")
         self._refit = heads.pop("refit")
@@ -280,7 +290,7 @@ class RefinedFeatures:
     def bank(self, run: str) -> Refined:
         """Refined id-train rows of one run, as training left them; features and logits stay in the file."""
         path = refined_path(self.folder.path, run, "id-train")
-        refined = load_refined(path, self._identity_of(self.source.data.train))
+        refined = load_refined(path, {"files": {path.name: self._bank[run]}})
         if refined is None:
             raise InputError(f"{path} is missing or damaged: delete {self.folder.path / 'mofe.json'}, run make train")
         return refined
@@ -295,7 +305,7 @@ class RefinedFeatures:
     ) -> Refined:
         """Refined rows of a set, computed where they are not kept yet; features and logits stay in the file."""
         path = refined_path(self.folder.path, run, name)
-        identity = self._identity_of(cache)
+        identity = refined_identity(self._weights(run), cache, expert, rows)
         stored = load_refined(path, identity)
         if stored is None:
             stored = refine_to(path, identity, self.mixture(run), cache, expert, self._progress, rows)
@@ -307,19 +317,18 @@ class RefinedFeatures:
             spec = self.source.data.train.spec
             # The network is built only where experts are made of its end.
             self._mixtures[run] = load_mixture(
-                self._run_folder(run), lambda: self.source.architecture().end(), spec.cls_dim, spec.tap_dim
+                run_folder(self.folder.path, run), lambda: self.source.architecture().end(), spec.cls_dim, spec.tap_dim
             )
         return self._mixtures[run]
 
-    def _run_folder(self, run: str) -> Path:
-        return self.folder.path if run == "final" else self.folder.path / run
-
-    def _identity_of(self, cache: FeatureCache) -> dict[str, str]:
-        return {"mixture": self.identity, "features": cache.identity}
+    def _weights(self, run: str) -> str:
+        """SHA-256 of the weights of one run."""
+        path = run_folder(self.folder.path, run) / "mofe.safetensors"
+        return str(self._files[path.relative_to(self.folder.path).as_posix()])
 
     def _bank_rows(self, run: str, refined: Refined, rows: Rows, fold: int | None) -> SetRows:
         heads: dict[str, Head] = {
-            "trained": load_trained_heads(self._run_folder(run)),
+            "trained": load_trained_heads(run_folder(self.folder.path, run)),
             "refit": _pick(self._refit, fold).on_raw_features(),
             "refit-group": tuple(_pick(heads, fold).on_raw_features() for heads in self._group_heads),
         }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cache import FeatureCache, FeatureSpec
 from cache.fingerprint import fingerprint
-from stages.artifacts import read_json, write_text
+from stages.artifacts import digest_of, read_document, read_whole, write_document, write_text
 from stages.backbone import Tokens, runs_on
 from stages.checkpoint import Checkpoints, load_checkpoint
 from stages.config import TrainConfig
@@ -32,7 +32,8 @@ from stages.experts import (
     RouterInput,
     cannot_read,
     load_mixture,
-    save_mixture,
+    run_folder,
+    save_weights,
     soft_cross_entropy,
 )
 from stages.grouping import experts_for, group_training_classes, grouping_content, numbers_as_in
@@ -49,7 +50,16 @@ from stages.heads import (
 from stages.lazy import LazyArray, Rows2D
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
-from stages.refine import REFINE_BATCH, Refined, refine_to, refined_path
+from stages.refine import (
+    REFINE_BATCH,
+    Refined,
+    load_refined,
+    refine_to,
+    refined_digest,
+    refined_identity,
+    refined_path,
+    training_routes,
+)
 from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
 from stages.split import Rows
 
@@ -683,7 +693,7 @@ def finish_joint(
     if ranks.first:
         spec = data.train.spec
         mixture = load_mixture(source, make_end, spec.cls_dim, spec.tap_dim)
-        about, tuned = (read_json(source / name) or {} for name in ("mofe.json", "finetune.json"))
+        about, tuned = (read_document(source / name) or {} for name in ("mofe.json", "finetune.json"))
         about = {"identity": identity, "settings": about["settings"], "seed": tuned["seed"]}
         about |= {"best_epoch": tuned["best_epoch"]}
         epochs = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -698,11 +708,12 @@ def joint_identity(data: IdData, source: Path) -> str:
     Raises:
         InputError: no fine-tune stands there, or one without experts.
     """
-    tuned, about = (read_json(source / name) or {} for name in ("finetune.json", "mofe.json"))
+    tuned, about = (read_document(source / name) or {} for name in ("finetune.json", "mofe.json"))
     made_by = tuned.get("identity")
     if made_by is None or about.get("identity") != made_by:
         raise InputError(f"{source} holds no backbone with experts that were trained together: run make finetune")
-    return fingerprint({"data": data.identity, "joint": made_by, "semantics": TRAIN_SEMANTICS})
+    joint = {"joint": made_by, "weights": about["files"]}
+    return fingerprint({"data": data.identity, **joint, "semantics": TRAIN_SEMANTICS})
 
 
 def _numbered_as_in(trained: TrainedMixture, groups: Sequence[int]) -> TrainedMixture:
@@ -740,26 +751,34 @@ def _finish(
         tensorboard: whether the history is written as scalars as well.
         device: where the bank is refined; see `stages.refine.refine`.
     """
-    identity, final = about["identity"], mixtures["final"]
-    # From here on the folder is of this identity, or of none: what an older run left must not be taken for whole.
+    final = mixtures["final"]
+    # From here on the folder is of this training, or of none: what an older one left must not be taken for whole.
     (folder / "mofe.json").unlink(missing_ok=True)
+    places = {name: run_folder(folder, name) for name in mixtures}
+    weights = {name: save_weights(places[name], mixture) for name, mixture in mixtures.items()}
     bank = {
-        name: _refine_training_rows(
-            data, mixtures[name], rows, refined_path(folder, name, "id-train"), identity, progress, device
+        name: _refine_to(
+            refined_path(folder, name, "id-train"),
+            mixtures[name],
+            weights[name],
+            data.train,
+            training_routes(rows, mixtures[name].group.numpy()[data.train_labels]),
+            progress,
+            device,
         )
         for name, rows in data.train_rows().items()
     }
     held_out = bank
     if data.held_out is not data.train:
-        about_held_out = {"mixture": identity, "features": data.held_out.identity}
         held_out = {
-            name: refine_to(
+            name: _refine_to(
                 refined_path(folder, name, "id-val"),
-                about_held_out,
                 mixtures[name],
+                weights[name],
                 data.held_out,
-                progress=progress,
-                device=device,
+                None,
+                progress,
+                device,
             )
             for name in data.train_rows()
         }
@@ -767,19 +786,45 @@ def _finish(
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     with scalar_log(folder, tensorboard, history):
         pass
-    save_heads(folder, "heads", heads, identity)
+    made_of = {run: refined_digest(refined_path(folder, run, "id-train")) for run in bank}
+    fitted_on = [refined_digest(refined_path(folder, run, "id-val")) for run in held_out]
+    heads_of = fingerprint({"data": data.identity, "features": [made_of, fitted_on], "semantics": TRAIN_SEMANTICS})
+    save_heads(folder, "heads", heads, heads_of)
     description = {
         **about,
         "classes": list(data.class_names),
         "data": data.identity,
         "features": data.train.spec.fingerprint,
         "parameters": sum(parameter.numel() for parameter in final.parameters()),
+        "heads": heads_of,
+        "bank": made_of,
     }
-    for name, mixture in mixtures.items():
-        groups = {"groups": dict(zip(data.class_names, mixture.group.tolist(), strict=True))}
-        save_mixture(folder if name == "final" else folder / name, mixture, description | groups)
+    names = ["mofe.safetensors", "heads.json", "heads.safetensors", "metrics.jsonl"]
+    for name in mixtures.keys() - {"final"}:
+        own = {"groups": _groups(data, mixtures[name]), "files": {"mofe.safetensors": weights[name]}}
+        write_document(places[name] / "mofe.json", description | own)
+        names += [f"{name}/mofe.json", f"{name}/mofe.safetensors"]
+    files = {name: digest_of(folder / name) for name in sorted(names)}
+    write_document(folder / "mofe.json", description | {"groups": _groups(data, final), "files": files})
     for checkpoint in folder.glob("*.checkpoint"):  # of runs with other settings, too
         checkpoint.unlink()
+
+
+def _groups(data: IdData, mixture: MixtureOfFeatureExperts) -> dict[str, int]:
+    """Group of each class, by its name."""
+    return dict(zip(data.class_names, mixture.group.tolist(), strict=True))
+
+
+def _refine_to(
+    path: Path,
+    mixture: MixtureOfFeatureExperts,
+    weights: str,
+    cache: FeatureCache,
+    routes: NDArray[np.int64] | None,
+    progress: Progress | None,
+    device: str,
+) -> Refined:
+    return refine_to(path, refined_identity(weights, cache, routes), mixture, cache, routes, progress, device=device)
 
 
 def _groups_of_runs(data: IdData, settings: TrainSettings, seed: int) -> dict[str, list[int]]:
@@ -807,31 +852,16 @@ def mixture_identity(data: IdData, settings: TrainSettings, seed: int) -> str:
 
 
 def mixture_is_fresh(folder: Path, identity: str, data: IdData) -> bool:
-    """Whether a folder holds the trained mixture of this identity, with all its files."""
-    description = read_json(folder / "mofe.json")
-    files = [folder / "heads.json", folder / "heads.safetensors", folder / "metrics.jsonl"]
-    for run in data.train_rows():
-        files += [
-            (folder if run == "final" else folder / run) / "mofe.safetensors",
-            refined_path(folder, run, "id-train"),
-        ]
-    return description is not None and description.get("identity") == identity and all(map(Path.is_file, files))
+    """Whether a folder holds the trained mixture of this identity, with all its files, and these as they were left."""
+    description = read_whole(folder / "mofe.json", unread=("metrics.jsonl",))  # which nothing is made of but the report
+    if description is None or description.get("identity") != identity:
+        return False
+    return all(_bank_is_whole(folder, run, description["bank"].get(run)) for run in data.train_rows())
 
 
-def _refine_training_rows(
-    data: IdData,
-    mixture: MixtureOfFeatureExperts,
-    train: Rows,
-    path: Path,
-    identity: str,
-    progress: Progress | None,
-    device: str,
-) -> Refined:
-    """Training rows through their own group's expert, as the bank has them; held-out rows of id-train by the router."""
-    forced = np.full(data.train.n_rows, -1, dtype=np.int64)
-    forced[train] = mixture.group.numpy()[data.train_labels[train]]
-    about = {"mixture": identity, "features": data.train.identity}
-    return refine_to(path, about, mixture, data.train, forced, progress, device=device)
+def _bank_is_whole(folder: Path, run: str, digest: str | None) -> bool:
+    path = refined_path(folder, run, "id-train")
+    return load_refined(path, {"files": {path.name: digest}}) is not None
 
 
 def _refit_heads(

@@ -12,7 +12,7 @@ What a study does not have (mixtures, several seeds, a group of OOD sets) is lef
 """
 
 from pipeline.report.methods import METRICS, ROUTINGS, duration, percent, points, verdict
-from pipeline.report.page import write_joint_report, write_report
+from pipeline.report.page import report_identity, write_joint_report, write_report
 from pipeline.report.study import Evidence
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "duration",
     "percent",
     "points",
+    "report_identity",
     "verdict",
     "write_joint_report",
     "write_report",

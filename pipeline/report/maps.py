@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.figures import Points, scatter_panel
 from pipeline.report.study import ScoredStudy
-from stages.artifacts import read_json
+from stages.artifacts import read_document
 from stages.bank import l2_normalise
 from stages.progress import Progress
 from stages.refine import load_refined, refined_path
@@ -73,11 +73,11 @@ def _stages(
     if method is None or method.features != "mofe":
         return
     folder = study.mixture_folder(method.backbone, method.variant, study.seed(method))
-    identity = str((read_json(folder / "mofe.json") or {}).get("identity"))
+    weights = (read_document(folder / "mofe.json") or {}).get("files", {}).get("mofe.safetensors")
     refined: dict[str, Floats] = {}
     for name, own in rows.items():
         path = refined_path(folder, "final", "id-train" if name == study.evidence.id_train else f"sets/{name}")
-        found = load_refined(path, {"mixture": identity, "features": caches[name].identity})
+        found = load_refined(path, {"weights": weights, "features": caches[name].digest})
         if found is None:
             yield "After the experts", None
             return

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cache import arrays_sha256, fingerprint
 from pipeline.report import gallery, maps, mixtures, sections
 from pipeline.report.methods import (
     BASELINE,
@@ -23,7 +26,7 @@ from pipeline.report.methods import (
     verdict,
 )
 from pipeline.report.study import DAMAGE, Evidence, ScoredStudy
-from stages.artifacts import write_text
+from stages.artifacts import digest_of, write_text
 from stages.errors import InputError
 from stages.progress import NullProgress, Progress
 
@@ -62,6 +65,40 @@ def write_joint_report(
     page, studies = _page(works, progress or NullProgress())
     write_text(path, page)
     return path, studies
+
+
+def report_identity(work: Path, evidence: Evidence | None = None) -> str:
+    """Digest of all that the page of a study shows, and of what makes it.
+
+    Raises:
+        InputError: as `write_report`.
+    """
+    study = ScoredStudy(work, evidence)
+    stages = {name: stage for name, stage in study.record.get("stages", {}).items() if name != "report"}
+    described = [path.with_name(name) for path in study.training_files() for name in (path.name, "mofe.json")]
+    described += sorted(work.glob("model/*/*/seed-*/refined/final/**/*.json"))
+    here = Path(__file__)
+    code = [*here.parent.glob("*.py"), *here.parents[1].glob("templates/*"), here.parents[1] / "figures.py"]
+    return fingerprint(
+        {
+            "scores": study.contents,
+            "record": study.record | {"stages": stages},
+            "models": {str(path.relative_to(work)): digest_of(path) for path in described},
+            "features": {name: cache.digest for name, cache in study.evidence.caches.items()},
+            "images": {name: _images_digest(study, name) for name in (study.id_test, *(ood for ood, _ in study.oods))},
+            "code": {path.name: digest_of(path) for path in sorted(code)},
+        }
+    )
+
+
+def _images_digest(study: ScoredStudy, name: str) -> str:
+    """Digest of the images of a set by id, size and time, or why there are none."""
+    try:
+        table = study.evidence.images(name)
+    except InputError as error:
+        return str(error)
+    ids = np.asarray(table.ids, np.str_)
+    return arrays_sha256({"ids": ids, "sizes": table.sizes, "times": table.mtimes_ns})
 
 
 def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> tuple[str, list[ScoredStudy]]:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from pipeline.figures import Floats, Series
 from pipeline.report.methods import BASELINE, SECOND_BASELINE, Line, Method, score_name
-from stages.artifacts import read_json
+from stages.artifacts import digest_of, read_document
 from stages.errors import InputError
 from stages.images import SampleTable
+from stages.scored import check_scores, samples_path
 from stages.table import GROUPS, read_summary
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -96,6 +97,7 @@ class ScoredStudy:
         rows: of ``table.json``.
         oods: (name, group) of each OOD set, near ones first.
         ood_groups: those that have averages.
+        contents: what the scores are made of, and the digests of their files.
         recommended: what `predict` takes where nothing is asked, if it was scored.
 
     Args:
@@ -110,11 +112,12 @@ class ScoredStudy:
         self.folder = work
         self.evidence = evidence or Evidence()
         scores = work / "scores"
+        self.contents = check_scores(scores)
         self.rows: list[Line] = _read(scores / "table.json", _load_list)
         summary: list[Line] = _read(scores / "summary.csv", lambda path: read_summary(path.parent))
         self.id: Line = _read(scores / "id.json", _load_object)
         self.thresholds: list[Line] = _read(scores / "thresholds.json", _load_list)
-        self.record: Line = _read(work / "record.json", _load_object)
+        self.record: Line = _read(work / "record.json", _load_document)
         if not summary or not self.rows:
             raise InputError(f"{scores} holds no result: run make score")
         lines: dict[Method, dict[tuple[str, str], Line]] = {}
@@ -162,11 +165,15 @@ class ScoredStudy:
 
     def samples_path(self, method: Method) -> Path:
         """Where the first seed's model put its scores."""
-        seed = "none" if (first := self.seed(method)) is None else str(first)
-        name = "-".join(
-            (method.backbone, method.features, method.head, method.variant or "none", seed, method.routing),
+        return samples_path(
+            self.folder / "scores",
+            method.backbone,
+            method.features,
+            method.head,
+            method.variant,
+            self.seed(method),
+            method.routing,
         )
-        return self.folder / "scores" / "samples" / f"{name}.parquet"
 
     def scores(self, method: Method) -> dict[str, Floats]:
         """Scores of each set's images by the first seed's model; the ID test set's under ``"id"``."""
@@ -208,7 +215,7 @@ class ScoredStudy:
 
     def groups(self, backbone: str, variant: str, seed: int | None) -> dict[str, int]:
         """Expert of each class; empty where the mixture is gone."""
-        about = read_json(self.mixture_folder(backbone, variant, seed) / "mofe.json") or {}
+        about = read_document(self.mixture_folder(backbone, variant, seed) / "mofe.json") or {}
         return dict(about.get("groups", {}))
 
     def _id_test(self) -> str:
@@ -221,7 +228,8 @@ class ScoredStudy:
         found = [method for method in self.lines if method._replace(variant="") == mixture]
         return next((method for method in [*found, SECOND_BASELINE] if method in self.lines), None)
 
-    def _logs(self) -> Iterator[TrainingLog]:
+    def training_files(self) -> list[Path]:
+        """Every ``metrics.jsonl`` that is as the training left it, by what was trained and by seed."""
         mixtures = self.folder.glob("model/*/*/seed-*/metrics.jsonl")
         paths = [*mixtures, *self.folder.glob("finetune/seed-*/metrics.jsonl")]
 
@@ -230,10 +238,13 @@ class ScoredStudy:
             number = int(seed.removeprefix("seed-"))
             return model != "model", backbone != "pretrained", backbone, variant != "default", variant, number
 
-        for folder, members in groupby(sorted(paths, key=order), key=lambda path: path.parent.parent):
+        return sorted(filter(_is_as_left, paths), key=order)
+
+    def _logs(self) -> Iterator[TrainingLog]:
+        for folder, members in groupby(self.training_files(), key=lambda path: path.parent.parent):
             files = list(members)
             runs = [run for path in files for run in _read(path, _load_runs)]
-            about = read_json(files[0].parent / "mofe.json") or {}
+            about = read_document(files[0].parent / "mofe.json") or {}
             is_mixture = folder.parent.parent.name == "model"
             yield TrainingLog(
                 title=f"MoFE · {folder.name} · {folder.parent.name} backbone" if is_mixture else "Fine-tune",
@@ -245,6 +256,17 @@ class ScoredStudy:
                 final=_read(files[0], _load_runs)[-1],
                 kept_epoch=about.get("best_epoch"),
             )
+
+
+def _is_as_left(metrics: Path) -> bool:
+    """Whether the log of a training is whole, as far as a document says so: a fine-tune that goes on has none yet."""
+    if not metrics.parent.name.removeprefix("seed-").isdigit():  # somebody's copy
+        return False
+    described = [path for name in ("finetune.json", "mofe.json") if (path := metrics.parent / name).exists()]
+    if not described:
+        return True
+    about = read_document(described[0])
+    return about is not None and about["files"].get(metrics.name) == digest_of(metrics)
 
 
 def _read(path: Path, load: Callable[[Path], Any]) -> Any:
@@ -268,6 +290,14 @@ def _load_object(path: Path) -> Line:
     if not isinstance(value, dict):
         raise TypeError("an object expected")
     return value
+
+
+def _load_document(path: Path) -> Line:
+    document = read_document(path)
+    if document is None:
+        path.stat()  # it may be missing
+        raise ValueError("its bytes are not those that were written")
+    return document
 
 
 def _load_runs(path: Path) -> list[list[Line]]:

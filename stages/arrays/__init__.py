@@ -91,7 +91,8 @@ def list_arrays(
         contents=RowsOf(features, range(n)),
         notes=(*notes, *numbered.notes),
     )
-    return ArrayTable(path, features, samples, named if "logits" in features else ())
+    files = tuple(str(file) for part in parts for file in part.paths)
+    return ArrayTable(path, features, samples, named if "logits" in features else (), files)
 
 
 def _left_out_note(path: str, names: Sequence[str]) -> list[str]:

@@ -33,12 +33,14 @@ class ArrayTable:
         columns: its features by key.
         samples: its ids, labels and classes; the "file" of a sample is the bytes of its row.
         named: classes of the columns of ``logits``, in their order, where these are named; () where they are numbered.
+        files: that it is read from.
     """
 
     path: str
     columns: Mapping[str, Column]
     samples: SampleTable
     named: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -21,7 +21,7 @@ from pipeline.report.maps import _pca, feature_maps
 from pipeline.report.methods import size
 from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.study import ScoredStudy
-from stages.artifacts import read_json, write_json, write_text
+from stages.artifacts import digest_of, read_document, write_contents, write_document, write_json, write_text
 from stages.errors import InputError
 from stages.images import decode_image, list_images
 from stages.metrics import auroc
@@ -144,6 +144,8 @@ def make_study(work, seeds=(0,), experts=2, variants=()):
         other = {"variant": variant, "experts": n_experts, "load": {"id": [1] * n_experts}}
         record["router"].append(record["router"][0] | other)
     write_json(scores / "id.json", record)
+    names = (str(path.relative_to(scores)) for path in scores.rglob("*") if path.is_file())
+    write_contents(scores, "what they are made of", names)
 
     for seed in seeds:
         folder = work / "model" / "pretrained" / "default" / f"seed-{seed}"
@@ -158,7 +160,8 @@ def make_study(work, seeds=(0,), experts=2, variants=()):
         ]
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         groups = {name: index % experts for index, name in enumerate(CLASSES)}
-        write_json(folder / "mofe.json", {"groups": groups, "best_epoch": 1, "classes": CLASSES})
+        about = {"groups": groups, "best_epoch": 1, "classes": CLASSES}
+        write_document(folder / "mofe.json", about | {"files": {"metrics.jsonl": digest_of(folder / "metrics.jsonl")}})
 
     more = "".join(
         f"[[variants]]\nname = '{variant}'\nset = {{ '{key}' = {json.dumps(value)} }}\n"
@@ -450,7 +453,8 @@ def evidence(work, caches, data, probe, mixture, backbone):
         refined.rows(name, cache, np.full(cache.n_rows, -1, np.int32))
     for name, content in kept.items():
         (folder / name).write_bytes(content)
-    write_json(folder / "mofe.json", read_json(folder / "mofe.json") | {"identity": refined.identity})
+    files = {name: digest_of(folder / name) for name in ("mofe.safetensors", "metrics.jsonl")}
+    write_document(folder / "mofe.json", read_document(folder / "mofe.json") | {"files": files})
     return Evidence("train", {name: caches[cache] for name, cache in CACHED.items()}, images_of)
 
 
@@ -582,11 +586,11 @@ def test_images_that_are_gone_or_others_are_listed_with_the_reason(page, work, e
 )
 def test_a_missing_or_damaged_file_is_named(work, tmp_path, name):
     copy = shutil.copytree(work, tmp_path / "copy")
-    for content in ("", "{}", '[{"ood": "a"}]'):
-        (copy / name).write_text(content)
-        if (name, content) != ("record.json", "{}"):
-            with pytest.raises(InputError, match="run make score"):
-                write_report(copy)
+    whole = (copy / name).read_bytes()
+    for content in (b"", b"{}", b'[{"ood": "a"}]', whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]):
+        (copy / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{re.escape(name)} .*run make score"):
+            write_report(copy)
     (copy / name).unlink()
     with pytest.raises(InputError, match=f"{re.escape(name)} is missing: run make score"):
         write_report(copy)
@@ -617,8 +621,8 @@ def joint(work, tmp_path_factory):
     root = tmp_path_factory.mktemp("joint")
     shutil.copytree(work, root / "a" / "work")
     make_study(root / "b", seeds=())
-    record = json.loads((root / "b" / "record.json").read_text())
-    (root / "b" / "record.json").write_text(json.dumps(record | {"name": "frozen alone"}))
+    record = read_document(root / "b" / "record.json")
+    write_document(root / "b" / "record.json", record | {"name": "frozen alone"})
     files = []
     for name, folder in (("a.toml", "a/work"), ("b.toml", "b")):
         (root / name).write_text(f"work = {json.dumps(folder)}\n" + EXPERIMENT)
@@ -668,7 +672,7 @@ def test_where_the_page_of_several_studies_goes(joint, tmp_path):
     assert said == f"report: would write {root / 'report' / 'index.html'}\n"
     assert "--output is for several studies" in refused("report", files[0], "--output", tmp_path)
     lost = settings(f"work={tmp_path}")
-    assert refused("report", *files, *lost).endswith("table.json is missing: run make score")
+    assert refused("report", *files, *lost).endswith("contents.json is missing or damaged: run make score")
 
 
 # ---------------------------------------------------------------------------------------------------------- a browser

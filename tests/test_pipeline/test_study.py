@@ -105,7 +105,7 @@ def test_score_before_train(tiny, tmp_path):
 
 def test_report_before_score(tiny, tmp_path):
     shutil.rmtree(tmp_path / "work" / "scores")
-    assert refused("report", *tiny).endswith("table.json is missing: run make score")
+    assert refused("report", *tiny).endswith("contents.json is missing or damaged: run make score")
 
 
 def test_info_at_any_time(nothing):

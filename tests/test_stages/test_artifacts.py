@@ -18,10 +18,14 @@ from cache import CacheError
 from stages.artifacts import (
     Column,
     described_rows,
-    map_tensors,
+    map_described,
+    read_described,
+    read_document,
     read_json,
     read_tensors,
+    read_whole,
     write_described,
+    write_document,
     write_json,
     write_tensors,
     write_text,
@@ -172,11 +176,11 @@ def write_in_blocks(path, arrays, block, about) -> None:
 @given(n=st.integers(0, 40), block=st.integers(1, 50))
 def test_rows_by_blocks_are_the_file_of_arrays_at_once(n, block, tmp_path_factory):
     folder, arrays = tmp_path_factory.mktemp("rows"), rows_of(n)
-    write_described(folder / "whole.safetensors", arrays, {"of": "a"})
-    write_in_blocks(folder / "rows.safetensors", arrays, block, {"of": "a"})
-    for suffix in (".safetensors", ".json"):
-        assert (folder / f"rows{suffix}").read_bytes() == (folder / f"whole{suffix}").read_bytes()
-    mapped = map_tensors(folder / "rows.safetensors")
+    write_described(folder / "whole" / "it.safetensors", arrays, {"of": "a"})
+    write_in_blocks(folder / "rows" / "it.safetensors", arrays, block, {"of": "a"})
+    for name in ("it.safetensors", "it.json"):
+        assert (folder / "rows" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    mapped = map_described(folder / "rows" / "it.safetensors", {"of": "a"})
     assert same(mapped, arrays)
     assert not any(array.flags.writeable for array in mapped.values())
 
@@ -226,7 +230,7 @@ def test_killed_between_the_arrays_and_what_they_are(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_in_blocks(path, rows_of(9, seed=1), 4, {"of": "new"})
     assert same(read_tensors(path), rows_of(9, seed=1))
-    assert read_json(path.with_suffix(".json")) is None  # neither of them
+    assert read_document(path.with_suffix(".json")) is None  # neither of them
 
 
 _dumps = json.dumps
@@ -234,14 +238,71 @@ _dumps = json.dumps
 
 def test_what_cannot_be_mapped_does_not_count(tmp_path):
     path = tmp_path / "it.safetensors"
-    assert map_tensors(path) is None
-    write_tensors(path, TENSORS)
-    assert map_tensors(path) is None  # it holds halves
-    write_tensors(path, rows_of(3))
+    assert map_described(path, {}) is None
+    write_described(path, TENSORS, {})
+    assert map_described(path, {}) is None  # it holds halves
+    write_described(path, rows_of(3), {"of": "a"})
+    assert map_described(path, {"of": "b"}) is None
     content = path.read_bytes()
     for length in range(0, len(content), 7):
         path.write_bytes(content[:length])
-        assert map_tensors(path) is None
+        assert map_described(path, {"of": "a"}) is None
+
+
+# ---------------------------------------------------------------------------------------------- a byte that changed
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The bytes of arrays and of the document beside them."""
+    path = tmp_path_factory.mktemp("pair") / "it.safetensors"
+    write_described(path, rows_of(5), {"of": "été", "settings": {"lr": 0.001, "groups": {"b": 0, "a": 1}}})
+    return path.read_bytes(), path.with_suffix(".json").read_bytes()
+
+
+@given(which=st.integers(0, 1), at=st.integers(0, 10**6), mask=st.integers(1, 255))
+def test_every_byte_of_a_pair_counts(which, at, mask, pair, tmp_path_factory):
+    """With size and time put back, too: neither the arrays nor what is said of them are believed any more."""
+    path = tmp_path_factory.mktemp("bytes") / "it.safetensors"
+    for file, content in zip((path, path.with_suffix(".json")), pair, strict=True):
+        file.write_bytes(content)
+    assert read_document(path.with_suffix(".json"))["settings"]["groups"] == {"b": 0, "a": 1}
+    assert read_described(path) is not None
+    assert read_whole(path.with_suffix(".json")) is not None
+    assert map_described(path, {"of": "été"}) is not None
+    file = (path, path.with_suffix(".json"))[which]
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    content[at % len(content)] ^= mask
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert read_described(path) is None
+    assert read_whole(path.with_suffix(".json")) is None
+    assert map_described(path, {"of": "été"}) is None
+
+
+def test_rows_are_read_again_only_after_they_may_have_changed(tmp_path, monkeypatch):
+    path = tmp_path / "it.safetensors"
+    write_described(path, rows_of(5), {})
+    later = time.time_ns() + 10**9
+    os.utime(path.with_suffix(".json"), ns=(later, later))
+    monkeypatch.setattr("stages.artifacts.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert map_described(path, {}) is not None
+    monkeypatch.undo()
+    path.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(path)
+    os.utime(path.with_suffix(".json"), ns=(10**9, 10**9))  # as of a copy
+    assert map_described(path, {}) is not None
+    assert path.with_suffix(".json").stat().st_mtime_ns > 10**9  # they were, and need not be the next time
+
+
+def test_a_document_is_made_to_be_read(tmp_path):
+    write_document(tmp_path / "new" / "it.json", {"class": "été 犬", "number": float("-inf")})
+    digest, *rest = (tmp_path / "new" / "it.json").read_text(encoding="utf-8").splitlines()
+    assert digest.startswith('{"digest": "')
+    assert rest == ['  "class": "été 犬",', '  "number": -Infinity', "}"]
+    assert read_document(tmp_path / "new" / "it.json") == {"class": "été 犬", "number": float("-inf")}
+    write_json(tmp_path / "plain.json", {"class": "été 犬"})
+    assert read_document(tmp_path / "plain.json") is None  # nothing says that it is whole
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The ID side of a study: labels in the study's classes, rows of every model, tokens as they were cached."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,21 @@ def test_identity_tells_features_and_split_apart(caches, data):
     for other in (id_data(caches["train"], None, 0.3), id_data(caches["train"], caches["test"], 0.2)):
         assert other.identity != data.identity
     assert id_data(caches["test"], None, 0.2).identity != data.identity
+
+
+def test_identity_is_of_the_bytes_the_names_and_the_rows(caches, data):
+    """Same recipe, images and order of classes; one of these is another."""
+    manifest = data.train.manifest
+    (shard,) = manifest.shards
+    other_bits = replace(manifest, shards=(replace(shard, sha256="0" * 64),))
+    other_names = replace(manifest, class_names=("0", "1", "5", "9"))
+    caches_of = [FeatureCache(data.train.path, own) for own in (manifest, other_bits, other_names)]
+    found = [id_data(cache, None, 0.2).identity for cache in caches_of]
+    fold = data.split.folds[0]
+    swapped = replace(data.split, folds=(replace(fold, select=fold.calibrate, calibrate=fold.select),))
+    found += [replace(data, class_names=other_names.class_names).identity, replace(data, split=swapped).identity]
+    assert found[0] == data.identity
+    assert len(set(map(str, found))) == 5
 
 
 def test_rows_without_a_label_are_refused(cache_of):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import finetune as finetune_module
+from stages.artifacts import write_document
 from stages.augment import ImageSet, generators_kept, transforms
 from stages.backbone import load_backbone
 from stages.config import BackboneConfig, FinetuneConfig
@@ -238,7 +239,7 @@ def test_a_fresh_folder_is_left_alone(tune, tuned):
 def test_nothing_of_other_settings_is_gone_on_from(tune, tuned, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tune(TWO.model_copy(update={"lr": 1e-5}), folder=tmp_path, progress=StopsIn(1))
-    (tmp_path / "finetune.json").write_text('{"identity": "of other settings"}')
+    write_document(tmp_path / "finetune.json", {"identity": "of other settings"})
     tune(folder=tmp_path)
     assert files(tmp_path) == files(tuned)
     assert not list(tmp_path.glob("*.checkpoint"))
@@ -251,7 +252,7 @@ def test_killed_while_writing_it_is_not_whole(tune, tmp_path, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_module, "write_json", killed)
+    monkeypatch.setattr(finetune_module, "write_document", killed)
     with pytest.raises(KeyboardInterrupt):
         tune(one, seed=1, folder=tmp_path)
     assert not (tmp_path / "finetune.json").exists()  # the new weights do not pass for those of seed 0

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import train as train_module
+from stages.artifacts import read_document, write_document
 from stages.backbone import Backbone, build_architecture, load_backbone
 from stages.dataset import read_tokens
 from stages.errors import InputError
@@ -175,7 +176,7 @@ def test_finished_it_is_a_variant_like_those_trained_on_cached_features(vit, joi
         features = mixture(read_tokens(tuned_data.train, rows), own).features
     bank = load_file(refined_path(tmp_path, "final", "id-train"))["features"]
     torch.testing.assert_close(bank[rows], features)
-    assert load_heads(tmp_path, "heads", about["identity"]).keys() == {"refit", "refit-group-0", "refit-group-1"}
+    assert load_heads(tmp_path, "heads", about["heads"]).keys() == {"refit", "refit-group-0", "refit-group-1"}
 
 
 def test_of_another_fine_tune_it_is_not_fresh(vit, joint, tuned_data, tmp_path):
@@ -183,8 +184,7 @@ def test_of_another_fine_tune_it_is_not_fresh(vit, joint, tuned_data, tmp_path):
     shutil.copytree(joint, source)
     assert finish_joint(tuned_data, source, build_architecture(vit).end, folder)
     for name in ("finetune.json", "mofe.json"):
-        about = json.loads((source / name).read_text())
-        (source / name).write_text(json.dumps(about | {"identity": "another"}))
+        write_document(source / name, read_document(source / name) | {"identity": "another"})
         if name == "finetune.json":  # the experts are not those that came with this backbone
             with pytest.raises(InputError, match="holds no backbone with experts that were trained together"):
                 finish_joint(tuned_data, source, build_architecture(vit).end, folder)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache import file_sha256
 from stages import artifacts as artifacts_module
 from stages import refine as refine_module
 from stages.artifacts import write_described
@@ -13,7 +14,7 @@ from stages.dataset import read_tokens
 from stages.experts import MixtureOfFeatureExperts, load_mixture
 from stages.extract import extract_set
 from stages.images import list_images
-from stages.refine import load_refined, refine, refine_to, refined_path
+from stages.refine import load_refined, refine, refine_to, refined_digest, refined_path
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_killed_while_writing_the_new_rows_do_not_pass_for_the_old(network, cach
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifacts_module, "write_json", killed)  # between the arrays and what says whose they are
+    monkeypatch.setattr(artifacts_module, "write_document", killed)  # between the arrays and what says whose they are
     with pytest.raises(KeyboardInterrupt):
         refine_to(path, {"mixture": "new"}, network, caches["test"])
     monkeypatch.undo()
@@ -187,6 +188,7 @@ def test_by_blocks_into_a_file_it_is_what_it_is_in_memory(network, caches, tmp_p
     write_described(whole, vars(refined), identity)
     written = refine_to(blocks, identity, network, cache, expert, rows=rows)
     assert blocks.read_bytes() == whole.read_bytes()
+    assert refined_digest(blocks) == refined_digest(whole) == file_sha256(blocks)
     for stored in (written, load_refined(blocks, identity)):
         for name, array in vars(refined).items():
             np.testing.assert_array_equal(getattr(stored, name), array)

@@ -14,9 +14,10 @@ import torch
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
-from cache import CacheMismatchError, FeatureCache
+from cache import CacheMismatchError, FeatureCache, file_sha256
 from stages import backbone as backbone_module
 from stages import table as table_module
+from stages.artifacts import read_document
 from stages.bank import FeatureBank
 from stages.config import SCORE_NAMES, ScoreConfig, TrainConfig
 from stages.dataset import id_data, read_tokens
@@ -279,7 +280,7 @@ def test_two_experts_score_a_row_and_the_gate_weighs_them(source, both, table_of
     """Once more by two forced passes: each row in the bank and by the head of its likeliest, then its second expert."""
     path, train, labels = source.mixtures[0].path, source.data.split.final_train, source.data.train_labels
     group = network.group.numpy()
-    head = load_heads(path, "heads", json.loads((path / "mofe.json").read_text())["identity"])["refit"].final
+    head = load_heads(path, "heads", read_document(path / "mofe.json")["heads"])["refit"].final
 
     def unit(features):
         return np.float64(features) / np.linalg.norm(np.float64(features), axis=1, keepdims=True)
@@ -358,8 +359,8 @@ def test_other_is_the_probability_that_the_routed_expert_gives(source, tmp_path)
     assert heads == {"trained", "refit", "refit-group"}
     trained = load_refined(
         refined_path(source.mixtures[0].path, "final", "sets/far"),
-        {"mixture": json.loads((source.mixtures[0].path / "mofe.json").read_text())["identity"],
-         "features": source.tests[2].cache.identity},
+        {"weights": file_sha256(source.mixtures[0].path / "mofe.safetensors"),
+         "features": source.tests[2].cache.digest},
     )  # fmt: skip
     samples = samples_of(tmp_path, asdict(next(row for row in result.rows if row.score == "other")))
     expected = softmax(np.c_[trained.logits, trained.other].astype(np.float64), axis=1)[:, -1]
@@ -481,8 +482,7 @@ def test_thresholds_are_quantiles_of_the_calibration_rows(source, frozen, folder
 
 def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder):
     fold, path = source.data.split.folds[0], source.mixtures[0].path
-    identity = json.loads((path / "mofe.json").read_text())["identity"]
-    made_of = {"mixture": identity, "features": source.data.train.identity}
+    made_of = {"weights": file_sha256(path / "mofe.safetensors"), "features": source.data.train.digest}
     refined = load_refined(refined_path(path, "final", "id-train"), made_of)
     unit = refined.features.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cache import FeatureCache
 from stages import checkpoint as checkpoint_module
 from stages import train as train_module
+from stages.artifacts import read_document, write_document
 from stages.backbone import Backbone
 from stages.checkpoint import Checkpoints
 from stages.config import BackboneConfig, TrainConfig
@@ -440,7 +441,7 @@ def test_a_group_of_one_class_has_its_heads(data, backbone, tmp_path):
     grouping.write_text('{"0": "round", "1": "other", "2": "other", "3": "other"}')
     config = TrainConfig(grouping=str(grouping), epochs=1, expert="adapter")
     assert train_mofe(data, config, backbone.end, seed=0, folder=tmp_path / "mofe")
-    heads = load_heads(tmp_path / "mofe", "heads", json.loads((tmp_path / "mofe/mofe.json").read_text())["identity"])
+    heads = load_heads(tmp_path / "mofe", "heads", read_document(tmp_path / "mofe/mofe.json")["heads"])
     assert np.isfinite(heads["refit-group-0"].final.bias).tolist() == [True, False, False, False]
 
 
@@ -493,7 +494,7 @@ def test_calibration_rows_have_no_say_in_anything(data, spoilt, mixture, backbon
     """Neither in weights, nor in when to stop, nor in groups and heads."""
     other = spoilt(data.split.folds[0].calibrate)
     assert train_mofe(other, TWO, backbone.end, seed=0, folder=tmp_path / "mofe")
-    names = ("mofe.safetensors", "heads.safetensors", "heads.json", "metrics.jsonl", "mofe.json")
+    names = ("mofe.safetensors", "heads.safetensors", "metrics.jsonl")
     assert files(tmp_path / "mofe", *names) == files(mixture, *names)
     again = train_probe(other, tmp_path / "probe").final
     np.testing.assert_array_equal(again.weight, probe.final.weight)
@@ -596,7 +597,7 @@ def test_what_a_trained_folder_holds(data, mixture, backbone):
     assert sum(parameter.numel() for parameter in loaded.parameters()) == about["parameters"]
     bank = load_refined(
         refined_path(mixture, "final", "id-train"),
-        {"mixture": about["identity"], "features": data.train.identity},
+        {"weights": about["files"]["mofe.safetensors"], "features": data.train.digest},
     )
     own_group = np.array([about["groups"][name] for name in data.class_names])[data.train_labels]
     train = data.split.final_train
@@ -631,7 +632,7 @@ def test_other_settings_seeds_and_grouping_files_are_other_models(data, tmp_path
 def test_nothing_of_other_settings_is_gone_on_from(data, backbone, mixture, tmp_path):
     """Neither a checkpoint nor a whole model: the folder ends as a new one does."""
     folder = shutil.copytree(mixture, tmp_path / "mixture")
-    (folder / "mofe.json").write_text(json.dumps({"identity": "of other settings"}))
+    write_document(folder / "mofe.json", {"identity": "of other settings"})
     with pytest.raises(KeyboardInterrupt):
         train_mofe(data, TWO.model_copy(update={"lr": 1e-4}), backbone.end, seed=0, folder=folder, progress=StopsIn(1))
     assert len(list(folder.glob("*.checkpoint"))) == 1
@@ -641,7 +642,7 @@ def test_nothing_of_other_settings_is_gone_on_from(data, backbone, mixture, tmp_
     assert not list(folder.glob("*.checkpoint"))
 
 
-@pytest.mark.parametrize("killed_in", ["refine_to", "save_heads", "save_mixture"])
+@pytest.mark.parametrize("killed_in", ["save_weights", "refine_to", "save_heads", "write_document"])
 def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
     killed_in, data, backbone, mixture, tmp_path, monkeypatch
 ):
@@ -657,10 +658,18 @@ def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
         assert not mixture_is_fresh(folder, mixture_identity(data, resolve_settings(config, 4), seed), data)
 
 
-@pytest.mark.parametrize("lost", ["heads.safetensors", "mofe.safetensors", "refined/final/id-train.safetensors"])
-def test_a_folder_without_one_of_its_files_is_trained_again(lost, data, mixture, tmp_path):
+@pytest.mark.parametrize(
+    "lost", ["mofe.json", "heads.json", "heads.safetensors", "mofe.safetensors", "refined/final/id-train.safetensors"]
+)
+def test_a_folder_without_one_of_its_files_or_with_other_bytes_in_one_is_trained_again(lost, data, mixture, tmp_path):
     folder = shutil.copytree(mixture, tmp_path / "mixture")
     identity = mixture_identity(data, resolve_settings(TWO, 4), seed=0)
+    assert mixture_is_fresh(folder, identity, data)
+    whole = (folder / lost).read_bytes()
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        (folder / lost).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert not mixture_is_fresh(folder, identity, data)
+    (folder / lost).write_bytes(whole)
     assert mixture_is_fresh(folder, identity, data)
     (folder / lost).unlink()
     assert not mixture_is_fresh(folder, identity, data)
