@@ -1,7 +1,12 @@
-"""Checkpoints that a killed training goes on from: tensors and plain values, arriving whole or not at all."""
+"""Checkpoints that a killed training goes on from: tensors and plain values, arriving whole or not at all.
 
+A file ends in the SHA-256 of all before it, since torch does not notice a tensor whose bytes have changed.
+"""
+
+import hashlib
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,32 @@ import torch
 
 from cache.files import write_file
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
-def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any] | None:
-    """Read a state onto a device, running no code in it; None where there is none."""
-    return torch.load(path, weights_only=True, map_location=device) if path.is_file() else None
+
+def load_checkpoint(
+    path: Path, device: str = "cpu", say: Callable[[str], None] | None = None
+) -> dict[str, Any] | None:
+    """Read a state onto a device, running no code in it; None where there is none.
+
+    Args:
+        path: of the file.
+        device: where its tensors go.
+        say: told of a file that is damaged, which counts as none.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = memoryview(path.read_bytes())
+        state, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if hashlib.sha256(state).digest() == digest:
+            stored: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True, map_location=device)
+            return stored
+    except OSError:  # the disk does not give it
+        pass
+    if say is not None:
+        say(f"{path} is damaged and counts as none: this training starts anew")
+    return None
 
 
 _TRAIN_PER_STORE = 30  # seconds of training for each second of storing a checkpoint
@@ -53,6 +80,7 @@ class Checkpoints:
         started = time.monotonic()
         self._prepared = io.BytesIO()
         torch.save(state, self._prepared)
+        self._prepared.write(hashlib.sha256(self._prepared.getbuffer()).digest())
         self._taken = time.monotonic() - started
 
     def commit(self) -> None:

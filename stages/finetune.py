@@ -264,8 +264,8 @@ class _Run:
 
     def restore(self, tuning: "_Tuning") -> None:
         """Go on from the checkpoint, if there is one."""
-        ranks = current()
-        stored = ranks.agree(load_checkpoint(self.checkpoint) if ranks.first else None)
+        ranks, say = current(), tuning.progress.note
+        stored = ranks.agree(load_checkpoint(self.checkpoint, say=say) if ranks.first else None)
         if stored is not None:
             tuning.restore(stored["tuning"])
             self.best, self.history, self.begun = stored["best"], stored["history"], _Begun(**stored["begun"])

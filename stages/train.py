@@ -227,7 +227,7 @@ def train_mixture(
     history: list[EpochRecord] = []
     best: dict[str, Tensor] = {}
     begun = training.begin()
-    stored = ranks.agree(load_checkpoint(checkpoint) if ranks.first else None)
+    stored = ranks.agree(load_checkpoint(checkpoint, say=progress.note) if ranks.first else None)
     if stored is not None:
         training.restore(stored["training"])
         best = stored["best"]

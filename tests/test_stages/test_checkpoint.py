@@ -54,6 +54,21 @@ def test_what_is_prepared_is_stored_later_as_it_was(clock, tmp_path):
     assert load_checkpoint(store.path)["weights"].tolist() == [0, 0]
 
 
+def test_a_damaged_checkpoint_counts_as_none_and_is_said(tmp_path):
+    """Every byte of it: those of tensors torch itself does not look at."""
+    store, said = Checkpoints(tmp_path / "mine.checkpoint"), []
+    store.save({"weights": torch.arange(64.0), "epoch": 3})
+    whole = store.path.read_bytes()
+    damages = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    for content in [*damages, whole[:-1], whole[:9], b"", whole + b"\0"]:
+        store.path.write_bytes(content)
+        assert load_checkpoint(store.path, say=said.append) is None
+    assert len(said) == len(damages) + 4
+    assert set(said) == {f"{store.path} is damaged and counts as none: this training starts anew"}
+    store.path.write_bytes(whole)
+    assert load_checkpoint(store.path)["epoch"] == 3
+
+
 def test_the_end_of_an_epoch_is_not_waited_for_once_a_minute_would_be_lost(clock, tmp_path):
     store = Checkpoints(tmp_path / "mine.checkpoint")
     clock.now = 59
