@@ -17,9 +17,7 @@ from cache.files import write_file
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def load_checkpoint(
-    path: Path, device: str = "cpu", say: Callable[[str], None] | None = None
-) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, device: str = "cpu", say: Callable[[str], None] | None = None) -> dict[str, Any] | None:
     """Read a state onto a device, running no code in it; None where there is none.
 
     Args:
