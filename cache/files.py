@@ -26,6 +26,7 @@ from cache.fingerprint import canonical_json, sha256
 
 SCHEMA = 1  # of every document; a change of meaning takes the next number
 TEMPORARY = ".tmp"
+_LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")
 _DIGEST = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
 
 
@@ -114,6 +115,15 @@ def is_whole(data: bytes) -> bool:
     """Whether bytes are a document as `seal` made it."""
     head = _DIGEST.match(data)
     return head is not None and sha256(memoryview(data)[head.end() :]) == head[1].decode()
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file is of the kind that systems leave in any folder: Finder, Explorer, NFS; and all hidden ones.
+
+    >>> [name for name in (".DS_Store", "._a", ".nfs0000a1", "Thumbs.db", "shard-00000.h5") if not is_stray(name)]
+    ['shard-00000.h5']
+    """
+    return name.startswith(".") or name.casefold() in _LEFT_BY_SYSTEMS
 
 
 def written_after(path: Path, document: Path) -> bool:

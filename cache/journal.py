@@ -23,7 +23,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheError
-from cache.files import TEMPORARY, check, check_fields, disk_errors, read_document, sync_folder, write_document
+from cache.files import (
+    TEMPORARY,
+    check,
+    check_fields,
+    disk_errors,
+    is_stray,
+    read_document,
+    sync_folder,
+    write_document,
+)
 from cache.fingerprint import fingerprint
 from cache.inputs import Failure, InputTable
 from cache.manifest import COPY, check_dataset_name, check_made_with
@@ -200,8 +209,8 @@ def file_size(path: Path) -> int | None:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a folder is missing, or empty but for what killed processes left: free for a new cache."""
-    return not path.exists() or (path.is_dir() and all(file.suffix == TEMPORARY for file in path.iterdir()))
+    """Whether a folder is missing, or empty but for what killed processes and systems left: free for a new cache."""
+    return not path.exists() or (path.is_dir() and all(is_stray(file.name) for file in path.iterdir()))
 
 
 def sweep(path: Path, *, sealed: bool) -> None:

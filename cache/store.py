@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
-from cache.files import TEMPORARY, written_after
+from cache.files import TEMPORARY, is_stray, written_after
 from cache.fingerprint import file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
 from cache.journal import PLAN, file_size, is_blank, sweep
@@ -286,7 +286,7 @@ class FeatureCache:
         digests = {INPUTS: self.manifest.inputs_sha256, FAILURES: self.manifest.failures_sha256}
         digests |= {shard.name: shard.sha256 for shard in shards}
         sizes = {shard.name: shard.nbytes for shard in shards}
-        present = {file.name for file in self.path.iterdir() if file.suffix != TEMPORARY}
+        present = {file.name for file in self.path.iterdir() if not is_stray(file.name)}
         damages = {name: "is missing" for name in digests.keys() - present}
         damages |= {name: "is not part of the cache" for name in present - digests.keys() - {MANIFEST, COPY}}
         for name in digests.keys() & present:
@@ -311,6 +311,11 @@ class FeatureCache:
         if MANIFEST not in damages and not _alike(self.path):
             damages[COPY] = f"is missing, or not the same as {MANIFEST}"
         return [Damage(name, damages[name]) for name in sorted(damages)]
+
+    def strays(self) -> list[str]:
+        """Names of what systems left in the folder, `.DS_Store` and the like; nothing looks at them."""
+        found = (file.name for file in self.path.iterdir() if file.suffix != TEMPORARY)
+        return sorted(filter(is_stray, found))
 
     def _read_file(self, name: str, digest: str) -> bytes:
         try:

@@ -414,6 +414,7 @@ def verify(experiment: str, overrides: tuple[str, ...], debug: bool, repair: boo
         raise click.UsageError("--repair extracts anew and needs the images: give the experiment file, not the cache")
     damages = cache.verify()
     show(f"{damage.file}: {damage.what}" for damage in damages)
+    show(f"{name}: not part of the cache, ignored" for name in cache.strays())
     if damages:
         raise StageError(
             f"{experiment}: {len(damages)} damaged files; verify --repair with the experiment file makes them again"

@@ -21,9 +21,11 @@ from cache import (
     CacheInvalidError,
     FeatureCache,
     FeatureSpec,
+    Lock,
     fingerprint,
     restore_manifest,
 )
+from cache.files import TEMPORARY, is_stray
 from pipeline.checks import check_mixtures, check_patches, check_scalars, check_study, check_tuning
 from pipeline.config import JOINT, RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
@@ -32,7 +34,7 @@ from pipeline.predictions import Format, predict_sources
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
 from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
-from stages.artifacts import CONTENTS, digest_of, has_contents, read_document, write_contents, write_text
+from stages.artifacts import CONTENTS, digest_of, find_damages, has_contents, read_document, write_contents, write_text
 from stages.backbone import Backbone, build_architecture, stored_grid
 from stages.dataset import IdData
 from stages.distributed import current
@@ -200,7 +202,8 @@ class Study:
 
     def train(self, backbone: str = "all") -> Lines:
         """Fit probe and mixtures on cached features."""
-        return [line for leg in self._existing(backbone) for line in self._train(leg)]
+        with self._alone():
+            return [line for leg in self._existing(backbone) for line in self._train(leg)]
 
     def _train(self, leg: Leg) -> Lines:
         data = leg.id_data()
@@ -236,6 +239,10 @@ class Study:
 
     def finetune(self) -> Lines:
         """Fine-tune the whole backbone on images, once a seed; with ``finetune.joint``, together with experts."""
+        with self._alone():
+            return self._finetune()
+
+    def _finetune(self) -> Lines:
         assert self.config.finetune is not None
         pretrained = self._legs[0]
         data = pretrained.id_data()
@@ -279,6 +286,10 @@ class Study:
 
     def score(self, backbone: str = "all") -> Lines:
         """Score every set with every detector; ends in the table."""
+        with self._alone():
+            return self._score(backbone)
+
+    def _score(self, backbone: str) -> Lines:
         sources = self._sources(backbone)
         folder, identity = self.config.work / "scores", self._score_identity(sources)
         lines: Lines = []
@@ -468,14 +479,18 @@ class Study:
         """Every stage that is not fresh, in order."""
         self._check()  # now, and not after hours of the stages before
         self._say(self._extract(self._legs[0]))
+        with self._alone():
+            return self._run_on()
+
+    def _run_on(self) -> Lines:
+        """Every stage after the first."""
         self._say(self._train(self._legs[0]))
         if self.config.finetune is not None:
-            self._say(self.finetune())
+            self._say(self._finetune())
             for leg in self._legs[1:]:
                 self._say(self._extract(leg))
                 self._say(self._train(leg))
-        lines = self.score()
-        return [*lines, *self.write_report()]
+        return [*self._score("all"), *self.write_report()]
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
@@ -514,16 +529,36 @@ class Study:
         return table
 
     def verify(self, repair: bool = False) -> Lines:
-        """Compare every byte of every cache with its manifest; repair makes damaged shards again."""
-        broken = 0
+        """Compare every byte of every cache with its manifest, and of models and scores with what they say of them.
+
+        Repair makes damaged shards again.
+        """
+        broken, stale = 0, self._verify_work()
         for leg in self._legs:
             if leg.seed is None or leg.link_path.is_file():  # a fine-tuned backbone is extracted later than the other
                 for entry in self.config.sets:
                     broken += self._verify(leg, entry, repair)
         if broken:
             hint = "delete these caches, run make extract" if repair else "verify --repair makes damaged shards again"
-            raise StageError(f"{broken} damaged files: {hint}")
+            raise StageError(f"{broken + stale} damaged files: {hint}")
+        if stale:
+            raise StageError(
+                f"{stale} damaged files of models or scores: make run makes those again that it needs; the others may "
+                "be deleted"
+            )
         return []
+
+    def _verify_work(self) -> int:
+        """Say what is damaged of models and scores, and what is none of theirs; how many are damaged."""
+        work = self.config.work
+        files = [path for name in ("model", "finetune") for path in sorted((work / name).rglob("*")) if path.is_file()]
+        strays = [path for path in files if is_stray(path.name) and path.suffix != TEMPORARY]
+        self._say(f"{path}: not part of the study, ignored" for path in strays)
+        documents = [path for path in files if path.suffix == ".json" and path not in strays]
+        documents += [path for name in ("scores", "report") if (path := work / name / CONTENTS).is_file()]
+        found = dict(find_damages(documents))
+        self._say(f"{path}: {what}" for path, what in found.items())
+        return len(found)
 
     def _verify(self, leg: Leg, entry: SetConfig, repair: bool) -> int:
         try:
@@ -535,6 +570,7 @@ class Study:
             return 1
         damages = cache.verify()
         self._say(f"{cache.path / damage.file}: {damage.what}" for damage in damages)
+        self._say(f"{cache.path / name}: not part of the cache, ignored" for name in cache.strays())
         if not damages:
             self._say([f"{cache.path}: whole, {cache.n_rows} rows"])
         elif repair:
@@ -670,6 +706,23 @@ class Study:
         return f"score: fresh, {folder}" if fresh else f"score: would read caches and models, write {folder}"
 
     # ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from working on what this one makes below ``work``; those that work with it may.
+
+        Raises:
+            CacheBusyError: somebody is at it; says who, and since when.
+        """
+        work = self.config.work
+        # Where nothing is there yet a verb says what to run first; who may not write changes nothing.
+        if not self._speaks or not work.is_dir() or not os.access(work, os.W_OK):
+            yield
+            return
+        with Lock(work / "study", "being trained or scored") as lock:
+            if lock.notice:
+                self.progress.note(lock.notice)
+            yield
 
     def _existing(self, backbone: str) -> Iterator[Leg]:
         """Legs that a verb works on, each looked for when it is its turn: the one before may make what it needs."""

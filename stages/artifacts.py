@@ -101,6 +101,18 @@ def has_contents(folder: Path, identity: str) -> bool:
     return contents is not None and contents["identity"] == identity
 
 
+def find_damages(documents: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """What is wrong with documents and with the files that they are about: path and what."""
+    for path in documents:
+        about = read_document(path)
+        if about is None:
+            yield path, "its bytes are not those that were written"
+        for name, digest in (about or {}).get("files", {}).items():
+            found = digest_of(path.parent / name)
+            if found != digest:
+                yield path.parent / name, "is missing" if found is None else "its bytes are not those that were written"
+
+
 def digest_of(path: Path) -> str | None:
     """SHA-256 of a file's bytes; None where it cannot be read."""
     try:
