@@ -1,8 +1,11 @@
 """The page: sections of one study or of several, and the templates that format them."""
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +105,39 @@ def _images_digest(study: ScoredStudy, name: str) -> str:
 
 
 def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> tuple[str, list[ScoredStudy]]:
-    from jinja2 import UndefinedError
-
-    studies, bodies = [], []
-    for number, (work, evidence) in enumerate(works):
-        try:
-            study = ScoredStudy(work, evidence)
+    studies: list[ScoredStudy] = []
+    for work, evidence in works:
+        with _as_written(work):
+            studies.append(ScoredStudy(work, evidence))
+    _tell_apart(studies)
+    bodies = []
+    for number, study in enumerate(studies):
+        with _as_written(study.folder):
             shaped = _sections(study, progress, gallery.MOST_PICTURES // len(works))
             prefix = f"study-{number}-" if len(works) > 1 else ""
             bodies.append(_own_ids(_render("study.html.j2", shaped | {"id": prefix}), prefix))
-        except (*DAMAGE, UndefinedError) as error:
-            raise InputError(
-                f"{work / 'scores'} or record.json is not as this version writes it ({error}): "
-                "delete them, run make score"
-            ) from error
-        studies.append(study)
     values = {"studies": studies, "bodies": bodies, "side_by_side": side_by_side(studies)}
     return _render("report.html.j2", values), studies
+
+
+@contextmanager
+def _as_written(work: Path) -> Iterator[None]:
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except (*DAMAGE, UndefinedError) as error:
+        raise InputError(
+            f"{work / 'scores'} or record.json is not as this version writes it ({error}): delete them, run make score"
+        ) from error
+
+
+def _tell_apart(studies: Sequence[ScoredStudy]) -> None:
+    """Add their folders to the names of those that are called alike, or their lines would be taken for one study's."""
+    counts = Counter(study.name for study in studies)
+    for study in [study for study in studies if counts[study.name] > 1]:
+        above = os.path.commonpath([other.folder.parent for other in studies])
+        study.name = f"{study.name} ({os.path.relpath(study.folder, above)})"
 
 
 def _own_ids(body: str, prefix: str) -> str:

@@ -666,6 +666,17 @@ def test_the_joint_summary_says_which_study(joint):
     assert said.count("frozen alone") == 2  # a row of the table for each of its two methods
 
 
+def test_studies_that_are_called_alike_are_told_apart(joint, tmp_path):
+    root, *_ = joint
+    shutil.copytree(root / "a", tmp_path / "first")
+    shutil.copytree(root / "a", tmp_path / "second")
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.toml").write_text(f"work = '{name}/work'\n" + EXPERIMENT)
+    done("report", *sorted(tmp_path.glob("*.toml")), "--output", tmp_path / "joint")
+    lines = json.loads((tmp_path / "joint" / "summary.json").read_text())
+    assert {line["study"] for line in lines} == {f"{STUDY} (first/work)", f"{STUDY} (second/work)"}
+
+
 def test_where_the_page_of_several_studies_goes(joint, tmp_path):
     root, files, _ = joint
     said = done("report", *files, "--dry-run").out

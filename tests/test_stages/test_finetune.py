@@ -280,7 +280,7 @@ def test_images_that_are_gone_are_named(tune, few_images):
 
 
 def test_a_folder_without_a_head_is_said(tmp_path):
-    with pytest.raises(InputError, match="holds no fine-tuned head: run make finetune"):
+    with pytest.raises(InputError, match="holds no whole fine-tuned head: run make finetune"):
         read_finetuned_head(tmp_path)
 
 
