@@ -449,12 +449,11 @@ class Study:
         from pipeline.report import report_identity, write_report
 
         evidence, folder = self.evidence(), self.config.work / "report"
-        identity = report_identity(self.config.work, evidence)
-        if has_contents(folder, identity):
+        if has_contents(folder, report_identity(self.config.work, evidence)):
             return [f"report: fresh, {folder / 'index.html'}"]
-        with self.record.running("report", identity):
+        with self.record.running("report", ""):  # the page shows the record, which is of this run from here on
             path = write_report(self.config.work, self.progress, evidence)
-            write_contents(folder, identity, [path.name])
+            write_contents(folder, report_identity(self.config.work, evidence), [path.name])
         return [f"report: {path}"]
 
     def evidence(self) -> "Evidence":

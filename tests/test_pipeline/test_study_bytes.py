@@ -54,7 +54,7 @@ epochs = 2
 [score]
 scores = ["energy", "knn"]
 k = 5
-bootstrap = 20
+bootstrap = 100
 """
 CLASSES = ("0", "1", "2")
 MIXTURE = Path("work", "model", "pretrained", "default", "seed-0")
@@ -165,7 +165,8 @@ def test_a_changed_byte_is_made_again_or_refused(stored, share, home, expected):
 def test_every_file_of_models_and_scores_is_watched(home):
     """`verify` names it, whichever it is, and no other."""
     files = [path for name in ("model", "scores", "cache") for path in (home / "work" / name).rglob("*")]
-    watched = [path for path in files if path.is_file() and "neighbours" not in path.parts]  # these watch themselves
+    # Those of neighbours watch themselves; an empty one (no failures) has no byte to change.
+    watched = [path for path in files if path.is_file() and "neighbours" not in path.parts and path.stat().st_size]
     assert len(watched) > 30
     assert done("verify", home / "study.toml").out.count(": whole, ") == 3
     for path in watched:
@@ -192,7 +193,8 @@ def test_changed_results_are_not_shown(name, home):
 
 def test_a_report_that_is_up_to_date_is_left_as_it_is(home):
     page = home / "work" / "report" / "index.html"
-    assert f"report: fresh, {page}" in "".join(done("run", home / "study.toml").out.split("\n"))
+    done("report", home / "study.toml")  # it shows where the study is, which is elsewhere in this copy
+    assert f"report: fresh, {page}" in done("run", home / "study.toml").out
     before = snapshot(home / "work" / "report")
     assert f"report: fresh, {page}" in done("report", home / "study.toml").out
     assert f"report: fresh, {page}" in done("report", home / "study.toml", "--dry-run").out
@@ -274,13 +276,14 @@ def test_a_study_that_was_moved_as_a_whole_is_found_again(beside, tmp_path):
     done("run", home / "study.toml")
     (tmp_path / "far" / "away").mkdir(parents=True)
     home = home.rename(tmp_path / "far" / "away" / "there")
-    before = snapshot(home / "work" / "model", home / "work" / "scores", home / "work" / "report")
+    before = snapshot(home / "work" / "model", home / "work" / "scores")
     plan = done("run", home / "study.toml", "--dry-run").out
     assert "would" not in plan
     for verb in ("extract", "train", "score", "report", "verify", "info", "run"):
         done(verb, home / "study.toml")
     assert len(decisions(home)) == 36
-    assert snapshot(home / "work" / "model", home / "work" / "scores", home / "work" / "report") == before
+    assert snapshot(home / "work" / "model", home / "work" / "scores") == before
+    assert "report: fresh" in done("report", home / "study.toml").out
 
 
 def test_caches_alone_that_were_moved_are_found_where_the_file_says(home, tmp_path):
@@ -346,7 +349,7 @@ expert = "adapter"
 [score]
 scores = ["energy", "knn"]
 k = 5
-bootstrap = 20
+bootstrap = 100
 """
 
 
