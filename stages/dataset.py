@@ -135,7 +135,9 @@ def check_split(
     alike = np.concatenate([[n - 1, 1] if n > 1 else [1] for n in classes])
     of_size = np.repeat(np.arange(len(alike), dtype=np.int32), np.repeat(sizes, shown))
     split = split_rows(of_size, _any_hashes(len(of_size)), val_share, cross_fit)
-    _check_folds(split, of_size, [class_names[place] for place in np.repeat(first, shown)], dataset, what, alike)
+    _check_folds(
+        split, of_size, [class_names[place] for place in np.repeat(first, shown).tolist()], dataset, what, alike
+    )
     return int(np.bincount(of_size[split.folds[0].train], minlength=len(alike)) @ alike)
 
 

@@ -46,7 +46,7 @@ def home(tmp_path_factory):
     (home / "study.toml").write_text(study)
     (home / "finetune.toml").write_text(study + FINETUNE)
     (home / "variant.toml").write_text(study + VARIANT)
-    draw(home / "images" / "val", "sklearn:digits[0-2]/train", 1, start=8)
+    draw(home / "images" / "val", "sklearn:digits[0]/train", 1, start=8)
     (home / "val.toml").write_text(study + VAL)
     (home / "groups.json").write_text(json.dumps({"digit 0": 0, "digit 1": 1}))
     (home / "any.pth").write_bytes(b"never read")
@@ -59,10 +59,10 @@ def network(home, name, size=64):
 
 
 def many_classes(home):
-    """65 classes of two images that nobody can decode; covariances of them are 2 GiB and 32 MiB for a ResNet-50."""
+    """65 classes of three images that nobody can decode; covariances of them are 2 GiB and 32 MiB for a ResNet-50."""
     for number in range(65):
         (home / "many" / str(number)).mkdir(parents=True, exist_ok=True)
-        for name in ("a.png", "b.png"):
+        for name in ("a.png", "b.png", "c.png"):
             (home / "many" / str(number) / name).write_bytes(b"no image")
     return home / "many"
 
@@ -86,7 +86,7 @@ KINDS = {
     "an id-val set too small to halve": (
         "val",
         lambda home: [],
-        "the id-val set has 3 image(s), too few to halve into those that select and those that calibrate",
+        "the id-val set has 1 image(s), too few to halve into those that select and those that calibrate",
     ),
     "more experts than classes": (
         "study",

@@ -55,7 +55,7 @@ def made_of(data: IdData, folder, run: str) -> dict[object, bytes]:
     """Every array of one run's model by its name, an expert's by the classes of its group."""
     mixture = load_mixture(folder if run == "final" else folder / run, lambda: None, DIM, DIM)
     index = 0 if run == "final" else int(run.removeprefix("fold-"))
-    identity = json.loads((folder / "mofe.json").read_text())["identity"]
+    identity = json.loads((folder / "mofe.json").read_text())["heads"]
     heads = load_heads(folder, "heads", identity) | {"probe": train_probe(data, folder / "probe")}
 
     def name_of(expert: int) -> str:
