@@ -21,7 +21,7 @@ OPENOOD = {"ssb_hard": "largescale", "ninco": "largescale", "inaturalist": "larg
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The folders of ImageNet and of MOS's OOD sets, and OpenOOD's lists, with two images of each class."""
+    """The folders of ImageNet and of MOS's OOD sets, and OpenOOD's lists, with three images of each class."""
     root = tmp_path_factory.mktemp("data")
     pixel = root / "pixel.png"
     Image.new("RGB", (2, 2)).save(pixel)
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
         path.hardlink_to(pixel)
 
     for name in [*CLASSES, OTHER_CLASS]:
-        for number in (1, 2):  # of one, none could be held out
+        for number in (1, 2, 3):  # of fewer, none could be held out to select and to calibrate
             put(root / "imagenet" / "train" / name / f"{name}_{number}.JPEG")
         put(root / "imagenet" / "val" / name / "ILSVRC2012_val_00000001.JPEG")
     for folder in (
@@ -74,7 +74,7 @@ def test_a_dry_run_finds_every_set_and_says_what_would_run(path, data, tmp_path)
     for entry in config.sets:
         n = 2 if openood else 1
         if entry.role.startswith("id-"):
-            n = 14 if openood else 2 * n_classes if entry.role == "id-train" else n_classes
+            n = 14 if openood else 3 * n_classes if entry.role == "id-train" else n_classes
         assert re.search(rf"^extract pretrained {re.escape(entry.name)}: {n} images, would write", said, re.MULTILINE)
     for variant in config.variant_configs():
         assert f"train pretrained {variant} seed 0: would run" in said
