@@ -77,6 +77,8 @@ def predict_sources(
         print(f"{image.path}: cannot be used: {image.reason}", file=sys.stderr)
     if not predictions:
         raise InputError("none of the given images can be used")
+    if why := predictor.threshold.too_few:
+        print(f"no threshold, so no decision: {why}", file=sys.stderr)
     return _json(predictor, predictions, unusable) if form == "json" else _csv(predictions)
 
 

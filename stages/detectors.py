@@ -1,7 +1,8 @@
 """Fitted detectors: a score on a choice of features, with what it learnt from ID rows.
 
 A *subject* is one choice of features: the backbone's own, or one trained mixture's. It has a run for each fold of the
-split (one where rows were simply held out) and a final bank. A *detector* is one score of one head on a subject::
+split (one where rows were simply held out) and a final bank; under cross-fitting also a run for each part of the rows,
+whose bank has all others. A *detector* is one score of one head on a subject::
 
     part  ("none", "knn"), ("refit", "energy"), …   a fitted scorer and the raw scores of all calibration rows
     detector  one part, or the sum of several standardised on the calibration rows ("knn+energy");
@@ -12,7 +13,7 @@ experts' scores, weighted by the gate; what the detector learnt from routed rows
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from stages.scorers import (
 )
 from stages.scorers import Fold as KFold
 from stages.scorers.base import LazyRows, check_finite
+from stages.split import N_PARTS
 
 Floats = NDArray[np.float32]
 Head = ClassifierHead | tuple[ClassifierHead, ...]
@@ -89,16 +91,22 @@ class SetRows:
             self.heads.get(head),
         )
 
+    def take(self, rows: NDArray[np.integer] | slice) -> "SetRows":
+        """The given rows, by number or by slice; features and logits are not read."""
+        small = {
+            name: None if (values := getattr(self, name)) is None else values[rows]
+            for name in ("expert", "confidence", "others", "other", "patches")
+        }
+        logits = {head: values[rows] for head, values in self.logits.items()}
+        return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads)
+
     def blocks(self) -> Iterator[tuple[slice, "SetRows"]]:
         """All rows in order, some at a time, each block read once for all who look at it; and which rows they are."""
         for start in range(0, len(self), _BLOCK):
             some = slice(start, start + _BLOCK)
-            small = {
-                name: None if (values := getattr(self, name)) is None else values[some]
-                for name in ("expert", "confidence", "others", "other", "patches")
-            }
-            logits = {head: _read_once(values, some) for head, values in self.logits.items()}
-            yield some, SetRows(_read_once(self.features, some), self.labels[some], logits, **small, heads=self.heads)
+            block = self.take(some)
+            logits = {head: _read_once(values) for head, values in block.logits.items()}
+            yield some, replace(block, features=_read_once(block.features), logits=logits)
 
     def predictions(self) -> dict[str, NDArray[np.int32]]:
         """``[n]`` the most probable class by each head."""
@@ -109,14 +117,13 @@ class SetRows:
         return found
 
 
-def _read_once(values: Rows2D | ReadOnce, some: slice) -> Rows2D | ReadOnce:
-    rows = values[some]
+def _read_once(rows: Rows2D | ReadOnce) -> Rows2D | ReadOnce:
     return ReadOnce(rows) if isinstance(rows, LazyArray) else rows
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One fold's model: its bank (training rows), the rows that it was selected on, and those that it did not see.
+    """The model of a fold or of a part: its bank (training rows), the rows that it was selected on, and unseen ones.
 
     `second` are the calibrate rows once more, through the router's second choice; None where no top-2 row is asked.
     """
@@ -144,11 +151,13 @@ class Subject:
     Attributes:
         key: its name in the table.
         heads: heads whose logits its rows carry.
-        runs: one for each fold.
+        runs: one for each fold; they choose k.
         bank: training rows of the final model.
         select_rows: rows that the final model's scores may choose their settings by; it was trained on none of them.
         n_experts: E; 0 without experts.
         has_others: whether its rows carry each group's log odds of "other".
+        parts: one for each part under cross-fitting; they calibrate, for their banks have all rows but a few. Their
+            select rows are the final model's.
     """
 
     key: SubjectKey
@@ -158,16 +167,30 @@ class Subject:
     select_rows: SetRows
     n_experts: int = 0
     has_others: bool = False
+    parts: tuple[Run, ...] = ()
+
+    @property
+    def calibrating(self) -> tuple[Run, ...]:
+        """Runs whose calibrate rows calibrate the final model."""
+        return self.parts or self.runs
+
+    @property
+    def calibration_part(self) -> NDArray[np.int64]:
+        """``[n]`` the part of each calibration row; those of a single run are dealt to as many."""
+        sizes = [len(run.calibrate) for run in self.calibrating]
+        if len(sizes) == 1:
+            return np.arange(sizes[0]) % N_PARTS
+        return np.repeat(np.arange(len(sizes)), sizes)
 
     @property
     def calibration_expert(self) -> NDArray[np.int64] | None:
-        """Expert that each calibration row of every fold went to; None without experts."""
-        return np.concatenate([_known(run.calibrate.expert) for run in self.runs]) if self.n_experts else None
+        """Expert that each calibration row went to; None without experts."""
+        return np.concatenate([_known(run.calibrate.expert) for run in self.calibrating]) if self.n_experts else None
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A scorer fitted for the final model, and the raw scores of all calibration rows by their folds' models.
+    """A scorer fitted for the final model, and the raw scores of all calibration rows by models that did not see them.
 
     `head` is whose logits it reads, ``"none"`` where it reads none. `second` are the scores of the same rows through
     the router's second choice, where top-2 rows are asked.
@@ -177,6 +200,40 @@ class Part:
     head: str
     calibration: Floats
     second: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What makes the parts of a detector comparable, from their raw scores of calibration rows.
+
+    Attributes:
+        experts: each part's scale per expert; none where scores are not calibrated over experts.
+        standardisers: each part's mean and deviation, of what the first made of it; none where there is one part.
+    """
+
+    experts: tuple[ExpertCalibration, ...] = ()
+    standardisers: tuple[Standardiser, ...] = ()
+
+    @classmethod
+    def fit(cls, raw: Sequence[Floats], expert: NDArray[np.int64] | None, n_experts: int) -> "Scales":
+        """From scores ``[n]`` of each part.
+
+        Args:
+            raw: of the calibration rows.
+            expert: ``[n]`` that each row went to; None where scores are not to be calibrated over experts.
+            n_experts: E.
+        """
+        experts: tuple[ExpertCalibration, ...] = ()
+        if expert is not None:
+            experts = tuple(ExpertCalibration.fit(scores, expert, n_experts) for scores in raw)
+            raw = [scale.apply(scores, expert) for scale, scores in zip(experts, raw, strict=True)]
+        return cls(experts, tuple(map(Standardiser.fit, raw)) if len(raw) > 1 else ())
+
+    def apply(self, raw: Sequence[Floats], expert: NDArray[np.int64] | None) -> Floats:
+        """One score a row, ``[n]``."""
+        if self.experts:
+            raw = [scale.apply(scores, _known(expert)) for scale, scores in zip(self.experts, raw, strict=True)]
+        return sum_scores(raw, self.standardisers) if self.standardisers else np.asarray(raw[0], dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +246,7 @@ class Detector:
         score: name, ``"a+b"`` for a sum.
         calibrated: whether every part is first put on its expert's scale.
         parts: the summands.
-        experts: each part's scale per expert, where calibrated.
-        standardisers: each part's mean and deviation on the calibration rows, for sums.
+        scales: of the parts, from the calibration rows.
     """
 
     subject: Subject
@@ -198,8 +254,7 @@ class Detector:
     score: str
     calibrated: bool
     parts: tuple[Part, ...]
-    experts: tuple[ExpertCalibration, ...] = ()
-    standardisers: tuple[Standardiser, ...] = ()
+    scales: Scales = Scales()
 
     @property
     def params(self) -> dict[str, Any]:
@@ -210,10 +265,7 @@ class Detector:
 
     def combine(self, raw: Sequence[Floats], expert: NDArray[np.int64] | None) -> Floats:
         """Raw scores of the parts, ``[n]`` each, to the detector's score; higher = more OOD."""
-        if self.calibrated:
-            assert expert is not None
-            raw = [scale.apply(scores, expert) for scale, scores in zip(self.experts, raw, strict=True)]
-        return sum_scores(raw, self.standardisers) if self.standardisers else np.asarray(raw[0], dtype=np.float32)
+        return self.scales.apply(raw, expert)
 
     @property
     def is_routed(self) -> bool:
@@ -226,18 +278,36 @@ class Detector:
 
     @property
     def calibration_scores(self) -> Floats:
-        """Scores of the calibration rows, which no model in question was trained or selected on."""
-        return self.combine([part.calibration for part in self.parts], self.subject.calibration_expert)
+        """Scores of the calibration rows, which no model in question was trained or selected on.
+
+        As little may a row have set the scale that it is measured by: each is on the scales of the rows that were not
+        left out with it.
+        """
+        return self._without_their_part([part.calibration for part in self.parts], self.subject.calibration_expert)
 
     @property
     def top2_calibration_scores(self) -> Floats:
         """The same by the router's two choices, where top-2 rows are asked."""
-        runs = self.subject.runs
+        runs = self.subject.calibrating
         twins = [run.second for run in runs if run.second is not None]
         raw = [part.second for part in self.parts if part.second is not None]
-        second = self.combine(raw, np.concatenate([_known(rows.expert) for rows in twins]))
+        second = self._without_their_part(raw, np.concatenate([_known(rows.expert) for rows in twins]))
         share = np.concatenate([gate_share(run.calibrate, rows) for run, rows in zip(runs, twins, strict=True)])
         return gate_weighted(self.calibration_scores, second, share)
+
+    def _without_their_part(self, raw: Sequence[Floats], expert: NDArray[np.int64] | None) -> Floats:
+        """Scores of the calibration rows, or of their twins, on scales of the rows that are in no part with them."""
+        number, known = self.subject.calibration_part, [part.calibration for part in self.parts]
+        if self.scales == Scales() or len(np.unique(number)) < 3:  # a scale wants two rows
+            return self.combine(raw, expert)
+        first = self.subject.calibration_expert if self.calibrated else None
+        scores = np.empty(len(number), dtype=np.float32)
+        for part in np.unique(number):
+            own, others = number == part, np.flatnonzero(number != part)
+            routed = None if first is None else first[others]
+            scales = Scales.fit([values[others] for values in known], routed, self.subject.n_experts)
+            scores[own] = scales.apply([values[own] for values in raw], None if expert is None else expert[own])
+        return scores
 
 
 def score_together(detectors: Sequence[Detector], rows: SetRows) -> list[Floats]:
@@ -344,22 +414,9 @@ class DetectorFactory:
         keys = _parts_of(head, score)
         self._fit(keys)
         parts = tuple(self._parts[key] for key in keys)
-        experts: tuple[ExpertCalibration, ...] = ()
-        if calibrated:
-            experts = tuple(
-                ExpertCalibration.fit(part.calibration, _known(self.subject.calibration_expert), self.subject.n_experts)
-                for part in parts
-            )
-        plain = Detector(self.subject, head, score, calibrated, parts, experts)
-        if len(parts) == 1:
-            return plain
-        scales = []
-        for index, part in enumerate(parts):
-            scores = part.calibration
-            if calibrated:
-                scores = experts[index].apply(scores, _known(self.subject.calibration_expert))
-            scales.append(Standardiser.fit(scores))
-        return Detector(self.subject, head, score, calibrated, parts, experts, tuple(scales))
+        routed = _known(self.subject.calibration_expert) if calibrated else None
+        scales = Scales.fit([part.calibration for part in parts], routed, self.subject.n_experts)
+        return Detector(self.subject, head, score, calibrated, parts, scales)
 
     def _fit(self, keys: Iterable[tuple[str, str]]) -> None:
         """Fit what is not fitted yet of (head, score); rows to calibrate on are read once for all of it."""
@@ -368,14 +425,14 @@ class DetectorFactory:
         calibration: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
         second: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
         scorers: list[Scorer] = []
-        for run in subject.runs:
+        for run in subject.calibrating:
             scorers = [self._scorer(name).fit(run.bank.inputs(head), run.select.inputs(head)) for head, name in new]
             pairs = [(scorer, head) for scorer, (head, _) in zip(scorers, new, strict=True)]
             for kept, rows in ((calibration, run.calibrate), (second, run.second)):
                 if rows is not None:
                     for key, scores in zip(new, _raw_scores(pairs, rows), strict=True):
                         kept[key].append(scores)
-        if len(subject.runs) > 1:
+        if len(subject.calibrating) > 1:
             scorers = [
                 self._scorer(name).fit(subject.bank.inputs(head), subject.select_rows.inputs(head))
                 for head, name in new

@@ -140,28 +140,45 @@ def choose_head(rows: HeadRows, n_classes: int, strengths: Sequence[float] = STR
 
 @dataclass(frozen=True)
 class FittedHeads:
-    """One head for each fold's model and one for the final model, with how the final one's strength was chosen."""
+    """One head for each fold's model and one for the final model, with how the final one's strength was chosen.
+
+    `parts` are those that calibrate under cross-fitting, each fitted without one part of the rows (`stages.split`),
+    with the final one's strength. Like it they start from zero: a solver that stops early would not leave a head that
+    has seen the part.
+    """
 
     folds: tuple[LinearHead, ...]
     final: LinearHead
     strength: float
     judged: dict[str, float]
+    parts: tuple[LinearHead, ...] = ()
 
     @classmethod
-    def of(cls, chosen: Sequence[ChosenHead]) -> "FittedHeads":
-        """Heads of the folds' models and, last, of the final one; a single one is both."""
+    def of(cls, chosen: Sequence[ChosenHead], n_classes: int, parts: Sequence["FitRows"] = ()) -> "FittedHeads":
+        """Heads of the folds' models and, last, of the final one; a single one is both.
+
+        Args:
+            chosen: them.
+            n_classes: C.
+            parts: rows that are left without each part under cross-fitting.
+        """
         *folds, final = chosen
-        return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged)
+        without = tuple(fit_head(*rows, n_classes, final.strength) for rows in parts)
+        return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged, without)
 
 
-def fit_heads(models: Sequence[HeadRows], n_classes: int) -> FittedHeads:
+FitRows = tuple[Rows2D, NDArray[np.int32]]  # features [N, D] and labels [N]
+
+
+def fit_heads(models: Sequence[HeadRows], n_classes: int, parts: Sequence[FitRows] = ()) -> FittedHeads:
     """Choose and fit the head of every model by the same rule, each on its own rows alone.
 
     Args:
         models: rows of the folds' models and, last, of the final one; one where that is the only fold's.
         n_classes: C.
+        parts: rows that are left without each part under cross-fitting.
     """
-    return FittedHeads.of([choose_head(rows, n_classes) for rows in models])
+    return FittedHeads.of([choose_head(rows, n_classes) for rows in models], n_classes, parts)
 
 
 def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identity: str) -> None:
@@ -169,11 +186,16 @@ def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identi
     tensors = {
         f"{kind}/{index}/{key}": array
         for kind, fitted in heads.items()
-        for index, head in enumerate((*fitted.folds, fitted.final))
+        for index, head in enumerate((*fitted.folds, *fitted.parts, fitted.final))
         for key, array in head.tensors().items()
     }
     about = {
-        kind: {"folds": len(fitted.folds), "strength": fitted.strength, "log_likelihood": fitted.judged}
+        kind: {
+            "folds": len(fitted.folds),
+            "parts": len(fitted.parts),
+            "strength": fitted.strength,
+            "log_likelihood": fitted.judged,
+        }
         for kind, fitted in heads.items()
     }
     write_described(folder / f"{name}.safetensors", tensors, {"identity": identity, "heads": about})
@@ -189,8 +211,10 @@ def load_heads(folder: Path, name: str, identity: str) -> dict[str, FittedHeads]
 
 
 def _stored_heads(tensors: Mapping[str, Floats], kind: str, described: Mapping[str, Any]) -> FittedHeads:
+    n_folds, n_parts = described["folds"], described["parts"]
     heads = [
         LinearHead(*(tensors[f"{kind}/{index}/{key}"] for key in ("mean", "scale", "weight", "bias")))
-        for index in range(described["folds"] + 1)
+        for index in range(n_folds + n_parts + 1)
     ]
-    return FittedHeads(tuple(heads[:-1]), heads[-1], described["strength"], described["log_likelihood"])
+    folds, parts, final = tuple(heads[:n_folds]), tuple(heads[n_folds:-1]), heads[-1]
+    return FittedHeads(folds, final, described["strength"], described["log_likelihood"], parts)

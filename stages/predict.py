@@ -34,10 +34,10 @@ class Prediction:
     Attributes:
         path: as it was given.
         score: higher = more OOD.
-        threshold: a score at or below it is admitted as ID.
-        threshold_lo: lower end of its 95 % confidence interval; None where the calibration rows are too few for it.
+        threshold: a score at or below it is admitted as ID; None where the calibration rows are too few for it.
+        threshold_lo: lower end of its 95 % confidence interval; None where they are too few for that.
         threshold_hi: upper end, likewise.
-        decision: ``"ID"`` or ``"OOD"``.
+        decision: ``"ID"`` or ``"OOD"``; ``"unknown"`` without a threshold.
         prediction: class name.
         expert: that the image was routed to; None without experts.
         nearest: the nearest of the training images that its score may look at, the routed expert's where there are
@@ -46,7 +46,7 @@ class Prediction:
 
     path: str
     score: float
-    threshold: float
+    threshold: float | None
     threshold_lo: float | None
     threshold_hi: float | None
     decision: str
@@ -115,7 +115,7 @@ class Predictor:
                 threshold=admits.threshold,
                 threshold_lo=admits.lo,
                 threshold_hi=admits.hi,
-                decision="ID" if scores[index] <= admits.threshold else "OOD",
+                decision=admits.decide(float(scores[index])),
                 prediction=self._class_names[predicted[index]],
                 expert=experts[index],
                 nearest=nearest[index],

@@ -17,10 +17,12 @@ from stages.backbone import Tokens
 from stages.dataset import read_tokens, unit
 from stages.errors import StageError
 from stages.experts import MixtureOfFeatureExperts
+from stages.lazy import LazyArray, Rows2D, one_after_another
 from stages.progress import NullProgress, Progress
-from stages.split import Rows
+from stages.split import Part, Rows, Split
 
 REFINE_BATCH = 64
+LEFT_OUT = "left-out"  # the name of a fold's calibrate rows as its bank would have them, beside "id-train"
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,39 @@ def refined_digest(path: Path) -> str | None:
     """SHA-256 of a set's refined features, as their document says it; None where there is no whole document."""
     digest = ((read_document(path.with_suffix(".json")) or {}).get("files") or {}).get(path.name)
     return None if digest is None else str(digest)
+
+
+@dataclass(frozen=True, eq=False)
+class PartBank:
+    """A bank of all rows but those of a part, through the experts of the part's fold.
+
+    Attributes:
+        rows: ``[n]`` which of id-train's they are.
+        features: ``[n, D]``, read when they are looked at.
+        expert: ``[n]`` each row's own group's.
+    """
+
+    rows: Rows
+    features: Rows2D
+    expert: NDArray[np.int64]
+
+
+def part_bank(split: Split, part: Part, bank: Refined, left_out: Refined) -> PartBank:
+    """What calibrates a part: as many rows as the final bank has, but for a few.
+
+    Args:
+        split: cross-fitted.
+        part: one of its parts.
+        bank: id-train through the experts of the part's fold, its training rows by their own groups.
+        left_out: the calibrate rows of that fold, by their own groups as well.
+    """
+    fold = split.folds[part.fold]
+    others = np.flatnonzero(~np.isin(fold.calibrate, part.rows))
+    return PartBank(
+        np.concatenate([fold.train, fold.calibrate[others]]),
+        one_after_another([LazyArray.of(bank.features, fold.train), LazyArray.of(left_out.features, others)]),
+        np.concatenate([bank.expert[fold.train], left_out.expert[others]]),
+    )
 
 
 def load_refined(path: Path, identity: Mapping[str, Any]) -> Refined | None:

@@ -39,7 +39,7 @@ from stages.neighbours import NeighbourStore
 from stages.overlap import find_overlaps, first_alike
 from stages.progress import NullProgress, Progress
 from stages.scored import FILES, samples_path
-from stages.scorers import threshold_at
+from stages.scorers import ThresholdEstimate, threshold_at
 from stages.scorers.selection import SMALLEST
 from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
 from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
@@ -92,6 +92,7 @@ def score(
     remarks: dict[tuple[str, str], list[str]] = {}  # (score, what there is to say of its fit) -> features
     ties = _Ties({_key(test): test.cache.image_hashes for test in tests})
     thresholds: list[dict[str, Any]] = []
+    without_threshold: dict[str, list[str]] = {}  # why -> features that have none
     written: set[Path] = set()
     id_record: dict[str, Any] = {"accuracy": [], "router": [], "k": [], "split": {}}
     neighbours = NeighbourStore(folder / "neighbours")
@@ -109,7 +110,10 @@ def score(
                     name = _columns(detector, routing, config)
                     rows += evaluator.rows(name, scores["id"], {ood: scores[ood] for ood, _ in oods})
                     scored.setdefault(routing, []).append((detector, scores))
-                    thresholds += _thresholds(detector, name)
+                    for estimate in _thresholds(detector, routing):
+                        thresholds.append(name | asdict(estimate))
+                        if why := estimate.too_few:
+                            without_threshold.setdefault(why, []).append(_words(subject))
                 for part in detector.parts:
                     for remark in part.scorer.remarks():
                         remarks.setdefault((part.scorer.name, remark), []).append(_place(subject, part.head))
@@ -149,6 +153,8 @@ def score(
     if overlaps:
         what = f"{unit(sources[0].data.train)}s that stand in two sets (same bytes)"
         notes.append(f"{what}: {'; '.join(map(str, overlaps))}; all are named in {folder / 'id.json'}")
+    for why, places in without_threshold.items():
+        notes.append(f"no threshold for {', '.join(dict.fromkeys(places))}: {why}")
     for (lacking, what), places in left_out.items():
         notes.append(f"{lacking}: not of {', '.join(dict.fromkeys(places))}: it needs {what}")
     notes += [f"{of}: {said}: {', '.join(dict.fromkeys(places))}" for (of, said), places in remarks.items()]
@@ -342,11 +348,11 @@ def _columns(detector: Detector, routing: str, config: ScoreConfig) -> dict[str,
     }
 
 
-def _thresholds(detector: Detector, name: dict[str, Any]) -> list[dict[str, Any]]:
-    if name["routing"] == "oracle":
+def _thresholds(detector: Detector, routing: str) -> list[ThresholdEstimate]:
+    if routing == "oracle":
         return []
-    scores = detector.top2_calibration_scores if name["routing"] == "top2" else detector.calibration_scores
-    return [name | asdict(threshold_at(scores, admit)) for admit in ADMIT]
+    scores = detector.top2_calibration_scores if routing == "top2" else detector.calibration_scores
+    return [threshold_at(scores, admit) for admit in ADMIT]
 
 
 def _accuracy(made: _Made, predicted: Predictions) -> dict[str, float]:

@@ -4,7 +4,7 @@ A `BackboneSource` is all that is on disk of one backbone. No image is opened an
 refined features are computed once per set and kept, so that another k or score costs a search and some arithmetic.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,14 @@ from stages.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.experts import MixtureOfFeatureExperts, load_mixture, load_trained_heads, run_folder
 from stages.heads import FittedHeads, LinearHead, load_heads
-from stages.lazy import Floats, LazyArray, RowNumbers
+from stages.lazy import Floats, LazyArray, RowNumbers, Rows2D
 from stages.progress import Progress
 from stages.refine import (
+    LEFT_OUT,
     REFINE_BATCH,
     Refined,
     load_refined,
+    part_bank,
     refine,
     refine_to,
     refined_identity,
@@ -150,29 +152,42 @@ class FrozenFeatures:
         held = train if data.held_out is data.train else self._cached(data.held_out)
         runs = tuple(
             Run(
-                self._bank(train, fold.train, index),
-                self._rows(held[fold.select], data.held_out_labels[fold.select], index),
-                self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], index),
+                self._bank(train, fold.train, _of_fold(index)),
+                self._rows(held[fold.select], data.held_out_labels[fold.select], _of_fold(index)),
+                self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], _of_fold(index)),
             )
             for index, fold in enumerate(data.split.folds)
         )
         key, heads = SubjectKey(self.source.name, "cls", "", self.source.seed), (*self._heads, *train.given)
         if not data.split.cross_fitted:  # the only fold's model is the final one: its bank need not be in memory twice
             return Subject(key, heads, runs, runs[0].bank, runs[0].select)
-        bank, select = self._bank(train, data.split.final_train, None), data.split.select
-        return Subject(key, heads, runs, bank, self._rows(held[select], data.held_out_labels[select], None))
+        # Rows that are held out from models are of id-train here.
+        select, labels = data.split.select, data.train_labels
+        parts = tuple(
+            Run(
+                self._bank(train, data.split.without(part), _of_part(index)),
+                self._rows(train[select], labels[select], _of_part(index)),
+                self._rows(train[part.rows], labels[part.rows], _of_part(index)),
+            )
+            for index, part in enumerate(data.split.parts)
+        )
+        bank, rows = (
+            self._bank(train, data.split.final_train, _final),
+            self._rows(train[select], labels[select], _final),
+        )
+        return Subject(key, heads, runs, bank, rows, parts=parts)
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""
-        return self._rows(self._cached(cache), labels, None)
+        return self._rows(self._cached(cache), labels, _final)
 
-    def _rows(self, cached: "_CachedRows", labels: Labels, fold: int | None) -> SetRows:
-        heads = {name: _pick(fitted, fold) for name, fitted in self._heads.items()}
+    def _rows(self, cached: "_CachedRows", labels: Labels, pick: "_Pick") -> SetRows:
+        heads = {name: pick(fitted) for name, fitted in self._heads.items()}
         logits = {name: cached.features.then(head.logits, len(head.bias)) for name, head in heads.items()}
         return SetRows(cached.features, labels, logits | cached.given, patches=cached.patches)
 
-    def _bank(self, train: "_CachedRows", rows: Rows, fold: int | None) -> SetRows:
-        heads: dict[str, Head] = {name: _pick(fitted, fold).on_raw_features() for name, fitted in self._heads.items()}
+    def _bank(self, train: "_CachedRows", rows: Rows, pick: "_Pick") -> SetRows:
+        heads: dict[str, Head] = {name: pick(fitted).on_raw_features() for name, fitted in self._heads.items()}
         own, labels = train[rows], self.source.data.train_labels[rows]
         return SetRows(own.features, labels, own.given, patches=own.patches, heads=heads)
 
@@ -219,7 +234,7 @@ class RefinedFeatures:
             raise CacheMismatchError(
                 f"{folder.path}: the mixture was trained on other features or another split: run make train"
             )
-        self._files, self._bank = about["files"], about["bank"]
+        self._files, self._bank, self._left_out = about["files"], about["bank"], about["left_out"]
         heads = load_heads(folder.path, "heads", about["heads"])
         if heads is None:
             raise InputError(f"{folder.path} holds no whole heads.safetensors: run make train")
@@ -247,50 +262,71 @@ class RefinedFeatures:
             held = bank if data.held_out is data.train else self.refined(name, "id-val", data.held_out)
             runs.append(
                 Run(
-                    self._bank_rows(name, bank, fold.train, index),
-                    self._rows(held, data.held_out_labels, index, fold.select),
-                    self._rows(held, data.held_out_labels, index, fold.calibrate),
-                    self._second_of_fold(name, index, held) if top2 else None,
+                    self._bank_rows(name, bank, fold.train, _of_fold(index)),
+                    self._rows(held, data.held_out_labels, _of_fold(index), fold.select),
+                    self._rows(held, data.held_out_labels, _of_fold(index), fold.calibrate),
+                    self._second_of(name, held, fold.calibrate, _of_fold(index)) if top2 else None,
                 )
             )
         key = SubjectKey(self.source.name, "mofe", self.folder.variant, self.folder.seed)
         final, select = self.bank("final"), runs[0].select
         if data.split.cross_fitted:
-            select = self._rows(final, data.held_out_labels, None, data.split.select)
-        has_others = runs[0].calibrate.others is not None
-        rows, heads = self._bank_rows("final", final, data.split.final_train, None), ("trained", "refit", "refit-group")
-        return Subject(key, heads, tuple(runs), rows, select, self.n_experts, has_others)
+            select = self._rows(final, data.held_out_labels, _final, data.split.select)
+        has_others, heads = runs[0].calibrate.others is not None, ("trained", "refit", "refit-group")
+        rows, parts = self._bank_rows("final", final, data.split.final_train, _final), tuple(self._parts(top2))
+        return Subject(key, heads, tuple(runs), rows, select, self.n_experts, has_others, parts)
+
+    def _parts(self, top2: bool) -> Iterator[Run]:
+        """Runs that calibrate under cross-fitting: through a fold's experts, with banks of all rows but the part's."""
+        data = self.source.data
+        split, labels = data.split, data.train_labels
+        if not split.parts:
+            return
+        stored = [(name, self.bank(name), self._stored(name, LEFT_OUT, self._left_out)) for name, _ in data.runs()]
+        for index, part in enumerate(split.parts):
+            name, routed, left_out = stored[part.fold]
+            bank, pick = part_bank(split, part, routed, left_out), _of_part(index)
+            yield Run(
+                self._bank_of(name, bank.rows, bank.features, bank.expert, pick),
+                self._rows(routed, labels, pick, split.select),
+                self._rows(routed, labels, pick, part.rows),
+                self._second_of(name, routed, split.folds[part.fold].calibrate, pick, part.rows) if top2 else None,
+            )
 
     def rows(self, name: str, cache: FeatureCache, labels: Labels, oracle: bool = False) -> SetRows:
         """A set's rows for the final model, routed by the router, or by the true label where `oracle` is asked."""
         expert = self.group[labels].astype(np.int64) if oracle else None
         # Folders of their own: a set may be called id-train, as the bank's file is.
         refined = self.refined("final", f"oracle/{name}" if oracle else f"sets/{name}", cache, expert)
-        return self._rows(refined, labels, None)
+        return self._rows(refined, labels, _final)
 
     def passing_rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same of a cache that is thrown away, as of new images: nothing is kept."""
-        return self._rows(refine(self.mixture(), cache), labels, None)
+        return self._rows(refine(self.mixture(), cache), labels, _final)
 
     def second(self, name: str, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same rows through the router's second choice, for top-2 routing."""
         routed = self.refined("final", f"sets/{name}", cache)
-        return self._second_rows(self.refined("final", f"top2/{name}", cache, routed.runner_up), labels, None)
+        return self._second_rows(self.refined("final", f"top2/{name}", cache, routed.runner_up), labels, _final)
 
-    def _second_of_fold(self, run: str, fold: int, held: Refined) -> SetRows:
+    def _second_of(self, run: str, held: Refined, calibrate: Rows, pick: "_Pick", some: Rows | None = None) -> SetRows:
+        """A fold's calibrate rows, or some of them, through the router's second choice."""
         data = self.source.data
-        rows = data.split.folds[fold].calibrate
-        refined = self.refined(run, "top2-calibrate", data.held_out, held.runner_up[rows], rows)
-        return self._second_rows(refined, data.held_out_labels[rows], fold)
+        refined = self.refined(run, "top2-calibrate", data.held_out, held.runner_up[calibrate], calibrate)
+        own = np.arange(len(calibrate)) if some is None else np.searchsorted(calibrate, some)
+        return self._second_rows(refined, data.held_out_labels[calibrate], pick, own)
 
-    def _second_rows(self, refined: Refined, labels: Labels, fold: int | None) -> SetRows:
+    def _second_rows(self, refined: Refined, labels: Labels, pick: "_Pick", rows: Rows | None = None) -> SetRows:
         gate = refined.gate[np.arange(len(refined.expert)), refined.expert]
-        return replace(self._rows(refined, labels, fold), confidence=gate)
+        return replace(self._rows(refined, labels, pick, rows), confidence=gate if rows is None else gate[rows])
 
     def bank(self, run: str) -> Refined:
         """Refined id-train rows of one run, as training left them; features and logits stay in the file."""
-        path = refined_path(self.folder.path, run, "id-train")
-        refined = load_refined(path, {"files": {path.name: self._bank[run]}})
+        return self._stored(run, "id-train", self._bank)
+
+    def _stored(self, run: str, name: str, digests: Mapping[str, str]) -> Refined:
+        path = refined_path(self.folder.path, run, name)
+        refined = load_refined(path, {"files": {path.name: digests[run]}})
         if refined is None:
             raise InputError(f"{path} is missing or damaged: delete {self.folder.path / 'mofe.json'}, run make train")
         return refined
@@ -326,19 +362,22 @@ class RefinedFeatures:
         path = run_folder(self.folder.path, run) / "mofe.safetensors"
         return str(self._files[path.relative_to(self.folder.path).as_posix()])
 
-    def _bank_rows(self, run: str, refined: Refined, rows: Rows, fold: int | None) -> SetRows:
+    def _bank_rows(self, run: str, refined: Refined, rows: Rows, pick: "_Pick") -> SetRows:
+        return self._bank_of(run, rows, LazyArray.of(refined.features, rows), refined.expert[rows], pick)
+
+    def _bank_of(self, run: str, rows: Rows, features: Rows2D, expert: NDArray[np.int64], pick: "_Pick") -> SetRows:
+        """Rows of id-train, by their numbers, to fit on with the heads of a run."""
         heads: dict[str, Head] = {
             "trained": load_trained_heads(run_folder(self.folder.path, run)),
-            "refit": _pick(self._refit, fold).on_raw_features(),
-            "refit-group": tuple(_pick(heads, fold).on_raw_features() for heads in self._group_heads),
+            "refit": pick(self._refit).on_raw_features(),
+            "refit-group": tuple(pick(heads).on_raw_features() for heads in self._group_heads),
         }
-        features = LazyArray.of(refined.features, rows)
-        return SetRows(features, self.source.data.train_labels[rows], {}, refined.expert[rows], heads=heads)
+        return SetRows(features, self.source.data.train_labels[rows], {}, expert, heads=heads)
 
-    def _rows(self, refined: Refined, labels: Labels, fold: int | None, rows: Rows | None = None) -> SetRows:
+    def _rows(self, refined: Refined, labels: Labels, pick: "_Pick", rows: Rows | None = None) -> SetRows:
         """Rows, all by default, of a set with these labels."""
-        refit = _pick(self._refit, fold)
-        group_heads = [_pick(heads, fold) for heads in self._group_heads]
+        refit = pick(self._refit)
+        group_heads = [pick(heads) for heads in self._group_heads]
 
         def group_logits(features: Floats, numbers: RowNumbers) -> Floats:
             logits = np.full((len(features), len(refit.bias)), -np.inf, dtype=np.float32)
@@ -360,6 +399,16 @@ class RefinedFeatures:
         return SetRows(features, labels[some], logits, refined.expert[some], refined.confidence[some], others, other)
 
 
-def _pick(heads: FittedHeads, fold: int | None) -> LinearHead:
-    """The head of one fold's model, or of the final one."""
-    return heads.final if fold is None else heads.folds[fold]
+_Pick = Callable[[FittedHeads], LinearHead]  # the head of one model among those that were fitted
+
+
+def _final(heads: FittedHeads) -> LinearHead:
+    return heads.final
+
+
+def _of_fold(fold: int) -> _Pick:
+    return lambda heads: heads.folds[fold]
+
+
+def _of_part(part: int) -> _Pick:
+    return lambda heads: heads.parts[part]

@@ -40,6 +40,7 @@ from stages.grouping import experts_for, group_training_classes, grouping_conten
 from stages.heads import (
     STRENGTHS,
     ChosenHead,
+    FitRows,
     FittedHeads,
     HeadRows,
     choose_head,
@@ -51,9 +52,12 @@ from stages.lazy import LazyArray, Rows2D
 from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.progress import NullProgress, Progress
 from stages.refine import (
+    LEFT_OUT,
     REFINE_BATCH,
+    PartBank,
     Refined,
     load_refined,
+    part_bank,
     refine_to,
     refined_digest,
     refined_identity,
@@ -609,7 +613,8 @@ def _fitted_probe(data: IdData, folder: Path) -> FittedHeads:
             pass  # rows that are not finite are refused here, by their names
     train, held_out = (lazy_rows(cache, "cls", cache.spec.cls_dim) for cache in (data.train, data.held_out))
     models = [_head_rows(data, train, held_out, rows, data.split.select) for rows in data.train_rows().values()]
-    heads = {"probe": fit_heads(models, data.n_classes)}
+    parts = [(train[rows := data.split.without(part)], data.train_labels[rows]) for part in data.split.parts]
+    heads = {"probe": fit_heads(models, data.n_classes, parts)}
     save_heads(folder, "probe", heads, identity)
     return heads["probe"]
 
@@ -782,13 +787,30 @@ def _finish(
             )
             for name in data.train_rows()
         }
-    heads = _refit_heads(data, mixtures, bank, held_out)
+    left_out = {
+        name: _refine_to(
+            refined_path(folder, name, LEFT_OUT),
+            mixtures[name],
+            weights[name],
+            data.train,
+            mixtures[name].group.numpy()[data.train_labels[fold.calibrate]],
+            progress,
+            device,
+            fold.calibrate,
+        )
+        for name, fold in data.runs()
+        if data.split.cross_fitted
+    }
+    heads = _refit_heads(data, mixtures, bank, held_out, left_out)
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     with scalar_log(folder, tensorboard, history):
         pass
     made_of = {run: refined_digest(refined_path(folder, run, "id-train")) for run in bank}
+    left = {run: refined_digest(refined_path(folder, run, LEFT_OUT)) for run in left_out}
     fitted_on = [refined_digest(refined_path(folder, run, "id-val")) for run in held_out]
-    heads_of = fingerprint({"data": data.identity, "features": [made_of, fitted_on], "semantics": TRAIN_SEMANTICS})
+    heads_of = fingerprint(
+        {"data": data.identity, "features": [made_of, left, fitted_on], "semantics": TRAIN_SEMANTICS}
+    )
     save_heads(folder, "heads", heads, heads_of)
     description = {
         **about,
@@ -798,6 +820,7 @@ def _finish(
         "parameters": sum(parameter.numel() for parameter in final.parameters()),
         "heads": heads_of,
         "bank": made_of,
+        "left_out": left,
     }
     names = ["mofe.safetensors", "heads.json", "heads.safetensors", "metrics.jsonl"]
     for name in mixtures.keys() - {"final"}:
@@ -823,8 +846,10 @@ def _refine_to(
     routes: NDArray[np.int64] | None,
     progress: Progress | None,
     device: str,
+    rows: Rows | None = None,
 ) -> Refined:
-    return refine_to(path, refined_identity(weights, cache, routes), mixture, cache, routes, progress, device=device)
+    identity = refined_identity(weights, cache, routes, rows)
+    return refine_to(path, identity, mixture, cache, routes, progress, rows, device)
 
 
 def _groups_of_runs(data: IdData, settings: TrainSettings, seed: int) -> dict[str, list[int]]:
@@ -856,11 +881,13 @@ def mixture_is_fresh(folder: Path, identity: str, data: IdData) -> bool:
     description = read_whole(folder / "mofe.json", unread=("metrics.jsonl",))  # which nothing is made of but the report
     if description is None or description.get("identity") != identity:
         return False
-    return all(_bank_is_whole(folder, run, description["bank"].get(run)) for run in data.train_rows())
+    banks = [(run, "id-train", description["bank"].get(run)) for run in data.train_rows()]
+    if data.split.cross_fitted:
+        banks += [(run, LEFT_OUT, description["left_out"].get(run)) for run, _ in data.runs()]
+    return all(_bank_is_whole(refined_path(folder, run, name), digest) for run, name, digest in banks)
 
 
-def _bank_is_whole(folder: Path, run: str, digest: str | None) -> bool:
-    path = refined_path(folder, run, "id-train")
+def _bank_is_whole(path: Path, digest: str | None) -> bool:
     return load_refined(path, {"files": {path.name: digest}}) is not None
 
 
@@ -869,6 +896,7 @@ def _refit_heads(
     mixtures: Mapping[str, MixtureOfFeatureExperts],
     bank: Mapping[str, Refined],
     held_out: Mapping[str, Refined],
+    left_out: Mapping[str, Refined],
 ) -> dict[str, FittedHeads]:
     """Heads for scoring. The heads that train the experts are bad OOD scorers (saturated, and taught "other").
 
@@ -877,13 +905,33 @@ def _refit_heads(
         mixtures: trained, by the name of the run.
         bank: their refined rows of id-train.
         held_out: those of the held-out set.
+        left_out: of each fold's calibrate rows as its bank would have them; none without cross-fitting.
     """
+    names = [name for name, _ in data.runs()]
+    parts = [
+        part_bank(data.split, part, bank[names[part.fold]], left_out[names[part.fold]]) for part in data.split.parts
+    ]
     runs = [
         _heads_of_run(data, mixtures[name].group.numpy(), rows, bank[name], held_out[name])
         for name, rows in data.train_rows().items()
     ]
     # A fold with fewer groups than the final model has no row of the others.
-    return {kind: FittedHeads.of([run.get(kind, run["refit"]) for run in runs]) for kind in runs[-1]}
+    experts = {"refit": None} | {f"refit-group-{expert}": expert for expert in range(len(runs[-1]) - 1)}
+    return {
+        kind: FittedHeads.of(
+            [run.get(kind, run["refit"]) for run in runs],
+            data.n_classes,
+            [_rows_of_head(data, part, expert) for part in parts],
+        )
+        for kind, expert in experts.items()
+    }
+
+
+def _rows_of_head(data: IdData, part: PartBank, expert: int | None) -> FitRows:
+    """What is left without a part of the rows of an expert, or of all where it has none."""
+    own = np.ones(len(part.rows), dtype=bool) if expert is None else part.expert == expert
+    own = own if own.any() else ~own
+    return part.features[own], data.train_labels[part.rows[own]]
 
 
 def _heads_of_run(

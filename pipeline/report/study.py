@@ -205,9 +205,10 @@ class ScoredStudy:
         return found
 
     def threshold(self, method: Method, admit: float) -> Line | None:
-        """The first seed's threshold that admits a share of ID."""
+        """The first seed's threshold that admits a share of ID; None where it has none."""
         asked = (method, self.seed(method), admit)
-        return next((t for t in self.thresholds if (Method.of(t), t["seed"], t["admit"]) == asked), None)
+        lines = (line for line in self.thresholds if line["threshold"] is not None)
+        return next((line for line in lines if (Method.of(line), line["seed"], line["admit"]) == asked), None)
 
     def mixture_folder(self, backbone: str, variant: str, seed: int | None) -> Path:
         """Where a mixture stands."""

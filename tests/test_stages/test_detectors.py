@@ -9,6 +9,7 @@ from stages.config import SCORE_NAMES, ScoreConfig
 from stages.detectors import (
     DetectorFactory,
     Run,
+    Scales,
     SetRows,
     Subject,
     SubjectKey,
@@ -109,8 +110,25 @@ def test_a_sum_adds_z_scores_on_the_calibration_rows(folds):
 
     expected = sum_of(plain_knn(test, frozen.bank, 3), plain_energy(test, "probe"))
     np.testing.assert_allclose(detector.score_rows(test), expected, atol=1e-4)
-    np.testing.assert_allclose(detector.calibration_scores, sum_of(knn, energy), atol=1e-4)
     assert detector.params == {"knn": {"k": 3}, "energy": {"temperature": 1.0}}
+
+
+def left_out_together(frozen: Subject) -> np.ndarray:
+    """The rows of each run, or 21 times some of one run's."""
+    sizes = [len(run.calibrate) for run in frozen.runs]
+    return np.repeat(np.arange(len(sizes)), sizes) if len(sizes) > 1 else np.arange(sizes[0]) % 21
+
+
+def test_no_calibration_row_sets_the_scale_that_it_is_measured_by(folds):
+    """Else it would lie nearer to the others than a new row does."""
+    frozen = subject(folds=folds)
+    detector = make(frozen).detector("probe", "knn+energy")
+    knn, energy = (part.calibration.astype(np.float64) for part in detector.parts)
+    part, expected = left_out_together(frozen), np.empty(len(knn))
+    for row in range(len(knn)):
+        others = part != part[row]
+        expected[row] = sum((x[row] - x[others].mean()) / x[others].std() for x in (knn, energy))
+    np.testing.assert_allclose(detector.calibration_scores, expected, atol=1e-4)
 
 
 def on_the_experts_scale(scores, expert, calibration, calibration_expert):
@@ -145,6 +163,14 @@ def test_calibrated_scores_stand_on_their_experts_scale(score, folds):
             scaled = (scaled - own.mean()) / own.std()
         parts.append(scaled)
     np.testing.assert_allclose(detector.score_rows(test), np.sum(parts, axis=0), atol=1e-4)
+    if "+" not in score:
+        part, expected = left_out_together(routed), np.empty(len(calibration))
+        for number in np.unique(part):
+            own, rest = part == number, part != number
+            expected[own] = on_the_experts_scale(
+                calibration[own], calibration_expert[own], calibration[rest], calibration_expert[rest]
+            )
+        np.testing.assert_allclose(detector.calibration_scores, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("score", ["knn", "energy", "knn+energy", "ncm"])
@@ -153,18 +179,24 @@ def test_two_experts_calibrate_by_the_mean_of_their_scores(score, calibrated, fo
     """What the detector learnt (experts' scales, z-scores) comes from routed rows and is applied to both."""
     routed = subject(experts=2, folds=folds)
     detector = make(routed).detector("refit", score, calibrated)
-    own = np.split(detector.calibration_scores, folds)
-    found = np.split(detector.top2_calibration_scores, folds)
-    for run, first, both in zip(routed.runs, own, found, strict=True):
-        twin = [
-            get_scorer(part.scorer.name, **part.scorer.params()).fit(run.bank.inputs("refit"))
-            for part in detector.parts
-        ]
-        raw = [scorer.score(run.second.inputs("refit")) for scorer in twin]
-        second = detector.combine(raw, run.second.expert)
-        weight = run.calibrate.confidence / (run.calibrate.confidence + run.second.confidence)
-        np.testing.assert_allclose(both, weight * first + (1 - weight) * second, rtol=1e-4, atol=1e-4)
-        assert not np.allclose(both, first)
+    twins = []  # raw scores of the rows through the second choice
+    for run in routed.runs:
+        scorers = [get_scorer(p.scorer.name, **p.scorer.params()).fit(run.bank.inputs("refit")) for p in detector.parts]
+        twins.append([scorer.score(run.second.inputs("refit")) for scorer in scorers])
+    raw = [np.concatenate(own) for own in zip(*twins, strict=True)]
+    routes, seconds = ([getattr(run, name) for run in routed.runs] for name in ("calibrate", "second"))
+    expert, other = (np.concatenate([rows.expert for rows in side]) for side in (routes, seconds))
+    gate, second_gate = (np.concatenate([rows.confidence for rows in side]) for side in (routes, seconds))
+    part, first, second = left_out_together(routed), detector.calibration_scores, np.empty(len(gate))
+    for number in np.unique(part):
+        own, rest = part == number, part != number
+        known = [p.calibration[rest] for p in detector.parts]
+        scales = Scales.fit(known, expert[rest] if calibrated else None, 2)
+        second[own] = scales.apply([values[own] for values in raw], other[own])
+    weight = gate / (gate + second_gate)
+    expected = weight * first + (1 - weight) * second
+    np.testing.assert_allclose(detector.top2_calibration_scores, expected, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(expected, first)
 
 
 def test_mos_reads_what_every_group_says_and_no_route():

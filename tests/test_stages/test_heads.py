@@ -212,4 +212,4 @@ def test_what_is_not_whole_or_of_other_rows_does_not_count(tmp_path, fitted, fil
 def test_the_record_says_how_the_strength_was_chosen(tmp_path, fitted):
     save_heads(tmp_path, "probe", {"probe": fitted}, "identity")
     about = json.loads((tmp_path / "probe.json").read_text())
-    assert about["heads"] == {"probe": {"folds": 2, "strength": 0.1, "log_likelihood": {"0.1": -0.25}}}
+    assert about["heads"] == {"probe": {"folds": 2, "parts": 0, "strength": 0.1, "log_likelihood": {"0.1": -0.25}}}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.split import CROSS_FITTING_FOLDS, MIN_ROWS, split_rows, split_with_validation_set
+from stages.split import CROSS_FITTING_FOLDS, MIN_ROWS, N_PARTS, split_rows, split_with_validation_set
 
 
 def hashes(names) -> np.ndarray:
@@ -162,7 +162,7 @@ def test_cross_fitting_selects_all_models_on_the_share_and_calibrates_every_othe
     assert np.array_equal(split.final_train, kept)
     assert split.rule == (
         "cross-fitting: 0.2 of id-train per class by image hash selects, 3 folds of the rest calibrate (a half of that "
-        "share would have fewer than 3 rows of a class)"
+        "share would have fewer than 3 rows of a class), banks and heads leave out 20 parts in turn"
     )
 
 
@@ -192,6 +192,42 @@ def test_backbone_that_is_trained_cannot_be_cross_fitted_and_halves_few_rows():
     assert split.rule.endswith("halved into select and calibrate (1 of a class in the smaller half)")
     large = id_set(40)
     assert split_rows(*large, 0.2, cross_fit=False).rule == split_rows(*large, 0.2).rule
+
+
+@given(
+    image=st.lists(st.integers(0, 60), min_size=6, max_size=90),
+    label=st.randoms(use_true_random=False),
+)
+def test_parts_are_all_rows_that_calibrate_and_no_image_stands_in_two(image, label):
+    labels, image_hashes = np.array([label.randrange(3) for _ in image], np.int32), hashes(image)
+    split = split_rows(labels, image_hashes, 0.2)
+    assert split.parts or not split.cross_fitted
+    for fold, own in enumerate(split.folds if split.parts else ()):
+        dealt = [part.rows for part in split.parts if part.fold == fold]
+        assert np.array_equal(np.sort(np.concatenate(dealt)), own.calibrate)
+        assert sum(len(images(rows, image_hashes)) for rows in dealt) == len(images(own.calibrate, image_hashes))
+        sizes = [len(images(rows, image_hashes)) for rows in dealt]
+        assert len(dealt) <= N_PARTS // CROSS_FITTING_FOLDS
+        assert max(sizes) - min(sizes) <= 1
+    for part in split.parts:
+        assert np.array_equal(np.sort(np.concatenate([part.rows, split.without(part)])), split.final_train)
+
+
+@pytest.mark.parametrize("per_class", [5, 12, 24])
+def test_a_part_has_one_row_of_a_class_at_most(per_class):
+    """A class that has few rows misses no more of them than by leaving out one row at a time."""
+    labels, image_hashes = id_set(per_class, classes=10)
+    split = split_rows(labels, image_hashes, 0.2)
+    assert len(split.parts) == N_PARTS
+    assert max(np.bincount(labels[part.rows]).max() for part in split.parts) == 1
+
+
+def test_numbers_and_order_of_the_classes_do_not_move_parts():
+    labels, image_hashes = id_set(10)
+    order = np.random.default_rng(0).permutation(len(labels))
+    here, there = split_rows(labels, image_hashes, 0.2), split_rows(2 - labels[order], image_hashes[order], 0.2)
+    for ours, theirs in zip(here.parts, there.parts, strict=True):
+        assert images(ours.rows, image_hashes) == images(theirs.rows, image_hashes[order])
 
 
 # ------------------------------------------------------------------------------------------------- a set of its own
