@@ -270,6 +270,13 @@ def test_the_frozen_knn_stands_first_wherever_it_was_scored(page):
     assert first["cells"][-2:] == ["–", "–"]  # it is not compared with itself
 
 
+def test_a_threshold_that_so_few_rows_cannot_give_is_none(page):
+    """80 rows give one that admits 95 % of ID, and none for 99 %."""
+    for row in page.body("thresholds"):
+        assert "none: needs 99 rows" in " ".join(row["cells"])
+        assert "none: needs 19 rows" not in " ".join(row["cells"])
+
+
 def test_bold_is_the_best_of_each_column_and_nothing_else(page, work):
     averages = [line for line in read_summary(work / "scores") if line["ood"] == "average"]
     rows = page.body("table")

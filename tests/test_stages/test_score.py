@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -418,7 +419,7 @@ def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp
     rows = [row for row in result.rows if row.score == "mos"]
     naming = {(row.variant, row.head, row.routing, row.calibrated) for row in rows}
     assert naming == {("mos", "trained", "none", False)}  # every group is asked, nothing is routed
-    assert result.notes == [
+    assert [note for note in result.notes if "threshold" not in note] == [
         'mos: not of variant default: it needs a mixture trained with train.expert = "frozen" and two experts or more'
     ]
     spec, path = groups_alone.data.train.spec, groups_alone.mixtures[1].path
@@ -459,7 +460,13 @@ def test_ncm_of_frozen_features_and_of_the_routed_experts_classes(source, frozen
 # ------------------------------------------------------------------------------------------- thresholds and id.json
 
 
-def test_thresholds_are_quantiles_of_the_calibration_rows(source, frozen, folder):
+def ranked(scores, admit):
+    """The calibration score that admits a share of new rows; None where there are too few."""
+    rank = math.ceil(round((len(scores) + 1) * admit, 9))
+    return np.sort(scores)[rank - 1] if rank <= len(scores) else None
+
+
+def test_thresholds_are_ranks_among_the_calibration_rows(source, frozen, folder):
     thresholds = json.loads((folder / "thresholds.json").read_text())
     data, fold = source.data, source.data.split.folds[0]
     assert {entry["n"] for entry in thresholds} == {len(fold.calibrate)}
@@ -468,7 +475,10 @@ def test_thresholds_are_quantiles_of_the_calibration_rows(source, frozen, folder
     knn = np.sort(np.sqrt(np.maximum(0, 2 - 2 * queries @ bank.T)), axis=1)[:, 4]
     logits = source.probe.final.logits(np.float32(data.train.read("cls", fold.calibrate))).astype(np.float64)
     energy = -np.log(np.exp(logits).sum(1))
-    z = (knn - knn.mean()) / knn.std() + (energy - energy.mean()) / energy.std()
+    part, z = np.arange(len(knn)) % 21, np.empty(len(knn))
+    for row in range(len(z)):  # on scales that the rows of its part had no say in
+        others = part != part[row]
+        z[row] = sum((each[row] - each[others].mean()) / each[others].std() for each in (knn, energy))
     for name, scores in (("knn", knn), ("energy", energy), ("knn+energy", z)):
         for admit in (0.95, 0.99):
             (entry,) = (
@@ -476,8 +486,9 @@ def test_thresholds_are_quantiles_of_the_calibration_rows(source, frozen, folder
                 for entry in thresholds
                 if (entry["features"], entry["score"], entry["admit"]) == ("cls", name, admit)
             )
-            expected = min(t for t in scores if np.mean(scores <= t) >= admit)
-            assert entry["threshold"] == pytest.approx(expected, abs=1e-4)
+            assert entry["n_needed"] == {0.95: 19, 0.99: 99}[admit]
+            expected = ranked(scores, admit)
+            assert entry["threshold"] == (None if expected is None else pytest.approx(expected, abs=1e-4))
 
 
 def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder):
@@ -494,10 +505,10 @@ def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder
         for entry in json.loads((folder / "thresholds.json").read_text())
         if (entry["features"], entry["score"], entry["calibrated"], entry["admit"]) == ("mofe", "knn", False, 0.95)
     )
-    assert entry["threshold"] == pytest.approx(min(t for t in knn if np.mean(knn <= t) >= 0.95), abs=1e-4)
+    assert entry["threshold"] == pytest.approx(ranked(knn, 0.95), abs=1e-4)
 
 
-def test_under_cross_fitting_folds_calibrate_and_the_final_model_scores(source, few, backbone, tmp_path):
+def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(source, few, backbone, tmp_path):
     folder = tmp_path / "seed-0"
     train_mofe(few, TrainConfig(experts=2, epochs=1, batch_size=16), backbone.end, seed=0, folder=folder)
     crossed = replace(
@@ -507,8 +518,8 @@ def test_under_cross_fitting_folds_calibrate_and_the_final_model_scores(source, 
         mixtures=(MixtureFolder("default", 0, folder),),
         tests=(source.tests[0], source.tests[2]),
     )
-    rows = score([crossed], CONFIG.model_copy(update={"top2": True}), tmp_path / "scores").rows
-    assert {row.routing for row in rows} == {"none", "predicted", "top2", "oracle"}
+    result = score([crossed], CONFIG.model_copy(update={"top2": True}), tmp_path / "scores")
+    assert {row.routing for row in result.rows} == {"none", "predicted", "top2", "oracle"}
     thresholds = json.loads((tmp_path / "scores" / "thresholds.json").read_text())
     assert {entry["n"] for entry in thresholds} == {36}  # every row but the select ones, by a model that did not see it
 
@@ -517,10 +528,14 @@ def test_under_cross_fitting_folds_calibrate_and_the_final_model_scores(source, 
         return np.sort(np.sqrt(np.maximum(0, 2 - 2 * unit[0] @ unit[1].T)), axis=1)[:, 4]
 
     train = few.train.read("cls").astype(np.float64)
-    calibration = np.concatenate([fifth(train[fold.calibrate], train[fold.train]) for fold in few.split.folds])
-    expected = min(t for t in calibration if np.mean(calibration <= t) >= 0.95)
+    split = few.split
+    calibration = np.concatenate([fifth(train[part.rows], train[split.without(part)]) for part in split.parts])
     assert (thresholds[0]["score"], thresholds[0]["admit"]) == ("knn", 0.95)
-    assert thresholds[0]["threshold"] == pytest.approx(expected, abs=1e-4)
+    assert thresholds[0]["threshold"] == pytest.approx(ranked(calibration, 0.95), abs=1e-4)
+    none = [entry for entry in thresholds if entry["threshold"] is None]
+    assert {(entry["admit"], entry["n_needed"], entry["hi"]) for entry in none} == {(0.99, 99, None)}
+    without = "no threshold for the backbone's own features, variant default"
+    assert result.notes == [f"{without}: 99% of ID needs 99 calibration rows, there are 36"]
     samples = pq.read_table(tmp_path / "scores" / "samples" / "pretrained-cls-none-none-none-none.parquet")
     test = source.tests[0].cache.read("cls").astype(np.float64)
     np.testing.assert_allclose(
@@ -558,7 +573,7 @@ def test_rows_that_a_score_cannot_tell_apart_are_said(source, tmp_path):
     counts = np.unique(samples_of(tmp_path, asdict(row))["relation"], return_counts=True)[1]
     tied = counts[counts > 1].sum()
     assert tied > 0.01 * counts.sum()
-    assert result.notes == [
+    assert [note for note in result.notes if "threshold" not in note] == [
         "relation: rows that have another row's score, and count half in AUROC: "
         f"{tied} of {counts.sum()} (head probe of the backbone's own features)"
     ]
