@@ -214,6 +214,7 @@ class Study:
             stage.fresh = True
             probe = train_probe(data, leg.probe_folder)
             lines.append(f"train {leg.name}: probe with strength {probe.strength:g} ({data.split.rule})")
+            lines += [f"train {leg.name}: {note}" for note in probe.notes("probe")]
             for variant, seed in self._mixtures(leg):
                 folder, started = leg.mixture_folder(variant, seed), time.monotonic()
                 done = self._train_mixture(leg, data, variant, seed)

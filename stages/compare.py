@@ -109,6 +109,8 @@ def compare_scores(
         about = {"score": score, "params": settings[score] if len(parts) == 1 else settings}
         rows += _metrics(about, found[score])
     notes = [f"{part}: {remark}" for part, scorer in fitted.items() for remark in scorer.remarks()]
+    sums = [score for score in scores if "+" in score]
+    notes += [f"{score}: {said}" for score in sums if select is not None and (said := Standardiser.remark(len(select)))]
     return Comparison(rows, found, notes)
 
 

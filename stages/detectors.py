@@ -263,6 +263,13 @@ class Detector:
             return self.parts[0].scorer.params()
         return {part.scorer.name: part.scorer.params() for part in self.parts}
 
+    def remarks(self) -> list[tuple[str, str, str]]:
+        """(score, whose logits it reads, what there is to say of its fit or of what it is summed by)."""
+        found = [(part.scorer.name, part.head, said) for part in self.parts for said in part.scorer.remarks()]
+        if len(self.parts) > 1 and (said := Standardiser.remark(len(self.parts[0].calibration))):
+            found.append((self.score, self.head, said))
+        return found
+
     def combine(self, raw: Sequence[Floats], expert: NDArray[np.int64] | None) -> Floats:
         """Raw scores of the parts, ``[n]`` each, to the detector's score; higher = more OOD."""
         return self.scales.apply(raw, expert)

@@ -17,6 +17,7 @@ from stages.images.names import listed, match_classes, shown, unlike
 from stages.split import Rows
 
 BALANCED_STARTS = 10
+_UNTIL_IT_ENDS = 1_000_000  # Lloyd's rounds get better or end
 
 
 def experts_for(n_classes: int) -> int:
@@ -93,11 +94,16 @@ def group_classes(
         # Prototypes of fewer than E places make fewer clusters; balanced groups are filled all the same.
         warnings.simplefilter("ignore", ConvergenceWarning)
         if method == "kmeans":
-            return _renumber(KMeans(n_groups, n_init=10, random_state=seed).fit(prototypes).labels_.tolist())
+            return _renumber(
+                KMeans(n_groups, n_init=10, max_iter=_UNTIL_IT_ENDS, random_state=seed).fit(prototypes).labels_.tolist()
+            )
         # Balancing ends near where it starts, and the best unbalanced start is not the best to balance.
         starts = np.random.default_rng(seed).integers(2**31, size=BALANCED_STARTS).tolist()
         found = [
-            _balance(prototypes, KMeans(n_groups, n_init=1, random_state=s).fit(prototypes).cluster_centers_)
+            _balance(
+                prototypes,
+                KMeans(n_groups, n_init=1, max_iter=_UNTIL_IT_ENDS, random_state=s).fit(prototypes).cluster_centers_,
+            )
             for s in starts
         ]
     return _renumber(min(found, key=lambda groups: squared_distance(prototypes, groups)).tolist())
@@ -128,19 +134,21 @@ def squared_distance(points: NDArray[np.floating], groups: NDArray[np.integer]) 
     return sum(float(((own - own.mean(0)) ** 2).sum()) for own in (points[groups == g] for g in np.unique(groups)))
 
 
-def _balance(points: NDArray[np.floating], centers: NDArray[np.floating], rounds: int = 50) -> NDArray[np.int64]:
-    """Balanced k-means: each round assigns points to ⌈C/E⌉ or ⌊C/E⌋ seats a centre at least total squared distance."""
+def _balance(points: NDArray[np.floating], centers: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Balanced k-means: each round assigns points to ⌈C/E⌉ or ⌊C/E⌋ seats a centre at least total squared distance.
+
+    It ends where a round is not better than the one before: there are finitely many assignments.
+    """
     n, k = len(points), len(centers)
     seats = np.arange(n) % k  # the first n mod k centres have one seat more
-    assignment = np.full(n, -1)
-    for _ in range(rounds):
+    best, distance = np.full(n, -1), np.inf
+    while True:
         cost = ((points[:, None] - centers[None]) ** 2).sum(-1)
-        updated = seats[linear_sum_assignment(cost[:, seats])[1]]
-        if (updated == assignment).all():
-            break
-        assignment = updated
+        assignment = seats[linear_sum_assignment(cost[:, seats])[1]]
+        if (assignment == best).all() or not (found := squared_distance(points, assignment)) < distance:
+            return best
+        best, distance = assignment, found
         centers = np.stack([points[assignment == group].mean(0) for group in range(k)])
-    return assignment
 
 
 def _from_file(path: Path, class_names: tuple[str, ...]) -> list[object]:

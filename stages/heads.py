@@ -9,7 +9,7 @@ scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: �
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class LinearHead:
         scale: ``[1]`` root of the mean variance of their features.
         weight: ``[C, D]``; rows of classes that were not fitted are zero.
         bias: ``[C]``; ``-inf`` for classes that were not fitted, so their logits are.
-        converged: whether the solver came to the minimum; not stored.
+        converged: whether the solver came to the minimum.
     """
 
     mean: Floats
@@ -120,13 +120,16 @@ def choose_head(rows: HeadRows, n_classes: int, strengths: Sequence[float] = STR
     rows cannot tell apart, the most regular one.
 
     Args:
-        rows: of one model; of a single strength none need be there to judge by.
+        rows: of one model. Where none is there to judge by, of a class that it knows, the strongest penalty is taken.
         n_classes: C.
         strengths: to choose from.
     """
-    if not len(rows.select_labels):
-        (only,) = strengths
+    known = np.flatnonzero(np.isin(rows.select_labels, rows.labels))  # of others every head says p = 0
+    if not len(known):
+        only = sorted(strengths)[0]
         return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only), only, {})
+    if len(known) < len(rows.select_labels):
+        rows = replace(rows, select_features=rows.select_features[known], select_labels=rows.select_labels[known])
     heads = {strength: fit_head(rows.features, rows.labels, n_classes, strength) for strength in sorted(strengths)}
     likelihood = {
         strength: log_likelihood(head, rows.select_features, rows.select_labels) for strength, head in heads.items()
@@ -166,6 +169,15 @@ class FittedHeads:
         without = tuple(fit_head(*rows, n_classes, final.strength) for rows in parts)
         return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged, without)
 
+    def notes(self, kind: str) -> list[str]:
+        """What to say of how the heads called `kind` were fitted, a line each."""
+        heads = list({id(head): head for head in (*self.folds, *self.parts, self.final)}.values())
+        stopped = sum(not head.converged for head in heads)
+        lines = [f"head {kind}: {stopped} of {len(heads)} fits stopped before the minimum"] if stopped else []
+        if not self.judged:
+            lines.append(f"head {kind}: strength {self.strength:g}, for no held-out row is there to choose it by")
+        return lines
+
 
 FitRows = tuple[Rows2D, NDArray[np.int32]]  # features [N, D] and labels [N]
 
@@ -195,6 +207,7 @@ def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identi
             "parts": len(fitted.parts),
             "strength": fitted.strength,
             "log_likelihood": fitted.judged,
+            "converged": [head.converged for head in (*fitted.folds, *fitted.parts, fitted.final)],
         }
         for kind, fitted in heads.items()
     }
@@ -212,8 +225,9 @@ def load_heads(folder: Path, name: str, identity: str) -> dict[str, FittedHeads]
 
 def _stored_heads(tensors: Mapping[str, Floats], kind: str, described: Mapping[str, Any]) -> FittedHeads:
     n_folds, n_parts = described["folds"], described["parts"]
+    keys = ("mean", "scale", "weight", "bias")
     heads = [
-        LinearHead(*(tensors[f"{kind}/{index}/{key}"] for key in ("mean", "scale", "weight", "bias")))
+        LinearHead(*(tensors[f"{kind}/{index}/{key}"] for key in keys), converged=described["converged"][index])
         for index in range(n_folds + n_parts + 1)
     ]
     folds, parts, final = tuple(heads[:n_folds]), tuple(heads[n_folds:-1]), heads[-1]

@@ -114,9 +114,8 @@ def score(
                         thresholds.append(name | asdict(estimate))
                         if why := estimate.too_few:
                             without_threshold.setdefault(why, []).append(_words(subject))
-                for part in detector.parts:
-                    for remark in part.scorer.remarks():
-                        remarks.setdefault((part.scorer.name, remark), []).append(_place(subject, part.head))
+                for of, head, said in detector.remarks():
+                    remarks.setdefault((of, said), []).append(_place(subject, head))
                 if not detector.calibrated:  # a map of each expert's own scale unties nothing
                     ties.look(detector.score, _place(subject, detector.head), next(iter(routes.values())))
                 progress.advance()

@@ -651,6 +651,9 @@ def train_mofe(
             scalars_of_metrics(folder)
         return False
     groups = ranks.agree(_groups_of_runs(data, settings, seed))
+    n_groups = max(groups["final"]) + 1
+    if ranks.first and progress is not None and settings.expert != "dense" and n_groups < settings.experts:
+        progress.note(f"{folder}: {settings.experts} experts asked for, {n_groups} made: classes that look the same")
     runs = {}
     for name, rows in data.train_rows().items():
         checkpoint = _checkpoint_path(folder, name, identity)
@@ -812,6 +815,8 @@ def _finish(
         {"data": data.identity, "features": [made_of, left, fitted_on], "semantics": TRAIN_SEMANTICS}
     )
     save_heads(folder, "heads", heads, heads_of)
+    for line in (line for kind, fitted in heads.items() for line in fitted.notes(kind)):
+        (progress or NullProgress()).note(f"{folder}: {line}")
     description = {
         **about,
         "classes": list(data.class_names),

@@ -27,17 +27,20 @@ class Standardiser:
 
     @classmethod
     def fit(cls, scores: ArrayLike) -> Self:
-        """From calibration scores [n]; a constant score gets std 1, so that it adds nothing and breaks nothing.
+        """From calibration scores [n]; a constant score, as one row's, gets std 1: it adds and breaks nothing.
 
         Raises:
-            InputError: fewer than 2 rows, NaN or inf.
+            InputError: no rows, NaN or inf.
         """
         values = checked_scores(scores, "calibration")
-        if len(values) < 2:
-            raise InputError("1 calibration row: a standard deviation needs 2; give more held-out ID ([split] val)")
         mean, std = float(values.mean()), float(values.std())
         varies = std > np.finfo(np.float32).eps * np.abs(values).max()  # more than the last bit of a float32 score
         return cls(mean, std if varies else 1.0)
+
+    @classmethod
+    def remark(cls, n: int) -> str:
+        """What to say of a sum that is standardised on n rows; empty for nothing."""
+        return "its parts are added in units of their own, for one row tells no deviation" if n < 2 else ""
 
     def apply(self, scores: ArrayLike) -> NDArray[np.float32]:
         """Scores [n] in standard deviations above the calibration mean, float32."""

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stages.config import SCORE_NAMES, ScoreConfig
 from stages.detectors import (
@@ -18,7 +20,7 @@ from stages.detectors import (
     score_together,
 )
 from stages.errors import InputError
-from stages.scorers import ClassifierHead, EnergyScorer, Fold, choose_k, get_scorer
+from stages.scorers import ClassifierHead, EnergyScorer, Fold, choose_k, get_scorer, threshold_at
 
 CLASSES, DIM = 4, 6
 GROUP = np.array([0, 1, 0, 1])
@@ -318,3 +320,72 @@ def test_a_score_is_computed_once_for_all_detectors_that_it_is_part_of(monkeypat
     assert len(detectors) == 8
     assert judged == [30, 30]  # by each of two heads
     np.testing.assert_array_equal(together, [detector.score_rows(test) for detector in detectors])
+
+
+# ---------------------------------------------------------------------------------------------------- little data
+
+
+def drawn(n: int, classes: int, experts: int, seed: int, routed: bool = False) -> SetRows:
+    """Rows of some classes with a head each; routed rows went to any expert, others to their class's."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) % classes).astype(np.int32)
+    features = np.float32(rng.normal(scale=0.4, size=(n, 8)) + 2 * np.eye(classes, 8)[labels])
+    weight = np.float32(3 * np.eye(classes, 8) + rng.normal(scale=0.1, size=(classes, 8)))
+    group = np.arange(classes) % max(experts, 1)
+    heads = tuple(
+        ClassifierHead(weight, np.where(group == expert, 0, -np.inf).astype(np.float32))
+        for expert in range(max(experts, 1))
+    )
+    if not experts:
+        return SetRows(features, labels, {"probe": heads[0].logits(features)}, heads={"probe": heads[0]})
+    expert = rng.integers(0, experts, n) if routed else group[labels].astype(np.int64)
+    logits = np.where(expert[:, None] == group, features @ weight.T, -np.inf).astype(np.float32)
+    gate, other = rng.uniform(0.5, 1, n).astype(np.float32), rng.normal(size=n).astype(np.float32)
+    both = {"trained": logits, "refit": logits}
+    return SetRows(features, labels, both, expert, gate, None, other, heads=dict.fromkeys(both, heads))
+
+
+@settings(max_examples=8)
+@given(
+    classes=st.integers(2, 12),
+    experts=st.integers(0, 8),
+    per_class=st.integers(1, 13),
+    held_out=st.integers(1, 4),
+    folds=st.sampled_from([1, 3]),
+    seed=st.integers(0, 999),
+)
+def test_no_score_is_stopped_by_little_data(classes, experts, per_class, held_out, folds, seed):
+    """Every automatic choice has a fallback: k, dimensions, covariances, temperatures, thresholds, experts' scales."""
+    experts = min(experts, classes)
+    run = [
+        Run(
+            drawn(classes * per_class, classes, experts, seed + fold),
+            drawn(held_out * (classes - fold), classes, experts, seed + fold + 10, routed=True),
+            drawn(held_out * classes, classes, experts, seed + fold + 20, routed=True),
+        )
+        for fold in range(folds)
+    ]
+    key, heads = SubjectKey("pretrained", "cls", "", None), ("trained", "refit") if experts else ("probe",)
+    bank = drawn(classes * (per_class + 1), classes, experts, seed + 30)
+    small = Subject(key, heads, tuple(run), bank, run[0].select, experts)
+    scores = [name for name in SCORE_NAMES if name not in ("mos", "patch-knn")]
+    factory = DetectorFactory(small, ScoreConfig(scores=[*scores, "knn+energy"], k="auto"))
+    detectors, test = factory.detectors(), drawn(20, classes, experts, seed + 40, routed=True)
+    for detector, found in zip(detectors, score_together(detectors, test), strict=True):
+        assert np.isfinite(found).all(), detector.score
+        assert np.isfinite(detector.calibration_scores).all(), detector.score
+        assert threshold_at(detector.calibration_scores).n == held_out * classes * folds
+    assert factory.k >= 1
+
+
+def test_a_sum_of_one_calibration_row_says_that_it_is_not_standardised():
+    frozen = subject()
+    one = replace(frozen, runs=tuple(replace(run, calibrate=draw(1, 3)) for run in frozen.runs))
+    detector = make(one).detector("probe", "knn+energy")
+    said = "its parts are added in units of their own, for one row tells no deviation"
+    assert detector.remarks() == [("knn+energy", "probe", said)]
+    assert make(frozen).detector("probe", "knn+energy").remarks() == []
+    test = draw(30, 7)
+    knn, energy = plain_knn(test, frozen.bank, 3), plain_energy(test, "probe")
+    moved = knn + energy - detector.score_rows(test)
+    np.testing.assert_allclose(moved, moved[0], atol=1e-4)  # by what the one row scored

@@ -102,12 +102,41 @@ def test_one_common_scale_keeps_a_quiet_feature_quiet():
     assert head.logits(moved)[:, 1:3] == pytest.approx(head.logits(features)[:, 1:3], abs=0.1)
 
 
-def test_weak_penalty_warns_nobody():
-    """A thousand steps do not reach the optimum of rows like these, and they are enough."""
+def never_there() -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose optimum, hardly penalised, a thousand steps do not reach."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((300, 60), np.float32) * np.logspace(0, -4, 60, dtype=np.float32)
-    labels = rng.integers(0, 4, 300).astype(np.int32)
+    return features, rng.integers(0, 4, 300).astype(np.int32)
+
+
+def test_weak_penalty_warns_nobody():
+    """The steps are enough all the same."""
+    features, labels = never_there()
     assert np.isfinite(fit_head(features, labels, 4, strength=1e6).logits(features)).all()
+
+
+def test_a_fit_that_stopped_before_its_minimum_is_said_then_and_when_it_is_read_again(tmp_path):
+    rows = HeadRows(*never_there(), *never_there())
+    strong, weak, again = (choose_head(rows, 4, [strength]).head for strength in (1e-3, 1e6, 1e6))
+    fitted = FittedHeads((strong, weak), again, 1e6, {"1e+06": -1.0})
+    expected = ["head probe: 2 of 3 fits stopped before the minimum"]
+    assert fitted.notes("probe") == expected
+    save_heads(tmp_path, "probe", {"probe": fitted}, "of this test")
+    assert load_heads(tmp_path, "probe", "of this test")["probe"].notes("probe") == expected
+    assert fit_heads([fold()], 10).notes("probe") == []
+
+
+def test_rows_of_a_class_that_the_model_never_saw_have_no_say_in_the_strength():
+    """Every head gives them p = 0; and where there are no others, the strongest penalty is taken and said."""
+    features, labels = digits(0, 1, 2)
+    select, select_labels = digits(0, 1, 2, 3, start=300, stop=500)
+    some = select_labels < 3
+    of_all = choose_head(HeadRows(features, labels, select, select_labels), 10)
+    of_known = choose_head(HeadRows(features, labels, select[some], select_labels[some]), 10)
+    assert (of_all.strength, of_all.judged) == (of_known.strength, of_known.judged)
+    none = fit_heads([HeadRows(features, labels, select[~some], select_labels[~some])], 10)
+    assert none.strength == min(STRENGTHS)
+    assert none.notes("probe") == ["head probe: strength 0.001, for no held-out row is there to choose it by"]
 
 
 def test_log_likelihood_is_that_of_the_label():
@@ -212,4 +241,5 @@ def test_what_is_not_whole_or_of_other_rows_does_not_count(tmp_path, fitted, fil
 def test_the_record_says_how_the_strength_was_chosen(tmp_path, fitted):
     save_heads(tmp_path, "probe", {"probe": fitted}, "identity")
     about = json.loads((tmp_path / "probe.json").read_text())
-    assert about["heads"] == {"probe": {"folds": 2, "parts": 0, "strength": 0.1, "log_likelihood": {"0.1": -0.25}}}
+    chosen = {"folds": 2, "parts": 0, "strength": 0.1, "log_likelihood": {"0.1": -0.25}}
+    assert about["heads"] == {"probe": chosen | {"converged": [True, True, True]}}

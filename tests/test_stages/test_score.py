@@ -840,6 +840,8 @@ def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_p
     assert set(SCORE_NAMES) - ran["mofe"] == {"mos", "patch-knn"}
     noted = {note.split(":")[0] for note in result.notes if ": it needs" in note}
     assert {"mos", "patch-knn"} <= noted
+    shrunk = "ssd: the covariance is shrunk, for there are fewer than 10 rows a feature"
+    assert f"{shrunk}: the backbone's own features, variant default" in result.notes
     assert np.isfinite([row.auroc for row in result.rows]).all()
 
     params = {(row.head, row.routing, row.score): json.loads(row.params) for row in result.rows}

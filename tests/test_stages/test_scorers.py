@@ -251,8 +251,9 @@ def test_a_constant_part_adds_nothing_to_a_sum():
     knn, energy = np.array([0.1, 0.5, 0.3]), np.full(3, -7.1)
     fitted = [Standardiser.fit(knn), Standardiser.fit(energy)]
     np.testing.assert_allclose(sum_scores([knn, energy], fitted), fitted[0].apply(knn), atol=1e-6)
-    with pytest.raises(InputError, match="1 calibration row"):
-        Standardiser.fit([1.0])
+    assert Standardiser.fit([1.5]) == Standardiser(1.5, 1.0)
+    assert Standardiser.remark(1)
+    assert not Standardiser.remark(2)
 
 
 def test_calibration_puts_experts_on_one_scale():
