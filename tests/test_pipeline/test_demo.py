@@ -349,7 +349,9 @@ def test_ood_is_found_and_a_broken_router_would_not_find_it(demo, table):
         for cache in caches:
             routed = refined.refined("final", cache.manifest.dataset, cache).expert
             rows = refine(refined.mixture(), cache, route(routed).astype(np.int64))
-            scores.append(detector.score_rows(refined._rows(rows, np.full(cache.n_rows, -1, np.int32), None)))
+            scores.append(
+                detector.score_rows(refined._rows(rows, np.full(cache.n_rows, -1, np.int32), lambda heads: heads.final))
+            )
         return auroc(*scores)
 
     assert near_auroc(lambda expert: expert) == pytest.approx(shown, abs=1e-6)
@@ -410,8 +412,7 @@ def test_dry_run_says_that_all_is_fresh(demo, verb, monkeypatch):
     answer = done("run", *verb, "--dry-run")
     lines = answer.out.splitlines()
     assert len(lines) == 2 * 4 + 2 + 1 + 2
-    assert all("fresh" in line for line in lines[:-1])
-    assert lines[-1] == f"report: would write {demo / 'report' / 'index.html'}"
+    assert all("fresh" in line for line in lines)
     assert snapshot(demo) == before
 
 
@@ -420,9 +421,9 @@ def test_another_k_rescores_without_image_or_backbone(copied, table, monkeypatch
     monkeypatch.setattr(PIL.Image, "open", fail)
     monkeypatch.setattr(study_module, "list_images", fail)
     others = [copied / name for name in ("cache", "extract", "model", "finetune", "report")]
-    before = snapshot(*others)
+    before = {path: path.read_bytes() for other in others for path in other.rglob("*") if path.is_file()}
     done("score", DEMO, *settings(f"work={copied}", "score.k=3"))
-    assert snapshot(*others) == before
+    assert {path: path.read_bytes() for other in others for path in other.rglob("*") if path.is_file()} == before
     again = csv_lines(copied / "scores" / "table.csv")
     assert len(again) == len(table)
     for old, new in zip(table, again, strict=True):

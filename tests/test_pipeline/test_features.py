@@ -52,7 +52,7 @@ name = "tf_efficientnet_lite0"
 weights = "embedded"
 image_size = 48
 """
-ROWS = {"train": 40, "test": 12, "near": 12}  # of each class
+ROWS = {"train": 60, "test": 12, "near": 12}  # of each class
 
 
 def write(folder, caches, names, more="", logits=False):

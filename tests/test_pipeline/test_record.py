@@ -8,6 +8,7 @@ import pytest
 from pipeline import record as record_module
 from pipeline.config import RunConfig
 from pipeline.record import RunRecord, git_revision, hardware, versions
+from stages.artifacts import read_document, write_document
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_record_of_before_the_memory_was_measured_is_still_read(tmp_path, conf
     path = tmp_path / "record.json"
     with RunRecord(path, config).running("score", "abc"):
         pass
-    written = json.loads(path.read_text())
+    written = read_document(path)
     del written["stages"]["score"]["peak_memory_bytes"]
-    path.write_text(json.dumps(written))
+    write_document(path, written)
     assert RunRecord(path, config).is_fresh("score", "abc")
