@@ -52,7 +52,7 @@ name = "tf_efficientnet_lite0"
 weights = "embedded"
 image_size = 48
 """
-ROWS = {"train": 60, "test": 12, "near": 12}  # of each class
+ROWS = {"train": 40, "test": 12, "near": 12}  # of each class
 
 
 def write(folder, caches, names, more="", logits=False):
@@ -173,9 +173,14 @@ def test_plan_and_info(study, copy):
 
 
 def test_new_rows_are_scored_from_a_file(study, plain):
-    rows = list(csv.DictReader(io.StringIO(done("predict", *study, plain / "test.npz").out)))
+    answer = done("predict", *study, plain / "test.npz")
+    rows = list(csv.DictReader(io.StringIO(answer.out)))
     assert len(rows) == 48
-    assert np.mean([row["decision"] == "ID" for row in rows]) > 0.8
+    # Eight rows of a class are held out, half of them to calibrate: too few to decide by, and it says so.
+    assert {row["decision"] for row in rows} == {"unknown"}
+    assert "no threshold, so no decision: 95% of ID needs 19 calibration rows, there are 16" in answer.err
+    near = csv.DictReader(io.StringIO(done("predict", *study, plain / "near.npz").out))
+    assert np.median([float(row["score"]) for row in rows]) < np.median([float(row["score"]) for row in near])
     assert rows[0]["path"].startswith(str(plain / "test.npz"))
 
 
