@@ -82,11 +82,24 @@ def read_whole(path: Path, unread: Container[str] = ()) -> dict[str, Any] | None
         unread: of these it is enough that they are there.
     """
     about = read_document(path)
-    for name, digest in (about or {}).get("files", {}).items():
+    return None if about is None or any(changed_files(path, about, unread)) else about
+
+
+def changed_files(
+    path: Path, about: Mapping[str, Any], unread: Container[str] = ()
+) -> Iterator[tuple[Path, str | None]]:
+    """Files that are not as a document says: each with the SHA-256 that it has, None where it is missing.
+
+    Args:
+        path: of the document.
+        about: what it says.
+        unread: as in `read_whole`.
+    """
+    for name, digest in about.get("files", {}).items():
         file = path.parent / name
-        if not file.is_file() or (name not in unread and digest_of(file) != digest):
-            return None
-    return about
+        found = digest if name in unread and file.is_file() else digest_of(file)
+        if found != digest:
+            yield file, found
 
 
 def write_contents(folder: Path, identity: str, names: Iterable[str]) -> None:
@@ -107,10 +120,8 @@ def find_damages(documents: Iterable[Path]) -> Iterator[tuple[Path, str]]:
         about = read_document(path)
         if about is None:
             yield path, "its bytes are not those that were written"
-        for name, digest in (about or {}).get("files", {}).items():
-            found = digest_of(path.parent / name)
-            if found != digest:
-                yield path.parent / name, "is missing" if found is None else "its bytes are not those that were written"
+        for file, found in changed_files(path, about or {}):
+            yield file, "is missing" if found is None else "its bytes are not those that were written"
 
 
 def digest_of(path: Path) -> str | None:

@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import CONTENTS, digest_of, read_document
+from stages.artifacts import CONTENTS, changed_files, read_document
 from stages.errors import InputError
 
 FILES = (  # beside the samples
@@ -63,8 +63,7 @@ def check_scores(folder: Path) -> dict[str, Any]:
     contents = read_document(folder / CONTENTS)
     if contents is None:
         raise InputError(f"{folder / CONTENTS} is missing or damaged: run make score")
-    for name, digest in contents["files"].items():
-        if (found := digest_of(folder / name)) != digest:
-            what = "is missing" if found is None else "is not as it was left"
-            raise InputError(f"{folder / name} {what}: run make score")
+    for path, found in changed_files(folder / CONTENTS, contents):
+        what = "is missing" if found is None else "is not as it was left"
+        raise InputError(f"{path} {what}: run make score")
     return contents

@@ -32,7 +32,7 @@ from typing import Any
 from stages.config import Profile
 from stages.errors import InputError
 from stages.scorers.ash import ASHBScorer, ASHPScorer, ASHSScorer, ash_score
-from stages.scorers.base import ClassifierHead, ScoreInputs, Scorer, check_settings, join
+from stages.scorers.base import ClassifierHead, ScoreInputs, Scorer, check_settings
 from stages.scorers.calibration import ExpertCalibration, Standardiser, ThresholdEstimate, sum_scores, threshold_at
 from stages.scorers.cosine import CosineScorer, cosine_score
 from stages.scorers.dice import DICEScorer, dice_score, sparse_head
@@ -215,7 +215,6 @@ __all__ = [
     "get_scorer",
     "gmm_score",
     "gradnorm_score",
-    "join",
     "kl_matching_score",
     "knn_mean_score",
     "knn_score",

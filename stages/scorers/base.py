@@ -3,7 +3,7 @@
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from stages.config import StageConfig, nearest
 from stages.cores import usable_cores
 from stages.errors import InputError, NotFiniteError, StageError
-from stages.lazy import ReadOnce, Rows2D, one_after_another
+from stages.lazy import ReadOnce, Rows2D
 
 Floats = NDArray[np.float32]
 Temperature = Annotated[float, Field(gt=0)]
@@ -146,10 +146,6 @@ class ScoreInputs:
             raise InputError(f"{who} needs features, which these rows do not have")
         return self.features
 
-    def logits_unread(self) -> Rows2D | ReadOnce:
-        """The logits, to be taken and read by blocks; those of the head are computed, for it needs the features."""
-        return self._logits_of_head() if self.logits is None else self.logits
-
     def need_head(self, who: str) -> ClassifierHead:
         """The one head of these rows; an `InputError` that says who needs it where there is none, or one an expert."""
         if not isinstance(self.head, ClassifierHead):
@@ -204,23 +200,6 @@ class ScoreInputs:
             labels = numbers[np.maximum(labels, -1)]
         logits = None if self.logits is None else self.logits[:, classes]
         return replace(self, logits=logits, labels=labels, head=None if head is None else head.take(classes))
-
-
-def join(parts: Sequence[ScoreInputs]) -> ScoreInputs:
-    """Rows of several, one after another, with the arrays that all of them have; head and patches only of one part.
-
-    Raises:
-        InputError: no part, or no array that all of them have.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    names = [each.name for each in fields(ScoreInputs) if each.name not in ("head", "patches")]
-    shared: dict[str, Any] = {
-        name: one_after_another([part.logits_unread() if name == "logits" else getattr(part, name) for part in parts])
-        for name in names
-        if all(part.has(name) for part in parts)
-    }
-    return ScoreInputs(**shared)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ import pytest
 from cache import CacheBuilder, FeatureCache, FeatureSpec, InputTable, commit_shard, file_sha256, plan_shards
 from stages.artifacts import read_document, write_document
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
+from tests.test_pipeline.tiny import ID_SETS
 from tests.test_pipeline.tiny import draw as draw_images
 
 STUDY = """
@@ -312,29 +313,9 @@ def test_what_systems_leave_is_ignored_and_named(home):
 
 # ------------------------------------------------------------------------------------------------- a GPU's features
 
-IMAGES = """
-name = "images"
-work = "work"
-
-[backbone]
-name = "tf_efficientnet_lite0"
-weights = "embedded"
-image_size = 32
-
-[cache]
-root = "caches"
-patches = "none"
-
-[[sets]]
-name = "train"
-role = "id-train"
-images = "images/train"
-
-[[sets]]
-name = "test"
-role = "id-test"
-images = "images/test"
-
+IMAGES = (
+    ID_SETS.replace('root = "caches"', 'root = "caches"\npatches = "none"')
+    + """
 [[sets]]
 name = "near"
 role = "near-ood"
@@ -350,6 +331,7 @@ scores = ["energy", "knn"]
 k = 5
 bootstrap = 100
 """
+)
 
 
 @pytest.fixture

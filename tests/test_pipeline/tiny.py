@@ -4,7 +4,7 @@ import numpy as np
 
 from stages.images import decode_image, list_images
 
-STUDY = """
+ID_SETS = """
 name = "tiny"
 work = "work"
 
@@ -25,7 +25,10 @@ images = "images/train"
 name = "test"
 role = "id-test"
 images = "images/test"
-
+"""
+STUDY = (
+    ID_SETS
+    + """
 [[sets]]
 name = "threes"
 role = "near-ood"
@@ -43,6 +46,7 @@ epochs = 1
 [score]
 bootstrap = 100
 """
+)
 
 
 def draw(folder, source, per_class, start=0, nested=True):

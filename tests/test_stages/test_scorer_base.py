@@ -9,7 +9,7 @@ from pydantic import Field
 
 from stages.errors import InputError, StageError
 from stages.heads import LinearHead
-from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, Scorer, get_scorer, join
+from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, Scorer, get_scorer
 
 
 @dataclass(eq=False)
@@ -89,14 +89,6 @@ def test_a_head_on_raw_features_is_the_head():
     np.testing.assert_allclose(raw.logits(features), head.logits(features), rtol=1e-4, atol=1e-4)
     assert raw.classes.tolist() == [0, 2]
     np.testing.assert_array_equal(raw.take(raw.classes).logits(features), raw.logits(features)[:, [0, 2]])
-
-
-def test_joined_rows_have_what_all_parts_have():
-    parts = [ScoreInputs(np.ones((2, 4)), labels=np.array([0, 1])), ScoreInputs(np.zeros((1, 4)))]
-    joined = join(parts)
-    assert joined.features.tolist() == [[1] * 4, [1] * 4, [0] * 4]
-    assert joined.labels is None
-    assert join(parts[:1]) is parts[0]
 
 
 @pytest.mark.parametrize(
