@@ -29,13 +29,13 @@ from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, Cache
 from cache.files import check, disk_errors, sync_folder, write_file
 from cache.fingerprint import canonical_json, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_to_jsonl
-from cache.journal import BuildPlan, ShardRecord, file_size, is_blank, record_name, sweep
 from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, own_settings, resumed_with
 from cache.plan import ShardPlan
 from cache.shard import ShardFile, ShardReader, write_shard
 from cache.spec import FeatureSpec
 from cache.store import FeatureCache, read_sealed
+from cache.unfinished import BuildPlan, ShardRecord, file_size, is_blank, record_name, sweep
 
 _NO_FILE = ShardFile(0, 0, sha256(b""))  # of a shard whose inputs all failed
 

@@ -18,11 +18,11 @@ from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, Cache
 from cache.files import TEMPORARY, is_stray, written_after
 from cache.fingerprint import file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
-from cache.journal import PLAN, file_size, is_blank, sweep
 from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, check_dataset_name
 from cache.shard import ShardReader
 from cache.spec import FeatureSpec
+from cache.unfinished import PLAN, file_size, is_blank, sweep
 
 Rows = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | None
 _LARGE_ROW = 16384  # bytes from which a Python loop over rows costs less than a second copy

@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline.config import FeaturesConfig, RunOptions
 from pipeline.engine import SerialEngine, engine_for
-from stages.backbone import default_device, load_backbone
 from stages.errors import InputError
 from stages.extract import extract_features, set_name
-from stages.images import SampleTable, describe_left_out, list_images
-from stages.images.table import Sample, is_one_file, make_table
+from stages.inputs.images import SampleTable, describe_left_out, list_images
+from stages.inputs.images.table import Sample, is_one_file, make_table
+from stages.networks.backbone import default_device, load_backbone
 from stages.progress import Progress
 from stages.sanity import check_features
 
@@ -23,7 +23,7 @@ def cache_images(
     """A sealed cache of each folder, tar or list, and one of all image files that are given by themselves.
 
     Args:
-        paths: sources as `stages.images.list_images` takes them.
+        paths: sources as `stages.inputs.images.list_images` takes them.
         config: network, and what is kept of it; ``cache.root`` is where caches go.
         options: how to run.
         progress: counts images.

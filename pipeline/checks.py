@@ -12,22 +12,22 @@ import numpy as np
 
 from cache import FeatureSpec
 from pipeline.config import RunConfig, SetConfig
-from stages.backbone import Backbone
-from stages.dataset import Labels, check_split
-from stages.detectors import needs_of
+from stages.detection.detectors import needs_of
+from stages.detection.subjects import cannot_read_patches
 from stages.errors import InputError
-from stages.experts import cannot_read
 from stages.finetune import check_finetune
-from stages.grouping import check_groups
-from stages.images import SampleTable
-from stages.images.names import match_classes
-from stages.recipe import resolve_recipe
-from stages.scalars import require_tensorboard
+from stages.id_data.rows import Labels, check_split
+from stages.inputs.images import SampleTable
+from stages.inputs.images.names import match_classes
+from stages.mixture.grouping import check_groups
+from stages.mixture.model import cannot_read
+from stages.networks.backbone import Backbone
+from stages.networks.weights.loading import check_source
 from stages.scorers import get_scorer
-from stages.scorers.gmm import GMMScorer
-from stages.subjects import cannot_read_patches
+from stages.scorers.features.gmm import GMMScorer
 from stages.train import resolve_settings
-from stages.weights.loading import check_source
+from stages.training.recipes import resolve_recipe
+from stages.training.tensorboard import require_tensorboard
 
 Network = Callable[[], Backbone]  # the backbone, with weights or without
 Listing = Callable[[SetConfig], SampleTable]  # what a set holds

@@ -311,7 +311,7 @@ def _report_together(
     experiments: Sequence[str], overrides: Sequence[str], output: Path | None, *, dry_run: bool
 ) -> None:
     configs = [_config("report", experiment, overrides) for experiment in experiments]
-    from pipeline.joint import joint_folder, joint_report
+    from pipeline.report.joint import joint_folder, joint_report
 
     with ExitStack() as stack:
         studies = [stack.enter_context(_study(config, RunOptions())) for config in configs]
@@ -358,7 +358,7 @@ def results(
     workers: int | None,
 ) -> None:
     """The benchmark's results, from the folder DATA that holds its images."""
-    from pipeline.results import run_results
+    from pipeline.benchmark.run import run_results
 
     options = _run_options(scheduler, workers)
     lines = run_results(
@@ -470,7 +470,7 @@ def cache_lines(cache: "FeatureCache") -> list[str]:
 def _left_out_lines(left_out: Mapping[str, int]) -> list[str]:
     if not left_out:
         return []
-    from stages.images import describe_left_out  # and all that reads images
+    from stages.inputs.images import describe_left_out  # and all that reads images
 
     return [describe_left_out(left_out)]
 

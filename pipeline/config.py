@@ -117,7 +117,7 @@ class SetConfig(StageConfig):
     # Which column of a list is the image, and which its class; the usual names where nothing is given.
     path_column: str | None = Field(default=None, min_length=1)
     label_column: str | None = Field(default=None, min_length=1)
-    features: str | None = None  # instead of images: arrays in a file or in several, see stages/arrays
+    features: str | None = None  # instead of images: arrays in a file or in several, see stages/inputs/arrays
     columns: dict[str, str] | None = None  # of features: what keys are called there, { cls = "emb", label = "y" }
     origin: str | None = Field(default=None, min_length=1)  # where these features come from; others do not mix
 

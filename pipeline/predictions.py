@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cache import CacheError, FeatureCache, FeatureSpec, Lock
-from pipeline.legs import Leg
-from stages.arrays import ArrayTable
+from pipeline.backbones import Leg
 from stages.errors import InputError
 from stages.extract import extract_set, import_set
-from stages.formats import csv_text
-from stages.images import SampleTable
-from stages.images.table import is_one_file
+from stages.inputs.arrays import ArrayTable
+from stages.inputs.images import SampleTable
+from stages.inputs.images.table import is_one_file
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
+from stages.results.formats import csv_text
 
 _BLOCK = 256  # images whose features stand on the disk at once
 _SCRATCH = "mofe-feature-cache-predict-"  # begins the name of every folder that they stand in

@@ -72,7 +72,7 @@ def together(command: Sequence[str], processes: int | None, status: Callable[[Ex
 
 @contextmanager
 def _joined(status: Callable[[Exception], int]) -> Iterator[None]:
-    from stages.distributed import first_to_fail, init_from_environment, leave
+    from stages.training.distributed import first_to_fail, init_from_environment, leave
 
     init_from_environment()
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import RunConfig
-from stages.artifacts import read_document, write_document
+from stages.files.documents import read_document, write_document
 
 DISTRIBUTION = "mofe-feature-cache"
 _CHECKOUT = Path(__file__).resolve().parent.parent

@@ -26,30 +26,36 @@ from cache import (
     restore_manifest,
 )
 from cache.files import TEMPORARY, is_stray
+from pipeline.backbones import Leg, legs
 from pipeline.checks import check_mixtures, check_patches, check_scalars, check_study, check_tuning
 from pipeline.config import JOINT, RunConfig, RunOptions, SetConfig
 from pipeline.engine import SerialEngine, engine_for
-from pipeline.legs import Leg, legs
 from pipeline.predictions import Format, predict_sources
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
-from stages.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
-from stages.artifacts import CONTENTS, digest_of, find_damages, has_contents, read_document, write_contents, write_text
-from stages.backbone import Backbone, build_architecture, stored_grid
-from stages.dataset import IdData
-from stages.distributed import current
+from stages.detection.subjects import BackboneSource, MixtureFolder, TestSet
 from stages.errors import InputError, StageError
 from stages.extract import Changes, Mapper, compare_versions, extract_set, import_set, repair_import, repair_set
+from stages.files.documents import (
+    CONTENTS,
+    digest_of,
+    find_damages,
+    has_contents,
+    read_document,
+    write_contents,
+    write_text,
+)
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
-from stages.images import Columns, SampleTable, describe_left_out, list_images, only_classes
-from stages.images.names import match_classes, unlike
-from stages.objective import MixturePlan
+from stages.id_data.rows import IdData
+from stages.inputs.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
+from stages.inputs.images import Columns, SampleTable, describe_left_out, list_images, only_classes
+from stages.inputs.images.names import match_classes, unlike
+from stages.networks.backbone import Backbone, build_architecture, stored_grid
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
+from stages.results.table import compact, read_summary
 from stages.sanity import check_features, find_same_bytes, same_bytes_notes
 from stages.score import SCORE_SEMANTICS, score
-from stages.subjects import BackboneSource, MixtureFolder, TestSet
-from stages.table import compact, read_summary
 from stages.train import (
     finish_joint,
     joint_identity,
@@ -59,6 +65,8 @@ from stages.train import (
     train_mofe,
     train_probe,
 )
+from stages.training.distributed import current
+from stages.training.objectives import MixturePlan
 
 if TYPE_CHECKING:
     from pipeline.report import Evidence

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.config import TAKEN_NAMES, Profile
+from stages.detection.calibration import Standardiser, sum_scores
 from stages.errors import InputError
-from stages.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
-from stages.metrics import ood_metrics
-from stages.scorers import ClassifierHead, ScoreInputs, Scorer, Standardiser, get_scorer, sum_scores
+from stages.inputs.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
+from stages.metrics.ranking import ood_metrics
+from stages.scorers import ClassifierHead, ScoreInputs, Scorer, get_scorer
 
 Array = Any  # what numpy makes an array of: arrays, nested lists, tensors of torch on any device
 Rows = ScoreInputs | Mapping[str, Array] | Array
@@ -25,7 +26,7 @@ class Comparison:
 
     Attributes:
         rows: a row a score and OOD set, and its unweighted mean over the sets as ``average``: ``score``, ``params``,
-            ``ood``, ``n_id``, ``n_ood`` and the metrics of `stages.metrics.OODMetrics`, fractions.
+            ``ood``, ``n_id``, ``n_ood`` and the metrics of `stages.metrics.ranking.OODMetrics`, fractions.
         scores: score -> set (``"id"``, and each OOD set) -> [n] float32; higher = more OOD.
         notes: lines worth saying of the fits, which stand below the table.
     """

@@ -19,9 +19,9 @@ from pydantic import (
     field_validator,
 )
 
-from stages.weights.names import canonical_name, has_official_recipe
+from stages.networks.weights.names import canonical_name, has_official_recipe
 
-# What a file of features may hold, see stages/arrays.
+# What a file of features may hold, see stages/inputs/arrays.
 ARRAY_FEATURES = ("cls", "tap_cls", "registers", "patches", "logits")
 ARRAY_KEYS = (*ARRAY_FEATURES, "label", "id")
 
@@ -43,8 +43,8 @@ class BackboneConfig(StageConfig):
         name: timm's, or as Hugging Face's repositories have it, which becomes timm's (`canonical_name`).
         weights: "hub", "embedded" or a path to .safetensors / .pth.
         recipe: how an image and stored position embeddings become the network's input: as its authors do it
-            ("official", see `stages.weights.official`) or as timm does ("timm"). None becomes "official" where that
-            is known, for DINOv2, since published numbers are of its features; "timm" everywhere else.
+            ("official", see `stages.networks.weights.official`) or as timm does ("timm"). None becomes "official" where
+            that is known, for DINOv2, since published numbers are of its features; "timm" everywhere else.
     """
 
     name: Annotated[str, AfterValidator(canonical_name)] = "vit_small_patch14_dinov2.lvd142m"
@@ -75,7 +75,7 @@ class TrainConfig(StageConfig):
     model_config = ConfigDict(allow_inf_nan=False)
 
     experts: PositiveInt | Literal["auto"] = "auto"
-    # What an expert is made of, see stages/experts.py; auto: "end", but "adapter" on features that came without tokens.
+    # What an expert is (stages/mixture/model.py); auto: "end", but "adapter" on features that came without tokens.
     expert: Literal["auto", "end", "adapter", "frozen", "dense"] = "auto"
     router_input: Literal["auto", "tap_cls", "cls"] = "auto"  # auto: "tap_cls" where there is one
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}

@@ -3,7 +3,7 @@
 StageError                 a stage failed (exit status 1)
 ├── InputError             what the user gave is wrong (exit status 2)
 │   ├── NotFiniteError     rows hold NaN or inf
-│   └── stages.images.ImageError   one image cannot be used; listed, never raised to the user
+│   └── stages.inputs.images.ImageError   one image cannot be used; listed, never raised to the user
 └── PeerLostError          another of several processes has ended, and says why
 """
 

@@ -43,13 +43,13 @@ from cache import (
     sha256,
     unseal,
 )
-from stages.arrays import ArrayTable
-from stages.backbone import Backbone, default_device, load_backbone
 from stages.config import BackboneConfig
 from stages.errors import InputError, StageError
-from stages.images import ImageError, SampleTable, is_overcome, list_dataset, list_images
+from stages.extraction.shards import ShardDone, ShardTask, extract_shard, make_shards
+from stages.inputs.arrays import ArrayTable
+from stages.inputs.images import ImageError, SampleTable, is_overcome, list_dataset, list_images
+from stages.networks.backbone import Backbone, default_device, load_backbone
 from stages.progress import NullProgress, Progress
-from stages.shards import ShardDone, ShardTask, extract_shard, make_shards
 
 # Versions that the bits of a cache may depend on; pillow-heif need not be there.
 _MADE_WITH = ("torch", "torchvision", "timm", "pillow", "pillow-heif", "numpy", "h5py")
@@ -132,8 +132,8 @@ def extract_features(
     A study whose ``cache.root`` is `out` and whose settings are the same finds the cache, whatever it calls its set.
 
     Args:
-        images: a source as `stages.images.list_images` takes it (folder, tar, list, …), what that returned, or a
-            map-style dataset as `stages.images.list_dataset` takes it (a list of paths or of PIL images is one).
+        images: a source as `stages.inputs.images.list_images` takes it (folder, tar, list, …), what that returned, or a
+            map-style dataset as `stages.inputs.images.list_dataset` takes it (a list of paths or of PIL images is one).
         backbone: name of a timm model, its settings, or the network itself.
         weights: where `backbone` is a name: ``"hub"`` (the default), ``"embedded"`` or a path.
         image_size: where `backbone` is a name: side in pixels, 224 by default.

@@ -1,11 +1,11 @@
 """Verb: stage two, the other half. The whole backbone end to end on the id-train images.
 
-It is trained with a linear head, or with the mixture of feature experts as well (`stages.objective`).
+It is trained with a linear head, or with the mixture of feature experts as well (`stages.training.objectives`).
 timm's parts do the work: layer-wise learning-rate decay, schedule, augmentation, Mixup and CutMix, moving average. The
 result is a backbone checkpoint with a fingerprint of its own; extracting with it fills another cache.
 
-Several processes (`stages.distributed`) train one backbone: each computes its share of every batch, and gradients are
-summed. All that is random is drawn for the whole batch, so the loss is that of one process, to rounding.
+Several processes (`stages.training.distributed`) train one backbone: each computes its share of every batch, and
+gradients are summed. All that is random is drawn for the whole batch, so the loss is that of one process, to rounding.
 """
 
 import json
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from cache.fingerprint import fingerprint
 from stages.allocator import keep_freed_memory
-from stages.artifacts import (
+from stages.config import BackboneConfig, FinetuneConfig
+from stages.errors import InputError, StageError
+from stages.files.documents import (
     digest_of,
     read_document,
     read_tensors,
@@ -35,7 +37,15 @@ from stages.artifacts import (
     write_tensors,
     write_text,
 )
-from stages.augment import (
+from stages.id_data.rows import IdData, read_blocks
+from stages.inputs.images import SampleTable
+from stages.mixture.grouping import group_training_classes, grouping_content
+from stages.mixture.mixup import class_alpha, running_accuracy
+from stages.mixture.model import MixtureOfFeatureExperts, save_mixture
+from stages.networks.backbone import Backbone, compile_parts, freeze_first, n_parts, weights_sha
+from stages.networks.weights.loading import build_model, model_shape
+from stages.progress import NullProgress, Progress
+from stages.training.augment import (
     Batch,
     ImageLoader,
     ImageSet,
@@ -50,21 +60,11 @@ from stages.augment import (
     transforms,
     worker_count,
 )
-from stages.backbone import Backbone, compile_parts, freeze_first, n_parts, weights_sha
-from stages.checkpoint import Checkpoints, load_checkpoint
-from stages.config import BackboneConfig, FinetuneConfig
-from stages.dataset import IdData, read_blocks
-from stages.distributed import current
-from stages.errors import InputError, StageError
-from stages.experts import MixtureOfFeatureExperts, save_mixture
-from stages.grouping import group_training_classes, grouping_content
-from stages.images import SampleTable
-from stages.mixup import class_alpha, running_accuracy
-from stages.objective import JointObjective, LinearObjective, Mixed, MixturePlan, drop_paths_by_row
-from stages.progress import NullProgress, Progress
-from stages.recipe import FinetuneSettings, resolve_recipe
-from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
-from stages.weights.loading import build_model, model_shape
+from stages.training.checkpoint import Checkpoints, load_checkpoint
+from stages.training.distributed import current
+from stages.training.objectives import JointObjective, LinearObjective, Mixed, MixturePlan, drop_paths_by_row
+from stages.training.recipes import FinetuneSettings, resolve_recipe
+from stages.training.tensorboard import require_tensorboard, scalar_log, scalars_of_metrics
 
 FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 
@@ -86,8 +86,8 @@ def finetune(
 ) -> bool:
     """Train backbone and head on the training rows, keep the epoch with the best held-out ID loss.
 
-    Writes ``metrics.jsonl`` after every epoch, with ``config.tensorboard`` its scalars as well (`stages.scalars`),
-    and, at the end, ``backbone.safetensors`` (loadable by plain timm),
+    Writes ``metrics.jsonl`` after every epoch, with ``config.tensorboard`` its scalars as well
+    (`stages.training.tensorboard`), and, at the end, ``backbone.safetensors`` (loadable by plain timm),
     ``head.safetensors``, with ``config.joint`` also ``mofe.safetensors`` and ``mofe.json``, and, last,
     ``finetune.json``. Killed, it goes on where it was stored last, at an end of an epoch or within one, to the same
     bits (`Checkpoints`). Of processes that are joined, all train and rank 0 writes.

@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureCache
-from stages.bank import FeatureBank
 from stages.config import ScoreConfig
-from stages.detectors import NO_HEAD, Detector, DetectorFactory, recommended
+from stages.detection.calibration import threshold_at
+from stages.detection.detectors import NO_HEAD, Detector, DetectorFactory, recommended
+from stages.detection.subjects import BackboneSource, FrozenFeatures, RefinedFeatures
 from stages.errors import InputError
+from stages.id_data.split import Rows
 from stages.progress import NullProgress, Progress
-from stages.scorers import threshold_at
-from stages.split import Rows
-from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures
+from stages.scorers.neighbours.bank import FeatureBank
 
 N_NEAREST = 3
 

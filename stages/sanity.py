@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureCache
-from stages.bank import FeatureBank
-from stages.dataset import unit
-from stages.images.names import listed
-from stages.overlap import first_alike
+from stages.id_data.overlap import first_alike
+from stages.id_data.rows import unit
+from stages.inputs.images.names import listed
+from stages.scorers.neighbours.bank import FeatureBank
 
 NEIGHBOURS = 5
 MOST_ROWS = 10_000  # drawn where there are more: the figure is then good to half a per cent

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from cache import CacheMismatchError, FeatureCache
-from stages.artifacts import write_contents, write_json
 from stages.config import TAKEN_NAMES, ScoreConfig
-from stages.dataset import labels_in, unit
-from stages.detectors import (
+from stages.detection.calibration import ThresholdEstimate, threshold_at
+from stages.detection.detectors import (
     NO_HEAD,
     Detector,
     DetectorFactory,
@@ -33,16 +32,17 @@ from stages.detectors import (
     needs_of,
     score_together,
 )
+from stages.detection.selection import SMALLEST
+from stages.detection.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
 from stages.errors import InputError
-from stages.metrics import OODMetrics, ood_metrics
-from stages.neighbours import NeighbourStore
-from stages.overlap import find_overlaps, first_alike
+from stages.files.documents import write_contents, write_json
+from stages.id_data.overlap import find_overlaps, first_alike
+from stages.id_data.rows import labels_in, unit
+from stages.metrics.ranking import OODMetrics, ood_metrics
 from stages.progress import NullProgress, Progress
-from stages.scored import FILES, samples_path
-from stages.scorers import ThresholdEstimate, threshold_at
-from stages.scorers.selection import SMALLEST
-from stages.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
-from stages.table import Evaluator, OODRow, Replicates, summarise, write_table
+from stages.results.scored_study import FILES, samples_path
+from stages.results.table import Evaluator, OODRow, Replicates, summarise, write_table
+from stages.scorers.neighbours.store import NeighbourStore
 
 SCORE_SEMANTICS = 4  # raise it when the same caches, models and settings would give another table
 ADMIT = (0.95, 0.99)

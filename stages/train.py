@@ -18,26 +18,10 @@ from torch import Tensor, nn
 
 from cache import FeatureCache, FeatureSpec
 from cache.fingerprint import fingerprint
-from stages.artifacts import digest_of, read_document, read_whole, write_document, write_text
-from stages.backbone import Tokens, runs_on
-from stages.checkpoint import Checkpoints, load_checkpoint
 from stages.config import TrainConfig
-from stages.dataset import IdData, Labels, epoch_windows, lazy_rows, not_finite, read_blocks, read_tokens, unit
-from stages.distributed import current
 from stages.errors import InputError, StageError
-from stages.experts import (
-    Expert,
-    ExpertKind,
-    MixtureOfFeatureExperts,
-    RouterInput,
-    cannot_read,
-    load_mixture,
-    run_folder,
-    save_weights,
-    soft_cross_entropy,
-)
-from stages.grouping import experts_for, group_training_classes, grouping_content, numbers_as_in
-from stages.heads import (
+from stages.files.documents import digest_of, read_document, read_whole, write_document, write_text
+from stages.heads.choose import (
     STRENGTHS,
     ChosenHead,
     FitRows,
@@ -48,10 +32,23 @@ from stages.heads import (
     load_heads,
     save_heads,
 )
-from stages.lazy import LazyArray, Rows2D
-from stages.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
-from stages.progress import NullProgress, Progress
-from stages.refine import (
+from stages.id_data.lazy import LazyArray, Rows2D
+from stages.id_data.rows import IdData, Labels, epoch_windows, lazy_rows, not_finite, read_blocks, read_tokens, unit
+from stages.id_data.split import Rows
+from stages.mixture.grouping import experts_for, group_training_classes, grouping_content, numbers_as_in
+from stages.mixture.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
+from stages.mixture.model import (
+    Expert,
+    ExpertKind,
+    MixtureOfFeatureExperts,
+    RouterInput,
+    cannot_read,
+    load_mixture,
+    run_folder,
+    save_weights,
+    soft_cross_entropy,
+)
+from stages.mixture.refine import (
     LEFT_OUT,
     REFINE_BATCH,
     PartBank,
@@ -64,8 +61,11 @@ from stages.refine import (
     refined_path,
     training_routes,
 )
-from stages.scalars import require_tensorboard, scalar_log, scalars_of_metrics
-from stages.split import Rows
+from stages.networks.backbone import Tokens, runs_on
+from stages.progress import NullProgress, Progress
+from stages.training.checkpoint import Checkpoints, load_checkpoint
+from stages.training.distributed import current
+from stages.training.tensorboard import require_tensorboard, scalar_log, scalars_of_metrics
 
 TRAIN_SEMANTICS = 5  # raise it when the same settings would train another model
 
@@ -191,7 +191,8 @@ def train_mixture(
 
     In-group rows go to their true group's expert (teacher forcing), mixed with each other; as many out-of-group rows
     of the same batch teach it "other" with weight ``other_weight``. Killed, it goes on where it was stored last, to the
-    same bits. Processes that are joined (`stages.distributed`) train one mixture together: all give the same arguments.
+    same bits. Processes that are joined (`stages.training.distributed`) train one mixture together: all give the same
+    arguments.
 
     Args:
         data: ID features.
@@ -757,7 +758,7 @@ def _finish(
         folder: where to.
         progress: counts images.
         tensorboard: whether the history is written as scalars as well.
-        device: where the bank is refined; see `stages.refine.refine`.
+        device: where the bank is refined; see `stages.mixture.refine.refine`.
     """
     final = mixtures["final"]
     # From here on the folder is of this training, or of none: what an older one left must not be taken for whole.

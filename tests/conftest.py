@@ -26,11 +26,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig, TrainConfig
-from stages.dataset import id_data
 from stages.extract import extract_set
-from stages.images import list_images
+from stages.id_data.rows import id_data
+from stages.inputs.images import list_images
+from stages.networks.backbone import load_backbone
 from stages.train import train_mofe, train_probe
 from tests.test_stages.small_vit import cached, small_vit
 

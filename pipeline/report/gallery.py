@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.figures import Floats
+from pipeline.report.figures import Floats
 from pipeline.report.study import Samples, ScoredStudy
 from stages.errors import InputError
-from stages.images import SampleTable, decode_image
+from stages.inputs.images import SampleTable, decode_image
 
 MOST_PICTURES = 200  # of one page
 _MOST_OF_A_SET = 12

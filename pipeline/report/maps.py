@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.figures import Points, scatter_panel
+from pipeline.report.figures import Points, scatter_panel
 from pipeline.report.study import ScoredStudy
-from stages.artifacts import read_document
-from stages.bank import l2_normalise
+from stages.files.documents import read_document
+from stages.mixture.refine import load_refined, refined_path
 from stages.progress import Progress
-from stages.refine import load_refined, refined_path
+from stages.scorers.neighbours.bank import l2_normalise
 
 Floats = NDArray[np.float32]
 _FITTED = 2000  # rows of id-train that PCA is fitted on

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from stages.table import BASELINES
+from stages.results.table import BASELINES
 
 Line = dict[str, Any]  # of summary.csv, table.json, id.json, thresholds.json
 
 
 class Method(NamedTuple):
-    """All that names a method, seed aside; compares equal to the tuples of `stages.table`."""
+    """All that names a method, seed aside; compares equal to the tuples of `stages.results.table`."""
 
     backbone: str
     features: str
@@ -134,7 +134,7 @@ def points(fraction: float) -> str:
 
 
 def verdict(line: Mapping[str, Any], metric: Metric) -> str:
-    """What a line's difference to the frozen kNN says, see `stages.intervals`: ``better``, ``worse`` or ``open``."""
+    """What a line's difference to the frozen kNN says, as `stages.metrics.intervals` has it: better, worse or open."""
     word = line[f"{metric.column}_minus_knn_says"].split(" ")[0]
     return {"gain": "better", "loss": "worse"}.get(word, "open")
 

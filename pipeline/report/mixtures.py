@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.figures import Points, Series, line_panel, scatter_panel
+from pipeline.report.figures import Points, Series, line_panel, scatter_panel
 from pipeline.report.methods import BASELINE, COMPARED, Line, Method, score_title
 from pipeline.report.sections import best, over_seeds
 from pipeline.report.study import Samples, ScoredStudy, TrainingLog
-from stages.mixup import class_difficulty
+from stages.mixture.mixup import class_difficulty
 
 _COST_HEAD = "refit"  # whose numbers say what a wrong route costs
 _SHOWN_CLASSES = 20  # of more classes the others are folded away

@@ -29,8 +29,8 @@ from pipeline.report.methods import (
     verdict,
 )
 from pipeline.report.study import DAMAGE, Evidence, ScoredStudy
-from stages.artifacts import digest_of, write_text
 from stages.errors import InputError
+from stages.files.documents import digest_of, write_text
 from stages.progress import NullProgress, Progress
 
 

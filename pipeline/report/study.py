@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureCache
-from pipeline.figures import Floats, Series
+from pipeline.report.figures import Floats, Series
 from pipeline.report.methods import BASELINE, SECOND_BASELINE, Line, Method, score_name
-from stages.artifacts import digest_of, read_document
 from stages.errors import InputError
-from stages.images import SampleTable
-from stages.scored import check_scores, samples_path
-from stages.table import GROUPS, read_summary
+from stages.files.documents import digest_of, read_document
+from stages.inputs.images import SampleTable
+from stages.results.scored_study import check_scores, samples_path
+from stages.results.table import GROUPS, read_summary
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _SAMPLE_COLUMNS = ["set", "id", "label", "prediction", "expert"]

@@ -31,22 +31,14 @@ from typing import Any
 
 from stages.config import Profile
 from stages.errors import InputError
-from stages.scorers.ash import ASHBScorer, ASHPScorer, ASHSScorer, ash_score
-from stages.scorers.base import ClassifierHead, ScoreInputs, Scorer, check_settings
-from stages.scorers.calibration import ExpertCalibration, Standardiser, ThresholdEstimate, sum_scores, threshold_at
-from stages.scorers.cosine import CosineScorer, cosine_score
-from stages.scorers.dice import DICEScorer, dice_score, sparse_head
-from stages.scorers.energy import EnergyScorer, energy_score
-from stages.scorers.entropy import EntropyScorer, entropy_score
-from stages.scorers.fdbd import FDBDScorer, fdbd_score
-from stages.scorers.gen import GENScorer, gen_score
-from stages.scorers.gmm import GMMScorer, gmm_score
-from stages.scorers.gradnorm import GradNormScorer, gradnorm_score
-from stages.scorers.klmatching import KLMatchingScorer, class_templates, kl_matching_score
-from stages.scorers.knn import ExpertBanks, KNNScorer, knn_score
-from stages.scorers.knn_mean import KNNMeanScorer, knn_mean_score
-from stages.scorers.lts import LTSScorer, lts_score
-from stages.scorers.mahalanobis import (
+from stages.scorers.features.ash import ASHBScorer, ASHPScorer, ASHSScorer, ash_score
+from stages.scorers.features.cosine import CosineScorer, cosine_score
+from stages.scorers.features.dice import DICEScorer, dice_score, sparse_head
+from stages.scorers.features.fdbd import FDBDScorer, fdbd_score
+from stages.scorers.features.gmm import GMMScorer, gmm_score
+from stages.scorers.features.gradnorm import GradNormScorer, gradnorm_score
+from stages.scorers.features.lts import LTSScorer, lts_score
+from stages.scorers.features.mahalanobis import (
     MahalanobisPPScorer,
     MahalanobisScorer,
     RelativeMahalanobisPPScorer,
@@ -55,24 +47,30 @@ from stages.scorers.mahalanobis import (
     mahalanobis_score,
     relative_mahalanobis_score,
 )
-from stages.scorers.maxlogit import MaxLogitScorer, max_logit_score
-from stages.scorers.mos import MOSScorer, mos_score
-from stages.scorers.msp import MSPScorer, msp_score
-from stages.scorers.nci import NCIScorer, nci_score
-from stages.scorers.ncm import NCMScorer, class_means
-from stages.scorers.neco import NECOScorer, neco_score
-from stages.scorers.nnguide import NNGuideScorer, nnguide_score
-from stages.scorers.other import OtherScorer, other_score
-from stages.scorers.patch_knn import PatchKNNScorer, patch_knn_score
-from stages.scorers.pnml import PNMLScorer, pnml_score
-from stages.scorers.react import ReActScorer, react_score
-from stages.scorers.relation import RelationScorer, relation_score
-from stages.scorers.scale import SCALEScorer, scale_score
-from stages.scorers.selection import K_GRID, Fold, choose_k
-from stages.scorers.she import SHEScorer, she_score
-from stages.scorers.temperature import TemperatureScalingScorer, fit_temperature
-from stages.scorers.vim import ResidualScorer, ViMScorer, residual_score, vim_score
-from stages.scorers.vra import VRAScorer, vra_score
+from stages.scorers.features.nci import NCIScorer, nci_score
+from stages.scorers.features.ncm import NCMScorer, class_means
+from stages.scorers.features.react import ReActScorer, react_score
+from stages.scorers.features.scale import SCALEScorer, scale_score
+from stages.scorers.features.she import SHEScorer, she_score
+from stages.scorers.features.vra import VRAScorer, vra_score
+from stages.scorers.logits.energy import EnergyScorer, energy_score
+from stages.scorers.logits.entropy import EntropyScorer, entropy_score
+from stages.scorers.logits.gen import GENScorer, gen_score
+from stages.scorers.logits.klmatching import KLMatchingScorer, class_templates, kl_matching_score
+from stages.scorers.logits.maxlogit import MaxLogitScorer, max_logit_score
+from stages.scorers.logits.mos import MOSScorer, mos_score
+from stages.scorers.logits.msp import MSPScorer, msp_score
+from stages.scorers.logits.other import OtherScorer, other_score
+from stages.scorers.logits.temperature import TemperatureScalingScorer, fit_temperature
+from stages.scorers.neighbours.knn import ExpertBanks, KNNScorer, knn_score
+from stages.scorers.neighbours.knn_mean import KNNMeanScorer, knn_mean_score
+from stages.scorers.neighbours.nnguide import NNGuideScorer, nnguide_score
+from stages.scorers.neighbours.patch_knn import PatchKNNScorer, patch_knn_score
+from stages.scorers.neighbours.relation import RelationScorer, relation_score
+from stages.scorers.shared.base import ClassifierHead, ScoreInputs, Scorer, check_settings
+from stages.scorers.subspace.neco import NECOScorer, neco_score
+from stages.scorers.subspace.pnml import PNMLScorer, pnml_score
+from stages.scorers.subspace.vim import ResidualScorer, ViMScorer, residual_score, vim_score
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
@@ -153,7 +151,6 @@ def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> Scorer:
 
 
 __all__ = [
-    "K_GRID",
     "SCORERS",
     "ASHBScorer",
     "ASHPScorer",
@@ -164,9 +161,7 @@ __all__ = [
     "EnergyScorer",
     "EntropyScorer",
     "ExpertBanks",
-    "ExpertCalibration",
     "FDBDScorer",
-    "Fold",
     "GENScorer",
     "GMMScorer",
     "GradNormScorer",
@@ -196,13 +191,10 @@ __all__ = [
     "SSDScorer",
     "ScoreInputs",
     "Scorer",
-    "Standardiser",
     "TemperatureScalingScorer",
-    "ThresholdEstimate",
     "VRAScorer",
     "ViMScorer",
     "ash_score",
-    "choose_k",
     "class_means",
     "class_templates",
     "cosine_score",
@@ -237,8 +229,6 @@ __all__ = [
     "scorer_class",
     "she_score",
     "sparse_head",
-    "sum_scores",
-    "threshold_at",
     "vim_score",
     "vra_score",
 ]

@@ -32,10 +32,10 @@ from cache import (
     commit_shard,
     plan_shards,
 )
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig
 from stages.extract import extract_set
-from stages.images import list_images
+from stages.inputs.images import list_images
+from stages.networks.backbone import load_backbone
 from tests.bench.timing import in_turn, row
 
 RUNS = 9

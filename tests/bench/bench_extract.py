@@ -15,10 +15,10 @@ from rich.console import Console
 from sklearn.datasets import load_sample_images
 
 import pipeline.__main__  # noqa: F401  the process is set up as the command line sets it up
-from stages.backbone import Backbone, build_architecture, load_backbone
 from stages.config import BackboneConfig
 from stages.extract import extract_set
-from stages.images import list_images
+from stages.inputs.images import list_images
+from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from tests.bench.timing import RUNS, in_turn, rates, row
 
 N_LITE0, N_VIT = 768, 192  # some ten seconds each, so that start and end, where decoding waits, weigh little

@@ -26,15 +26,15 @@ from torch import nn
 
 import pipeline.__main__  # noqa: F401  the process is set up as the command line sets it up
 from cache import FeatureCache
-from stages.backbone import build_architecture, load_backbone
 from stages.config import BackboneConfig, FinetuneConfig
-from stages.dataset import IdData, id_data
 from stages.extract import extract_set
 from stages.finetune import finetune
-from stages.images import list_images
-from stages.objective import freeze_batch_norm
+from stages.id_data.rows import IdData, id_data
+from stages.inputs.images import list_images
+from stages.networks.backbone import build_architecture, load_backbone
+from stages.networks.weights.loading import build_model
 from stages.progress import NullProgress
-from stages.weights.loading import build_model
+from stages.training.objectives import freeze_batch_norm
 from tests.bench.bench_extract import write_jpegs
 from tests.bench.timing import RUNS, rates, row
 

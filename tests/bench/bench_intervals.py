@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of `stages.intervals` hold the truth, by simulation.
+"""How often the 95 % intervals of `stages.metrics.intervals` hold the truth, by simulation.
 
 ``python -m tests.bench.bench_intervals [DRAWS]``. ID scores are drawn from N(0, 1), OOD scores from N(m, 1) with m for
 the FPR95 or AUROC that is asked; a line each.
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from scipy.special import ndtri
 
-from stages.intervals import SetParts, auroc_interval, fpr95_interval
+from stages.metrics.intervals import SetParts, auroc_interval, fpr95_interval
 
 SIZES = ((20, 20), (60, 30), (100, 30), (400, 50), (50, 1000), (400, 400), (1200, 1000))
 TRUTHS = {"FPR95": (0.009, 0.05, 0.2, 0.5, 0.9), "AUROC": (0.6, 0.8, 0.95, 0.99, 0.999)}

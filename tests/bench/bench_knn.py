@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.neighbors import NearestNeighbors
 
-from stages.arrays import list_arrays
-from stages.bank import FeatureBank, l2_normalise
 from stages.config import ScoreConfig
-from stages.dataset import id_data
+from stages.detection.subjects import BackboneSource, TestSet
 from stages.extract import import_set
-from stages.heads import FittedHeads, LinearHead
+from stages.heads.choose import FittedHeads, LinearHead
+from stages.id_data.rows import id_data
+from stages.inputs.arrays import list_arrays
 from stages.progress import NullProgress
 from stages.score import score
-from stages.subjects import BackboneSource, TestSet
+from stages.scorers.neighbours.bank import FeatureBank, l2_normalise
 from tests.bench.timing import RUNS, in_turn, rates, row
 
 BANK, QUERIES, DIM, K = 100_000, 2_000, 384, 50

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stages.cores import usable_cores
-from stages.metrics import bootstrap_each, ood_metrics, resample_counts
+from stages.metrics.ranking import bootstrap_each, ood_metrics, resample_counts
 from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
 
 BANK, SELECT, ID, OOD, SETS, DIM, CLASSES = 100_000, 10_000, 50_000, 10_000, 5, 384, 100

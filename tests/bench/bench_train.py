@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from stages.backbone import Backbone, build_architecture, load_backbone
 from stages.config import BackboneConfig, TrainConfig
-from stages.dataset import IdData, id_data, read_tokens
-from stages.experts import ExpertKind, MixtureOfFeatureExperts
 from stages.extract import extract_set
-from stages.images import list_images
-from stages.split import Rows
+from stages.id_data.rows import IdData, id_data, read_tokens
+from stages.id_data.split import Rows
+from stages.inputs.images import list_images
+from stages.mixture.model import ExpertKind, MixtureOfFeatureExperts
+from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.train import resolve_settings, train_mixture
 from tests.bench.timing import RUNS, in_turn, rates, row
 

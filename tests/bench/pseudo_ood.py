@@ -26,10 +26,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.benchmark.run import STUDIES, image_source
 from pipeline.config import RunOptions, load_config
-from pipeline.results import STUDIES, image_source
 from pipeline.study import Study
-from stages.images import list_images
+from stages.inputs.images import list_images
 
 FOLDS = (0, 1, 2)
 PARTS = 4  # classes are dealt into parts; fold f leaves part f out

@@ -15,7 +15,7 @@ from cache import (
     unseal,
 )
 from cache import builder as builder_module
-from cache.journal import BuildPlan
+from cache.unfinished import BuildPlan
 from tests.test_cache.toy import begin, commit, files, fill, make_inputs, make_spec, restore
 
 MANIFESTS = ("manifest.json", "manifest.copy.json")

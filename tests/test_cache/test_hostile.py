@@ -16,7 +16,7 @@ from cache import (
     unseal,
 )
 from cache.files import read_document, write_document
-from cache.journal import BuildPlan
+from cache.unfinished import BuildPlan
 from tests.test_cache.toy import begin, commit, files, fill, make_inputs, make_spec
 
 HOSTILE = {

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from stages import distributed
-from stages.artifacts import read_tensors
 from stages.config import TrainConfig
+from stages.files.documents import read_tensors
 from stages.progress import NullProgress
 from stages.train import resolve_settings, train_mixture, train_mofe
+from stages.training import distributed
 
 
 def _as_rank(rank, world, port, results, work):

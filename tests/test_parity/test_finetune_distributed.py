@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stages import checkpoint as checkpoint_module
+from stages.training import checkpoint as checkpoint_module
 from tests.test_parity.test_distributed import together
 from tests.test_stages.small_vit import metrics, tune
 

@@ -8,10 +8,9 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from stages import logistic
-from stages.dataset import lazy_rows
-from stages.heads import STRENGTHS, fit_head
-from stages.logistic import Standardisation, fit_logistic, standardisation
+from stages.heads.choose import STRENGTHS, fit_head, logistic
+from stages.heads.logistic import Standardisation, fit_logistic, standardisation
+from stages.id_data.rows import lazy_rows
 
 
 def mean_log_likelihood(logits, labels) -> float:

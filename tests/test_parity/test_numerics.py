@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig
 from stages.extract import extract_set
-from stages.images import list_images
+from stages.inputs.images import list_images
+from stages.networks.backbone import load_backbone
 from tests.test_stages.drawn import DINOV2, dinov2, photos
 
 LITE0 = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)

@@ -11,7 +11,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 
-from stages.metrics import ood_metrics
+from stages.metrics.ranking import ood_metrics
 from stages.scorers import KNNScorer, NCMScorer, ScoreInputs, energy_score, msp_score
 
 

@@ -15,7 +15,7 @@ from pytorch_ood.metrics import functional as reference
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from stages.metrics import ood_metrics
+from stages.metrics.ranking import ood_metrics
 from stages.scorers import ClassifierHead, ScoreInputs, Scorer, entropy_score, get_scorer, lts_score
 
 PYTORCH_OOD = "pytorch-ood"

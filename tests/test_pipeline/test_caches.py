@@ -13,7 +13,7 @@ from cache import FeatureCache
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.extract import extract_features
-from stages.images import list_images
+from stages.inputs.images import list_images
 from tests.test_pipeline.command import done, pipeline, refused
 from tests.test_pipeline.tiny import STUDY, draw
 

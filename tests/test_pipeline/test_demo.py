@@ -19,13 +19,13 @@ from cache import FeatureCache
 from pipeline import study as study_module
 from pipeline.config import RunOptions, load_config
 from pipeline.study import Study
-from stages.detectors import DetectorFactory
-from stages.images import decode_image, list_images
-from stages.metrics import auroc
+from stages.detection.detectors import DetectorFactory
+from stages.detection.subjects import RefinedFeatures
+from stages.inputs.images import decode_image, list_images
+from stages.metrics.ranking import auroc
+from stages.mixture.refine import refine
 from stages.progress import NullProgress
-from stages.refine import refine
-from stages.subjects import RefinedFeatures
-from stages.table import compact, read_summary
+from stages.results.table import compact, read_summary
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 
 ROOT = Path(__file__).parents[2]

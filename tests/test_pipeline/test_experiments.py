@@ -7,8 +7,8 @@ import pytest
 import timm
 from PIL import Image
 
+from pipeline.benchmark.run import STUDIES
 from pipeline.config import load_config
-from pipeline.results import STUDIES
 from tests.test_pipeline.command import done
 
 EXPERIMENTS = Path(__file__).parents[2] / "pipeline" / "experiments"

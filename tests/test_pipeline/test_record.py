@@ -8,7 +8,7 @@ import pytest
 from pipeline import record as record_module
 from pipeline.config import RunConfig
 from pipeline.record import RunRecord, git_revision, hardware, versions
-from stages.artifacts import read_document, write_document
+from stages.files.documents import read_document, write_document
 
 
 @pytest.fixture

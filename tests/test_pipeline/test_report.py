@@ -13,23 +13,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import load_config
-from pipeline.figures import admitted
 from pipeline.record import RunRecord
 from pipeline.report import METRICS, ROUTINGS, Evidence, duration, percent, points, verdict, write_report
+from pipeline.report.figures import admitted
 from pipeline.report.gallery import MOST_PICTURES, galleries
 from pipeline.report.maps import _pca, feature_maps
 from pipeline.report.methods import size
 from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.study import ScoredStudy
-from stages.artifacts import digest_of, read_document, write_contents, write_document, write_json, write_text
+from stages.detection.calibration import threshold_at
+from stages.detection.subjects import BackboneSource, MixtureFolder, RefinedFeatures
 from stages.errors import InputError
-from stages.images import decode_image, list_images
-from stages.metrics import auroc
-from stages.mixup import class_alpha
+from stages.files.documents import digest_of, read_document, write_contents, write_document, write_json, write_text
+from stages.inputs.images import decode_image, list_images
+from stages.metrics.ranking import auroc
+from stages.mixture.mixup import class_alpha
 from stages.progress import NullProgress
-from stages.scorers import threshold_at
-from stages.subjects import BackboneSource, MixtureFolder, RefinedFeatures
-from stages.table import Evaluator, read_summary, summarise, write_table
+from stages.results.table import Evaluator, read_summary, summarise, write_table
 from stages.train import EpochRecord
 from tests.conftest import SOURCES
 from tests.test_pipeline.browser import CHROMIUM, opened

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.comparison import BASELINES, RECOMMENDED, Method, methods_of
+from pipeline.benchmark.comparison import BASELINES, RECOMMENDED, Method, methods_of
+from pipeline.benchmark.run import EXPERIMENTS, LISTED, STUDIES, Remaining, compare_images, run_results
 from pipeline.config import ConfigError, load_config
-from pipeline.results import EXPERIMENTS, LISTED, STUDIES, Remaining, compare_images, run_results
 from stages.errors import InputError
-from stages.grouping import group_classes
-from stages.table import read_summary
+from stages.mixture.grouping import group_classes
+from stages.results.table import read_summary
 from tests.test_pipeline.command import pipeline, refused
 from tests.test_pipeline.tiny import STUDY, draw
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from cache import FeatureCache
 from stages.config import BackboneConfig
-from stages.weights.loading import build_model
+from stages.networks.weights.loading import build_model
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 from tests.test_pipeline.tiny import STUDY, draw
 

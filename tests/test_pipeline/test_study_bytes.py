@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from cache import CacheBuilder, FeatureCache, FeatureSpec, InputTable, commit_shard, file_sha256, plan_shards
-from stages.artifacts import read_document, write_document
+from stages.files.documents import read_document, write_document
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 from tests.test_pipeline.tiny import ID_SETS
 from tests.test_pipeline.tiny import draw as draw_images

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stages.images import decode_image, list_images
+from stages.inputs.images import decode_image, list_images
 
 ID_SETS = """
 name = "tiny"

@@ -12,9 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from stages.backbone import Backbone
 from stages.config import BackboneConfig
-from stages.images import decode_image, list_images
+from stages.inputs.images import decode_image, list_images
+from stages.networks.backbone import Backbone
 
 DINOV2 = "vit_small_patch14_dinov2"
 DINOV2_REGISTERS = "vit_small_patch14_reg4_dinov2"

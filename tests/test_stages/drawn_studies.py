@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureCache
-from stages.arrays import list_arrays
 from stages.config import ScoreConfig, TrainConfig
-from stages.dataset import id_data
-from stages.detectors import DetectorFactory
+from stages.detection.calibration import ThresholdEstimate, threshold_at
+from stages.detection.detectors import DetectorFactory
+from stages.detection.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
 from stages.extract import import_set
+from stages.id_data.rows import id_data
+from stages.inputs.arrays import list_arrays
 from stages.progress import NullProgress
-from stages.scorers import SCORERS, ThresholdEstimate, threshold_at
-from stages.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
+from stages.scorers import SCORERS
 from stages.train import train_mofe, train_probe
 
 # What frozen features without patch tokens have; DICE keeps a tenth of the weights, which here would be a handful.

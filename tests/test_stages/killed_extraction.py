@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig
-from stages.images import list_images
+from stages.inputs.images import list_images
+from stages.networks.backbone import load_backbone
 from stages.progress import NullProgress
 from tests.test_stages.slow_extraction import small_shards
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cache import FeatureCache, plan_shards
 from stages import extract
-from stages.backbone import Backbone, load_backbone
 from stages.config import BackboneConfig
-from stages.images import list_images
+from stages.inputs.images import list_images
+from stages.networks.backbone import Backbone, load_backbone
 from stages.progress import NullProgress
 
 

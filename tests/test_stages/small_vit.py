@@ -6,12 +6,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig, FinetuneConfig
-from stages.dataset import IdData, id_data
 from stages.extract import extract_set
 from stages.finetune import finetune
-from stages.images import SampleTable
+from stages.id_data.rows import IdData, id_data
+from stages.inputs.images import SampleTable
+from stages.networks.backbone import load_backbone
 from stages.progress import Progress
 from tests.test_stages.drawn import create
 

@@ -5,7 +5,7 @@ import tarfile
 
 from PIL import Image
 
-from stages.images import ImageError
+from stages.inputs.images import ImageError
 
 
 def png(gray=0):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from stages.compare import compare_scores
+from stages.detection.calibration import Standardiser
 from stages.errors import InputError
-from stages.metrics import ood_metrics
-from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, Standardiser, energy_score, get_scorer
+from stages.metrics.ranking import ood_metrics
+from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, energy_score, get_scorer
 
 
 @pytest.fixture(scope="module")

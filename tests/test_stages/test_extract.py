@@ -15,12 +15,12 @@ import torch
 from sklearn.datasets import load_digits
 
 from cache import CacheError, CacheMismatchError, FeatureCache
-from stages import shards as shards_module
-from stages.backbone import Backbone
 from stages.config import BackboneConfig
 from stages.errors import StageError
 from stages.extract import compare_versions, extract_set, made_with, repair_set
-from stages.images import ImageReader, decode_image, list_dataset, list_images
+from stages.extraction import shards as shards_module
+from stages.inputs.images import ImageReader, decode_image, list_dataset, list_images
+from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
 from tests.test_stages.drawn import create
 from tests.test_stages.slow_extraction import small_shards

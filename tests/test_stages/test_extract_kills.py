@@ -9,7 +9,7 @@ import pytest
 
 from cache import FeatureCache
 from stages.extract import compare_versions
-from stages.images import list_images
+from stages.inputs.images import list_images
 from tests.test_stages.killed_extraction import IMAGES, extract_and_tell
 from tests.test_stages.slow_extraction import small_shards
 

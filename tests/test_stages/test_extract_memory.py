@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig
 from stages.extract import extract_set
-from stages.images import list_images
+from stages.inputs.images import list_images
+from stages.networks.backbone import load_backbone
 from tests.test_stages.slow_extraction import few_rows_a_shard
 
 N = 300

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from stages import finetune as finetune_module
-from stages.artifacts import write_document
-from stages.augment import ImageSet, generators_kept, transforms
-from stages.backbone import load_backbone
 from stages.config import BackboneConfig, FinetuneConfig
-from stages.dataset import id_data
 from stages.errors import InputError, StageError
 from stages.extract import extract_set
+from stages.files.documents import write_document
 from stages.finetune import finetune, read_finetuned_head
-from stages.images import decode_image
+from stages.id_data.rows import id_data
+from stages.inputs.images import decode_image
+from stages.networks.backbone import load_backbone
 from stages.progress import NullProgress
-from stages.recipe import resolve_recipe
+from stages.training.augment import ImageSet, generators_kept, transforms
+from stages.training.recipes import resolve_recipe
 from tests.test_stages.small_vit import metrics
 from tests.test_stages.stops import StopsIn
 

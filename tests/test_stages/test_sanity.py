@@ -9,10 +9,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from cache import CacheBuilder, InputTable, commit_shard, plan_shards, sha256
 from stages import sanity
-from stages.images import list_images
+from stages.inputs.images import list_images
 from stages.sanity import check_features, find_same_bytes, leave_one_out_accuracy, same_bytes_notes
 from tests.test_cache.toy import make_spec
-from tests.test_stages.test_images import save
+from tests.test_stages.test_inputs.test_images import save
 
 
 def sealed(path, features, labels, samples=None):

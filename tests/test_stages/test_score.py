@@ -16,24 +16,24 @@ from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache, file_sha256
-from stages import backbone as backbone_module
-from stages import table as table_module
-from stages.artifacts import read_document
-from stages.bank import FeatureBank
 from stages.config import SCORE_NAMES, ScoreConfig, TrainConfig
-from stages.dataset import id_data, read_tokens
+from stages.detection.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
+from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.errors import InputError
-from stages.experts import load_mixture
 from stages.extract import extract_set
-from stages.heads import load_heads
-from stages.images import ImageReader, list_images
-from stages.images.table import FileRange
+from stages.files.documents import read_document
+from stages.heads.choose import load_heads
+from stages.id_data.rows import id_data, read_tokens
+from stages.inputs.images import ImageReader, list_images
+from stages.inputs.images.table import FileRange
+from stages.mixture.model import load_mixture
+from stages.mixture.refine import load_refined, refine, refined_path
+from stages.networks import backbone as backbone_module
 from stages.predict import Predictor
 from stages.progress import NullProgress
-from stages.refine import load_refined, refine, refined_path
+from stages.results import table as table_module
 from stages.score import score
-from stages.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
-from stages.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+from stages.scorers.neighbours.bank import FeatureBank
 from stages.train import train_mofe, train_probe
 
 CONFIG = ScoreConfig(k=5, bootstrap=100)

@@ -6,18 +6,18 @@ from functools import partialmethod
 import numpy as np
 import pytest
 
-from stages import bank as bank_module
-from stages import detectors as detectors_module
-from stages.arrays import list_arrays
-from stages.bank import FeatureBank
 from stages.config import SCORE_NAMES, ScoreConfig
-from stages.dataset import id_data
+from stages.detection import detectors as detectors_module
+from stages.detection.subjects import BackboneSource
+from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.extract import import_set
-from stages.heads import FittedHeads, LinearHead
+from stages.heads.choose import FittedHeads, LinearHead
+from stages.id_data.rows import id_data
+from stages.inputs.arrays import list_arrays
 from stages.score import score
-from stages.scorers import quantiles
-from stages.subjects import BackboneSource
-from stages.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+from stages.scorers.neighbours import bank as bank_module
+from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.shared import quantiles
 
 DIM, CLASSES = 256, 4
 FEW = 5_000  # more than a block, so that both sizes fill one

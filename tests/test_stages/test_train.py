@@ -18,21 +18,21 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache import FeatureCache
-from stages import checkpoint as checkpoint_module
 from stages import train as train_module
-from stages.artifacts import read_document, write_document
-from stages.backbone import Backbone
-from stages.checkpoint import Checkpoints
 from stages.config import BackboneConfig, TrainConfig
-from stages.dataset import id_data, read_tokens
 from stages.errors import InputError, StageError
-from stages.experts import load_mixture
 from stages.extract import extract_set
-from stages.heads import load_heads
-from stages.mixup import class_alpha
+from stages.files.documents import read_document, write_document
+from stages.heads.choose import load_heads
+from stages.id_data.rows import id_data, read_tokens
+from stages.mixture.mixup import class_alpha
+from stages.mixture.model import load_mixture
+from stages.mixture.refine import load_refined, refined_path
+from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
-from stages.refine import load_refined, refined_path
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mixture, train_mofe, train_probe
+from stages.training import checkpoint as checkpoint_module
+from stages.training.checkpoint import Checkpoints
 from tests.test_stages.drawn import create
 from tests.test_stages.stops import StopsAt, StopsIn
 

@@ -1,0 +1,1 @@
+"""`make results`: the benchmark's studies, compared."""

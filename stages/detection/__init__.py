@@ -1,0 +1,1 @@
+"""From scores to decisions: what is scored, on which scale, and from which threshold on it is OOD."""

@@ -1,0 +1,1 @@
+"""Stage one's work on one shard."""

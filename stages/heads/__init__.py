@@ -1,0 +1,1 @@
+"""Linear heads: logistic regression and the choice of its strength."""

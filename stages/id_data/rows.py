@@ -1,0 +1,296 @@
+"""What stage two and three know of the ID data: sealed caches, labels in the study's classes, and the split."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache import FeatureCache
+from stages.errors import InputError
+from stages.id_data.lazy import LazyArray, RowNumbers
+from stages.id_data.split import Fold, Rows, Split, split_rows, split_with_validation_set
+from stages.inputs.images.names import match_classes, unlike
+from stages.networks.backbone import Tokens
+
+Labels = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class IdData:
+    """ID features to train and to select on.
+
+    Attributes:
+        train: cache of the id-train set.
+        train_labels: ``[N]`` class of each of its rows.
+        held_out: cache that the split's `select` and `calibrate` rows belong to: id-val's, or again id-train's.
+        held_out_labels: ``[N']`` class of each of its rows.
+        class_names: the C classes, in the order of their numbers.
+        split: which rows train, select and calibrate.
+    """
+
+    train: FeatureCache
+    train_labels: Labels
+    held_out: FeatureCache
+    held_out_labels: Labels
+    class_names: tuple[str, ...]
+    split: Split
+
+    @property
+    def n_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By its bytes what all that is trained on these rows is made of: features, names of the classes, split."""
+        return {
+            "id-train": self.train.digest,
+            "held-out": self.held_out.digest,
+            "classes": list(self.class_names),
+            "split": self.split.rule,
+            "rows": self.split.digest,
+        }
+
+    def runs(self) -> list[tuple[str, Fold]]:
+        """Models that calibrate: (name, rows); the final one alone where it leaves rows to calibrate on."""
+        if not self.split.cross_fitted:
+            return [("final", self.split.folds[0])]
+        return [(f"fold-{index}", fold) for index, fold in enumerate(self.split.folds)]
+
+    def train_rows(self) -> dict[str, Rows]:
+        """Training rows of every model, the final one's last."""
+        return {name: fold.train for name, fold in self.runs()} | {"final": self.split.final_train}
+
+
+def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cross_fit: bool = True) -> IdData:
+    """Open the ID side of a study.
+
+    Args:
+        train: cache of the id-train set; every row needs a label.
+        val: cache of the id-val set, if the study has one.
+        val_share: share of id-train to hold out where there is no id-val set.
+        cross_fit: see `stages.id_data.split.split_rows`.
+
+    Raises:
+        InputError: unlabelled rows, fewer than two classes, classes with too few rows, labels that id-train lacks.
+    """
+    labels = np.asarray(train.labels)
+    names = train.class_names
+    if len(without := np.flatnonzero(labels < 0)):
+        how = "give a folder per class, or a list with labels" if unit(train) == "image" else "give label"
+        raise InputError(f"id-train set {train.manifest.dataset!r}: {_some(train, without)} have no label: {how}")
+    counts = np.bincount(labels, minlength=len(names))
+    used = np.flatnonzero(counts)
+    _check_count(len(used), train.manifest.dataset, unit(train))
+    names = tuple(names[index] for index in used)
+    labels = np.searchsorted(used, labels).astype(np.int32)
+    if val is None:
+        split = split_rows(labels, train.image_hashes, val_share, cross_fit)
+        held_out, held_labels = train, labels
+    else:
+        held_out, held_labels = val, labels_in(val, names)
+        split = split_with_validation_set(len(labels), held_labels, val.image_hashes)
+    _check_folds(split, labels, names, train.manifest.dataset, unit(train))
+    return IdData(train, labels, held_out, held_labels, names, split)
+
+
+def check_split(
+    dataset: str,
+    class_names: Sequence[str],
+    labels: Labels,
+    val_labels: Labels | None,
+    val_share: float,
+    cross_fit: bool = True,
+    what: str = "image",
+) -> int:
+    """Refuse classes of which nothing can be held out, before their images are read: the listing alone is known.
+
+    Args:
+        dataset: name of the id-train set.
+        class_names: of the C classes that have images.
+        labels: ``[N]`` class of each image, 0 to C − 1.
+        val_labels: of the images of the id-val set, if the study has one.
+        val_share: share of id-train to hold out where there is none.
+        cross_fit: see `stages.id_data.split.split_rows`.
+        what: a row is to people, see `unit`.
+
+    Returns:
+        How many images train the first fold's model, if all of them differ and can be used.
+
+    Raises:
+        InputError: fewer than two classes, classes or an id-val set with too few images.
+    """
+    _check_count(len(class_names), dataset, what)
+    if val_labels is not None:
+        split = split_with_validation_set(len(labels), val_labels, _any_hashes(len(val_labels)))
+        _check_folds(split, labels, class_names, dataset, what)
+        return len(labels)
+    # Which image is held out says its hash; how many are, their number alone: two classes of each size, the middles of
+    # which go to different halves, stand for all.
+    sizes, first, classes = np.unique(np.bincount(labels), return_index=True, return_counts=True)
+    shown = np.minimum(classes, 2)
+    alike = np.concatenate([[n - 1, 1] if n > 1 else [1] for n in classes])
+    of_size = np.repeat(np.arange(len(alike), dtype=np.int32), np.repeat(sizes, shown))
+    split = split_rows(of_size, _any_hashes(len(of_size)), val_share, cross_fit)
+    _check_folds(
+        split, of_size, [class_names[place] for place in np.repeat(first, shown).tolist()], dataset, what, alike
+    )
+    return int(np.bincount(of_size[split.folds[0].train], minlength=len(alike)) @ alike)
+
+
+def _any_hashes(n: int) -> NDArray[np.uint8]:
+    """``[n, 32]`` of which no two are alike."""
+    return np.arange(4 * n, dtype=np.uint64).view(np.uint8).reshape(n, 32)
+
+
+def _check_count(n_classes: int, dataset: str, what: str) -> None:
+    if n_classes < 2:
+        raise InputError(f"id-train set {dataset!r} has {n_classes} class with {what}s: at least 2 are needed")
+
+
+def _check_folds(
+    split: Split,
+    labels: Labels,
+    names: Sequence[str],
+    dataset: str,
+    what: str,
+    alike: NDArray[np.integer] | None = None,
+) -> None:
+    """Refuse folds that lack a class to train on, or rows to hold out; `alike` says how many each class stands for."""
+    for fold in split.folds:
+        if len(few := np.flatnonzero(np.bincount(labels[fold.train], minlength=len(names)) == 0)):
+            n = len(few) if alike is None else int(alike[few].sum())
+            raise InputError(
+                f"id-train set {dataset!r}: class {names[few[0]]!r} has {np.count_nonzero(labels == few[0])} "
+                f"{what}(s), too few to hold some out ({n} such class(es)): give more, or leave the class out"
+            )
+        if len(fold.select) and len(fold.calibrate):
+            continue
+        if split.held_out == "id-val":
+            raise InputError(
+                f"the id-val set has {len(fold.select)} {what}(s), too few to halve into those that select and those "
+                "that calibrate: give it two or more, or leave the set out"
+            )
+        raise InputError(
+            f"id-train set {dataset!r}: no {what} is left to {'calibrate' if len(fold.select) else 'select'} on: give "
+            f"3 different {what}s of a class or more, or an id-val set"
+        )
+
+
+def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:
+    """Labels of another ID set as numbers of the study's classes, matched by name.
+
+    Raises:
+        InputError: rows without label or of a class that id-train does not have.
+    """
+    places = match_classes(cache.class_names, class_names)
+    given = np.asarray(cache.labels)
+    if len(without := np.flatnonzero(given < 0)):
+        raise InputError(f"set {cache.manifest.dataset!r}: {_some(cache, without)} have no label")
+    labels: Labels = np.asarray(places, np.int32)[given]
+    if len(others := np.flatnonzero(labels < 0)):
+        unknown = [cache.class_names[number] for number in np.unique(given[others])]
+        raise InputError(
+            f"set {cache.manifest.dataset!r}: {_some(cache, others)} have classes that id-train does not have: "
+            f"{unlike(unknown, class_names)}"
+        )
+    return labels
+
+
+def _some(cache: FeatureCache, rows: Rows) -> str:
+    """How many rows of a cache, and the first of them by name."""
+    return f"{len(rows)} of {cache.n_rows} {unit(cache)}s (the first: {str(cache.ids[rows[0]])!r})"
+
+
+def unit(cache: FeatureCache) -> str:
+    """What a row is to people: an ``image``, or a ``row`` of arrays that were computed elsewhere."""
+    return "row" if cache.spec.origin else "image"
+
+
+ALL_TOKENS = ("cls", "tap_cls", "registers", "patches")
+
+
+def read_tokens(
+    cache: FeatureCache,
+    rows: Rows | slice,
+    device: str | torch.device = "cpu",
+    reads: Sequence[str] = ALL_TOKENS,
+) -> Tokens:
+    """Rows of a cache as float32 `Tokens`; what the cache does not hold, or was not asked for, has length 0."""
+
+    def read(name: str) -> torch.Tensor:
+        return torch.from_numpy(cache.read(name, rows)).to(device).float()
+
+    cls = read("cls")
+    known = [name for name in reads if name in cache.spec.datasets()]
+    tap_cls = read("tap_cls") if "tap_cls" in known else cls[:, :0]
+    absent = tap_cls[:, None][:, :0]
+    registers = read("registers") if "registers" in known else absent
+    patches = read("patches") if "patches" in known else absent
+    return Tokens(cls, tap_cls, registers, patches)
+
+
+def read_blocks(cache: FeatureCache, name: str, rows: Rows) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
+    """Walk over one feature of some rows: (row numbers, float32 values), a few thousand at a time.
+
+    Raises:
+        InputError: a value that is not finite, naming the image.
+    """
+    for block in cache.batches([name], rows, batch_size=4096):
+        values = block[name].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise not_finite(cache, block["row"], values, name)
+        yield block["row"], values
+
+
+def lazy_rows(cache: FeatureCache, name: str, dim: int) -> LazyArray:
+    """One feature of all rows ``[N, dim]``, float32, read when they are asked for."""
+
+    def read(rows: RowNumbers) -> NDArray[np.float32]:
+        return np.asarray(cache.read(name, rows), dtype=np.float32)
+
+    return LazyArray(read, cache.n_rows, dim)
+
+
+def not_finite(cache: FeatureCache, rows: Rows, values: NDArray[np.floating], name: str) -> InputError:
+    """The error that names the first of some rows whose values are not finite."""
+    row = rows[~np.isfinite(values).reshape(len(rows), -1).all(1)][0]
+    return InputError(
+        f"set {cache.manifest.dataset!r}: {name} of {unit(cache)} {str(cache.ids[row])!r} is not finite: "
+        f"leave the {unit(cache)} out, or remove {cache.path} and extract again"
+    )
+
+
+WINDOW_BYTES = 1 << 30
+
+
+def epoch_windows(
+    rows: Rows, shard_starts: Sequence[int], row_bytes: int, rng: np.random.Generator, window_bytes: int = WINDOW_BYTES
+) -> list[Rows]:
+    """An epoch's order, such that a cache larger than memory is read a window at a time.
+
+    Shards are shuffled, consecutive ones make a window as long as their rows fit into it (one shard at least), and the
+    rows of each window are shuffled. Where all fits into one window, that is a permutation of all rows.
+
+    Args:
+        rows: to order, each once.
+        shard_starts: first row of each shard of the cache, ascending.
+        row_bytes: what is read for one row.
+        rng: shuffles.
+        window_bytes: size of a window.
+    """
+    shard = np.searchsorted(np.asarray(shard_starts), rows, "right") - 1
+    by_shard = [rows[shard == number] for number in rng.permutation(np.unique(shard))]
+    windows: list[list[Rows]] = [[]]
+    size = 0
+    for part in by_shard:
+        nbytes = len(part) * row_bytes
+        if windows[-1] and size + nbytes > window_bytes:
+            windows.append([])
+            size = 0
+        windows[-1].append(part)
+        size += nbytes
+    return [rng.permutation(np.concatenate(window)) for window in windows if window]

@@ -1,0 +1,112 @@
+"""Images on disk: a folder per class (nested or not), a flat folder, one file."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from stages.errors import InputError
+from stages.inputs.images.kind import SPECIAL, extension, is_hidden, is_image
+from stages.inputs.images.table import FileRange, Sample, SampleTable, first_folder, make_table
+
+
+class Files(NamedTuple):
+    """What lies below a folder."""
+
+    samples: list[Sample]  # the images
+    others: list[str]  # other regular files, by their paths below it
+    special: Counter[str]  # how many pipes and devices, as `stages.inputs.images.kind` calls them
+
+    def table(self, source: str) -> SampleTable:
+        """The images as a table.
+
+        Raises:
+            InputError: There is none.
+        """
+        return make_table(source, self.samples, Counter(map(extension, self.others)) + self.special)
+
+
+def find_files(source: str) -> Files:
+    """Find the files under a folder; what counts as an image, and what is hidden, `stages.inputs.images.kind` says.
+
+    Links are followed: one to a file is that file, and one back to a folder above it ends there. The class of an image
+    is its first folder below `source`; an image that lies directly in `source` has none.
+
+    A file that cannot be looked at (a broken link, say) is an image as well, whatever its name: reading it fails, and
+    is then recorded.
+    """
+    root, files = os.path.abspath(source), Files([], [], Counter())
+    start_of_id = len(os.path.join(root, ""))
+    for path in _files(root):
+        sample_id = path[start_of_id:]
+        sample = file_sample(sample_id, path, first_folder(sample_id))
+        if sample is None:
+            files.special[SPECIAL] += 1
+        elif _is_image(path):
+            files.samples.append(sample)
+        else:
+            files.others.append(sample_id)
+    return files
+
+
+def list_file(source: str) -> SampleTable:
+    """List one image file: a table of one row without a class."""
+    sample = file_sample(os.path.basename(source), os.path.abspath(source), None)
+    return make_table(source, [] if sample is None else [sample])
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a path leads to a regular file that is an image by its name or its first bytes."""
+    return os.path.isfile(path) and _is_image(path)
+
+
+def file_sample(sample_id: str, path: str, class_name: str | None) -> Sample | None:
+    """Sample of a file, or None for what is no regular file.
+
+    A file that cannot be looked at (a broken link, say) is a sample as well: reading it fails, and is then recorded.
+    """
+    try:
+        now = os.stat(path)
+    except OSError:
+        return Sample(sample_id, class_name, 0, 0, FileRange(path))
+    if not stat.S_ISREG(now.st_mode):
+        return None
+    return Sample(sample_id, class_name, now.st_size, now.st_mtime_ns, FileRange(path))
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is an image, or cannot be opened to find out; it must not be a pipe."""
+    try:
+        return is_image(path, FileRange(path).head)
+    except OSError:
+        return True
+
+
+def _files(root: str) -> Iterator[str]:
+    """Paths of what is no folder, hidden ones left out, in any order."""
+    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]  # and which folders it lies in
+    while folders:
+        folder, above = folders.pop()
+        try:
+            here = os.stat(folder)
+            inode = (here.st_dev, here.st_ino)
+            if inode in above:  # a link back to a folder that is being walked
+                continue
+            inside = above | {inode}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not _is_folder(entry):
+                        if not is_hidden(entry.name):
+                            yield entry.path
+                    elif not is_hidden(f"{entry.name}/"):
+                        folders.append((entry.path, inside))
+        except OSError as error:
+            raise InputError(f"{error.filename or folder}: the folder cannot be listed: {error.strerror}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -1,0 +1,1 @@
+"""The Mixture of Feature Experts: model, groups of classes, Dynamic-β Mixup, refined features."""

@@ -1,0 +1,1 @@
+"""Backbones: their weights, their tokens, and the last blocks that become experts."""

@@ -1,0 +1,1 @@
+"""What a scored study says: its table, its files and their formats."""

@@ -1,0 +1,1 @@
+"""Scores of features, and of the linear head's weights."""

@@ -1,0 +1,1 @@
+"""Scores of ID training rows near by."""

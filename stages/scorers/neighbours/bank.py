@@ -1,0 +1,287 @@
+"""FeatureBank: ℓ2-normalised ID training features and the distances to their nearest neighbours.
+
+Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022. The only module that imports faiss.
+
+    flat   every row is compared, exact; on all GPUs that faiss sees. A bank that is too large to be held is searched by
+           blocks with a running top-k: the same neighbours up to ties, the same distances to 1e-6
+    ivf    rows of the nearest of about 4·√n k-means cells (inverted file); approximate
+    hnsw   rows that a walk through a graph meets (Malkov and Yashunin, TPAMI 2020); approximate
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cache.fingerprint import canonical_json, pieces_sha256
+from stages.errors import InputError, NotFiniteError
+from stages.id_data.lazy import LazyArray, Rows2D
+
+IndexKind = Literal["flat", "ivf", "hnsw"]
+
+# faiss's last bits depend on how many queries it is given, so it is always given blocks of one size. Below a few
+# hundred queries it leaves BLAS and takes about eight times as long a query: small rests are then quicker unpadded.
+_BLOCK = 1024
+_SMALL = 128
+_BANK_BLOCK = 1 << 16  # rows of a bank that is not held: read, normalised and searched together
+_HELD_BYTES = 4 << 30  # of unit vectors; a larger bank is read anew for every search
+_PROBES = 32  # cells that a query looks into
+_LINKS, _BREADTH, _BREADTH_OF_BUILD = 32, 256, 200  # HNSW's M, efSearch, efConstruction
+# 2 − 2·cos cancels for near neighbours: a float32 cosine is good to 1.5e-7, which is 1e-6 in the distance at 0.15 and
+# 4e-4 at 0. Neighbours nearer than this are measured again, from the difference of the two vectors.
+_NEAR = 0.2
+_PAIRS = 1 << 15  # of them at once
+
+
+def l2_normalise(features: ArrayLike) -> NDArray[np.float32]:
+    """Every row divided by its Euclidean norm; a zero row stays zero.
+
+    Args:
+        features: [n, D], any float type.
+
+    Returns:
+        [n, D] float32, C-contiguous, a new array.
+
+    >>> l2_normalise([[3.0, 4.0], [0.0, 0.0]]).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    rows = np.asarray(features)
+    # In float64: the squares of float16 and float32 values neither overflow nor vanish.
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
+    unit = np.zeros(rows.shape, dtype=np.float32)
+    np.divide(rows, norms, out=unit, where=norms > 0, casting="same_kind")
+    return unit
+
+
+class FeatureBank:
+    """Nearest neighbours by cosine among ID features; the distance is √(2 − 2·cos), that of the unit vectors.
+
+    Args:
+        features: [n, D], any float type; normalised here. May be memory-mapped or lazy, and larger than memory.
+        device: ``"auto"`` takes a GPU where faiss sees one, ``"cpu"`` never.
+        index: ``"flat"`` is exact; ``"ivf"`` and ``"hnsw"`` may miss neighbours, see `recall`.
+        held_bytes: largest size of the unit vectors that are kept in memory.
+
+    Raises:
+        InputError: no rows, not two-dimensional, or NaN or inf in a row; an approximate index of what is not held.
+
+    >>> bank = FeatureBank([[1.0, 0.0], [0.0, 2.0]])
+    >>> distances, rows = bank.search([[5.0, 0.0]], k=2)
+    >>> distances.round(3).tolist(), rows.tolist()
+    ([[0.0, 1.4140000343322754]], [[0, 1]])
+    """
+
+    def __init__(
+        self,
+        features: ArrayLike | LazyArray,
+        device: Literal["auto", "cpu"] = "auto",
+        index: IndexKind = "flat",
+        held_bytes: int = _HELD_BYTES,
+    ) -> None:
+        self._features = _checked_bank(features)
+        if not self._features.size:
+            raise InputError(f"a bank of shape {self._features.shape} has no features to compare with")
+        self._device = device
+        self.index = index
+        self._is_held = 4 * self._features.size <= held_bytes
+        if index != "flat" and not self._is_held:
+            raise InputError(
+                f"a bank of {len(self)} rows is too large to be held, as {index} needs it: take index = flat, or "
+                "a share of its rows (bank = 0.5)"
+            )
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a feature."""
+        return int(self._features.shape[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the features and what is searched with: equal banks give equal distances."""
+        about = [self.index, self._features.dtype.str, self._features.shape, _PROBES, _LINKS, _BREADTH]
+        blocks = (
+            np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for _, block in _blocks_of(self._features)
+        )
+        return pieces_sha256(piece for part in ([canonical_json(about)], blocks) for piece in part)
+
+    @cached_property
+    def _unit(self) -> NDArray[np.float32]:
+        unit = np.empty(self._features.shape, dtype=np.float32)
+        for start, block in _blocks_of(self._features):
+            unit[start : start + len(block)] = l2_normalise(block)
+        return unit
+
+    @cached_property
+    def _built(self) -> Any:
+        """The faiss index that is searched, built at the first search; None where the bare rows are."""
+        index: Any
+        if self.index == "flat":
+            if self._device == "cpu" or not self._is_held or faiss.get_num_gpus() == 0:
+                return None
+            index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(self.dim))
+        elif self.index == "ivf":
+            cells = max(1, min(int(4 * len(self) ** 0.5), len(self) // 39))  # faiss wants 39 rows a cell to train on
+            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(self.dim), self.dim, cells, faiss.METRIC_INNER_PRODUCT)
+            index.nprobe = _PROBES
+            index.train(self._unit)
+        else:
+            index = faiss.IndexHNSWFlat(self.dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction, index.hnsw.efSearch = _BREADTH_OF_BUILD, _BREADTH
+            with _one_thread():
+                index.add(self._unit)
+            return index
+        index.add(self._unit)
+        return index
+
+    def prepare(self) -> None:
+        """Do now what the first search would do before it: normalise what is held, build an index."""
+        if self._is_held and self._built is None:
+            _ = self._unit
+
+    def recall(self, queries: ArrayLike, k: int) -> float:
+        """Share of the k exact neighbours that `search` finds, over some queries; 1 for a flat index."""
+        if self.index == "flat":
+            return 1.0
+        unit = l2_normalise(checked_features(queries, "query"))
+        exact, _ = self._search_in_blocks(unit, k, exact=True)
+        found, _ = self._search_in_blocks(unit, k)
+        return float((found <= exact[:, -1:] + 1e-6).mean())
+
+    def search(
+        self, queries: ArrayLike, k: int, exclude_self: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The ``k`` nearest rows of the bank for each query.
+
+        Args:
+            queries: [n, D], any float type; normalised here.
+            k: neighbours, at most the bank's rows. All smaller k stand in the columns before.
+            exclude_self: leave-one-out. The queries are the bank's own rows, in order; none is its own neighbour.
+
+        Returns:
+            Distances [n, k] float32, ascending, in [0, 2], exact to 1e-6; and row numbers [n, k] int64.
+
+        Raises:
+            InputError: ``k`` outside 1 … rows, another D, NaN or inf in a query.
+        """
+        unit = l2_normalise(checked_features(queries, "query"))
+        available = len(self) - exclude_self
+        if not 1 <= k <= available:
+            raise InputError(f"k = {k} asked of a bank with {available} rows to search; give 1 to {available}")
+        if unit.shape[1] != self.dim:
+            raise InputError(f"queries have {unit.shape[1]} features a row, the bank {self.dim}")
+        if exclude_self and len(unit) != len(self):
+            raise InputError(f"exclude_self needs the bank's own {len(self)} rows as queries, {len(unit)} given")
+
+        distances, rows = self._search_in_blocks(unit, k + exclude_self)
+        if not exclude_self:
+            return distances, rows
+        own = rows == np.arange(len(rows))[:, None]
+        own[:, -1] |= ~own.any(axis=1)  # among more than k duplicates it may be missing: drop the farthest instead
+        return distances[~own].reshape(-1, k), rows[~own].reshape(-1, k)
+
+    def _search_in_blocks(
+        self, unit: NDArray[np.float32], k: int, exact: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        distances = np.empty((len(unit), k), dtype=np.float32)
+        rows = np.empty(distances.shape, dtype=np.int64)
+        blocks = [slice(start, start + _BLOCK) for start in range(0, len(unit), _BLOCK)]
+        if self._is_held:
+            index = None if exact else self._built
+            for block in blocks:
+                cosine, rows[block] = _nearest(unit[block], k, self._unit, index)
+                distances[block], rows[block] = self._measured(unit[block], cosine, rows[block])
+            return distances, rows
+        heaps = [faiss.ResultHeap(len(unit[block]), k, keep_max=True) for block in blocks]
+        for start, features in _blocks_of(self._features):
+            some = l2_normalise(features)
+            for block, heap in zip(blocks, heaps, strict=True):
+                cosine, found = _nearest(unit[block], min(k, len(some)), some)
+                heap.add_result(cosine, found + start)
+        for block, heap in zip(blocks, heaps, strict=True):
+            heap.finalize()
+            distances[block], rows[block] = self._measured(unit[block], heap.D, heap.I)
+        return distances, rows
+
+    def _measured(
+        self, unit: NDArray[np.float32], cosine: NDArray[np.float32], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Distances from cosines, those of near neighbours measured again, ascending."""
+        distances = np.sqrt(np.maximum(0, 2 - 2 * cosine))
+        query, column = np.nonzero(distances < _NEAR)
+        for start in range(0, len(query), _PAIRS):
+            at = query[start : start + _PAIRS], column[start : start + _PAIRS]
+            own = rows[at]
+            gap = unit[at[0]] - (self._unit[own] if self._is_held else l2_normalise(self._features[own]))  # (pairs, D)
+            distances[at] = np.sqrt(np.einsum("pd,pd->p", gap, gap))
+        order = np.argsort(distances, axis=1, kind="stable")  # measuring again may swap near ties
+        return np.take_along_axis(distances, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _nearest(
+    unit: NDArray[np.float32], k: int, bank: NDArray[np.float32], index: Any = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k largest cosines, descending, and their rows; by an index of the bank where there is one."""
+    padded = unit
+    if _SMALL < len(unit) < _BLOCK:
+        padded = np.concatenate([unit, np.zeros((_BLOCK - len(unit), unit.shape[1]), dtype=np.float32)])
+    if index is None:
+        cosine, rows = faiss.knn(padded, bank, k, metric=faiss.METRIC_INNER_PRODUCT)
+    else:
+        cosine, rows = index.search(padded, k)
+    cosine, rows = cosine[: len(unit)], rows[: len(unit)]
+    if len(short := np.flatnonzero((rows < 0).any(axis=1))):  # an approximate index met fewer than k: compare with all
+        cosine[short], rows[short] = _nearest(unit[short], k, bank)
+    return cosine, rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A graph that several threads build depends on who comes first."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def checked_features(features: ArrayLike, which: str) -> NDArray[np.floating]:
+    """``features`` as a float array [n, D].
+
+    Raises:
+        InputError: says what is wrong with the ``which`` rows.
+    """
+    array = np.asarray(features)  # of a memory-mapped array, the same bytes
+    if array.ndim != 2:
+        raise InputError(f"{which} features have shape {array.shape}; rows and columns expected")
+    if not np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float32)
+    _check_finite(array, which)
+    return array
+
+
+def _checked_bank(features: ArrayLike | LazyArray) -> Rows2D:
+    if not isinstance(features, LazyArray):
+        return checked_features(features, "bank")
+    _check_finite(features, "bank")
+    return features
+
+
+def _check_finite(features: Rows2D, which: str) -> None:
+    finite = [np.isfinite(block).all(axis=1) for _, block in _blocks_of(features)]
+    bad = np.flatnonzero(~np.concatenate(finite)) if finite else np.empty(0)
+    if bad.size:
+        raise NotFiniteError(f"{bad.size} of {len(features)} {which} features hold NaN or inf, row {bad[0]} first")
+
+
+def _blocks_of(features: Rows2D) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """First row and rows of each block."""
+    starts = range(0, len(features), _BANK_BLOCK)
+    return ((start, np.asarray(features[start : start + _BANK_BLOCK])) for start in starts)

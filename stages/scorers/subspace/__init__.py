@@ -1,0 +1,1 @@
+"""Scores of the subspace that ID features span."""

@@ -1,0 +1,1 @@
+"""What trains: loops, objectives, recipes, checkpoints, processes."""

@@ -1,0 +1,265 @@
+"""The table against scikit-learn and against its own definitions, on drawn scores."""
+
+import csv
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from stages.results.table import (
+    Evaluator,
+    OODRow,
+    compact,
+    per_cent,
+    read_summary,
+    summarise,
+    write_summary,
+    write_table,
+)
+
+OODS = [("shapes", "near"), ("letters", "near"), ("noise", "far")]
+SIZES = {"id": 300, "shapes": 200, "letters": 50, "noise": 120}
+KNN = {
+    "backbone": "pretrained",
+    "features": "cls",
+    "head": "none",
+    "variant": "",
+    "seed": None,
+    "routing": "none",
+    "score": "knn",
+    "params": '{"k": 5}',
+    "profile": "paper",
+    "calibrated": False,
+}
+MOFE = KNN | {"features": "mofe", "variant": "default", "routing": "predicted", "seed": 0}
+
+
+def draw(shift: float, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """ID scores around 0, OOD scores around `shift`; rounded, so that some tie."""
+    rng = np.random.default_rng(seed)
+    scores = {name: rng.normal(size=n).round(2).astype(np.float32) for name, n in SIZES.items()}
+    return scores.pop("id"), {name: values + np.float32(shift) for name, values in scores.items()}
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return Evaluator(OODS, SIZES, replicates=400)
+
+
+@pytest.fixture(scope="module")
+def rows(evaluator):
+    return evaluator.rows(KNN, *draw(1.5))
+
+
+def plain_fpr95(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The smallest share of negatives at or below an observed threshold that admits 95 % of the positives."""
+    return min(np.mean(negative <= t) for t in np.concatenate([positive, negative]) if np.mean(positive <= t) >= 0.95)
+
+
+def test_a_row_for_each_ood_set_as_scikit_learn_has_it(rows):
+    ids, oods = draw(1.5)
+    assert [(row.ood, row.group, row.n_id, row.n_ood) for row, _ in rows[:3]] == [
+        ("shapes", "near", 300, 200),
+        ("letters", "near", 300, 50),
+        ("noise", "far", 300, 120),
+    ]
+    for row, _ in rows[:3]:
+        truth, scores = np.repeat([0, 1], [row.n_id, row.n_ood]), np.concatenate([ids, oods[row.ood]])
+        assert row.auroc == pytest.approx(roc_auc_score(truth, scores))
+        assert row.fpr95 == pytest.approx(plain_fpr95(ids, oods[row.ood]))
+        assert row.fpr95_ood == pytest.approx(plain_fpr95(-oods[row.ood], -ids))
+        assert asdict(row).items() >= KNN.items()
+
+
+def test_averages_are_unweighted_over_sets(rows):
+    sets, averages = [row for row, _ in rows[:3]], [row for row, _ in rows[3:]]
+    assert [(row.ood, row.group, row.n_ood) for row in averages] == [
+        ("average", "near", 250),
+        ("average", "far", 120),
+        ("average", "all", 370),
+    ]
+    for average in averages:
+        members = [row for row in sets if average.group in (row.group, "all")]
+        for metric in ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out"):
+            plain = sum(getattr(row, metric) for row in members) / len(members)
+            assert getattr(average, metric) == pytest.approx(plain)
+
+
+def test_a_group_without_sets_has_no_average():
+    near = Evaluator(OODS[:1], SIZES, replicates=100)
+    assert [(row.ood, row.group) for row, _ in near.rows(KNN, *draw(1))] == [
+        ("shapes", "near"),
+        ("average", "near"),
+        ("average", "all"),
+    ]
+
+
+def test_oracle_routing_is_a_diagnostic_and_never_in_averages(evaluator):
+    rows = evaluator.rows(MOFE | {"routing": "oracle"}, *draw(1))
+    assert [row.ood for row, _ in rows] == ["shapes", "letters", "noise"]
+
+
+def test_intervals_hold_what_they_are_about(rows):
+    for row, drawn in rows:
+        for metric in ("auroc", "fpr95"):
+            lo, hi = getattr(row, f"{metric}_lo"), getattr(row, f"{metric}_hi")
+            assert lo <= getattr(row, metric) <= hi
+            assert 0 < hi - lo < 0.35
+            # Not far from what resampling says, where sets are large and overlap.
+            assert (lo, hi) == pytest.approx(tuple(np.percentile(getattr(drawn, metric), [2.5, 97.5])), abs=0.07)
+    widths = {row.ood: row.auroc_hi - row.auroc_lo for row, _ in rows[:3]}
+    assert widths["letters"] > widths["shapes"]  # 50 images say less than 200
+
+
+def test_the_same_study_draws_the_same_resamples(evaluator, rows):
+    again = Evaluator(OODS, SIZES, replicates=400).rows(KNN, *draw(1.5))
+    assert [row for row, _ in again] == [row for row, _ in rows]
+    for (_, one), (_, other) in zip(again, rows, strict=True):
+        np.testing.assert_array_equal(one.fpr95, other.fpr95)
+
+
+# --------------------------------------------------------------------------------------------------------- summary
+
+
+@pytest.fixture(scope="module")
+def study(evaluator, rows):
+    """The baseline, the same scores under another name, and a better method with three seeds."""
+    same = evaluator.rows(KNN | {"head": "probe", "score": "energy"}, *draw(1.5))
+    better = [pair for seed in range(3) for pair in evaluator.rows(MOFE | {"seed": seed}, *draw(2 + seed / 10))]
+    return [*rows, *same, *better]
+
+
+def lines_of(summary, **wanted):
+    return [line for line in summary if wanted.items() <= line.items()]
+
+
+def test_mean_deviation_and_count_over_seeds(study):
+    summary = summarise(study)
+    assert len(summary) == 3 * 6  # three methods; three sets and three averages
+    (line,) = lines_of(summary, features="mofe", ood="noise")
+    values = [row.auroc for row, _ in study if row.features == "mofe" and row.ood == "noise"]
+    assert line["n_seeds"] == len(values) == 3
+    assert line["auroc_mean"] == pytest.approx(np.mean(values))
+    assert line["auroc_std"] == pytest.approx(np.std(values, ddof=1))
+    (single,) = lines_of(summary, features="cls", head="none", ood="noise")
+    assert (single["n_seeds"], single["auroc_std"]) == (1, None)
+
+
+def test_differences_are_paired(study):
+    summary = summarise(study)
+    for line in lines_of(summary, score="energy"):  # the same scores: no difference in any resample
+        for metric in ("auroc", "fpr95"):
+            assert [line[f"{metric}_minus_knn{end}"] for end in ("", "_lo", "_hi")] == [0, 0, 0]
+    for line in lines_of(summary, features="mofe"):
+        (baseline,) = lines_of(summary, features="cls", head="none", ood=line["ood"], group=line["group"])
+        for metric in ("auroc", "fpr95"):
+            difference = line[f"{metric}_mean"] - baseline[f"{metric}_mean"]
+            assert line[f"{metric}_minus_knn"] == pytest.approx(difference)
+            assert line[f"{metric}_minus_knn_lo"] <= difference <= line[f"{metric}_minus_knn_hi"]
+        assert line["auroc_minus_knn_lo"] > 0
+        assert line["auroc_minus_knn+energy"] is None  # that baseline is not in this study
+    for line in lines_of(summary, features="cls", head="none"):
+        assert line["auroc_minus_knn"] is None
+
+
+def test_the_interval_of_a_difference_resamples_both_methods_alike_and_seeds_as_well(study):
+    average = [(row, drawn) for row, drawn in study if (row.ood, row.group) == ("average", "all")]
+    own = [drawn.fpr95 for row, drawn in average if row.features == "mofe"]
+    (theirs,) = (drawn.fpr95 for row, drawn in average if row.head == "none" and row.features == "cls")
+    (line,) = lines_of(summarise(study), features="mofe", ood="average", group="all")
+    paired = np.diff(np.percentile(np.mean(own, axis=0) - theirs, [2.5, 97.5]))
+    width = line["fpr95_minus_knn_hi"] - line["fpr95_minus_knn_lo"]
+    apart = np.diff(np.percentile(np.mean(own, axis=0) - np.random.default_rng(0).permutation(theirs), [2.5, 97.5]))
+    assert paired < width < apart
+
+
+def test_what_a_difference_says(study):
+    summary = summarise(study)
+    (line,) = lines_of(summary, features="mofe", ood="average", group="all")
+    assert (line["auroc_minus_knn_says"], line["fpr95_minus_knn_says"]) == ("gain", "gain")
+    (same,) = lines_of(summary, score="energy", ood="average", group="all")
+    assert same["auroc_minus_knn_says"] == "no difference"
+    one_seed = [pair for pair in study if pair[0].seed in (None, 0)]
+    (line,) = lines_of(summarise(one_seed), features="mofe", ood="average", group="all")
+    assert line["auroc_minus_knn_says"] == "gain for this seed"
+    (itself,) = lines_of(summary, features="cls", head="none", ood="average", group="all")
+    assert itself["auroc_minus_knn_says"] is None
+
+
+# --------------------------------------------------------------------------------------------------------- exports
+
+
+@pytest.fixture
+def written(study, tmp_path):
+    write_table(tmp_path, [row for row, _ in study], summarise(study))
+    return tmp_path
+
+
+def test_table_files_hold_every_row(study, written):
+    rows = [row for row, _ in study]
+    assert [OODRow(**line) for line in json.loads((written / "table.json").read_text())] == rows
+    with (written / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert line["seed"] == ("" if row.seed is None else str(row.seed))
+        assert line["calibrated"] == "false"
+        assert float(line["fpr95_hi"]) == row.fpr95_hi
+        assert json.loads(line["params"]) == {"k": 5}
+
+
+def test_the_summary_is_read_back_as_it_was(study, written):
+    assert read_summary(written) == summarise(study)
+
+
+def test_writing_twice_gives_the_same_bytes(study, written, tmp_path):
+    again = tmp_path / "again"
+    write_table(again, [row for row, _ in study], summarise(study))
+    for file in again.iterdir():
+        assert file.read_bytes() == (written / file.name).read_bytes()
+
+
+def test_the_compact_table_is_for_people(study):
+    header, body = compact(summarise(study))
+    assert header[6:8] == ["near AUROC ↑", "near FPR95 ↓"]
+    assert [line[:6] for line in body] == [
+        ["pretrained", "cls", "none", "", "none", "knn"],
+        ["pretrained", "cls", "probe", "", "none", "energy"],
+        ["pretrained", "mofe", "none", "default", "predicted", "knn"],
+    ]
+    (near,) = lines_of(summarise(study), features="mofe", ood="average", group="near")
+    assert body[2][6] == f"{100 * near['auroc_mean']:.1f} ± {100 * near['auroc_std']:.1f}"
+    assert "±" not in body[0][6]
+    assert per_cent(None, "auroc") == "–"
+
+
+def test_calibrated_is_said(study):
+    marked = [(replace(row, calibrated=True), drawn) for row, drawn in study]
+    assert {line[5] for line in compact(summarise(marked))[1]} == {"knn (calibrated)", "energy (calibrated)"}
+
+
+def test_markdown_and_latex(study, written):
+    markdown = (written / "summary.md").read_text().splitlines()
+    assert len(markdown) == 2 + 3
+    assert {line.count("|") for line in markdown} == {13}
+    latex = (written / "summary.tex").read_text().splitlines()
+    assert latex[0] == r"\begin{tabular}{llllllrrrrrr}"
+    assert latex[2].startswith(r"backbone & features & head & variant & routing & score & near AUROC $\uparrow$ &")
+    assert {line.count("&") for line in (latex[2], *latex[4:7])} == {11}
+    assert r" $\pm$ " in latex[6]
+
+
+def test_names_that_programs_would_read_otherwise_come_back_as_they_are(study, tmp_path):
+    name = "=HYPERLINK(1) #1 {a}_^~ \\ | `b`\nnext"
+    summary = [{"study": name} | line for line in summarise(study)]
+    write_summary(tmp_path, summary)
+    assert read_summary(tmp_path) == summary
+    assert "\n=HYPERLINK" not in (tmp_path / "summary.csv").read_text()
+
+
+def test_a_table_of_oracle_rows_alone_has_no_compact_form(evaluator, tmp_path):
+    rows = evaluator.rows(MOFE | {"routing": "oracle"}, *draw(1))
+    write_table(tmp_path, [row for row, _ in rows], summarise(rows))
+    assert compact(read_summary(tmp_path))[1] == []

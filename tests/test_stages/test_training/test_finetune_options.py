@@ -1,0 +1,334 @@
+"""Every option of the fine-tune turns what it says, on a small ViT."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from stages import finetune as finetune_module
+from stages.config import FinetuneConfig
+from stages.errors import InputError, StageError
+from stages.finetune import read_finetuned_head
+from stages.networks.backbone import freeze_first
+from stages.networks.weights.loading import build_model
+from stages.training import checkpoint as checkpoint_module
+from stages.training.checkpoint import load_checkpoint
+from stages.training.objectives import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
+from stages.training.recipes import FinetuneSettings, resolve_recipe
+from tests.test_stages.drawn import create
+from tests.test_stages.small_vit import NAME, metrics, tune
+from tests.test_stages.stops import StopsAt, StopsIn
+
+
+@pytest.fixture(scope="module")
+def run(vit, vit_data, few_images, tmp_path_factory):
+    """Fine-tune with some settings into a new folder, or the one given; gives the folder."""
+
+    def run(folder=None, images=few_images, **settings):
+        folder = folder or tmp_path_factory.mktemp("finetune")
+        assert tune(vit, vit_data, images, folder, **settings)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    return run()
+
+
+def backbone_of(folder):
+    return load_file(folder / "backbone.safetensors")
+
+
+def curve(folder):
+    return [record[name] for record in metrics(folder) for name in ("loss", "select_loss")]
+
+
+def files(folder):
+    names = ("backbone.safetensors", "head.safetensors", "metrics.jsonl", "finetune.json")
+    return [(folder / name).read_bytes() for name in names]
+
+
+# ----------------------------------------------------------------------------------------------------- how it computes
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0}, {"beta": "dynamic"}])
+def test_a_batch_in_several_passes_is_the_same_batch(run, mixing):
+    whole = curve(run(**mixing))
+    np.testing.assert_allclose(curve(run(accumulate=4, **mixing)), whole, atol=2e-5)
+    assert np.ptp(whole) > 0.01  # it moved
+
+
+def test_checkpointed_gradients_are_the_gradients(run, plain):
+    """Dropped paths, too, are drawn again as they were."""
+    np.testing.assert_allclose(curve(run(checkpointing=True)), curve(plain), atol=1e-5)
+
+
+def test_no_gradient_checkpointing_in_a_family(vit, vit_data, few_images, tmp_path, monkeypatch):
+    def none(self, enable=True):
+        assert not enable, "gradient checkpointing not supported"  # as timm's models without it say
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "set_grad_checkpointing", none)
+    with pytest.raises(InputError, match=r"finetune\.checkpointing: timm's VisionTransformer has no"):
+        tune(vit, vit_data, few_images, tmp_path, checkpointing=True)
+
+
+def test_half_precision_is_near(run, plain):
+    half = curve(run(precision="bfloat16"))
+    np.testing.assert_allclose(half, curve(plain), rtol=0.03)
+    assert half != curve(plain)
+    assert all(tensor.dtype == torch.float32 for tensor in backbone_of(run(precision="bfloat16", epochs=1)).values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch._dynamo hides it in its own way
+def test_compiled_it_learns_the_same(run):
+    """The moving average is not what was compiled, and what is stored is plain."""
+    settings = {"drop_path": 0.0, "epochs": 1, "ema": 0.5}
+    compiled, expected = run(compile=True, **settings), run(**settings)
+    np.testing.assert_allclose(curve(compiled), curve(expected), atol=1e-4)
+    assert backbone_of(compiled).keys() == backbone_of(expected).keys()
+
+
+def test_paths_are_dropped_by_the_row_of_the_batch():
+    rows, x = RowsOfBatch(), torch.ones(6, 2, 3)
+    drop = DropPathOfRows(0.5, rows)
+
+    def dropped(place):
+        torch.manual_seed(1)
+        rows.place, rows.n_batch = torch.tensor(place), 6
+        return drop(x[place])
+
+    whole = dropped([0, 1, 2, 3, 4, 5])
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropped([4, 1]), whole[[4, 1]])
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_all_of_timms_dropped_paths_are_replaced():
+    model = create(NAME, drop_path_rate=0.3)
+    drop_paths_by_row(model)
+    kinds = {type(module).__name__ for module in model.modules() if "DropPath" in type(module).__name__}
+    assert kinds == {"DropPathOfRows"}
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_frozen_blocks_stay_and_the_others_move(run, vit):
+    before, after = build_model(vit).state_dict(), backbone_of(run(freeze=4))
+    for name, tensor in after.items():
+        first = not name.startswith(("blocks.4.", "blocks.5.", "norm."))
+        assert torch.equal(tensor, before[name]) is first, name
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto", NAME])
+def test_freezing_counts_from_the_image(name):
+    """All that stands before the first free block is frozen, all that stands behind is free; the head always is."""
+    model = create(name) if name == NAME else timm.create_model(name, num_classes=3)
+    freeze_first(model, 2, "finetune.freeze")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    assert 0 < sum(flags) < len(flags)
+    if name != NAME:  # timm registers a ViT's class token before its patch embedding
+        assert flags == sorted(flags)
+        assert model.get_classifier().weight.requires_grad
+    freeze_first(model, 0, "finetune.freeze")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_more_blocks_than_there_are(vit, vit_data, few_images, tmp_path):
+    with pytest.raises(InputError, match=r"finetune\.freeze: 7 given, the backbone has 6 blocks"):
+        tune(vit, vit_data, few_images, tmp_path, freeze=7)
+
+
+def test_the_head_alone_comes_first(run, vit, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, head_epochs=1, epochs=3, progress=StopsIn(1))
+    (path,) = tmp_path.glob("*.checkpoint")
+    state, before = load_checkpoint(path)["tuning"]["objective"], build_model(vit).state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(state[f"model.{name}"], tensor), name
+    assert metrics(tmp_path)[0]["lr"] == FinetuneSettings.head_lr
+    after = backbone_of(run(tmp_path, head_epochs=1, epochs=3))
+    assert not torch.equal(after["blocks.5.mlp.fc1.weight"], before["blocks.5.mlp.fc1.weight"])
+    assert metrics(tmp_path)[1]["lr"] < 1e-3  # on the cosine that begins when the backbone is trained
+
+
+def test_layers_learn_the_slower_the_farther_they_are_from_the_head():
+    model = create(NAME)
+    model.reset_classifier(4)
+    optimiser = finetune_module._optimiser(LinearObjective(model, 0.0), FinetuneSettings(layer_decay=0.5))
+    scale = {id(p): group["lr_scale"] for group in optimiser.param_groups for p in group["params"]}
+    scales = [scale[id(block.mlp.fc1.weight)] for block in model.blocks]
+    np.testing.assert_allclose(np.array(scales[1:]) / scales[:-1], 2)
+    assert scale[id(model.head.weight)] == 1
+    decays = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    assert decays[id(model.head.bias)] == 0 < decays[id(model.head.weight)]
+
+
+def test_learning_rates_warm_up_and_fall_along_a_cosine(run):
+    rates = [record["lr"] for record in metrics(run(epochs=4, warmup_epochs=1, lr=1e-3, batch_size=48))]
+    np.testing.assert_allclose(rates, [1e-4, 1e-3 * 0.853553, 0.5e-3, 1e-3 * 0.146447], rtol=1e-5)  # a step an epoch
+
+
+def test_gradients_are_clipped(run):
+    """Clipped to next to nothing they vanish beside Adam's epsilon, and little is learned."""
+    free, clipped, off = (metrics(run(gradient_clip=clip)) for clip in (1e6, 1e-8, 0.0))
+    assert off == free
+    assert clipped[-1]["select_loss"] > free[-1]["select_loss"] + 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_the_moving_average_is_judged_and_kept(run, plain):
+    averaged = run(ema=0.9)
+    assert [record["loss"] for record in metrics(averaged)] == [record["loss"] for record in metrics(plain)]
+    assert [record["select_loss"] for record in metrics(averaged)] != [r["select_loss"] for r in metrics(plain)]
+    assert not np.array_equal(read_finetuned_head(averaged)[0], read_finetuned_head(plain)[0])
+
+
+def test_no_better_epoch_for_too_long_ends_it(run, monkeypatch):
+    losses = iter([0.5, 0.4, 0.6, 0.7, 0.1])
+    judged = ({"select_accuracy": 0.5}, np.zeros(4, dtype=int))
+    monkeypatch.setattr(
+        finetune_module._Tuning, "_judge", lambda tuning: (judged[0] | {"select_loss": next(losses)}, judged[1])
+    )
+    folder = run(epochs=5, patience=2)
+    assert [record["epoch"] for record in metrics(folder)] == [0, 1, 2, 3]
+    assert json.loads((folder / "finetune.json").read_text())["best_epoch"] == 1
+
+
+def test_difficulty_makes_harder_classes_mix_more(run):
+    folder = run(beta="dynamic", epochs=3)
+    first, *later = metrics(folder)
+    assert set(first["alpha"]) == {FinetuneSettings.alpha_min}  # nothing is known yet, so all are alike
+    for before, record in zip([first, *later], later, strict=False):
+        order = np.argsort(before["accuracy"])
+        assert (np.diff(np.asarray(record["alpha"])[order]) <= 0).all()
+    assert max(later[-1]["alpha"]) == FinetuneSettings.alpha_max
+    assert "alpha" not in metrics(run(epochs=1))[0]
+
+
+# ------------------------------------------------------------------------------------------------- kills and failures
+
+
+def test_killed_it_goes_on_to_the_same_run(vit, vit_data, run, tmp_path):
+    """A real SIGKILL in the second epoch, while others load the images; it goes on without them."""
+    settings = {"mixup": 0.8, "ema": 0.9, "beta": "dynamic"}
+    whole = run(**settings)
+    command = [sys.executable, "-m", "tests.test_stages.killed_finetune", vit.weights, str(tmp_path / "caches")]
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "1":
+            others = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert others
+    assert not psutil.wait_procs(others, timeout=20)[1]  # none goes on holding memory
+    process.stdout.close()
+    assert len(metrics(tmp_path / "killed")) == 1
+    assert not (tmp_path / "killed" / "finetune.json").exists()
+    assert files(run(tmp_path / "killed", **settings)) == files(whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(run, vit_data, monkeypatch, tmp_path, accumulate):
+    settings = {"mixup": 0.8, "ema": 0.9, "beta": "dynamic", "batch_size": 6, "accumulate": accumulate}
+    n_images, whole = len(vit_data.split.folds[0].train), run(**settings)
+    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)  # every epoch takes long
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    for stop in (3 * n_images // 2, 7 * n_images // 4):  # twice in the second epoch, the second time in a resumed run
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, progress=StopsAt(stop), **settings)
+    counted = StopsAt(None)
+    assert files(run(tmp_path, progress=counted, **settings)) == files(whole)
+    assert counted.done == 2 * n_images
+    assert counted.learned <= n_images // 4 + 2 * 6  # what is checked only after the step that follows is done twice
+
+
+def test_weights_whose_loss_is_no_number_are_not_stored(run, monkeypatch, tmp_path):
+    """The loss of the first step is a number, what it makes of the weights is useless."""
+    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)
+    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    with pytest.raises(StageError, match=r"in epoch 0; no checkpoint was stored yet: lower finetune\.lr"):
+        run(tmp_path, lr=1e30, batch_size=6)
+
+
+def test_images_that_fail_are_all_listed_and_none_is_replaced(vit, vit_data, few_images, tmp_path):
+    contents, fold = list(few_images.contents), vit_data.split.folds[0]
+    broken = [int(fold.train[4]), int(fold.train[20]), int(fold.select[0])]
+    for row in broken:
+        contents[row] = b"no image"
+    with pytest.raises(InputError, match=r"3 images cannot be used any more .* run make extract"):
+        tune(vit, vit_data, replace(few_images, contents=tuple(contents)), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == {few_images.ids[row] for row in broken}
+    assert all(line["reason"] for line in lines)
+
+
+def test_diverged_it_keeps_the_last_good_checkpoint_and_says_so(run, tmp_path, monkeypatch):
+    original = finetune_module._Tuning._set_lr
+
+    def jump(tuning, epoch, step):
+        original(tuning, epoch, step)
+        if epoch == 1:
+            for group in tuning._optimiser.param_groups:
+                group["lr"] = 1e30
+
+    monkeypatch.setattr(finetune_module._Tuning, "_set_lr", jump)
+    with pytest.raises(StageError) as error:
+        run(tmp_path)
+    (checkpoint,) = tmp_path.glob("*.checkpoint")
+    assert f"in epoch 1; the checkpoint of epoch 0, the last good one, is kept in {checkpoint}" in str(error.value)
+    assert [record["epoch"] for record in metrics(tmp_path)] == [0]
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(checkpoint)["best"].values())
+
+
+# -------------------------------------------------------------------------------------------------------- the recipes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head_epochs": 10}, r"head_epochs: 10 given, must be below epochs = 10"),
+        ({"accumulate": 5, "batch_size": 4}, r"accumulate: 5 passes given for a batch of 4"),
+        ({"beta": "dynamic", "alpha_min": 0.9}, r"alpha_min: 0\.9 given, must be below alpha_max = 0\.8"),
+        ({"freeze": 1, "joint": 1}, r"freeze: joint says already"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(InputError, match=message):
+        resolve_recipe(FinetuneConfig(**settings), 100)
+
+
+def test_the_papers_recipe():
+    paper = resolve_recipe(FinetuneConfig(preset="paper"), 10)
+    assert (paper.epochs, paper.warmup_epochs, paper.layer_decay, paper.weight_decay) == (100, 10, 0.75, 0.05)
+    assert (paper.rand_augment, paper.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (paper.mixup, paper.cutmix, paper.label_smoothing, paper.beta) == (0.8, 1.0, 0.1, "static")
+
+
+def test_dynamic_turns_mixup_on_where_nothing_mixes():
+    assert not resolve_recipe(FinetuneConfig(), 10).mixes
+    assert resolve_recipe(FinetuneConfig(beta="dynamic"), 10).mixup > 0
+    both = resolve_recipe(FinetuneConfig(beta="dynamic", cutmix=1.0), 10)
+    assert (both.mixup, both.cutmix) == (0.0, 1.0)
+
+
+def test_where_it_works_is_no_part_of_what_it_makes():
+    assert resolve_recipe(FinetuneConfig(workers=3, seeds=[1], variants=["default"]), 10) == resolve_recipe(
+        FinetuneConfig(), 10
+    )
