@@ -2,7 +2,7 @@
 
 Started by ``torchrun``, every process runs the same command. All draw the same random numbers and hold the same
 weights; each computes its share of the rows of every batch, and gradients are summed over all. Rank 0 alone writes
-files and speaks. In an ordinary process there is one rank, and nothing here does anything.
+files and speaks. An ordinary process is one of one (`stages.context.Ranks`).
 """
 
 import os
@@ -15,25 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from stages.context import Ranks
 from stages.errors import InputError, PeerLostError
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return self.rank == 0
-
-    @property
-    def share(self) -> slice:
-        """Of the rows of a batch, those that this process computes."""
-        return slice(self.rank, None, self.world)
+class Joined(Ranks):
+    """This process among several that have joined."""
 
     def add(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place.
@@ -41,9 +29,8 @@ class Ranks:
         Raises:
             PeerLostError: another process has ended.
         """
-        if self.world > 1:
-            with _peers():
-                distributed.all_reduce(values)
+        with _peers():
+            distributed.all_reduce(values)
         return values
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -51,8 +38,6 @@ class Ranks:
 
         A parameter that has no gradient anywhere has none afterwards, so that the optimiser passes over it.
         """
-        if self.world == 1:
-            return
         device = parameters[0].device
         # A process without a row for an expert has no gradient for it either: flags say who has.
         flags = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
@@ -67,8 +52,6 @@ class Ranks:
         Raises:
             PeerLostError: another process has ended.
         """
-        if self.world == 1:
-            return value
         values = [value]
         with _peers():
             distributed.broadcast_object_list(values, src=0)
@@ -87,7 +70,7 @@ def current() -> Ranks:
     """This process's place; one of one where nothing was started together."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return Ranks()
-    return Ranks(distributed.get_rank(), distributed.get_world_size())
+    return Joined(distributed.get_rank(), distributed.get_world_size())
 
 
 def init_from_environment() -> Ranks:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.config import TrainConfig
+from stages.context import Ranks
 from stages.files.documents import read_tensors
 from stages.progress import NullProgress
 from stages.train import resolve_settings, train_mixture, train_mofe
@@ -81,7 +82,7 @@ def fit(data, backbone, tmp_path_factory):
 
 def test_an_ordinary_process_is_one_of_one():
     ranks = distributed.init_from_environment()
-    assert ranks == distributed.current() == distributed.Ranks(0, 1)
+    assert ranks == distributed.current() == Ranks(0, 1)
     assert ranks.first
     assert list(range(5))[ranks.share] == list(range(5))
     assert ranks.agree("mine") == "mine"
