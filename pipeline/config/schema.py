@@ -1,26 +1,18 @@
-"""The experiment file: read, overridden by ``--set``, and checked as a whole before any work.
+"""What an experiment file may say: every table and key of it, and what of a study cannot be.
 
-``extends = "other.toml"`` takes that file's keys and puts this one's over them: tables are merged, all else is
-replaced. Paths are relative to the file that names them; those of a set's images and features to ``data``, where it
-is given.
-
-A problem is one line that names the key, what was given and what is allowed:
-``study.toml: train.epochs: 0 given, must be greater than 0``.
+A problem is one line that names the key, what was given and what is allowed.
 """
 
-import datetime
-import json
-import os
 import re
-import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from pipeline.config.explain import problem_lines, shown
 from stages.config import (
     ARRAY_KEYS,
     SCORE_NAMES,
@@ -35,21 +27,6 @@ from stages.config import (
 )
 from stages.errors import InputError
 
-# Keys that hold a path, and the words that stand there for something else ("*": any entry of a list).
-_PATHS: dict[str, tuple[str, ...]] = {
-    "data": (),
-    "work": (),
-    "cache.root": (),
-    "backbone.weights": ("hub", "embedded"),
-    "sets.*.images": (),
-    "sets.*.features": (),
-    "sets.*.root": (),
-    "sets.*.classes": (),
-    "train.grouping": ("balanced", "kmeans"),
-    "variants.*.set.train.grouping": ("balanced", "kmeans"),
-}
-_BELOW_DATA = {"sets.*.images", "sets.*.features", "sets.*.root"}
-_KINDS = {"model_type": "be a table", "dict_type": "be a table", "tuple_type": "be a list", "list_type": "be a list"}
 _OOD_ROLES = ("near-ood", "far-ood")
 JOINT = "joint"  # the variant whose experts were trained together with the backbone, by `finetune.joint`
 
@@ -71,21 +48,21 @@ class RunOptions:
 def folder_name(name: str) -> str:
     """The name, where it can be a folder's on any system; ValueError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"{_shown(name)} given, must be letters, digits, '.', '_' or '-', a letter or digit first")
+        raise ValueError(f"{shown(name)} given, must be letters, digits, '.', '_' or '-', a letter or digit first")
     return name
 
 
 def _patches(value: str) -> str:
     if not re.fullmatch(r"full|none|pool:[1-9][0-9]{0,3}", value):
-        raise ValueError(f"{_shown(value)} given, must be 'full', 'none' or 'pool:G' with G at least 1")
+        raise ValueError(f"{shown(value)} given, must be 'full', 'none' or 'pool:G' with G at least 1")
     return value
 
 
 FolderName = Annotated[str, AfterValidator(folder_name)]
 # Not strict: TOML knows text and lists, no paths and no tuples. What is inside stays strict.
 AbsolutePath = Annotated[Path, Field(strict=False)]
-Item = TypeVar("Item")
-Several = Annotated[tuple[Item, ...], Field(strict=False)]
+_Item = TypeVar("_Item")
+Several = Annotated[tuple[_Item, ...], Field(strict=False)]
 
 
 class CacheConfig(StageConfig):
@@ -142,7 +119,7 @@ class SplitConfig(StageConfig):
     val: float = Field(default=0.2, gt=0, lt=1)
 
 
-Seeds = Several[Annotated[int, Field(ge=0, lt=2**32)]]
+_Seeds = Several[Annotated[int, Field(ge=0, lt=2**32)]]
 
 
 class VariantConfig(StageConfig):
@@ -150,7 +127,7 @@ class VariantConfig(StageConfig):
 
     name: FolderName
     set: dict[str, Any]
-    seeds: Seeds | None = None  # some of the study's; all of them where nothing is given
+    seeds: _Seeds | None = None  # some of the study's; all of them where nothing is given
 
     @field_validator("set", mode="before")
     @classmethod
@@ -165,7 +142,7 @@ class RunConfig(StageConfig):
     name: str = Field(min_length=1)
     data: AbsolutePath | None = None  # what the paths of sets are relative to; the file's folder by default
     work: AbsolutePath
-    seeds: Seeds = (0,)
+    seeds: _Seeds = (0,)
     backbone: BackboneConfig | None = None  # the default one where sets have images
     cache: CacheConfig
     sets: Several[SetConfig]
@@ -244,7 +221,7 @@ class RunConfig(StageConfig):
 
     def _problems(self) -> Iterator[str]:
         if not self.seeds or _repeated(self.seeds):
-            yield f"seeds: {_shown(self.seeds)} given, must be one or more different numbers"
+            yield f"seeds: {shown(self.seeds)} given, must be one or more different numbers"
         for name in _repeated(entry.name for entry in self.sets):
             yield f"sets.{name}: two sets have this name"
         if (n := len(self.sets_of("id-train"))) != 1:
@@ -261,16 +238,16 @@ class RunConfig(StageConfig):
             if entry.columns is not None and entry.features is None:
                 yield f"sets.{entry.name}.columns: is for features; of images it is path_column and label_column"
             if entry.classes is not None and not entry.classes:
-                yield f"sets.{entry.name}.classes: {_shown(entry.classes)} given, must be names or the path of a file"
+                yield f"sets.{entry.name}.classes: {shown(entry.classes)} given, must be names or the path of a file"
             for key in entry.columns or {}:
                 if key not in ARRAY_KEYS:
                     yield f"sets.{entry.name}.columns.{key}: unknown key{nearest(key, ARRAY_KEYS)}"
         yield from self._source_problems()
         for score in self.score.scores:
             if (unknown := unknown_part(score)) is not None:
-                yield f"score.scores: {_shown(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
+                yield f"score.scores: {shown(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
         if not self.score.scores or _repeated(self.score.scores):
-            yield f"score.scores: {_shown(self.score.scores)} given, must be one or more different names"
+            yield f"score.scores: {shown(self.score.scores)} given, must be one or more different names"
         yield from self._score_settings_problems()
         yield from _alpha_problem("train", self.train)
         yield from self._finetune_problems()
@@ -311,15 +288,15 @@ class RunConfig(StageConfig):
         for entry in given:
             if entry.origin and given[0].origin and entry.origin != given[0].origin:
                 yield (
-                    f"sets.{entry.name}.origin: {_shown(entry.origin)} given, but set {given[0].name} has "
-                    f"{_shown(given[0].origin)}: features of different origin do not mix"
+                    f"sets.{entry.name}.origin: {shown(entry.origin)} given, but set {given[0].name} has "
+                    f"{shown(given[0].origin)}: features of different origin do not mix"
                 )
         if not given:
             return
         if images := [entry.name for entry in self.sets if entry.images is not None]:
             if given[0].origin and not re.fullmatch("[0-9a-f]{64}", given[0].origin):
                 yield (
-                    f"sets.{given[0].name}.origin: {_shown(given[0].origin)} given, but set {images[0]} has images: "
+                    f"sets.{given[0].name}.origin: {shown(given[0].origin)} given, but set {images[0]} has images: "
                     "to show that both come from one network give the origin that info says of its cache, 64 digits"
                 )
         elif "patches" in self.cache.model_fields_set:
@@ -331,26 +308,26 @@ class RunConfig(StageConfig):
         seeds, variants = self.finetune_seeds(), (self.finetune and self.finetune.variants) or ()
         if self.finetune is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
             yield (
-                f"finetune.seeds: {_shown(seeds)} given, must be one or more different numbers of the study's seeds "
-                f"{_shown(self.seeds)}"
+                f"finetune.seeds: {shown(seeds)} given, must be one or more different numbers of the study's seeds "
+                f"{shown(self.seeds)}"
             )
         if self.finetune is not None and self.finetune.joint:
             yield from self._joint_problems()
         known = ["default", *(variant.name for variant in self.variants)]
         for name in variants:
             if name not in known:
-                yield f"finetune.variants: {_shown(name)} is not a variant{nearest(name, known)}"
+                yield f"finetune.variants: {shown(name)} is not a variant{nearest(name, known)}"
 
     def _joint_problems(self) -> Iterator[str]:
         if self.train.expert not in ("auto", "end"):
             yield (
-                f"finetune.joint: trains copies of the backbone's end, and train.expert = {_shown(self.train.expert)} "
+                f"finetune.joint: trains copies of the backbone's end, and train.expert = {shown(self.train.expert)} "
                 'is another kind of expert: give "end" there, others as [[variants]]'
             )
         if self.cache.patches != "full":
             yield (
                 'finetune.joint: its experts read all patches: give cache.patches = "full", not '
-                f"{_shown(self.cache.patches)}"
+                f"{shown(self.cache.patches)}"
             )
         if JOINT in (variant.name for variant in self.variants):
             yield f"variants.{JOINT}: this name is taken by the experts that finetune.joint trains"
@@ -359,8 +336,8 @@ class RunConfig(StageConfig):
         seeds = variant.seeds
         if seeds is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
             yield (
-                f"variants.{variant.name}.seeds: {_shown(seeds)} given, must be one or more different numbers of the "
-                f"study's seeds {_shown(self.seeds)}"
+                f"variants.{variant.name}.seeds: {shown(seeds)} given, must be one or more different numbers of the "
+                f"study's seeds {shown(self.seeds)}"
             )
         at = f"variants.{variant.name}.set"
         if others := [key for key in variant.set if not key.startswith("train.")]:
@@ -370,239 +347,10 @@ class RunConfig(StageConfig):
             settings = self._variant(variant)
         except ValidationError as error:
             document = {key.removeprefix("train."): value for key, value in variant.set.items()}
-            yield from (f"{at}.train.{line}" for line in _explain(error, document, TrainConfig))
+            yield from (f"{at}.train.{line}" for line in problem_lines(error, document, TrainConfig))
         else:
             if settings != self.train:
                 yield from _alpha_problem(f"{at}.train", settings)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read an experiment file.
-
-    Args:
-        path: the TOML file; paths in it are relative to its folder, those of sets to ``data``.
-        overrides: ``a.b=value``; a value is a TOML literal, or else text, and paths are relative to the current
-            folder. ``sets.<name>.key`` and ``variants.<name>.key`` address an entry by its name.
-
-    Raises:
-        ConfigError: with the first problem and the number of the others.
-    """
-    given: dict[str, Any] = {}
-    for text in overrides:
-        if text.partition("=")[0].strip() == "data":
-            _override(given, text)
-    document = _open(str(path), given.get("data"))
-    overridden = [_override(document, text) for text in overrides]
-    cache = document.setdefault("cache", {})
-    if isinstance(cache, dict):
-        cache.setdefault("root", os.path.join(str(document.get("work")), "cache"))
-    try:
-        return RunConfig.model_validate(document)
-    except ValidationError as error:
-        first, *others = _explain(error, document, RunConfig)
-        where = "--set " if _comes_from(overridden, first) else f"{path}: "
-        more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{where}{first}{more}") from error
-
-
-def features_config(given: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()) -> FeaturesConfig:
-    """The network and what is kept of it, where there is no experiment file.
-
-    Args:
-        given: keys of ``[backbone]`` and ``[cache]``; paths are relative to the current folder.
-        overrides: ``a.b=value`` as for `load_config`.
-
-    Raises:
-        ConfigError: with the first problem and the number of the others.
-    """
-    document = _resolve({table: dict(keys) for table, keys in given.items()}, os.getcwd(), os.getcwd(), "")
-    for text in overrides:
-        _override(document, text)
-    try:
-        return FeaturesConfig.model_validate(document)
-    except ValidationError as error:
-        first, *others = _explain(error, document, FeaturesConfig)
-        raise ConfigError(first + (f" (and {len(others)} more)" if others else "")) from error
-
-
-def _comes_from(overridden: Iterable[str], problem: str) -> bool:
-    key, _, text = problem.replace(" #", ".", 1).partition(": ")  # `seeds #2` stands in `seeds`
-    unknown = text.startswith("unknown key")  # the table itself may then stand in the override alone
-    return any(f"{key}.".startswith(f"{name}.") or (unknown and name.startswith(f"{key}.")) for name in overridden)
-
-
-def _open(path: str, data: object, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The document with every path in it absolute, over the one that it extends.
-
-    Args:
-        path: the TOML file.
-        data: what the paths of sets are relative to, where that is known already.
-        above: absolute paths of the files that extend this one.
-    """
-    raw, here = _read(path), os.path.abspath(path)
-    folder, where = os.path.dirname(here), f"{path}: "
-    data = data or _resolve(raw.get("data"), folder, folder, where, "data")
-    parent: dict[str, Any] = {}
-    if (extended := raw.pop("extends", None)) is not None:
-        if not isinstance(extended, str):
-            raise ConfigError(f"{where}extends: {_shown(extended)} given, must be the path of an experiment file")
-        if here in above:
-            raise ConfigError(f"{where}extends: {extended} extends this file; a file cannot extend itself")
-        parent = _open(os.path.join(folder, extended), data, (*above, here))
-        data = data or parent.get("data")
-    return _over(parent, _resolve(raw, folder, data if isinstance(data, str) else folder, where))
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Two documents as one: tables merged, all else from above."""
-    both = {key: _over(below[key], above[key]) for key in below.keys() & above.keys() if _are_tables(below, above, key)}
-    return below | above | both
-
-
-def _are_tables(below: dict[str, Any], above: dict[str, Any], key: str) -> bool:
-    return isinstance(below[key], dict) and isinstance(above[key], dict)
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give the experiment's TOML file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8; give the experiment's TOML file") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-
-
-def _resolve(value: Any, base: str, data: str, where: str, at: str = "") -> Any:
-    """The same document with every path in it absolute.
-
-    Args:
-        value: document, or a part of it.
-        base: what paths are relative to.
-        data: what the paths of sets are relative to.
-        where: begins the message of an error.
-        at: dotted key of the part.
-    """
-    if isinstance(value, dict):
-        return {key: _resolve(child, base, data, where, f"{at}.{key}" if at else key) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_resolve(child, base, data, where, f"{at}.*") for child in value]
-    words = _PATHS.get(at)
-    if words is None or not isinstance(value, str) or value in words or value.startswith("sklearn:"):
-        return value
-    if not value.strip() or "\0" in value:
-        raise ConfigError(f"{where}{at}: {_shown(value)} given, must be a path")
-    return os.path.abspath(os.path.join(data if at in _BELOW_DATA else base, os.path.expanduser(value)))
-
-
-def _override(document: dict[str, Any], text: str) -> str:
-    """Set one key of the document in place; returns the key."""
-    key, equals, literal = text.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {text}: must be key=value, such as train.epochs=5")
-    node, rest, at = document, key, ""
-    while True:
-        head, _, rest = rest.partition(".")
-        at = f"{at}.{head}" if at else head
-        if not rest:
-            node[head] = _resolve(_literal(literal), os.getcwd(), os.getcwd(), "--set ", at)
-            return key
-        child = node.setdefault(head, {})
-        if isinstance(child, list):
-            child, rest = _entry(child, rest, key)
-            at += ".*"
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {key}: {head} is a single value, it has no keys")
-        node = child
-
-
-def _entry(entries: list[Any], rest: str, key: str) -> tuple[Any, str]:
-    """The entry that the rest of a dotted key begins with, by name (names may have dots), and what remains."""
-    named = {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
-    matches = [name for name in named if rest.startswith(f"{name}.")]
-    if not matches:
-        hint = nearest(rest.split(".")[0], named)
-        raise ConfigError(f"--set {key}: must be <list>.<name>.<key> with the name of an entry{hint}")
-    name = max(matches, key=len)
-    return named[name], rest[len(name) + 1 :]
-
-
-def _literal(text: str) -> Any:
-    # Inside an inline table, a comment or a line break is no valid end of a literal, so `a#1` stays text.
-    try:
-        parsed = tomllib.loads(f"v = {{ v = {text} }}")["v"]
-    except (ValueError, RecursionError):
-        return text
-    is_date = isinstance(parsed["v"], datetime.date | datetime.time)  # no setting is one
-    return text if is_date or len(parsed) > 1 else parsed["v"]
-
-
-def _explain(error: ValidationError, document: Any, model: type[BaseModel]) -> list[str]:
-    """Each problem as ``key: what was given and what is allowed``, one line a key."""
-    lines: list[str] = []
-    allowed: dict[str, list[str]] = {}  # a union fails once per member: gathered into one line
-    given: dict[str, str] = {}
-    for problem in error.errors():
-        kind, loc = problem["type"], problem["loc"]
-        key = _key(loc, document, may_be_absent=kind in ("missing", "extra_forbidden"))
-        if kind == "value_error":
-            cause = str(problem["ctx"]["error"])
-            lines += [f"{key}: {cause}"] if key else cause.splitlines()
-        elif kind == "missing" and isinstance(loc[-1], int):  # a list that is too short
-            lines.append(f"{key}: {_shown(problem['input'])} given, must have {loc[-1] + 1} values at least")
-        elif kind == "missing":
-            lines.append(f"{key}: missing")
-        elif kind == "extra_forbidden":
-            lines.append(f"{key}: unknown key{nearest(str(loc[-1]), _keys_at(model, loc[:-1]))}")
-        else:
-            message = _KINDS.get(kind) or re.sub(r"^\w+ should ", "", problem["msg"])
-            given[key] = _shown(problem["input"])
-            allowed.setdefault(key, []).append(message)
-    for key, messages in allowed.items():
-        alternatives = " or ".join([messages[0], *(message.removeprefix("be ") for message in messages[1:])])
-        lines.append(f"{key}: {given[key]} given, must {alternatives}")
-    return lines
-
-
-def _key(loc: tuple[int | str, ...], document: Any, may_be_absent: bool) -> str:
-    """Dotted key as the user writes it: entries of lists by name, members of unions left out."""
-    key, node = "", document
-    for part in loc:
-        inside = (
-            part in node
-            if isinstance(node, dict)
-            else isinstance(node, list) and isinstance(part, int) and part < len(node)
-        )
-        if not inside and not (may_be_absent and isinstance(node, dict)):
-            break
-        child = node[part] if inside else None
-        if isinstance(part, int):
-            name = child.get("name") if isinstance(child, dict) else None
-            key += f".{name}" if isinstance(name, str) else f" #{part + 1}"
-        else:
-            key += f".{part}"
-        node = child
-    return key.removeprefix(".")
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> Iterable[str]:
-    for part in loc:
-        if isinstance(part, str):
-            model = _model_in(model.model_fields[part].annotation) or model
-    return model.model_fields
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if members := get_args(annotation):
-        return next(filter(None, map(_model_in, members)), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
