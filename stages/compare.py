@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from stages.config import TAKEN_NAMES, Profile
 from stages.detection.calibration import Standardiser, sum_scores
 from stages.errors import InputError
+from stages.heads.affine import LinearHead
 from stages.inputs.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import ClassifierHead, ScoreInputs, Scorer, get_scorer
+from stages.scorers import ScoreInputs, Scorer, get_scorer
 
 Array = Any  # what numpy makes an array of: arrays, nested lists, tensors of torch on any device
 Rows = ScoreInputs | Mapping[str, Array] | Array
@@ -159,7 +160,7 @@ def _array(who: str, name: str, value: Any) -> NDArray[Any]:
     return array if array.dtype.kind == "f" or name == "labels" else array.astype(np.float32)
 
 
-def _head(head: Any) -> ClassifierHead:
+def _head(head: Any) -> LinearHead:
     """A linear head, of a pair or of a layer that has both."""
     if hasattr(head, "weight") and hasattr(head, "bias"):
         head = (head.weight, np.zeros(len(head.weight), np.float32) if head.bias is None else head.bias)
@@ -168,7 +169,7 @@ def _head(head: Any) -> ClassifierHead:
     weight, bias = (_array("head", name, part) for name, part in zip(("weight", "bias"), head, strict=True))
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise InputError(f"head has weight {list(weight.shape)} and bias {list(bias.shape)}, must be [C, D] and [C]")
-    return ClassifierHead(weight, bias)
+    return LinearHead(weight, bias)
 
 
 def _check_widths(sets: Mapping[str, ScoreInputs | dict[str, NDArray[Any]]]) -> None:
@@ -190,7 +191,7 @@ class _Classes:
     """
 
     def __init__(
-        self, train: ScoreInputs | dict[str, NDArray[Any]], head: ClassifierHead | None, names: Sequence[str] | None
+        self, train: ScoreInputs | dict[str, NDArray[Any]], head: LinearHead | None, names: Sequence[str] | None
     ) -> None:
         logits = train.get("logits") if isinstance(train, dict) else None
         self._n = logits.shape[1] if logits is not None else None if head is None else len(head.bias)

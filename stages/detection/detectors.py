@@ -24,14 +24,15 @@ from stages.detection.calibration import ExpertCalibration, Standardiser, sum_sc
 from stages.detection.selection import Fold as KFold
 from stages.detection.selection import choose_k
 from stages.errors import InputError, NotFiniteError
+from stages.heads.affine import LinearHead
 from stages.id_data.lazy import LazyArray, ReadOnce, Rows2D
 from stages.id_data.split import N_PARTS
-from stages.scorers import ClassifierHead, KNNScorer, ScoreInputs, Scorer, get_scorer, scorer_class
+from stages.scorers import KNNScorer, ScoreInputs, Scorer, get_scorer, scorer_class
 from stages.scorers.neighbours.store import NeighbourStore
 from stages.scorers.shared.base import LazyRows, check_finite
 
 Floats = NDArray[np.float32]
-Head = ClassifierHead | tuple[ClassifierHead, ...]
+Head = LinearHead | tuple[LinearHead, ...]
 NO_HEAD = "none"
 _TRAINED = "trained"  # the heads that have "other"
 _WEIGHTS = "the weights of a linear head"

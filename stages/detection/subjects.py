@@ -17,7 +17,8 @@ from cache import CacheMismatchError, FeatureCache
 from stages.detection.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.files.documents import read_document
-from stages.heads.choose import FittedHeads, LinearHead, load_heads
+from stages.heads.affine import LinearHead
+from stages.heads.choose import FittedHeads, load_heads
 from stages.id_data.lazy import Floats, LazyArray, RowNumbers, Rows2D
 from stages.id_data.rows import IdData, Labels, lazy_rows, read_tokens
 from stages.id_data.split import Rows
@@ -139,9 +140,7 @@ class FrozenFeatures:
         self.source = source
         heads = {"probe": source.probe}
         if source.finetuned_head is not None:
-            weight, bias = source.finetuned_head
-            plain = np.zeros(weight.shape[1], np.float32), np.ones(1, np.float32)
-            head = LinearHead(*plain, weight, bias)
+            head = LinearHead(*source.finetuned_head)
             heads[_FINETUNE_HEAD] = FittedHeads((head,) * len(source.data.split.folds), head, 0.0, {})
         self._heads = heads
 

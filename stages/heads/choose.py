@@ -9,7 +9,7 @@ scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: �
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,48 +18,12 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from stages.files.documents import read_described, write_described
+from stages.heads.affine import LinearHead, Standardisation
 from stages.heads.logistic import blocks, fit_logistic, one_blas_thread, standardisation
 from stages.id_data.lazy import Rows2D
-from stages.scorers import ClassifierHead
-
-Floats = NDArray[np.float32]
 
 # Inverse strength of the L2 penalty (scikit-learn's C), the same grid for every method.
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """``logits = (x − mean) / scale · weightᵀ + bias``.
-
-    Attributes:
-        mean: ``[D]`` of the training rows.
-        scale: ``[1]`` root of the mean variance of their features.
-        weight: ``[C, D]``; rows of classes that were not fitted are zero.
-        bias: ``[C]``; ``-inf`` for classes that were not fitted, so their logits are.
-        converged: whether the solver came to the minimum.
-    """
-
-    mean: Floats
-    scale: Floats
-    weight: Floats
-    bias: Floats
-    converged: bool = field(default=True, kw_only=True)
-
-    def logits(self, features: Floats) -> Floats:
-        """``[N, D]`` to ``[N, C]``."""
-        logits = ((features - self.mean) / self.scale) @ self.weight.T + self.bias
-        return np.asarray(logits, dtype=np.float32)
-
-    def on_raw_features(self) -> ClassifierHead:
-        """The same map without the shift and scale of its own: ``logits = x · weightᵀ + bias``."""
-        weight = self.weight.astype(np.float64) / self.scale
-        bias = self.bias - weight @ self.mean
-        return ClassifierHead(np.asarray(weight, np.float32), np.asarray(bias, np.float32))
-
-    def tensors(self) -> dict[str, Floats]:
-        """Arrays to store; ``LinearHead(**tensors)`` gives it back."""
-        return {"mean": self.mean, "scale": self.scale, "weight": self.weight, "bias": self.bias}
 
 
 @dataclass(frozen=True)
@@ -89,9 +53,9 @@ def fit_head(features: Rows2D, labels: NDArray[np.int32], n_classes: int, streng
     bias = np.full(n_classes, -np.inf, dtype=np.float32)
     if len(classes) == 1:
         bias[classes] = 0
-        return LinearHead(*standardise, weight, bias)
+        return LinearHead(weight, bias, standardise)
     weight[classes], bias[classes], converged = fit_logistic(features, own, len(classes), strength, standardise)
-    return LinearHead(*standardise, weight, bias, converged=converged)
+    return LinearHead(weight, bias, standardise, converged=converged)
 
 
 def log_likelihood(head: LinearHead, features: Rows2D, labels: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -223,12 +187,11 @@ def load_heads(folder: Path, name: str, identity: str) -> dict[str, FittedHeads]
     return {kind: _stored_heads(tensors, kind, described) for kind, described in about["heads"].items()}
 
 
-def _stored_heads(tensors: Mapping[str, Floats], kind: str, described: Mapping[str, Any]) -> FittedHeads:
+def _stored_heads(tensors: Mapping[str, NDArray[np.float32]], kind: str, described: Mapping[str, Any]) -> FittedHeads:
     n_folds, n_parts = described["folds"], described["parts"]
-    keys = ("mean", "scale", "weight", "bias")
-    heads = [
-        LinearHead(*(tensors[f"{kind}/{index}/{key}"] for key in keys), converged=described["converged"][index])
-        for index in range(n_folds + n_parts + 1)
-    ]
+    heads = []
+    for index, converged in zip(range(n_folds + n_parts + 1), described["converged"], strict=True):
+        mean, scale, weight, bias = (tensors[f"{kind}/{index}/{key}"] for key in ("mean", "scale", "weight", "bias"))
+        heads.append(LinearHead(weight, bias, Standardisation(mean, scale), converged=converged))
     folds, parts, final = tuple(heads[:n_folds]), tuple(heads[n_folds:-1]), heads[-1]
     return FittedHeads(folds, final, described["strength"], described["log_likelihood"], parts)

@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
 from stages.cores import usable_cores
+from stages.heads.affine import Standardisation
 from stages.id_data.lazy import Rows2D
 
 MAX_STEPS = 1000  # of the solver, after which it stops anyway: a weak penalty on separable rows may ask for many
@@ -36,20 +37,6 @@ def one_blas_thread() -> AbstractContextManager[object]:
 def _blas() -> ThreadpoolController:
     """Of the libraries that numpy and scipy have loaded; finding them takes longer than a small fit's step."""
     return ThreadpoolController()
-
-
-class Standardisation(NamedTuple):
-    """``(x − mean) / scale``: mean ``[D]`` and scale ``[1]`` float32, the root of the mean variance of all features."""
-
-    mean: NDArray[np.float32]
-    scale: NDArray[np.float32]
-
-    def __call__(self, rows: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Rows ``[n, D]`` in float64."""
-        standardised = rows.astype(np.float64)
-        standardised -= self.mean
-        standardised /= self.scale
-        return standardised
 
 
 def blocks(n_rows: int) -> Iterator[slice]:
@@ -155,7 +142,9 @@ class _Objective:
         self._pool, self._ahead = pool, ahead
         kept_rows = _KEPT_BYTES // (8 * self._dim)
         self._kept = [
-            standardise(np.asarray(features[block])) for block in blocks(self._n_rows) if block.stop <= kept_rows
+            standardise(np.asarray(features[block]), np.float64)
+            for block in blocks(self._n_rows)
+            if block.stop <= kept_rows
         ]
 
     @property
@@ -201,7 +190,7 @@ class _Objective:
         if number < len(self._kept):
             return lambda: _part(self._kept[number], labels, weight, bias)
         stored = np.asarray(self._features[block])
-        return lambda: _part(self._standardise(stored), labels, weight, bias)
+        return lambda: _part(self._standardise(stored, np.float64), labels, weight, bias)
 
 
 class _Part(NamedTuple):

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 
 from stages.errors import InputError
 from stages.files.documents import read_described, write_document, write_tensors
+from stages.heads.affine import LinearHead
 from stages.networks.backbone import Tokens
-from stages.scorers import ClassifierHead
 
 ExpertKind = Literal["end", "adapter", "frozen", "dense"]
 RouterInput = Literal["tap_cls", "cls"]
@@ -353,7 +353,7 @@ def cannot_read(kind: str, backbone: str, patches: str) -> InputError:
     )
 
 
-def load_trained_heads(folder: Path) -> tuple[ClassifierHead, ...]:
+def load_trained_heads(folder: Path) -> tuple[LinearHead, ...]:
     """The head of each expert over all C classes, as `save_mixture` wrote it; builds no network.
 
     Its weights stand in the rows of the expert's own classes; "other" is left out.
@@ -372,7 +372,7 @@ def load_trained_heads(folder: Path) -> tuple[ClassifierHead, ...]:
         all_weight = np.zeros((len(groups), weight.shape[1]), dtype=np.float32)
         all_bias = np.full(len(groups), -np.inf, dtype=np.float32)
         all_weight[own], all_bias[own] = weight[: len(own)], bias[: len(own)]
-        heads.append(ClassifierHead(all_weight, all_bias))
+        heads.append(LinearHead(all_weight, all_bias))
     return tuple(heads)
 
 

@@ -67,7 +67,7 @@ from stages.scorers.neighbours.knn_mean import KNNMeanScorer, knn_mean_score
 from stages.scorers.neighbours.nnguide import NNGuideScorer, nnguide_score
 from stages.scorers.neighbours.patch_knn import PatchKNNScorer, patch_knn_score
 from stages.scorers.neighbours.relation import RelationScorer, relation_score
-from stages.scorers.shared.base import ClassifierHead, ScoreInputs, Scorer, check_settings
+from stages.scorers.shared.base import ScoreInputs, Scorer, check_settings
 from stages.scorers.subspace.neco import NECOScorer, neco_score
 from stages.scorers.subspace.pnml import PNMLScorer, pnml_score
 from stages.scorers.subspace.vim import ResidualScorer, ViMScorer, residual_score, vim_score
@@ -155,7 +155,6 @@ __all__ = [
     "ASHBScorer",
     "ASHPScorer",
     "ASHSScorer",
-    "ClassifierHead",
     "CosineScorer",
     "DICEScorer",
     "EnergyScorer",

@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stages.scorers import ClassifierHead, ScoreInputs, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import ScoreInputs, get_scorer
 
 ROWS, DIM, CLASSES = 1_000_000, 1536, 1000
 SCORES = ("relative-mahalanobis", "gmm", "vim")
@@ -41,7 +42,7 @@ class Drawn:
 def main() -> None:
     """Fit each score and print the table."""
     rng = np.random.default_rng(1)
-    head = ClassifierHead(rng.standard_normal((CLASSES, DIM), dtype=np.float32) / 20, np.zeros(CLASSES, np.float32))
+    head = LinearHead(rng.standard_normal((CLASSES, DIM), dtype=np.float32) / 20, np.zeros(CLASSES, np.float32))
     train = ScoreInputs(features=Drawn(), labels=np.arange(ROWS) % CLASSES, head=head)  # type: ignore[arg-type]
     table = Table(
         "score", "fit, CPU seconds", "peak memory of the process, GiB", title=f"{ROWS:,} x {DIM}, C = {CLASSES}"

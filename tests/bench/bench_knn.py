@@ -18,7 +18,8 @@ from sklearn.neighbors import NearestNeighbors
 from stages.config import ScoreConfig
 from stages.detection.subjects import BackboneSource, TestSet
 from stages.extract import import_set
-from stages.heads.choose import FittedHeads, LinearHead
+from stages.heads.affine import LinearHead
+from stages.heads.choose import FittedHeads
 from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
 from stages.progress import NullProgress
@@ -82,8 +83,7 @@ def made_up(folder: Path) -> BackboneSource:
         np.savez(folder / f"{name}.npz", cls=features.astype(np.float16), label=labels)
         table = list_arrays(str(folder / f"{name}.npz"))
         caches[name] = import_set(name, table, table.spec("made up", "float16"), folder)
-    zero, one = np.zeros(DIM, np.float32), np.ones(1, np.float32)
-    head = LinearHead(zero, one, means[:CLASSES] / DIM, np.zeros(CLASSES, np.float32))
+    head = LinearHead(means[:CLASSES] / DIM, np.zeros(CLASSES, np.float32))
     groups = {"test": "id"} | {name: "far" for name in ROWS if name.startswith("ood")}
     return BackboneSource(
         name="pretrained",

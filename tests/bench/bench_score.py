@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stages.cores import usable_cores
+from stages.heads.affine import LinearHead
 from stages.metrics.ranking import bootstrap_each, ood_metrics, resample_counts
-from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
+from stages.scorers import SCORERS, ScoreInputs, get_scorer
 
 BANK, SELECT, ID, OOD, SETS, DIM, CLASSES = 100_000, 10_000, 50_000, 10_000, 5, 384, 100
 # Compare every row with every row of the bank; gmm multiplies it with C matrices of D x D, 1.5e12 products in all.
@@ -61,7 +62,7 @@ def rows(n: int, seed: int) -> ScoreInputs:
     means = np.random.default_rng(99).normal(size=(CLASSES, DIM)).astype(np.float32)
     labels = rng.integers(CLASSES, size=n)
     features = np.maximum(means[labels] + (0.5 + 0.1 * seed) * rng.standard_normal((n, DIM), dtype=np.float32), 0)
-    head = ClassifierHead(0.1 * means, np.zeros(CLASSES, dtype=np.float32))
+    head = LinearHead(0.1 * means, np.zeros(CLASSES, dtype=np.float32))
     return ScoreInputs(features, head.logits(features), labels, head=head)
 
 

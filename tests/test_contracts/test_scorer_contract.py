@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from stages.errors import InputError, StageError
-from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import SCORERS, ScoreInputs, get_scorer
 
 pytestmark = pytest.mark.parametrize("name", SCORERS)
 
@@ -30,10 +31,10 @@ def rows(n: int, seed: int, experts: int | None = None) -> ScoreInputs:
     return replace(routed, logits=routed.need("logits", "a test"))
 
 
-def head_over(classes: np.ndarray | slice = slice(None)) -> ClassifierHead:
+def head_over(classes: np.ndarray | slice = slice(None)) -> LinearHead:
     bias = np.full(5, -np.inf, np.float32)
     bias[classes] = 0
-    return ClassifierHead(np.eye(5, 12, dtype=np.float32) * 6, bias)
+    return LinearHead(np.eye(5, 12, dtype=np.float32) * 6, bias)
 
 
 @pytest.fixture(params=[None, 2], ids=["one model", "two experts"])
@@ -151,8 +152,8 @@ def with_features(x: ScoreInputs, features: np.ndarray) -> ScoreInputs:
 
 
 def with_zero_head(x: ScoreInputs) -> ScoreInputs:
-    def zero(head: ClassifierHead) -> ClassifierHead:
-        return ClassifierHead(np.zeros_like(head.weight), head.bias)
+    def zero(head: LinearHead) -> LinearHead:
+        return LinearHead(np.zeros_like(head.weight), head.bias)
 
     return replace(x, logits=None, head=tuple(map(zero, x.head)) if isinstance(x.head, tuple) else zero(x.head))
 
@@ -193,7 +194,7 @@ def test_poor_rows_to_fit_on_still_give_scores(name, experts, poor):
 def test_labels_beyond_the_logits_are_refused_in_one_line(name):
     train = rows(80, 0)
     few = replace(train, logits=train.need("logits", "a test")[:, :4], head=None)
-    beyond = replace(few, head=ClassifierHead(train.head.weight[:4], train.head.bias[:4]))
+    beyond = replace(few, head=LinearHead(train.head.weight[:4], train.head.bias[:4]))
     scorer = get_scorer(name)
     if not scorer.needs & {"bank", "select", "head"} or not scorer.needs & {"logits", "head"}:
         return  # reads no labels, or no logits

@@ -18,7 +18,8 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import StandardScaler, normalize
 from torch.nn.functional import normalize as torch_normalize
 
-from stages.scorers import ClassifierHead, ScoreInputs, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import ScoreInputs, get_scorer
 
 TOLERANCE = {"gmm": 1e-5}
 # Differences of two large numbers, which cross 0: the tolerance is a share of the largest score, not of each.
@@ -32,7 +33,7 @@ def digits():
     known = labels < 7
     features = (PCA(24, svd_solver="full").fit(images[known]).transform(images) / 10 + 0.5).astype(np.float32)
     model = LogisticRegression(max_iter=500, C=0.1).fit(features[known][::2], labels[known][::2])
-    head = ClassifierHead(model.coef_.astype(np.float32), model.intercept_.astype(np.float32))
+    head = LinearHead(model.coef_.astype(np.float32), model.intercept_.astype(np.float32))
     rows = {"train": known & (np.cumsum(known) % 2 == 1), "test": known & (np.cumsum(known) % 2 == 0), "ood": ~known}
     return {
         name: ScoreInputs(features[mask], head.logits(features[mask]), labels[mask], head=head)
@@ -46,7 +47,7 @@ def cached(caches):
     read = {name: cache.read("cls").astype(np.float32) for name, cache in caches.items()}
     labels = np.asarray(caches["train"].labels, dtype=np.int64)
     model = LogisticRegression(max_iter=200, C=0.01).fit(read["train"], labels)
-    head = ClassifierHead(model.coef_.astype(np.float32), model.intercept_.astype(np.float32))
+    head = LinearHead(model.coef_.astype(np.float32), model.intercept_.astype(np.float32))
     train = ScoreInputs(read["train"], head.logits(read["train"]), labels, head=head)
     return {"train": train} | {part: ScoreInputs(read[part], head.logits(read[part])) for part in ("test", "near")}
 

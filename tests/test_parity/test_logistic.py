@@ -8,8 +8,10 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from stages.heads.choose import STRENGTHS, fit_head, logistic
-from stages.heads.logistic import Standardisation, fit_logistic, standardisation
+from stages.heads import logistic
+from stages.heads.affine import Standardisation
+from stages.heads.choose import STRENGTHS, fit_head
+from stages.heads.logistic import fit_logistic, standardisation
 from stages.id_data.rows import lazy_rows
 
 
@@ -21,7 +23,7 @@ def mean_log_likelihood(logits, labels) -> float:
 def compare(features, labels, strength, standardise: Standardisation) -> None:
     n_classes = int(labels.max()) + 1
     weight, bias, _ = fit_logistic(features, labels, n_classes, strength, standardise)
-    rows = standardise(np.asarray(features))
+    rows = standardise(np.asarray(features), np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # both stop after as many steps
         reference = LogisticRegression(C=strength, max_iter=1000).fit(rows, labels)
@@ -61,5 +63,5 @@ def test_features_as_they_stand_in_a_cache(data, strength, monkeypatch):
     compare(features, data.train_labels[rows], strength, standardisation(features))
     head = fit_head(features, data.train_labels[rows], data.n_classes, strength)
     whole = np.float64(data.train.read("cls", rows))
-    assert head.mean == pytest.approx(whole.mean(0), rel=1e-6, abs=1e-6)
-    assert head.scale[0] == pytest.approx(np.sqrt(whole.var(0).mean()), rel=1e-6)
+    assert head.standardise.mean == pytest.approx(whole.mean(0), rel=1e-6, abs=1e-6)
+    assert head.standardise.scale[0] == pytest.approx(np.sqrt(whole.var(0).mean()), rel=1e-6)

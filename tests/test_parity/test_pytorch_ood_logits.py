@@ -15,8 +15,9 @@ from pytorch_ood.metrics import functional as reference
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from stages.heads.affine import LinearHead
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import ClassifierHead, ScoreInputs, Scorer, entropy_score, get_scorer, lts_score
+from stages.scorers import ScoreInputs, Scorer, entropy_score, get_scorer, lts_score
 
 PYTORCH_OOD = "pytorch-ood"
 
@@ -35,7 +36,7 @@ def parts(request, caches, data, probe):
     }
     if request.param == "signed":
         middle = np.median(features["train"], axis=0)
-        head = ClassifierHead(head.weight, head.bias + head.weight @ middle)
+        head = LinearHead(head.weight, head.bias + head.weight @ middle)
         features = {name: rows - middle for name, rows in features.items()}
     labels = {"train": data.train_labels[fold.train], "select": data.train_labels[fold.select]}
     return {name: ScoreInputs(rows, labels=labels.get(name), head=head) for name, rows in features.items()}

@@ -9,8 +9,9 @@ import torch
 from stages.compare import compare_scores
 from stages.detection.calibration import Standardiser
 from stages.errors import InputError
+from stages.heads.affine import LinearHead
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, energy_score, get_scorer
+from stages.scorers import SCORERS, ScoreInputs, energy_score, get_scorer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def mine():
 def test_scores_are_those_of_the_fitted_objects(mine):
     scores = ["knn", "mahalanobis", "energy", "vim", "react", "knn+energy"]
     found = compare_scores(**mine, scores=scores, params={"knn": {"k": 3}})
-    head = ClassifierHead(*mine["head"])
+    head = LinearHead(*mine["head"])
     train, test, held_out = (ScoreInputs(**mine[name], head=head) for name in ("train", "test", "held_out"))
     near = ScoreInputs(features=mine["ood"]["near"], head=head)
     for name in scores[:-1]:

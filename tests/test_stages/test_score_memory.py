@@ -11,7 +11,8 @@ from stages.detection import detectors as detectors_module
 from stages.detection.subjects import BackboneSource
 from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.extract import import_set
-from stages.heads.choose import FittedHeads, LinearHead
+from stages.heads.affine import LinearHead
+from stages.heads.choose import FittedHeads
 from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
 from stages.score import score
@@ -46,7 +47,7 @@ def source_of(tmp_path_factory):
     def make(n_train, n_test):
         data = id_data(cached(f"train-{n_train}", n_train, 0), cached("val", 500, 1), 0.2)
         weight = np.eye(CLASSES, DIM, dtype=np.float32)
-        head = LinearHead(np.zeros(DIM, np.float32), np.ones(1, np.float32), weight, np.zeros(CLASSES, np.float32))
+        head = LinearHead(weight, np.zeros(CLASSES, np.float32))
         tests = (
             ScoredSet("test", "id", cached(f"test-{n_test}", n_test, 2)),
             ScoredSet("far", "far", cached("far", 500, 3)),

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from stages.heads.affine import LinearHead
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import ClassifierHead, Floats, ScoreInputs, Scorer
+from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
 from stages.scorers.shared.shaping import activations, kept_count, largest_mask, mass_ratio
 
 Variant = Literal["p", "s", "b"]
@@ -35,7 +36,7 @@ def shape_activations(features: ArrayLike, variant: Variant, percentile: float) 
     return pruned
 
 
-def ash_score(features: ArrayLike, head: ClassifierHead, variant: Variant, percentile: float) -> Floats:
+def ash_score(features: ArrayLike, head: LinearHead, variant: Variant, percentile: float) -> Floats:
     """Energy of the head on the shaped activations; higher = more OOD.
 
     Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection", ICLR 2023. Each row's
@@ -56,7 +57,7 @@ def ash_score(features: ArrayLike, head: ClassifierHead, variant: Variant, perce
     Raises:
         InputError: NaN or inf, or another D than the head's.
 
-    >>> head = ClassifierHead(np.eye(2), np.zeros(2))
+    >>> head = LinearHead(np.eye(2), np.zeros(2))
     >>> ash_score([[3.0, 1.0]], head, "p", 50).tolist() == energy_score([[3.0, 0.0]]).tolist()
     True
     """
@@ -69,11 +70,11 @@ class _ASHScorer(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head"})
     profiles: ClassVar = {"openood": {"percentile": 90.0}, "pytorch-ood": {"percentile": 65.0}}
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> ClassifierHead:
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> LinearHead:
         """The head."""
         return train.need_head(self.name)
 
-    def judge(self, x: ScoreInputs, memory: ClassifierHead) -> Floats:
+    def judge(self, x: ScoreInputs, memory: LinearHead) -> Floats:
         """Energy of the shaped row, [n]."""
         percentile: float = self.settings()["percentile"]
         return ash_score(x.need("features", self.name), memory, self.variant, percentile)

@@ -7,12 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from stages.heads.affine import LinearHead
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import ClassifierHead, Floats, ScoreInputs, Scorer
+from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
 from stages.scorers.shared.shaping import activations
 
 
-def sparse_head(head: ClassifierHead, mean: ArrayLike, percentile: float) -> ClassifierHead:
+def sparse_head(head: LinearHead, mean: ArrayLike, percentile: float) -> LinearHead:
     """The head with 0 for every weight whose mean contribution W ⊙ mean z is not above a percentile of them all.
 
     Args:
@@ -20,15 +21,15 @@ def sparse_head(head: ClassifierHead, mean: ArrayLike, percentile: float) -> Cla
         mean: [D] of ID training features.
         percentile: share of the C·D contributions to leave out, per cent.
 
-    >>> sparse_head(ClassifierHead(np.array([[1.0, 2.0], [3.0, 4.0]]), np.zeros(2)), [1.0, 1.0], 50).weight.tolist()
+    >>> sparse_head(LinearHead(np.array([[1.0, 2.0], [3.0, 4.0]]), np.zeros(2)), [1.0, 1.0], 50).weight.tolist()
     [[0.0, 0.0], [3.0, 4.0]]
     """
     contribution = head.weight * np.asarray(mean)
     kept = contribution > np.percentile(contribution, percentile)
-    return ClassifierHead(np.where(kept, head.weight, 0), head.bias)
+    return LinearHead(np.where(kept, head.weight, 0), head.bias)
 
 
-def dice_score(features: ArrayLike, head: ClassifierHead) -> Floats:
+def dice_score(features: ArrayLike, head: LinearHead) -> Floats:
     """Energy of a sparse head on the features; higher = more OOD.
 
     Sun and Li, "DICE: Leveraging Sparsification for Out-of-Distribution Detection", ECCV 2022. A masked matrix product:
@@ -44,14 +45,14 @@ def dice_score(features: ArrayLike, head: ClassifierHead) -> Floats:
     Raises:
         InputError: NaN or inf, or another D than the head's.
 
-    >>> dice_score([[1.0, 5.0]], ClassifierHead(np.array([[2.0, 0.0]]), np.array([0.5]))).tolist()
+    >>> dice_score([[1.0, 5.0]], LinearHead(np.array([[2.0, 0.0]]), np.array([0.5]))).tolist()
     [-2.5]
     """
     return energy_score(head.logits(activations(features, "DICE's")))
 
 
 class _Memory(NamedTuple):
-    head: ClassifierHead
+    head: LinearHead
     rows: int
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from stages.heads.affine import LinearHead
 from stages.scorers.logits.energy import energy_score
 from stages.scorers.shared.base import (
-    ClassifierHead,
     Floats,
     RowsName,
     ScoreInputs,
@@ -21,7 +21,7 @@ from stages.scorers.shared.quantiles import quantiles
 from stages.scorers.shared.shaping import activations
 
 
-def react_score(features: ArrayLike, head: ClassifierHead, threshold: float) -> Floats:
+def react_score(features: ArrayLike, head: LinearHead, threshold: float) -> Floats:
     """Energy of the head on min(z, c); higher = more OOD.
 
     Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations", NeurIPS 2021. Made for activations
@@ -38,7 +38,7 @@ def react_score(features: ArrayLike, head: ClassifierHead, threshold: float) -> 
     Raises:
         InputError: NaN or inf, or another D than the head's.
 
-    >>> head = ClassifierHead(np.eye(2), np.zeros(2))
+    >>> head = LinearHead(np.eye(2), np.zeros(2))
     >>> react_score([[9.0, 0.0]], head, 1.0).tolist() == energy_score([[1.0, 0.0]]).tolist()
     True
     """
@@ -46,7 +46,7 @@ def react_score(features: ArrayLike, head: ClassifierHead, threshold: float) -> 
 
 
 class _Memory(NamedTuple):
-    head: ClassifierHead
+    head: LinearHead
     threshold: float
     record: dict[str, Any]
 

@@ -7,12 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from stages.heads.affine import LinearHead
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import ClassifierHead, Floats, ScoreInputs, Scorer
+from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
 from stages.scorers.shared.shaping import activations, kept_count, mass_ratio
 
 
-def scale_score(features: ArrayLike, head: ClassifierHead, percentile: float = 85.0) -> Floats:
+def scale_score(features: ArrayLike, head: LinearHead, percentile: float = 85.0) -> Floats:
     """Energy of the head on z · exp(s₁ / s₂); higher = more OOD.
 
     Xu et al., "Scaling for Training Time and Post-hoc Out-of-distribution Detection Enhancement", ICLR 2024. s₁ is the
@@ -30,7 +31,7 @@ def scale_score(features: ArrayLike, head: ClassifierHead, percentile: float = 8
     Raises:
         InputError: NaN or inf, or another D than the head's.
 
-    >>> head = ClassifierHead(np.eye(2), np.zeros(2))
+    >>> head = LinearHead(np.eye(2), np.zeros(2))
     >>> scale_score([[2.0, 2.0]], head, 50).round(4).tolist() == energy_score([[2 * np.e**2] * 2]).round(4).tolist()
     True
     """
@@ -54,10 +55,10 @@ class SCALEScorer(Scorer):
 
     percentile: Annotated[float, Field(ge=0, lt=100)] = 85.0
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> ClassifierHead:
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> LinearHead:
         """The head."""
         return train.need_head(self.name)
 
-    def judge(self, x: ScoreInputs, memory: ClassifierHead) -> Floats:
+    def judge(self, x: ScoreInputs, memory: LinearHead) -> Floats:
         """Energy of the scaled row, [n]."""
         return scale_score(x.need("features", self.name), memory, self.percentile)

@@ -8,9 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.errors import InputError
+from stages.heads.affine import LinearHead
 from stages.scorers.logits.energy import energy_score
 from stages.scorers.shared.base import (
-    ClassifierHead,
     Floats,
     RowsName,
     ScoreInputs,
@@ -24,9 +24,7 @@ from stages.scorers.shared.shaping import activations
 Below = Literal["zero", "clip"]
 
 
-def vra_score(
-    features: ArrayLike, head: ClassifierHead, low: ArrayLike, high: ArrayLike, below: Below = "zero"
-) -> Floats:
+def vra_score(features: ArrayLike, head: LinearHead, low: ArrayLike, high: ArrayLike, below: Below = "zero") -> Floats:
     """Energy of the head on z rectified into [α, β]; higher = more OOD.
 
     Xu et al., "VRA: Variational Rectified Activation for Out-of-distribution Detection", NeurIPS 2023: what is above β
@@ -46,7 +44,7 @@ def vra_score(
     Raises:
         InputError: NaN or inf, or another D than the head's.
 
-    >>> head = ClassifierHead(np.eye(3), np.zeros(3))
+    >>> head = LinearHead(np.eye(3), np.zeros(3))
     >>> vra_score([[0.5, 2.0, 9.0]], head, 1.0, 3.0).tolist() == energy_score([[0.0, 2.0, 3.0]]).tolist()
     True
     """
@@ -56,7 +54,7 @@ def vra_score(
 
 
 class _Memory(NamedTuple):
-    head: ClassifierHead
+    head: LinearHead
     low: NDArray[np.float32]
     high: NDArray[np.float32]
     record: dict[str, Any]

@@ -19,44 +19,13 @@ from threadpoolctl import threadpool_limits
 from stages.config import StageConfig, nearest
 from stages.cores import usable_cores
 from stages.errors import InputError, NotFiniteError, StageError
+from stages.heads.affine import LinearHead
 from stages.id_data.lazy import ReadOnce, Rows2D
 
 Floats = NDArray[np.float32]
 Temperature = Annotated[float, Field(gt=0)]
 RowsName = Literal["train", "select"]
 _BLOCK = 4096  # rows at once, fitting and scoring: memory stays flat as rows grow
-
-
-@dataclass(frozen=True, eq=False)
-class ClassifierHead:
-    """``logits = features · weightᵀ + bias``, on features as they are cached.
-
-    Attributes:
-        weight: [C, D].
-        bias: [C]; −inf for a class that does not apply: one without training rows, or outside an expert's group.
-    """
-
-    weight: NDArray[np.floating]
-    bias: NDArray[np.floating]
-
-    def logits(self, features: NDArray[np.floating]) -> Floats:
-        """[n, D] to [n, C] float32.
-
-        Raises:
-            InputError: features of another length than the weights.
-        """
-        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
-            raise InputError(f"features of shape {features.shape} given to a head on {self.weight.shape[1]} values")
-        return np.asarray(np.asarray(features, dtype=np.float32) @ self.weight.T + self.bias, dtype=np.float32)
-
-    @property
-    def classes(self) -> NDArray[np.intp]:
-        """Numbers of the classes that apply, ascending."""
-        return np.flatnonzero(np.isfinite(self.bias))
-
-    def take(self, classes: NDArray[np.intp]) -> "ClassifierHead":
-        """The head over some classes alone, in the order given."""
-        return ClassifierHead(self.weight[classes], self.bias[classes])
 
 
 class LazyRows(Protocol):
@@ -95,7 +64,7 @@ class ScoreInputs:
     others: NDArray[np.floating] | None = None
     other: NDArray[np.floating] | None = None
     patches: NDArray[np.floating] | LazyRows | None = None
-    head: ClassifierHead | tuple[ClassifierHead, ...] | None = None
+    head: LinearHead | tuple[LinearHead, ...] | None = None
 
     def __post_init__(self) -> None:
         rows = {name: len(array) for name, array in self._arrays().items()}
@@ -146,16 +115,20 @@ class ScoreInputs:
             raise InputError(f"{who} needs features, which these rows do not have")
         return self.features
 
-    def need_head(self, who: str) -> ClassifierHead:
-        """The one head of these rows; an `InputError` that says who needs it where there is none, or one an expert."""
-        if not isinstance(self.head, ClassifierHead):
+    def need_head(self, who: str) -> LinearHead:
+        """The one head of these rows, as it is on raw features.
+
+        Raises:
+            InputError: there is none, or one for each expert; it says who needs it.
+        """
+        if not isinstance(self.head, LinearHead):
             raise InputError(f"{who} needs the weights of the linear head, which these rows do not have")
-        return self.head
+        return self.head.on_raw_features()
 
     def _logits_of_head(self) -> Floats:
         assert self.head is not None
         assert self.features is not None
-        if isinstance(self.head, ClassifierHead):
+        if isinstance(self.head, LinearHead):
             return self.head.logits(np.asarray(self.features))
         assert self.expert is not None
         features = np.asarray(self.features)
@@ -173,7 +146,7 @@ class ScoreInputs:
 
     def classes(self) -> NDArray[np.intp] | None:
         """Classes that apply, of the head or of the logits; None where there is neither."""
-        if isinstance(self.head, ClassifierHead):
+        if isinstance(self.head, LinearHead):
             return self.head.classes
         if self.logits is None:
             return None
@@ -189,7 +162,7 @@ class ScoreInputs:
 
     def of_classes(self, classes: NDArray[np.intp] | None) -> "ScoreInputs":
         """The same rows in a world of some classes alone, numbered anew; a label outside becomes −1."""
-        head = self.head if isinstance(self.head, ClassifierHead) else None
+        head = self.head if isinstance(self.head, LinearHead) else None
         known = self.logits.shape[1] if self.logits is not None else None if head is None else len(head.bias)
         if classes is None or len(classes) == known:
             return self

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.shared.base import ClassifierHead, Floats, ScoreInputs, Scorer
+from stages.heads.affine import LinearHead
+from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
 from stages.scorers.shared.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of, whitened
 from stages.scorers.shared.shrinkage import ShrinkageRule, shrunk_about_zero
 from stages.scorers.shared.softmax import ALONE, Softmax, finite_log, log_of_log1p, log_sum
@@ -73,7 +74,7 @@ class Design:
         remark: what to say of it.
     """
 
-    head: ClassifierHead
+    head: LinearHead
     whiten: Matrix
     shrinkage: float | None
     remark: str

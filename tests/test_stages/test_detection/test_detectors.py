@@ -22,7 +22,8 @@ from stages.detection.detectors import (
 )
 from stages.detection.selection import Fold, choose_k
 from stages.errors import InputError
-from stages.scorers import ClassifierHead, EnergyScorer, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import EnergyScorer, get_scorer
 
 CLASSES, DIM = 4, 6
 GROUP = np.array([0, 1, 0, 1])
@@ -229,7 +230,7 @@ def test_other_is_what_the_routed_expert_says():
 def test_what_a_score_needs_and_rows_do_not_have_is_said():
     """Logits that came with the features have no weights: scores that need them run on the other heads."""
     plain = subject()
-    probe = ClassifierHead(np.ones((CLASSES, DIM)), np.zeros(CLASSES))
+    probe = LinearHead(np.ones((CLASSES, DIM)), np.zeros(CLASSES))
     given = replace(plain, heads=("given", "probe"), bank=replace(plain.bank, heads={"probe": probe}))
     weights = "the weights of a linear head"
     both = make(given, scores=["react", "energy", "patch-knn"])
@@ -335,7 +336,7 @@ def drawn(n: int, classes: int, experts: int, seed: int, routed: bool = False) -
     weight = np.float32(3 * np.eye(classes, 8) + rng.normal(scale=0.1, size=(classes, 8)))
     group = np.arange(classes) % max(experts, 1)
     heads = tuple(
-        ClassifierHead(weight, np.where(group == expert, 0, -np.inf).astype(np.float32))
+        LinearHead(weight, np.where(group == expert, 0, -np.inf).astype(np.float32))
         for expert in range(max(experts, 1))
     )
     if not experts:

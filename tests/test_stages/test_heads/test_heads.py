@@ -8,11 +8,11 @@ from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from stages.heads.affine import LinearHead
 from stages.heads.choose import (
     STRENGTHS,
     FittedHeads,
     HeadRows,
-    LinearHead,
     choose_head,
     fit_head,
     fit_heads,
@@ -54,7 +54,7 @@ def test_logits_are_scikit_learns_decision_function():
     test, _ = digits(start=600, stop=900)
     assert head.logits(test) == pytest.approx(reference.decision_function(plainly_scaled(test, features)), abs=1e-4)
     assert head.logits(test).dtype == np.float32
-    assert head.scale.shape == (1,)
+    assert head.standardise.scale.shape == (1,)
 
 
 def test_two_classes_have_scikit_learns_probabilities():

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
-from stages.heads.choose import fit_head, log_likelihood, logistic
-from stages.heads.logistic import Standardisation, blocks, fit_logistic, standardisation
+from stages.heads import logistic
+from stages.heads.affine import Standardisation
+from stages.heads.choose import fit_head, log_likelihood
+from stages.heads.logistic import blocks, fit_logistic, standardisation
 
 
 def digits(n: int) -> tuple[np.ndarray, np.ndarray]:

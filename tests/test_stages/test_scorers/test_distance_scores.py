@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 from stages.errors import InputError, StageError
-from stages.scorers import ClassifierHead, ScoreInputs, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import ScoreInputs, get_scorer
 from stages.scorers.features.fdbd import fdbd_score
 from stages.scorers.features.gmm import GaussianMixture, GMMScorer
 from stages.scorers.logits.other import other_score
@@ -34,7 +35,7 @@ def rows(n=80, seed=0, dim=D, classes=C, spread=0.7):
     labels = np.arange(n) % classes
     features = 0.5 + np.eye(classes, dim)[labels] * 3 + rng.normal(scale=spread, size=(n, dim))
     weight = np.random.default_rng(99).normal(scale=0.3, size=(classes, dim)) + np.eye(classes, dim) * 2
-    head = ClassifierHead(weight, np.linspace(-1, 1, classes))
+    head = LinearHead(weight, np.linspace(-1, 1, classes))
     return ScoreInputs(features=features, labels=labels, logits=features @ weight.T + head.bias, head=head)
 
 
@@ -217,7 +218,7 @@ def test_subspaces_and_products_know_no_axes(seed):
     train, x = rows(seed=seed), rows(n=9, seed=seed + 1, spread=2)
 
     def turned(each):
-        head = ClassifierHead(each.head.weight @ rotation, each.head.bias)
+        head = LinearHead(each.head.weight @ rotation, each.head.bias)
         return ScoreInputs(each.features @ rotation, each.logits, each.labels, head=head)
 
     for name in ("residual", "vim", "she", "fdbd", "pnml", "nnguide", "relation", "cosine"):

@@ -15,9 +15,9 @@ from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import log_loss
 
 from stages.errors import InputError
+from stages.heads.affine import LinearHead
 from stages.metrics.ranking import auroc
 from stages.scorers import (
-    ClassifierHead,
     ScoreInputs,
     ash_score,
     class_templates,
@@ -50,7 +50,7 @@ def rows(n=120, seed=0, noise=0.5):
     labels = np.arange(n) % C
     features = np.float32(np.abs(np.eye(C, D)[labels] * 2 + rng.normal(scale=noise, size=(n, D))))
     weight = np.random.default_rng(99).normal(scale=0.3, size=(C, D)) + np.eye(C, D) * 2
-    return ScoreInputs(features, labels=labels, head=ClassifierHead(np.float32(weight), np.linspace(-1, 1, C)))
+    return ScoreInputs(features, labels=labels, head=LinearHead(np.float32(weight), np.linspace(-1, 1, C)))
 
 
 def logits_of(x):
@@ -130,7 +130,7 @@ def plain_vra(train, select, x):
 def plain_dice(train, select, x):
     contribution = train.features.mean(axis=0) * train.head.weight
     kept = np.where(contribution > np.percentile(contribution, 90), train.head.weight, 0)
-    return energy(x.features.astype(np.float64), ClassifierHead(kept, train.head.bias))
+    return energy(x.features.astype(np.float64), LinearHead(kept, train.head.bias))
 
 
 def plain_gradnorm(train, select, x):
@@ -395,7 +395,7 @@ def test_thresholds_come_from_the_rows_that_the_profile_names():
 
 
 def test_vra_zeroes_or_clips_what_is_low():
-    head = ClassifierHead(np.ones((1, 2)), np.zeros(1))
+    head = LinearHead(np.ones((1, 2)), np.zeros(1))
     assert vra_score([[1.0, 9.0]], head, low=2.0, high=5.0).tolist() == [-5]
     assert vra_score([[1.0, 9.0]], head, low=2.0, high=5.0, below="clip").tolist() == [-7]
     with pytest.raises(InputError, match=r"vra\.low: 96 given, must be at most high = 95"):
@@ -409,7 +409,7 @@ def test_scores_that_need_a_head_use_their_experts_own():
     """Of two experts' heads over different classes each judges its own rows; their weights are not mixed."""
     x = rows(40, 3)
     heads = tuple(
-        ClassifierHead(x.head.weight * (e + 1), np.where(np.arange(C) % 2 == e, x.head.bias, -np.inf)) for e in (0, 1)
+        LinearHead(x.head.weight * (e + 1), np.where(np.arange(C) % 2 == e, x.head.bias, -np.inf)) for e in (0, 1)
     )
     routed = ScoreInputs(x.features, labels=x.labels, expert=x.labels % 2, head=heads)
     for name in SHAPED:
@@ -425,7 +425,7 @@ def test_scores_that_need_a_head_use_their_experts_own():
 @pytest.mark.parametrize("score", [ash_score, scale_score, lts_score])
 def test_rows_of_zeros_and_of_sums_that_cancel_have_finite_scores(score):
     z = np.array([[0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, -3.0, -4.0], [1.0, -1.0, 1e-30, -5.0]])
-    head = ClassifierHead(np.ones((2, 4)), np.zeros(2))
+    head = LinearHead(np.ones((2, 4)), np.zeros(2))
     if score is ash_score:
         found = [ash_score(z, head, variant, 50) for variant in ("p", "s", "b")]
     else:
@@ -435,7 +435,7 @@ def test_rows_of_zeros_and_of_sums_that_cancel_have_finite_scores(score):
 
 
 def test_among_equal_activations_the_first_are_kept():
-    head = ClassifierHead(np.array([[1.0, 10.0, 100.0, 1000.0]]), np.zeros(1))
+    head = LinearHead(np.array([[1.0, 10.0, 100.0, 1000.0]]), np.zeros(1))
     assert ash_score([[2.0, 2.0, 2.0, 2.0]], head, "p", 50).tolist() == [-22]
     assert ash_score([[1.0, 2.0, 2.0, 2.0]], head, "p", 50).tolist() == [-220]
 
@@ -497,7 +497,7 @@ def test_a_fit_needs_no_more_memory_for_more_rows(name, tmp_path):
     mapped = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float16, (400_000, 50))
     mapped[:] = 1
     mapped[::3, 7] = 3
-    head = ClassifierHead(np.eye(50, dtype=np.float32), np.zeros(50, np.float32))
+    head = LinearHead(np.eye(50, dtype=np.float32), np.zeros(50, np.float32))
     train = ScoreInputs(mapped, head=head)
     tracemalloc.start()
     try:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import InputError
-from stages.scorers import ClassifierHead, ScoreInputs, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import ScoreInputs, get_scorer
 from stages.scorers.features.mahalanobis import MahalanobisScorer
 from stages.scorers.shared.moments import FeatureMoments, Scatter, _triangular_whitening
 
@@ -110,7 +111,7 @@ def test_many_wide_classes_take_little_memory():
     """D = 1536, C = 1000: with the test below, what a million rows take. rows × classes × D would be 9 × 10¹⁰ bytes."""
     rng = np.random.default_rng(0)
     n, dim, classes = 6000, 1536, 1000
-    head = ClassifierHead(rng.standard_normal((classes, dim), dtype=np.float32), np.zeros(classes, np.float32))
+    head = LinearHead(rng.standard_normal((classes, dim), dtype=np.float32), np.zeros(classes, np.float32))
     features = rng.standard_normal((n, dim), dtype=np.float32)
     train = ScoreInputs(features=features, labels=np.arange(n) % classes, head=head)
     for name in ("relative-mahalanobis", "vim"):

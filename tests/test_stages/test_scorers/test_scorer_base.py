@@ -8,8 +8,8 @@ import pytest
 from pydantic import Field
 
 from stages.errors import InputError, StageError
-from stages.heads.choose import LinearHead
-from stages.scorers import SCORERS, ClassifierHead, ScoreInputs, Scorer, get_scorer
+from stages.heads.affine import LinearHead
+from stages.scorers import SCORERS, ScoreInputs, Scorer, get_scorer
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ def routed(n: int, seed: int) -> ScoreInputs:
     """Expert 0 has classes 0 and 2, expert 1 class 1; each has a head of its own over three classes."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
-    heads = [ClassifierHead(rng.normal(size=(3, 4)), np.where(own, 0.0, -np.inf)) for own in ([1, 0, 1], [0, 1, 0])]
+    heads = [LinearHead(rng.normal(size=(3, 4)), np.where(own, 0.0, -np.inf)) for own in ([1, 0, 1], [0, 1, 0])]
     return ScoreInputs(rng.normal(size=(n, 4)), labels=labels, expert=labels % 2, head=tuple(heads))
 
 
@@ -79,16 +79,6 @@ def test_logits_that_were_not_given_are_those_of_the_head():
     blocks = list(x.blocks(5))
     assert [len(block) for block in blocks] == [5, 5, 2]
     np.testing.assert_allclose(np.concatenate([b.need("logits", "a test") for b in blocks]), x.need("logits", "a test"))
-
-
-def test_a_head_on_raw_features_is_the_head():
-    rng = np.random.default_rng(0)
-    head = LinearHead(*(np.float32(rng.normal(size=size)) for size in (5, 1, (3, 5))), np.float32([0.1, -np.inf, 2]))
-    features = np.float32(rng.normal(3, 10, size=(20, 5)))
-    raw = head.on_raw_features()
-    np.testing.assert_allclose(raw.logits(features), head.logits(features), rtol=1e-4, atol=1e-4)
-    assert raw.classes.tolist() == [0, 2]
-    np.testing.assert_array_equal(raw.take(raw.classes).logits(features), raw.logits(features)[:, [0, 2]])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +130,7 @@ def test_what_cannot_be_fitted_or_scored_is_named():
 def test_the_number_of_cores_changes_no_score(name, monkeypatch):
     """Blocks of rows are scored side by side where there are cores for it."""
     rng = np.random.default_rng(0)
-    head = ClassifierHead(rng.normal(size=(3, 20)), np.zeros(3))
+    head = LinearHead(rng.normal(size=(3, 20)), np.zeros(3))
     train, many = (
         ScoreInputs(rng.normal(size=(n, 20)).astype(np.float32), labels=np.arange(n) % 3, head=head)
         for n in (300, 9001)
@@ -158,7 +148,7 @@ def test_the_number_of_cores_changes_no_score(name, monkeypatch):
 def test_a_row_that_is_no_number_is_named_by_its_place_in_the_set(name):
     """Not by its place in the block of rows in which it was found."""
     rng = np.random.default_rng(0)
-    head = ClassifierHead(np.eye(2, 3), np.zeros(2))
+    head = LinearHead(np.eye(2, 3), np.zeros(2))
     train = ScoreInputs(rng.normal(size=(20, 3)), labels=np.arange(20) % 2, head=head)
     features = rng.normal(size=(6000, 3))
     features[5000, 1] = features[5001, 0] = np.nan

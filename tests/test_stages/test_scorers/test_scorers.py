@@ -13,10 +13,10 @@ from stages.config import SCORE_NAMES
 from stages.detection.calibration import ExpertCalibration, Standardiser, sum_scores, threshold_at
 from stages.detection.selection import BY_LEFT_OUT_CLASSES, K_GRID, SMALLEST, Fold, choose_k
 from stages.errors import InputError, StageError
+from stages.heads.affine import LinearHead
 from stages.metrics.ranking import auroc
 from stages.scorers import (
     SCORERS,
-    ClassifierHead,
     ExpertBanks,
     KNNScorer,
     NCMScorer,
@@ -102,7 +102,7 @@ def inputs(n=60, dim=8, classes=5, experts=None, seed=0, noise=0.2):
     features = np.eye(classes, dim)[labels] + rng.normal(scale=noise, size=(n, dim))
     expert = labels % experts if experts else None
     logits, others = rng.normal(size=(n, classes)), rng.uniform(size=(n, 2))
-    head = ClassifierHead(np.eye(classes, dim) + np.linspace(0, 0.1, dim), np.linspace(-1, 1, classes))
+    head = LinearHead(np.eye(classes, dim) + np.linspace(0, 0.1, dim), np.linspace(-1, 1, classes))
     other = logits.mean(axis=1)
     patches = np.stack([features, features[:, ::-1]], axis=1)
     return ScoreInputs(features, logits, labels, expert, others, other, patches, head)
