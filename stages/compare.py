@@ -12,13 +12,12 @@ from stages.detection.calibration import Standardiser, sum_scores
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.inputs.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
-from stages.metrics.ranking import ood_metrics
+from stages.metrics.ranking import METRICS, ood_metrics
 from stages.scorers import ScoreInputs, Scorer, get_scorer
 
 Array = Any  # what numpy makes an array of: arrays, nested lists, tensors of torch on any device
 Rows = ScoreInputs | Mapping[str, Array] | Array
 _KNOWN = {"features", "logits", "labels"}
-_SHOWN = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +36,9 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = ["| score | ood | " + " | ".join(_SHOWN) + " |", "|---|---|" + "---:|" * len(_SHOWN)]
+        lines = ["| score | ood | " + " | ".join(METRICS) + " |", "|---|---|" + "---:|" * len(METRICS)]
         for row in self.rows:
-            cells = " | ".join(f"{100 * row[metric]:.2f}" for metric in _SHOWN)
+            cells = " | ".join(f"{100 * row[metric]:.2f}" for metric in METRICS)
             lines.append(f"| {row['score']} | {row['ood']} | {cells} |")
         lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines)
@@ -258,7 +257,7 @@ def _metrics(about: dict[str, Any], scores: Mapping[str, NDArray[np.float32]]) -
     of_set = {name: asdict(ood_metrics(scores["id"], other)) for name, other in scores.items() if name != "id"}
     rows = [about | {"ood": name} | metrics for name, metrics in of_set.items()]
     if len(rows) > 1:
-        mean = {metric: float(np.mean([row[metric] for row in rows])) for metric in _SHOWN}
+        mean = {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
         counts = {"n_id": len(scores["id"]), "n_ood": sum(row["n_ood"] for row in rows)}
         rows.append(about | {"ood": "average"} | counts | mean)
     return rows

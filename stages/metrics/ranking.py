@@ -1,21 +1,12 @@
-"""Metrics of out-of-distribution detection, from the scores of an ID and an OOD set.
+"""Metrics of out-of-distribution detection, from the scores of an ID and an OOD set: `METRICS` says which there are.
 
 Higher score = more OOD, everywhere. Ties are whole: no threshold separates equal scores, and they count half in AUROC.
-
-| metric | positive | what it says |
-|---|---|---|
-| `auroc` | | P(OOD scores higher than ID), ties half |
-| `fpr95` | ID | OOD admitted by the threshold that admits 95 % of ID (the paper, its code, most papers) |
-| `fpr95_ood` | OOD | ID flagged by the threshold that flags 95 % of OOD (OpenOOD v1.5, pytorch-ood) |
-| `aupr_in`, `aupr_out` | ID / OOD | area under precision-recall by trapezoid (not scikit-learn's average precision) |
-
-The bootstrap works on *counts*, how often each row was drawn: the same counts given to two methods make their
-replicates paired, so that the interval of a difference is the interval of ``a["auroc"] - b["auroc"]``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,7 +16,7 @@ from stages.errors import InputError
 
 @dataclass(frozen=True)
 class OODMetrics:
-    """Metrics of one ID set against one OOD set; fractions, not per cent."""
+    """Metrics of one ID set against one OOD set, as `METRICS` says what they are; fractions, not per cent."""
 
     n_id: int
     n_ood: int
@@ -51,15 +42,7 @@ def ood_metrics(id_scores: ArrayLike, ood_scores: ArrayLike) -> OODMetrics:
 aupr_in=0.9027777777777777, aupr_out=0.7916666666666666)
     """
     curve = _curve(id_scores, ood_scores)
-    return OODMetrics(
-        n_id=curve.n_id,
-        n_ood=curve.n_ood,
-        auroc=curve.auroc(),
-        fpr95=curve.fpr95(),
-        fpr95_ood=curve.fpr95_ood(),
-        aupr_in=curve.aupr_in(),
-        aupr_out=curve.aupr_out(),
-    )
+    return OODMetrics(curve.n_id, curve.n_ood, **{name: metric.formula(curve) for name, metric in METRICS.items()})
 
 
 def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
@@ -133,6 +116,56 @@ class _Curve:
         return id_flagged, ood_flagged
 
 
+class Metric(NamedTuple):
+    """What a metric is called, and which way is better.
+
+    Attributes:
+        name: its column in tables; a field of `OODMetrics`.
+        title: as the field writes it.
+        higher_is_better: the direction.
+        positive: the class that it takes as positive; empty where that makes no difference.
+        formula: it, of all that a threshold can do.
+        compared: whether it has an interval, and a paired difference between two methods.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool
+    positive: Literal["", "ID", "OOD"]
+    formula: Callable[[_Curve], float]
+    compared: bool = False
+
+    @property
+    def arrow(self) -> str:
+        """``↑`` where higher is better, ``↓`` where lower is."""
+        return "↑" if self.higher_is_better else "↓"
+
+    @property
+    def heading(self) -> str:
+        """Title and direction, as over a column: ``AUROC ↑``."""
+        return f"{self.title} {self.arrow}"
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of several values of it, at least one."""
+        return max(values) if self.higher_is_better else min(values)
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType({
+    metric.name: metric
+    for metric in (
+        # P(OOD scores higher than ID), ties half.
+        Metric("auroc", "AUROC", True, "", _Curve.auroc, compared=True),
+        # OOD admitted by the threshold that admits 95 % of ID: the paper, its code, most papers.
+        Metric("fpr95", "FPR95", False, "ID", _Curve.fpr95, compared=True),
+        # ID flagged by the threshold that flags 95 % of OOD: OpenOOD v1.5, pytorch-ood.
+        Metric("fpr95_ood", "FPR95", False, "OOD", _Curve.fpr95_ood),
+        # Area under precision-recall by trapezoid, which is not scikit-learn's average precision.
+        Metric("aupr_in", "AUPR", True, "ID", _Curve.aupr_in),
+        Metric("aupr_out", "AUPR", True, "OOD", _Curve.aupr_out),
+    )
+})  # fmt: skip
+
+
 def _area(true: NDArray[np.int64], false: NDArray[np.int64]) -> float:
     """Under precision over recall by trapezoid, one point a distinct score, from (recall 0, precision 1)."""
     recall = np.concatenate([[0.0], true / true[-1]])
@@ -177,139 +210,6 @@ def admitting_threshold(scores: ArrayLike, admit: float) -> float:
     # A division rounds correctly, so 19 / 20 >= 0.95 holds; 0.95 * n >= rank would fail for some n.
     share = np.arange(1, len(ordered) + 1) / len(ordered)
     return float(ordered[np.argmax(share >= admit)])
-
-
-def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint8]:
-    """How often each of ``n`` rows is drawn in each bootstrap replicate.
-
-    Args:
-        n: rows to draw from; each replicate draws n of them with replacement.
-        replicates: R.
-        seed: the same seed gives the same counts, whatever else was drawn before.
-
-    Returns:
-        [R, n] uint8; each row sums to n.
-
-    >>> resample_counts(4, replicates=2, seed=0).sum(axis=1).tolist()
-    [4, 4]
-    """
-    if n < 1 or replicates < 1:
-        raise InputError(f"{replicates} bootstrap replicates of {n} rows asked; both must be at least 1")
-    rng = np.random.default_rng(seed)
-    counts = np.empty((replicates, n), dtype=np.uint8)  # a row drawn 256 times does not happen: below 1 in 256!
-    for row in counts:
-        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
-    return counts
-
-
-def bootstrap_metrics(
-    id_scores: ArrayLike, ood_scores: ArrayLike, id_counts: NDArray[np.integer], ood_counts: NDArray[np.integer]
-) -> dict[str, NDArray[np.float64]]:
-    """AUROC and FPR95 (ID positive) of every bootstrap replicate, from one sort.
-
-    Args:
-        id_scores: [n_id].
-        ood_scores: [n_ood].
-        id_counts: [R, n_id] from `resample_counts`; the same array for every method to be compared.
-        ood_counts: [R, n_ood].
-
-    Returns:
-        ``{"auroc": [R], "fpr95": [R]}``, what `auroc` and `fpr95` give on the repeated rows.
-
-    Raises:
-        InputError: scores as in `ood_metrics`, or counts that do not fit them.
-    """
-    return bootstrap_each(id_scores, [ood_scores], id_counts, [ood_counts])[0]
-
-
-def bootstrap_each(
-    id_scores: ArrayLike,
-    ood_scores: Sequence[ArrayLike],
-    id_counts: NDArray[np.integer],
-    ood_counts: Sequence[NDArray[np.integer]],
-) -> list[dict[str, NDArray[np.float64]]]:
-    """`bootstrap_metrics` against each of several OOD sets: the ID side, which is mostly the larger, is done once.
-
-    Args:
-        id_scores: [n_id].
-        ood_scores: [n_ood] of each OOD set.
-        id_counts: [R, n_id].
-        ood_counts: [R, n_ood] of each OOD set.
-
-    Raises:
-        InputError: as `bootstrap_metrics`.
-    """
-    ids = checked_scores(id_scores, "ID")
-    order = np.argsort(ids, kind="stable")
-    ids = ids[order]
-    sets = [
-        _Resampled.of(ids, scores, counts, id_counts) for scores, counts in zip(ood_scores, ood_counts, strict=True)
-    ]
-    replicates = len(id_counts)
-    found = [{"auroc": np.empty(replicates), "fpr95": np.empty(replicates)} for _ in sets]
-    for replicate, counts in enumerate(id_counts):
-        sums = _running_sum(counts[order])
-        n_id = int(sums[-1])
-        threshold = int(np.searchsorted(sums[1:], _enough(n_id)))  # the ID row whose score admits 95 %
-        for each, metrics in zip(sets, found, strict=True):
-            weights = each.counts[replicate][each.order]
-            ood_sums = _running_sum(weights)
-            n_ood = int(ood_sums[-1])
-            wins = int(np.einsum("n,n->", weights, sums[each.below] + sums[each.not_above]))
-            metrics["auroc"][replicate] = wins / (2 * n_id * n_ood)
-            metrics["fpr95"][replicate] = ood_sums[each.admitted[threshold]] / n_ood
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Resampled:
-    """An OOD set in ascending order of its scores, beside the ID rows in theirs.
-
-    Attributes:
-        counts: [R, n_ood] how often each row is drawn.
-        order: [n_ood] rows by score.
-        below: [n_ood] how many ID rows score lower than each.
-        not_above: [n_ood] how many do not score higher.
-        admitted: [n_id] how many OOD rows do not score higher than each ID row.
-    """
-
-    counts: NDArray[np.integer]
-    order: NDArray[np.intp]
-    below: NDArray[np.intp]
-    not_above: NDArray[np.intp]
-    admitted: NDArray[np.intp]
-
-    @classmethod
-    def of(
-        cls,
-        ids: NDArray[np.float64],
-        ood_scores: ArrayLike,
-        counts: NDArray[np.integer],
-        id_counts: NDArray[np.integer],
-    ) -> Self:
-        oods = checked_scores(ood_scores, "OOD")
-        if id_counts.shape[1:] != ids.shape or counts.shape[1:] != oods.shape or len(id_counts) != len(counts):
-            raise InputError(
-                f"bootstrap counts of shape {id_counts.shape} and {counts.shape} do not fit "
-                f"{len(ids)} ID and {len(oods)} OOD scores"
-            )
-        order = np.argsort(oods, kind="stable")
-        oods = oods[order]
-        below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
-        return cls(counts, order, below, not_above, np.searchsorted(oods, ids, "right"))
-
-
-def _enough(n: int) -> int:
-    """The smallest m with m / n ≥ 0.95, the division rounded as everywhere."""
-    m = int(0.95 * n)
-    return next(rows for rows in range(max(m - 1, 0), m + 3) if rows / n >= 0.95)
-
-
-def _running_sum(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Sums of the first 0, 1, …, n counts: [n] -> [n + 1]."""
-    sums = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums
 
 
 def checked_scores(scores: ArrayLike, which: str) -> NDArray[np.float64]:

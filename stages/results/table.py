@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.files.documents import write_text
+from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.intervals import Difference, SetParts, auroc_interval, fpr95_interval, verdicts
-from stages.metrics.ranking import bootstrap_each, ood_metrics, resample_counts
+from stages.metrics.ranking import ood_metrics
 from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table
 
 METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from stages.cores import usable_cores
 from stages.heads.affine import LinearHead
-from stages.metrics.ranking import bootstrap_each, ood_metrics, resample_counts
+from stages.metrics.bootstrap import bootstrap_each, resample_counts
+from stages.metrics.ranking import ood_metrics
 from stages.scorers import SCORERS, ScoreInputs, get_scorer
 
 BANK, SELECT, ID, OOD, SETS, DIM, CLASSES = 100_000, 10_000, 50_000, 10_000, 5, 384, 100

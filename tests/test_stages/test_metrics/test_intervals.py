@@ -5,6 +5,7 @@ import pytest
 from scipy.special import ndtr, ndtri
 from scipy.stats import binom, false_discovery_control
 
+from stages.metrics.bootstrap import bootstrap_metrics, resample_counts
 from stages.metrics.intervals import (
     Difference,
     SetParts,
@@ -15,7 +16,7 @@ from stages.metrics.intervals import (
     verdicts,
     wilson,
 )
-from stages.metrics.ranking import auroc, bootstrap_metrics, fpr95, ood_metrics, resample_counts
+from stages.metrics.ranking import auroc, fpr95, ood_metrics
 
 
 def coverage(interval, truth: float, shift: float, n_id: int, n_ood: int, draws: int = 300) -> float:

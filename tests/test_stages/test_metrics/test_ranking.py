@@ -1,7 +1,7 @@
 """Metrics against their definitions written out plainly, scikit-learn, and each other."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,14 @@ from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 
 from stages.errors import InputError
 from stages.metrics.ranking import (
+    METRICS,
+    OODMetrics,
     admitting_threshold,
     auroc,
-    bootstrap_each,
-    bootstrap_metrics,
     fpr95,
     fpr95_ood,
     fpr_at_tpr,
     ood_metrics,
-    resample_counts,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "metrics.json"
@@ -113,56 +112,25 @@ def test_a_share_outside_0_to_1_is_refused():
         fpr_at_tpr([1.0], [1.0], tpr=0)
 
 
-@settings(max_examples=30, deadline=None)
-@given(tied_scores, tied_scores, st.integers(0, 99))
-def test_a_replicate_is_the_metric_of_the_repeated_rows(ids, oods, seed):
-    id_counts, ood_counts = resample_counts(len(ids), 5, seed), resample_counts(len(oods), 5, seed + 1)
-    replicates = bootstrap_metrics(ids, oods, id_counts, ood_counts)
-    for r in range(5):
-        drawn = np.repeat(ids, id_counts[r]), np.repeat(oods, ood_counts[r])
-        assert replicates["auroc"][r] == pytest.approx(auroc(*drawn))
-        assert replicates["fpr95"][r] == fpr95(*drawn)
+def test_every_metric_is_called_the_same_and_better_the_way_it_says():
+    assert [field.name for field in fields(OODMetrics)] == ["n_id", "n_ood", *METRICS]
+    apart, mixed = ood_metrics([0, 1, 2, 3], [4, 5, 6, 7]), ood_metrics([0, 2, 4, 6], [1, 3, 5, 7])
+    for name, metric in METRICS.items():
+        values = [getattr(each, name) for each in (mixed, apart)]
+        assert metric.name == name
+        assert metric.best(values) == values[1] != values[0]
+    assert [METRICS[name].heading for name in ("auroc", "fpr95")] == ["AUROC ↑", "FPR95 ↓"]
 
 
-def test_replicates_against_several_sets_are_those_against_each():
-    rng = np.random.default_rng(0)
-    ids, oods = rng.normal(size=50).round(1), [rng.normal(1, size=n).round(1) for n in (70, 30)]
-    id_counts, *counts = (resample_counts(n, 20, seed) for seed, n in enumerate((50, 70, 30)))
-    for index, found in enumerate(bootstrap_each(ids, oods, id_counts, counts)):
-        alone = bootstrap_metrics(ids, oods[index], id_counts, counts[index])
-        for name, values in found.items():
-            np.testing.assert_array_equal(values, alone[name])
-    with pytest.raises(InputError, match=r"counts of shape \(20, 50\) and \(20, 30\) do not fit 50 ID and 70 OOD"):
-        bootstrap_each(ids, oods, id_counts, counts[::-1])
-
-
-def test_counts_are_seeded_and_draw_as_many_rows_as_there_are():
-    counts = resample_counts(200, 300, seed=3)
-    assert (counts.sum(axis=1) == 200).all()
-    np.testing.assert_array_equal(counts, resample_counts(200, 300, seed=3))
-    assert not np.array_equal(counts, resample_counts(200, 300, seed=4))
-    assert counts.var() == pytest.approx(1, rel=0.05)  # Binomial(n, 1/n)
-
-
-def test_interval_covers_the_truth_and_pairing_narrows_a_difference():
-    rng = np.random.default_rng(5)
-    ids, oods = rng.normal(size=400), rng.normal(1, size=400)
-    counts = resample_counts(400, 500, seed=6), resample_counts(400, 500, seed=7)
-    low, high = np.quantile(bootstrap_metrics(ids, oods, *counts)["auroc"], [0.025, 0.975])
-    assert low < 0.7602 < high  # Φ(1 / √2), what two unit normals one apart have
-    assert 0.03 < high - low < 0.10
-
-    noisy = ids + rng.normal(scale=0.1, size=400), oods + rng.normal(scale=0.1, size=400)  # nearly the same method
-    paired = bootstrap_metrics(ids, oods, *counts)["auroc"] - bootstrap_metrics(*noisy, *counts)["auroc"]
-    assert np.diff(np.quantile(paired, [0.025, 0.975])) < (high - low) / 5
-
-
-def test_bad_counts_are_refused():
-    with pytest.raises(InputError, match="at least 1"):
-        resample_counts(0, 10, seed=0)
-    counts = resample_counts(3, 4, seed=0)
-    with pytest.raises(InputError, match="do not fit 3 ID and 2 OOD"):
-        bootstrap_metrics(np.arange(3), np.arange(2), counts, counts)
+@pytest.mark.parametrize("name", METRICS)
+def test_the_positive_class_is_the_one_it_says(name):
+    """Sides changed and scores mirrored: what was ID is OOD and in its place, and a metric of it another's."""
+    ids, oods = np.array([0.0, 1, 2, 2, 5]), np.array([1.0, 3, 4])
+    mirrored = {"ID": "OOD", "OOD": "ID", "": ""}[METRICS[name].positive]
+    twin = next(
+        each.name for each in METRICS.values() if (each.title, each.positive) == (METRICS[name].title, mirrored)
+    )
+    assert getattr(ood_metrics(ids, oods), name) == pytest.approx(getattr(ood_metrics(-oods, -ids), twin))
 
 
 def test_golden_values():

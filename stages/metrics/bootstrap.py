@@ -1,0 +1,148 @@
+"""Bootstrap replicates of metrics: what they would be on other images of the same kind.
+
+They work on *counts*, how often each row was drawn: the same counts given to two methods make their replicates paired,
+so that the interval of a difference is the interval of ``a["auroc"] - b["auroc"]``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stages.errors import InputError
+from stages.metrics.ranking import checked_scores
+
+
+def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint8]:
+    """How often each of ``n`` rows is drawn in each bootstrap replicate.
+
+    Args:
+        n: rows to draw from; each replicate draws n of them with replacement.
+        replicates: R.
+        seed: the same seed gives the same counts, whatever else was drawn before.
+
+    Returns:
+        [R, n] uint8; each row sums to n.
+
+    >>> resample_counts(4, replicates=2, seed=0).sum(axis=1).tolist()
+    [4, 4]
+    """
+    if n < 1 or replicates < 1:
+        raise InputError(f"{replicates} bootstrap replicates of {n} rows asked; both must be at least 1")
+    rng = np.random.default_rng(seed)
+    counts = np.empty((replicates, n), dtype=np.uint8)  # a row drawn 256 times does not happen: below 1 in 256!
+    for row in counts:
+        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
+    return counts
+
+
+def bootstrap_metrics(
+    id_scores: ArrayLike, ood_scores: ArrayLike, id_counts: NDArray[np.integer], ood_counts: NDArray[np.integer]
+) -> dict[str, NDArray[np.float64]]:
+    """AUROC and FPR95 (ID positive) of every bootstrap replicate, from one sort.
+
+    Args:
+        id_scores: [n_id].
+        ood_scores: [n_ood].
+        id_counts: [R, n_id] from `resample_counts`; the same array for every method to be compared.
+        ood_counts: [R, n_ood].
+
+    Returns:
+        ``{"auroc": [R], "fpr95": [R]}``, what `auroc` and `fpr95` give on the repeated rows.
+
+    Raises:
+        InputError: scores as in `ood_metrics`, or counts that do not fit them.
+    """
+    return bootstrap_each(id_scores, [ood_scores], id_counts, [ood_counts])[0]
+
+
+def bootstrap_each(
+    id_scores: ArrayLike,
+    ood_scores: Sequence[ArrayLike],
+    id_counts: NDArray[np.integer],
+    ood_counts: Sequence[NDArray[np.integer]],
+) -> list[dict[str, NDArray[np.float64]]]:
+    """`bootstrap_metrics` against each of several OOD sets: the ID side, which is mostly the larger, is done once.
+
+    Args:
+        id_scores: [n_id].
+        ood_scores: [n_ood] of each OOD set.
+        id_counts: [R, n_id].
+        ood_counts: [R, n_ood] of each OOD set.
+
+    Raises:
+        InputError: as `bootstrap_metrics`.
+    """
+    ids = checked_scores(id_scores, "ID")
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    sets = [
+        _Resampled.of(ids, scores, counts, id_counts) for scores, counts in zip(ood_scores, ood_counts, strict=True)
+    ]
+    replicates = len(id_counts)
+    found = [{"auroc": np.empty(replicates), "fpr95": np.empty(replicates)} for _ in sets]
+    for replicate, counts in enumerate(id_counts):
+        sums = _running_sum(counts[order])
+        n_id = int(sums[-1])
+        threshold = int(np.searchsorted(sums[1:], _enough(n_id)))  # the ID row whose score admits 95 %
+        for each, metrics in zip(sets, found, strict=True):
+            weights = each.counts[replicate][each.order]
+            ood_sums = _running_sum(weights)
+            n_ood = int(ood_sums[-1])
+            wins = int(np.einsum("n,n->", weights, sums[each.below] + sums[each.not_above]))
+            metrics["auroc"][replicate] = wins / (2 * n_id * n_ood)
+            metrics["fpr95"][replicate] = ood_sums[each.admitted[threshold]] / n_ood
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """An OOD set in ascending order of its scores, beside the ID rows in theirs.
+
+    Attributes:
+        counts: [R, n_ood] how often each row is drawn.
+        order: [n_ood] rows by score.
+        below: [n_ood] how many ID rows score lower than each.
+        not_above: [n_ood] how many do not score higher.
+        admitted: [n_id] how many OOD rows do not score higher than each ID row.
+    """
+
+    counts: NDArray[np.integer]
+    order: NDArray[np.intp]
+    below: NDArray[np.intp]
+    not_above: NDArray[np.intp]
+    admitted: NDArray[np.intp]
+
+    @classmethod
+    def of(
+        cls,
+        ids: NDArray[np.float64],
+        ood_scores: ArrayLike,
+        counts: NDArray[np.integer],
+        id_counts: NDArray[np.integer],
+    ) -> Self:
+        oods = checked_scores(ood_scores, "OOD")
+        if id_counts.shape[1:] != ids.shape or counts.shape[1:] != oods.shape or len(id_counts) != len(counts):
+            raise InputError(
+                f"bootstrap counts of shape {id_counts.shape} and {counts.shape} do not fit "
+                f"{len(ids)} ID and {len(oods)} OOD scores"
+            )
+        order = np.argsort(oods, kind="stable")
+        oods = oods[order]
+        below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
+        return cls(counts, order, below, not_above, np.searchsorted(oods, ids, "right"))
+
+
+def _enough(n: int) -> int:
+    """The smallest m with m / n ≥ 0.95, the division rounded as everywhere."""
+    m = int(0.95 * n)
+    return next(rows for rows in range(max(m - 1, 0), m + 3) if rows / n >= 0.95)
+
+
+def _running_sum(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Sums of the first 0, 1, …, n counts: [n] -> [n + 1]."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
