@@ -2,7 +2,7 @@
 
 import sys
 
-from stages.allocator import keep_freed_memory
+from stages.machine import keep_freed_memory
 
 keep_freed_memory()  # before anything else is imported: what starts threads takes arenas of its own
 

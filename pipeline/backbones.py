@@ -20,15 +20,16 @@ from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document
 from stages.id_data.rows import IdData, id_data
-from stages.inputs.arrays import ARRAY_SEMANTICS, ArrayTable, network_of
+from stages.inputs.arrays import ARRAY_SEMANTICS, ArrayTable
+from stages.machine import default_device
 from stages.networks.backbone import (
     COMPUTE_BATCH,
     COMPUTE_THREADS,
     EXTRACTION_SEMANTICS,
     Backbone,
     build_architecture,
-    default_device,
     load_backbone,
+    network_of,
     weights_sha,
 )
 

@@ -10,7 +10,8 @@ from stages.errors import InputError
 from stages.extract import extract_features, set_name
 from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import Sample, is_one_file, make_table
-from stages.networks.backbone import default_device, load_backbone
+from stages.machine import default_device
+from stages.networks.backbone import load_backbone
 from stages.progress import Progress
 from stages.sanity import check_features
 

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from stages.cores import usable_cores
 from stages.errors import InputError, PeerLostError, StageError
+from stages.machine import usable_cores
 
 _GRACE_S = 10.0  # in which a process finds out by itself that another has ended
 

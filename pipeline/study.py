@@ -47,10 +47,12 @@ from stages.files.documents import (
 )
 from stages.finetune import finetune, finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.id_data.rows import IdData
-from stages.inputs.arrays import ARRAY_SUFFIXES, ArrayTable, check_end, is_pattern, list_arrays
+from stages.inputs.arrays import ARRAY_SUFFIXES, ArrayTable, is_pattern, list_arrays
 from stages.inputs.images import Columns, SampleTable, describe_left_out, list_images, only_classes
 from stages.inputs.images.names import match_classes, unlike
-from stages.networks.backbone import Backbone, build_architecture, stored_grid
+from stages.networks.backbone import Backbone, build_architecture
+from stages.networks.end_check import check_end
+from stages.networks.tokens import stored_grid
 from stages.predict import Predictor
 from stages.progress import NullProgress, Progress
 from stages.results.table import compact, read_summary

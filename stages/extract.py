@@ -48,7 +48,8 @@ from stages.errors import InputError, StageError
 from stages.extraction.shards import ShardDone, ShardTask, extract_shard, make_shards
 from stages.inputs.arrays import ArrayTable
 from stages.inputs.images import ImageError, SampleTable, is_overcome, list_dataset, list_images
-from stages.networks.backbone import Backbone, default_device, load_backbone
+from stages.machine import default_device
+from stages.networks.backbone import Backbone, load_backbone
 from stages.progress import NullProgress, Progress
 
 # Versions that the bits of a cache may depend on; pillow-heif need not be there.

@@ -25,7 +25,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cache.fingerprint import fingerprint
-from stages.allocator import keep_freed_memory
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.errors import InputError, StageError
 from stages.files.documents import (
@@ -39,10 +38,12 @@ from stages.files.documents import (
 )
 from stages.id_data.rows import IdData, read_blocks
 from stages.inputs.images import SampleTable
+from stages.machine import keep_freed_memory
 from stages.mixture.grouping import group_training_classes, grouping_content
 from stages.mixture.mixup import class_alpha, running_accuracy
 from stages.mixture.model import MixtureOfFeatureExperts, save_mixture
-from stages.networks.backbone import Backbone, compile_parts, freeze_first, n_parts, weights_sha
+from stages.networks.backbone import Backbone, weights_sha
+from stages.networks.surgery import compile_parts, freeze_first, n_parts
 from stages.networks.weights.loading import build_model, model_shape
 from stages.progress import NullProgress, Progress
 from stages.training.augment import (

@@ -1,9 +1,28 @@
-"""How the C library's allocator treats the large, short-lived blocks of a network on the CPU."""
+"""The machine that a stage runs on: its cores, where networks run, and how its C library keeps memory.
+
+Importing it loads the standard library alone.
+"""
 
 import ctypes
+import os
+import sys
 from functools import cache
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: on Linux those that its container or scheduler leaves it, elsewhere all."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_device() -> str:
+    """Where networks run: on a GPU where there is one."""
+    import torch  # not before somebody runs a network
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache

@@ -61,7 +61,8 @@ from stages.mixture.refine import (
     refined_path,
     training_routes,
 )
-from stages.networks.backbone import Tokens, runs_on
+from stages.networks.end_check import runs_on
+from stages.networks.tokens import Tokens
 from stages.progress import NullProgress, Progress
 from stages.training.checkpoint import Checkpoints, load_checkpoint
 from stages.training.distributed import current

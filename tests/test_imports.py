@@ -116,6 +116,9 @@ def test_modules_are_imported_by_name_only():
     ("module", "absent"),
     [
         ("cache", ("stages", "pipeline", "torch", "timm", "sklearn", "PIL", "pydantic")),
+        ("stages.machine", ("torch", "numpy", "pydantic")),
+        ("stages.networks.tokens", ("timm", "torchvision", "PIL", "pydantic")),
+        ("stages.score", ("timm", "torchvision", "huggingface_hub", "matplotlib")),
         ("pipeline.cli", ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow")),
     ],
 )

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from cache import FeatureSpec
-from stages.networks.backbone import stored_grid
+from stages.networks.tokens import stored_grid
 from stages.scorers import SCORERS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from stages.networks.weights.names import canonical_name, has_official_recipe
+from stages.config.backbone_names import canonical_name, has_official_recipe
 
 # What a file of features may hold, see stages/inputs/arrays.
 ARRAY_FEATURES = ("cls", "tap_cls", "registers", "patches", "logits")

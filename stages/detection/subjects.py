@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ from stages.mixture.refine import (
     refined_identity,
     refined_path,
 )
-from stages.networks.backbone import Backbone, BackboneEnd
+from stages.networks.ends import BackboneEnd
 from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.networks.backbone import Backbone
 
 _FINETUNE_HEAD = "finetune"
 _GIVEN_HEAD = "given"  # logits that came with features
@@ -84,8 +88,8 @@ class BackboneSource:
     finetuned_head: tuple[NDArray[np.float32], NDArray[np.float32]] | None
     mixtures: tuple[MixtureFolder, ...]
     tests: tuple[TestSet, ...]
-    architecture: Callable[[], Backbone]
-    network: Callable[[], Backbone] | None = None
+    architecture: "Callable[[], Backbone]"
+    network: "Callable[[], Backbone] | None" = None
     models: Mapping[str, str | None] = field(default_factory=dict)
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from cache import Failure, FeatureCache, FeatureSpec, InputTable, ShardPlan, commit_shard, sha256
 from stages.config import BackboneConfig
-from stages.cores import usable_cores
 from stages.errors import StageError
 from stages.inputs.images import ImageError, ImageReader, decode_image
-from stages.networks.backbone import COMPUTE_THREADS, Backbone, load_backbone, reduce_patches
+from stages.machine import usable_cores
+from stages.networks.backbone import COMPUTE_THREADS, Backbone, load_backbone
+from stages.networks.tokens import reduce_patches
 
 _AHEAD = 2  # batches that are decoded while all passes compute
 _GPU_PASSES = 2  # one computes while the other's images are on their way

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
-from stages.cores import usable_cores
 from stages.heads.affine import Standardisation
 from stages.id_data.lazy import Rows2D
+from stages.machine import usable_cores
 
 MAX_STEPS = 1000  # of the solver, after which it stops anyway: a weak penalty on separable rows may ask for many
 BLOCK = 1024  # rows; a result's last digits depend on it

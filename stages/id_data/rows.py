@@ -13,7 +13,7 @@ from stages.errors import InputError
 from stages.id_data.lazy import LazyArray, RowNumbers
 from stages.id_data.split import Fold, Rows, Split, split_rows, split_with_validation_set
 from stages.inputs.images.names import match_classes, unlike
-from stages.networks.backbone import Tokens
+from stages.networks.tokens import Tokens
 
 Labels = NDArray[np.int32]
 

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from stages.errors import InputError
 from stages.files.documents import read_described, write_document, write_tensors
 from stages.heads.affine import LinearHead
-from stages.networks.backbone import Tokens
+from stages.networks.tokens import Tokens
 
 ExpertKind = Literal["end", "adapter", "frozen", "dense"]
 RouterInput = Literal["tap_cls", "cls"]

@@ -17,8 +17,9 @@ from stages.files.documents import Column, described_rows, map_described, read_d
 from stages.id_data.lazy import LazyArray, Rows2D, one_after_another
 from stages.id_data.rows import read_tokens, unit
 from stages.id_data.split import Part, Rows, Split
+from stages.machine import default_device
 from stages.mixture.model import MixtureOfFeatureExperts
-from stages.networks.backbone import Tokens, default_device
+from stages.networks.tokens import Tokens
 from stages.progress import NullProgress, Progress
 
 REFINE_BATCH = 64

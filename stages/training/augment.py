@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cache import Failure
 from stages.config import BackboneConfig
-from stages.cores import usable_cores
 from stages.errors import InputError
 from stages.id_data.rows import Labels
 from stages.id_data.split import Rows
 from stages.inputs.images import ImageError, SampleTable, decode_image
+from stages.machine import usable_cores
 from stages.mixture.mixup import mixing_weight
 from stages.networks.weights.loading import transform_config
 from stages.training.recipes import FinetuneSettings

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stages.cores import usable_cores
 from stages.heads.affine import LinearHead
+from stages.machine import usable_cores
 from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.ranking import ood_metrics
 from stages.scorers import SCORERS, ScoreInputs, get_scorer

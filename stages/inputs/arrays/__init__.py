@@ -36,8 +36,6 @@ from stages.inputs.arrays.table import (
     KEYS,
     ArrayTable,
     RowsOf,
-    check_end,
-    network_of,
     row_bytes,
 )
 from stages.inputs.images.classes import read_classes
@@ -50,10 +48,8 @@ __all__ = [
     "FEATURES",
     "KEYS",
     "ArrayTable",
-    "check_end",
     "is_pattern",
     "list_arrays",
-    "network_of",
     "row_bytes",
 ]
 

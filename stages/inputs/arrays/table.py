@@ -8,7 +8,6 @@ from threading import Lock
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cache import FeatureSpec, sha256
@@ -17,11 +16,9 @@ from stages.errors import InputError
 from stages.inputs.arrays.columns import Chosen, Column, block_rows
 from stages.inputs.images.names import beyond_classes, listed, match_classes, shown, unlike
 from stages.inputs.images.table import SampleTable
-from stages.networks.backbone import END_TOLERANCE, Backbone, Tokens, weights_sha
 
 ARRAY_SEMANTICS = 1  # raise it when the same file would give another cache
 FEATURES, KEYS = ARRAY_FEATURES, ARRAY_KEYS
-_CHECKED_ROWS = 16  # run through the backbone's end, to see that tokens and network belong together
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,45 +169,6 @@ def row_bytes(arrays: Mapping[str, NDArray[Any]], index: int) -> bytes:
     """What a row is known by: its features in the order of `FEATURES`, little-endian."""
     rows = (arrays[name][index] for name in FEATURES if name in arrays)
     return b"".join(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes() for row in rows)
-
-
-def check_end(table: ArrayTable, backbone: Backbone) -> None:
-    """Refuse tokens that do not lead to ``cls`` through the backbone's end: experts would start from a wrong place.
-
-    Raises:
-        InputError: other shapes than the backbone's, or other features.
-    """
-    raw = {name: column.read(0, min(_CHECKED_ROWS, len(table))) for name, column in table.columns.items()}
-    read = {name: torch.from_numpy(array.astype(np.float32)) for name, array in raw.items()}
-    patches = read["patches"].flatten(1, -2)
-    tokens = Tokens(read["cls"], read["tap_cls"], read.get("registers", patches[:, :0]), patches)
-    given = {
-        "D": (tokens.cls.shape[1], backbone.dim),
-        "D'": (tokens.tap_cls.shape[1], backbone.tap_dim),
-        "R": (tokens.registers.shape[1], backbone.n_registers),
-        "h, w": (table.grid, backbone.grid),
-    }
-    name = f"{backbone.config.name} at {backbone.config.image_size} px"
-    for what, (ours, theirs) in given.items():
-        if ours != theirs:
-            raise InputError(f"{table.path}: {what} of its tokens is {ours}, that of {name} {theirs}")
-    if not backbone.cut:
-        return
-    with torch.inference_mode():
-        error = (backbone.end()(tokens) - tokens.cls).abs().max() / tokens.cls.abs().max()
-    # What float16 rounds off, a block carries on to the features.
-    if not error <= (END_TOLERANCE if table.dtype == "float32" else 50 * END_TOLERANCE):
-        raise InputError(
-            f"{table.path}: its tokens do not lead to its cls through the last {backbone.expert_blocks} block(s) of "
-            f"{name} (off by {100 * float(error):.2g} % of the largest value): give the un-normalised tokens that "
-            "enter them, registers included, and the same weights; or leave [backbone] out"
-        )
-
-
-def network_of(backbone: Backbone) -> tuple[str, str, int, int]:
-    """What `ArrayTable.spec` says of the network whose end reads the tokens."""
-    config = backbone.config
-    return config.name, weights_sha(backbone.model), backbone.expert_blocks, config.image_size
 
 
 class RowsOf(Sequence[bytes]):

@@ -21,12 +21,12 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from stages.config import BackboneConfig
+from stages.config.backbone_names import SISTERS
 from stages.errors import InputError
 from stages.networks.weights import official
 from stages.networks.weights.accounting import Watch, left_over, shown
 from stages.networks.weights.files import read_tensors
 from stages.networks.weights.layouts import AVERAGES, find_network
-from stages.networks.weights.names import SISTERS
 
 _logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from threadpoolctl import threadpool_limits
 
 from stages.config import StageConfig, nearest
-from stages.cores import usable_cores
 from stages.errors import InputError, NotFiniteError, StageError
 from stages.heads.affine import LinearHead
 from stages.id_data.lazy import ReadOnce, Rows2D
+from stages.machine import usable_cores
 
 Floats = NDArray[np.float32]
 Temperature = Annotated[float, Field(gt=0)]

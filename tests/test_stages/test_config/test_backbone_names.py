@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stages.config import BackboneConfig
+from stages.config.backbone_names import SISTERS, canonical_name
 from stages.errors import InputError
 from stages.networks.backbone import build_architecture
-from stages.networks.weights.names import SISTERS, canonical_name
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 PASTED = [

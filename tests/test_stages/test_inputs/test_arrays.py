@@ -18,7 +18,9 @@ from cache import FeatureCache
 from stages.errors import InputError
 from stages.extract import import_set
 from stages.inputs import arrays as module
-from stages.inputs.arrays import KEYS, ArrayTable, check_end, list_arrays, network_of
+from stages.inputs.arrays import KEYS, ArrayTable, list_arrays
+from stages.networks.backbone import network_of
+from stages.networks.end_check import check_end
 
 N, D = 23, 6
 

@@ -20,7 +20,8 @@ from stages.mixture.model import (
     save_mixture,
     soft_cross_entropy,
 )
-from stages.networks.backbone import Backbone, Tokens, load_backbone
+from stages.networks.backbone import Backbone, load_backbone
+from stages.networks.tokens import Tokens
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, dinov2, photos
 
 GROUPS = [1, 0, 1, 2, 0, 1, 1]  # group of each of seven classes

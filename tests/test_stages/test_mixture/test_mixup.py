@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from stages.mixture.mixup import class_alpha, class_difficulty, draw_mixing, interpolate, running_accuracy
-from stages.networks.backbone import Tokens
+from stages.networks.tokens import Tokens
 
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=20).map(np.array)
 

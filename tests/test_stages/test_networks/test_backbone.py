@@ -19,18 +19,9 @@ from torch.nn import functional as F
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.inputs.images import ImageError
-from stages.networks.backbone import (
-    Backbone,
-    ConvolutionalEnd,
-    ResidualEnd,
-    Tokens,
-    TransformerEnd,
-    build_architecture,
-    load_backbone,
-    reduce_patches,
-    stored_grid,
-    weights_sha,
-)
+from stages.networks.backbone import Backbone, build_architecture, load_backbone, weights_sha
+from stages.networks.ends import ConvolutionalEnd, ResidualEnd, TransformerEnd
+from stages.networks.tokens import Tokens, reduce_patches, stored_grid
 from stages.networks.weights.loading import build_model
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, create, dinov2, photos
 

@@ -18,7 +18,7 @@ from stages import finetune as finetune_module
 from stages.config import FinetuneConfig
 from stages.errors import InputError, StageError
 from stages.finetune import read_finetuned_head
-from stages.networks.backbone import freeze_first
+from stages.networks.surgery import freeze_first
 from stages.networks.weights.loading import build_model
 from stages.training import checkpoint as checkpoint_module
 from stages.training.checkpoint import load_checkpoint
