@@ -90,6 +90,8 @@ def init_from_environment() -> Ranks:
             torch.cuda.set_device(local)
         # The others wait while rank 0 refines features and fits heads, which takes hours on a large set.
         store, rank, world = next(distributed.rendezvous("env://", timeout=_JOIN))
+        # Who joins again, after `leave`, must not meet what the time before has left in the same store.
+        store = distributed.PrefixStore(f"joined {len(_stores)}", store)
         _stores.append(store)
         backend = "nccl" if gpu else "gloo"
         group = distributed.PrefixStore("group", store)

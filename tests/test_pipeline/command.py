@@ -1,6 +1,12 @@
-"""The command line, run in this process: what it answers, and what it leaves on disk."""
+"""The command line, run in this process or in one forked from it: what it answers, and what it leaves on disk."""
 
 import io
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +28,54 @@ def pipeline(*arguments: object) -> Answer:
     with redirect_stdout(out), redirect_stderr(err):
         status = main([str(argument) for argument in arguments])
     return Answer(status, out.getvalue(), err.getvalue())
+
+
+class Running:
+    """A command in a process that was forked from this one: real signals, without the seconds of imports.
+
+    As a terminal starts it, it leads a group of its own.
+
+    Attributes:
+        pid: the process.
+        err: its standard error, to be read as it comes.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        self._out = tempfile.TemporaryFile("w+")
+        read, write = os.pipe()
+        command = ([str(argument) for argument in arguments], self._out.fileno(), write)
+        self._process = multiprocessing.get_context("fork").Process(target=_command, args=command, daemon=True)
+        self._process.start()
+        os.close(write)
+        self.pid, self.err = self._process.pid or 0, os.fdopen(read)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to it alone."""
+        os.kill(self.pid, number)
+
+    def finish(self, timeout: float = 120) -> Answer:
+        """What it has answered, once it and all that it has started have ended; ``err``: what was not read before."""
+        late = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+        late.start()
+        with self.err, self._out:
+            err = self.err.read()  # it is open for as long as one of them lives
+            late.cancel()
+            self._process.join()
+            self._out.seek(0)
+            return Answer(self._process.exitcode or 0, self._out.read(), err)
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.is_alive()
+
+
+def _command(arguments: list[str], out: int, err: int) -> None:
+    os.setsid()
+    for to, stream in ((1, out), (2, err)):
+        os.dup2(stream, to)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(arguments))
 
 
 def done(*arguments: object) -> Answer:

@@ -1,0 +1,18 @@
+"""Commands one after another in each process that torchrun starts, each as ``python -m pipeline`` runs it.
+
+torchrun --nproc-per-node 2 -m tests.test_pipeline.several 'train a.toml' 'finetune a.toml'
+"""
+
+import runpy
+import shlex
+import sys
+
+status: object = 0
+for command in sys.argv[1:]:
+    sys.argv = ["pipeline", *shlex.split(command)]
+    try:
+        runpy.run_module("pipeline", run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code
+    print(f"{command.split()[0]}: status {status}", flush=True)
+sys.exit(status)
