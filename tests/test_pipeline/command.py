@@ -41,7 +41,7 @@ class Running:
     """
 
     def __init__(self, *arguments: object) -> None:
-        self._out = tempfile.TemporaryFile("w+")
+        self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115 (until `finish`)
         read, write = os.pipe()
         command = ([str(argument) for argument in arguments], self._out.fileno(), write)
         self._process = multiprocessing.get_context("fork").Process(target=_command, args=command, daemon=True)
