@@ -3,7 +3,8 @@
 A file arrives whole or not at all: it is written under a temporary name in its own folder, flushed to the disk,
 renamed, and then the folder is flushed. A kill or a power cut leaves the old file, or the new one, or a ``*.tmp``.
 
-A document is JSON whose first line is the SHA-256 of all bytes after that line, so any bit flip is found::
+A document is JSON whose first line is the SHA-256 of all bytes after that line, so any bit flip is found. A cache's are
+versioned: they say what schema they are of, and no other is read::
 
     {"digest": "9f86d081…",
     "schema": 1,
@@ -24,7 +25,7 @@ from typing import Any
 from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheNotFoundError
 from cache.fingerprint import canonical_json, sha256
 
-SCHEMA = 1  # of every document; a change of meaning takes the next number
+SCHEMA = 1  # of every versioned document; a change of meaning takes the next number
 TEMPORARY = ".tmp"
 _LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")
 _DIGEST = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
@@ -94,8 +95,8 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         sync_folder(path.parent)
 
 
-def write_document(path: Path, body: Mapping[str, Any]) -> None:
-    """Write a JSON document with its digest; lists of objects get a line per object, for eyes and for diff."""
+def write_versioned(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a JSON document with digest and schema; lists of objects get a line per object, for eyes and for diff."""
     lines = []
     for key, value in {"schema": SCHEMA, **body}.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -139,8 +140,8 @@ def written_after(path: Path, document: Path) -> bool:
     return max(found.st_mtime_ns, found.st_ctime_ns) >= document.stat().st_mtime_ns
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """Read a document back, without its digest and schema.
+def read_versioned(path: Path) -> dict[str, Any]:
+    """Read what `write_versioned` wrote, without its digest and schema.
 
     Raises:
         CacheNotFoundError: there is no such file.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from cache.files import check, check_fields, read_document, write_document
+from cache.files import check, check_fields, read_versioned, write_versioned
 from cache.fingerprint import fingerprint
 from cache.plan import ShardPlan
 from cache.spec import FeatureSpec
@@ -118,7 +118,7 @@ class Manifest:
         if not self.left_out:
             del body["left_out"]
         shards = [asdict(shard) for shard in self.shards]
-        write_document(
+        write_versioned(
             path / name,
             body | {"spec": self.spec.to_dict(), "class_names": list(self.class_names), "shards": shards},
         )
@@ -135,7 +135,7 @@ class Manifest:
         kinds: dict[str, type] = {field.name: str for field in fields(cls)}
         kinds |= dict.fromkeys(("n_inputs", "n_rows", "n_failures"), int)
         kinds |= {"spec": dict, "made_with": dict, "class_names": list, "shards": list, "left_out": dict}
-        body = check_fields({"left_out": {}} | read_document(path / name), kinds, "manifest")
+        body = check_fields({"left_out": {}} | read_versioned(path / name), kinds, "manifest")
         shard_kinds: dict[str, type] = {field.name: int for field in fields(ShardInfo)} | {"name": str, "sha256": str}
         shards = tuple(ShardInfo(**check_fields(shard, shard_kinds, "manifest: shard")) for shard in body["shards"])
         spec = FeatureSpec.from_dict(body["spec"])

@@ -29,9 +29,9 @@ from cache.files import (
     check_fields,
     disk_errors,
     is_stray,
-    read_document,
+    read_versioned,
     sync_folder,
-    write_document,
+    write_versioned,
 )
 from cache.fingerprint import fingerprint
 from cache.inputs import Failure, InputTable
@@ -105,17 +105,17 @@ class BuildPlan:
 
     def write(self, path: Path) -> None:
         """Write ``plan.json`` into the cache's folder."""
-        write_document(path / PLAN, self.to_dict())
+        write_versioned(path / PLAN, self.to_dict())
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read ``plan.json``.
 
         Raises:
-            CacheNotFoundError, CacheDamagedError, CacheInvalidError: as ``read_document``.
+            CacheNotFoundError, CacheDamagedError, CacheInvalidError: as ``read_versioned``.
         """
         kinds = {"dataset": str, "spec": dict, "class_names": list, "inputs": dict, "shards": list, "made_with": dict}
-        body = check_fields(read_document(path / PLAN), kinds, PLAN)
+        body = check_fields(read_versioned(path / PLAN), kinds, PLAN)
         pairs = body["shards"]
         plain = all(isinstance(pair, list) and [type(end) for end in pair] == [int, int] for pair in pairs)
         check(plain, f"{PLAN}: shards must be pairs of numbers")
@@ -171,7 +171,7 @@ class ShardRecord:
             "failed": np.flatnonzero(self.failed).tolist(),
             "failures": [failure.to_dict() for failure in self.failures],
         }
-        write_document(path / record_name(self.plan), body)
+        write_versioned(path / record_name(self.plan), body)
 
     @classmethod
     def read(cls, path: Path, plan: ShardPlan) -> "ShardRecord | None":
@@ -179,7 +179,7 @@ class ShardRecord:
         kinds: dict[str, type] = {"start": int, "stop": int, "rows": int, "nbytes": int, "sha256": str}
         kinds |= {"inputs": str, "digests": str, "failed": list, "failures": list}
         try:
-            body = check_fields(read_document(path / record_name(plan)), kinds, record_name(plan))
+            body = check_fields(read_versioned(path / record_name(plan)), kinds, record_name(plan))
             failures = tuple(Failure.from_dict(failure) for failure in body["failures"])
             digests = np.frombuffer(bytes.fromhex(body["digests"]), np.uint8).reshape(len(plan), 32)
             failed = np.zeros(len(plan), np.bool_)

@@ -27,15 +27,8 @@ from torch import Tensor, nn
 from cache.fingerprint import fingerprint
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.errors import InputError, StageError
-from stages.files.documents import (
-    digest_of,
-    read_document,
-    read_tensors,
-    read_whole,
-    write_document,
-    write_tensors,
-    write_text,
-)
+from stages.files.documents import digest_of, read_document, read_whole, write_document, write_text
+from stages.files.tensors import read_tensors, write_tensors
 from stages.id_data.rows import IdData, read_blocks
 from stages.inputs.images import SampleTable
 from stages.machine import keep_freed_memory

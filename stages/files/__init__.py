@@ -1,1 +1,1 @@
-"""Files that stage two and three leave: JSON documents with their digests, tensors, rows that are mapped."""
+"""What stages leave on the disk: text, JSON and documents; named arrays; arrays of rows."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from stages.files.documents import read_described, write_described
+from stages.files.tensors import read_described, write_described
 from stages.heads.affine import LinearHead, Standardisation
 from stages.heads.logistic import blocks, fit_logistic, one_blas_thread, standardisation
 from stages.id_data.lazy import Rows2D

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.errors import InputError
-from stages.files.documents import read_described, write_document, write_tensors
+from stages.files.documents import write_document
+from stages.files.tensors import read_described, write_tensors
 from stages.heads.affine import LinearHead
 from stages.networks.tokens import Tokens
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cache import FeatureCache, arrays_sha256
 from stages.errors import StageError
-from stages.files.documents import Column, described_rows, map_described, read_document
+from stages.files.documents import read_document
+from stages.files.rows import RowFormat, described_rows, map_described
 from stages.id_data.lazy import LazyArray, Rows2D, one_after_another
 from stages.id_data.rows import read_tokens, unit
 from stages.id_data.split import Part, Rows, Split
@@ -175,18 +176,18 @@ def _placed(mixture: MixtureOfFeatureExperts, device: str) -> Iterator[None]:
         mixture.to(before)
 
 
-def _columns(mixture: MixtureOfFeatureExperts, cache: FeatureCache) -> dict[str, Column]:
+def _columns(mixture: MixtureOfFeatureExperts, cache: FeatureCache) -> dict[str, RowFormat]:
     """What `Refined` has of each row."""
     real, index = np.dtype(np.float32), np.dtype(np.int64)
     n_experts = mixture.n_experts
     return {
-        "features": Column(real, (cache.spec.cls_dim,)),
-        "logits": Column(real, (mixture.n_classes,)),
-        "other": Column(real),
-        "expert": Column(index),
-        "gate": Column(real, (n_experts,)),
-        "router_class": Column(index),
-        "others": Column(real, (n_experts if _says_other_of_all(mixture) else 0,)),
+        "features": RowFormat(real, (cache.spec.cls_dim,)),
+        "logits": RowFormat(real, (mixture.n_classes,)),
+        "other": RowFormat(real),
+        "expert": RowFormat(index),
+        "gate": RowFormat(real, (n_experts,)),
+        "router_class": RowFormat(index),
+        "others": RowFormat(real, (n_experts if _says_other_of_all(mixture) else 0,)),
     }
 
 

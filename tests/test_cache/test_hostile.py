@@ -15,7 +15,7 @@ from cache import (
     sha256,
     unseal,
 )
-from cache.files import read_document, write_document
+from cache.files import read_versioned, write_versioned
 from cache.unfinished import BuildPlan
 from tests.test_cache.toy import begin, commit, files, fill, make_inputs, make_spec
 
@@ -74,9 +74,9 @@ def unsigned(path):
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_manifest_is_refused(sealed, tmp_path, change):
-    body = read_document(sealed.path / "manifest.json")
+    body = read_versioned(sealed.path / "manifest.json")
     change(body)
-    write_document(tmp_path / "manifest.json", body)
+    write_versioned(tmp_path / "manifest.json", body)
     with pytest.raises(CacheInvalidError):
         FeatureCache.open(tmp_path)
     (tmp_path / "manifest.copy.json").write_bytes((tmp_path / "manifest.json").read_bytes())
@@ -87,9 +87,9 @@ def test_a_hostile_manifest_is_refused(sealed, tmp_path, change):
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_copy_is_not_put_back(sealed, tmp_path, change):
-    body = read_document(sealed.path / "manifest.json")
+    body = read_versioned(sealed.path / "manifest.json")
     change(body)
-    write_document(tmp_path / "manifest.copy.json", body)
+    write_versioned(tmp_path / "manifest.copy.json", body)
     with pytest.raises(CacheDamagedError, match="delete the cache"):
         restore_manifest(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
@@ -130,9 +130,9 @@ def test_a_hostile_plan_is_refused(tmp_path, change, adopt):
     with begin(path) as builder:
         plan = builder.pending()[0]
         commit(path, make_spec(), make_inputs(), plan)
-    body = read_document(path / "plan.json")
+    body = read_versioned(path / "plan.json")
     change(body)
-    write_document(path / "plan.json", body)
+    write_versioned(path / "plan.json", body)
     try:
         begin(path, adopt=adopt).close()
     except (CacheInvalidError, CacheMismatchError):
@@ -160,9 +160,9 @@ def test_a_hostile_record_is_a_shard_that_is_made_again(sealed, tmp_path, change
     with begin(path) as builder:
         for plan in builder.pending():
             commit(path, make_spec(), make_inputs(), plan)
-    body = read_document(path / "shard-00000.json")
+    body = read_versioned(path / "shard-00000.json")
     change(body)
-    write_document(path / "shard-00000.json", body)
+    write_versioned(path / "shard-00000.json", body)
     with begin(path) as builder:
         assert [plan.index for plan in builder.pending()] == [0]
     assert files(fill(path).path) == files(sealed.path)
@@ -172,11 +172,11 @@ def test_rows_that_the_shards_do_not_have_are_found_at_read(sealed, tmp_path):
     """A manifest that agrees with itself, but not with its shards."""
     for more in (1, 10**11):
         path = shutil.copytree(sealed.path, tmp_path / str(more))
-        body = read_document(path / "manifest.json")
+        body = read_versioned(path / "manifest.json")
         last = body["shards"][-1]
         last.update(rows=last["rows"] + more, nbytes=last["nbytes"] + more * 100, input_stop=last["input_stop"] + more)
         body.update(n_rows=body["n_rows"] + more, n_inputs=body["n_inputs"] + more)
-        write_document(path / "manifest.json", body)
+        write_versioned(path / "manifest.json", body)
         cache = FeatureCache.open(path)
         with pytest.raises(CacheError, match="run verify"):
             cache.read("cls")

@@ -12,7 +12,7 @@ import torch
 
 from stages.config import TrainConfig
 from stages.context import Ranks
-from stages.files.documents import read_tensors
+from stages.files.tensors import read_tensors
 from stages.progress import NullProgress
 from stages.train import resolve_settings, train_mixture, train_mofe
 from stages.training import distributed

@@ -24,7 +24,7 @@ _OTHERS = {
 }
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors file or of one that ``torch.save`` wrote, on the CPU.
 
     Args:

@@ -41,7 +41,7 @@ def find_network(tensors: Mapping[str, Tensor], needed: Collection[str]) -> Foun
     """Find the network in a file.
 
     Args:
-        tensors: all that the file holds, see `stages.networks.weights.files.read_tensors`.
+        tensors: all that the file holds, see `stages.networks.weights.files.read_weights`.
         needed: names of the tensors of timm's model.
 
     Raises:

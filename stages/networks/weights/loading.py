@@ -25,7 +25,7 @@ from stages.config.backbone_names import SISTERS
 from stages.errors import InputError
 from stages.networks.weights import official
 from stages.networks.weights.accounting import Watch, left_over, shown
-from stages.networks.weights.files import read_tensors
+from stages.networks.weights.files import read_weights
 from stages.networks.weights.layouts import AVERAGES, find_network
 
 _logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def _from_file(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
     path = Path(config.weights)
     shape = model_shape(config, **kwargs)  # a wrong size is said before the file is read
     try:
-        return _from_tensors(read_tensors(path), config, shape, kwargs, path.name)
+        return _from_tensors(read_weights(path), config, shape, kwargs, path.name)
     except Exception as error:  # what safetensors and torch raise, shapes that differ: no common base
         message = f"backbone.weights: {path.name} does not hold weights of {config.name}: {first_line(error)}"
         raise InputError(message if len(message) < _LONGEST else f"{message[: _LONGEST - 2]}…") from error

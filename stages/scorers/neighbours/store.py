@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from cache import arrays_sha256
-from stages.files.documents import write_tensors
+from stages.files.tensors import write_tensors
 from stages.scorers.neighbours.bank import FeatureBank
 
 KEPT = 200  # neighbours of each query whose distances are kept, or k where that is more

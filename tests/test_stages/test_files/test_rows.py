@@ -1,4 +1,4 @@
-"""Files between stages: they come back as they were, arrive whole or not at all, and damage is no exception."""
+"""Arrays written some rows at a time: the bytes of those at once, whole or not there, and every byte counts."""
 
 import errno
 import json
@@ -15,150 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import CacheError
-from stages.files.documents import (
-    Column,
-    described_rows,
-    map_described,
-    read_described,
-    read_document,
-    read_json,
-    read_tensors,
-    read_whole,
-    write_described,
-    write_document,
-    write_json,
-    write_tensors,
-    write_text,
-)
-
-TENSORS = {
-    "weight": np.arange(12, dtype=np.float32).reshape(3, 4),
-    "expert": np.array([-1, 2], dtype=np.int64),
-    "half": np.array([[0.5]], dtype=np.float16),
-    "none": np.zeros((0, 5), dtype=np.float32),
-    "bias": np.array([0.0, -np.inf], dtype=np.float32),
-}
-
-
-def same(ours, theirs) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) for name in ours
-    )
-
-
-@given(
-    value=st.dictionaries(
-        st.text(),
-        st.recursive(
-            st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-            max_leaves=8,
-        ),
-        max_size=4,
-    )
-)
-def test_json_comes_back(value, tmp_path_factory):
-    path = tmp_path_factory.mktemp("json") / "it.json"
-    write_json(path, value)
-    assert read_json(path) == value
-
-
-def test_json_is_made_to_be_read(tmp_path):
-    write_json(tmp_path / "new" / "folder" / "it.json", {"class": "été 犬"})
-    assert (tmp_path / "new" / "folder" / "it.json").read_text(encoding="utf-8") == '{\n  "class": "été 犬"\n}\n'
-
-
-def test_tensors_come_back_with_their_types(tmp_path):
-    path = tmp_path / "new" / "folder" / "it.safetensors"
-    write_tensors(path, TENSORS)
-    assert same(read_tensors(path), TENSORS)
-
-
-def test_slices_and_transposes_are_written_as_they_look(tmp_path):
-    weight = np.arange(24, dtype=np.float32).reshape(4, 6)
-    views = {"columns": weight[:, ::2], "transposed": weight.T, "fortran": np.asfortranarray(weight)}
-    write_tensors(tmp_path / "it.safetensors", views)
-    assert same(read_tensors(tmp_path / "it.safetensors"), views)
-
-
-def test_same_tensors_same_bytes(tmp_path):
-    write_tensors(tmp_path / "one.safetensors", TENSORS)
-    write_tensors(tmp_path / "two.safetensors", dict(reversed(TENSORS.items())))
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b"null", b"\xff\xfe\x00", b"[" * 100_000])
-def test_what_is_no_json_object_does_not_count(tmp_path, content):
-    (tmp_path / "it.json").write_bytes(content)
-    assert read_json(tmp_path / "it.json") is None
-
-
-def test_every_truncation_of_tensors_is_seen(tmp_path):
-    path = tmp_path / "it.safetensors"
-    write_tensors(path, TENSORS)
-    content = path.read_bytes()
-    for length in range(0, len(content), 7):
-        path.write_bytes(content[:length])
-        assert read_tensors(path) is None
-    path.write_bytes(content + b"\0")
-    assert read_tensors(path) is None
-
-
-@given(start=st.binary(max_size=40))
-def test_arbitrary_bytes_are_no_tensors(start, tmp_path_factory):
-    path = tmp_path_factory.mktemp("bytes") / "it.safetensors"
-    path.write_bytes(start + b"\xff")
-    assert read_tensors(path) is None
-
-
-def test_hostile_header_is_refused(tmp_path):
-    """A type that numpy lacks, data far beyond the file's end, a header larger than the file."""
-    for header in (
-        {"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}},
-        {"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
-        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
-    ):
-        encoded = json.dumps(header).encode()
-        (tmp_path / "it.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(4))
-        assert read_tensors(tmp_path / "it.safetensors") is None
-    (tmp_path / "it.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
-    assert read_tensors(tmp_path / "it.safetensors") is None
-
-
-def test_no_file_and_a_folder_in_its_place(tmp_path):
-    for name in ("it", "it.json"):
-        assert read_json(tmp_path / name) is None
-        assert read_tensors(tmp_path / name) is None
-        (tmp_path / name).mkdir()
-        assert read_json(tmp_path / name) is None
-        assert read_tensors(tmp_path / name) is None
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """Killed before the last step, the rename, a file is as it was."""
-    write_json(tmp_path / "it.json", {"epoch": 1})
-    write_tensors(tmp_path / "it.safetensors", TENSORS)
-
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(os, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(tmp_path / "it.json", {"epoch": 2})
-    with pytest.raises(KeyboardInterrupt):
-        write_tensors(tmp_path / "it.safetensors", {"weight": np.zeros(1000)})
-    with pytest.raises(KeyboardInterrupt):
-        write_text(tmp_path / "new.txt", "text")
-    assert read_json(tmp_path / "it.json") == {"epoch": 1}
-    assert same(read_tensors(tmp_path / "it.safetensors"), TENSORS)
-    assert not (tmp_path / "new.txt").exists()
-
-
-# ------------------------------------------------------------------------------------------- arrays, row by row
+from stages.files.documents import read_document, read_whole
+from stages.files.rows import RowFormat, described_rows, map_described
+from stages.files.tensors import read_described, read_tensors, write_described
+from tests.test_stages.test_files.arrays import TENSORS, same
 
 REAL, INDEX = np.dtype(np.float32), np.dtype(np.int64)
-COLUMNS = {"wide": Column(REAL, (3, 2)), "number": Column(REAL), "expert": Column(INDEX), "none": Column(REAL, (0,))}
+COLUMNS = {
+    "wide": RowFormat(REAL, (3, 2)),
+    "number": RowFormat(REAL),
+    "expert": RowFormat(INDEX),
+    "none": RowFormat(REAL, (0,)),
+}
 
 
 def rows_of(n: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -209,7 +77,7 @@ def test_killed_while_rows_are_written_the_old_pair_stands_and_nothing_is_left_i
     path = tmp_path / "it.safetensors"
     write_in_blocks(path, rows_of(9), 4, {"of": "old"})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    command = [sys.executable, "-m", "tests.test_stages.test_files.test_artifacts", str(path)]
+    command = [sys.executable, "-m", "tests.test_stages.test_files.test_rows", str(path)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE) as child:
         child.stdout.readline()  # it has written some
         half = [file for file in tmp_path.iterdir() if file.name not in before]
@@ -249,9 +117,6 @@ def test_what_cannot_be_mapped_does_not_count(tmp_path):
         assert map_described(path, {"of": "a"}) is None
 
 
-# ---------------------------------------------------------------------------------------------- a byte that changed
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The bytes of arrays and of the document beside them."""
@@ -285,7 +150,7 @@ def test_rows_are_read_again_only_after_they_may_have_changed(tmp_path, monkeypa
     write_described(path, rows_of(5), {})
     later = time.time_ns() + 10**9
     os.utime(path.with_suffix(".json"), ns=(later, later))
-    monkeypatch.setattr("stages.files.documents.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("stages.files.rows.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     assert map_described(path, {}) is not None
     monkeypatch.undo()
     path.rename(tmp_path / "elsewhere")
@@ -293,16 +158,6 @@ def test_rows_are_read_again_only_after_they_may_have_changed(tmp_path, monkeypa
     os.utime(path.with_suffix(".json"), ns=(10**9, 10**9))  # as of a copy
     assert map_described(path, {}) is not None
     assert path.with_suffix(".json").stat().st_mtime_ns > 10**9  # they were, and need not be the next time
-
-
-def test_a_document_is_made_to_be_read(tmp_path):
-    write_document(tmp_path / "new" / "it.json", {"class": "été 犬", "number": float("-inf")})
-    digest, *rest = (tmp_path / "new" / "it.json").read_text(encoding="utf-8").splitlines()
-    assert digest.startswith('{"digest": "')
-    assert rest == ['  "class": "été 犬",', '  "number": -Infinity', "}"]
-    assert read_document(tmp_path / "new" / "it.json") == {"class": "été 犬", "number": float("-inf")}
-    write_json(tmp_path / "plain.json", {"class": "été 犬"})
-    assert read_document(tmp_path / "plain.json") is None  # nothing says that it is whole
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import torch
 
 from cache import file_sha256
 from stages.extract import extract_set
-from stages.files import documents as artifacts_module
-from stages.files.documents import write_described
+from stages.files.tensors import write_described
 from stages.id_data.rows import read_tokens
 from stages.inputs.images import list_images
 from stages.mixture import refine as refine_module
@@ -170,7 +169,7 @@ def test_killed_while_writing_the_new_rows_do_not_pass_for_the_old(network, cach
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifacts_module, "write_document", killed)  # between the arrays and what says whose they are
+    monkeypatch.setattr("stages.files.rows.write_document", killed)  # between the arrays and what says whose they are
     with pytest.raises(KeyboardInterrupt):
         refine_to(path, {"mixture": "new"}, network, caches["test"])
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
-from stages.networks.weights.files import read_tensors
+from stages.networks.weights.files import read_weights
 from stages.networks.weights.loading import build_model
 
 
@@ -18,13 +18,13 @@ def test_nested_tensors_have_dotted_names(tmp_path):
     one, two = torch.ones(2), torch.zeros(1)
     content = {"model": {"fc.bias": one}, "optimizer": {"state": {0: {"step": two}}}, "epoch": 3}
     torch.save(content | {"args": argparse.Namespace(lr=0.1)}, tmp_path / "checkpoint.pth.tar")
-    found = read_tensors(tmp_path / "checkpoint.pth.tar")
+    found = read_weights(tmp_path / "checkpoint.pth.tar")
     assert {name: x.tolist() for name, x in found.items()} == {"model.fc.bias": [1, 1], "optimizer.state.0.step": [0]}
 
 
 def test_what_a_file_is_is_seen_in_its_bytes(tmp_path):
     save_file({"fc.bias": torch.ones(2)}, tmp_path / "weights.bin")
-    assert read_tensors(tmp_path / "weights.bin")["fc.bias"].tolist() == [1, 1]
+    assert read_weights(tmp_path / "weights.bin")["fc.bias"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_weights_of_jax_are_named(tmp_path):
 def test_file_without_tensors_is_said_so(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "model.pth")
     with pytest.raises(InputError, match="it holds no tensors"):
-        read_tensors(tmp_path / "model.pth")
+        read_weights(tmp_path / "model.pth")
