@@ -30,12 +30,12 @@ $(READY): pyproject.toml .ci/constraints.txt
 demo: $(READY) ## All three stages on real images and weights from the package registry; prints the table
 	$(BIN)/python -m pipeline run pipeline/experiments/demo.toml --set work=runs/demo $(ARGS)
 
-results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results); pipeline/experiments/BENCHMARK.md
-	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/experiments/BENCHMARK.md))
+results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results); pipeline/benchmark/README.md
+	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/benchmark/README.md))
 	$(BIN)/python -m pipeline results '$(DATA)' --work '$(WORK)' $(ARGS)
 
 pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=folder, as for results
-	@$(if $(DATA),,$(error DATA is missing: make pseudo-ood DATA=folder, see pipeline/experiments/BENCHMARK.md))
+	@$(if $(DATA),,$(error DATA is missing: make pseudo-ood DATA=folder, see pipeline/benchmark/README.md))
 	$(BIN)/python -m tests.bench.pseudo_ood '$(DATA)' --work '$(WORK)/pseudo-ood' $(ARGS)
 
 extract: $(READY) ## Stage one: images to a sealed feature cache (EXPERIMENT=file.toml ARGS="--set …")

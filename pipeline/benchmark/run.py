@@ -115,7 +115,7 @@ def run_results(
     difference = compare_images(data, listed)
     if difference is not None and not unchecked:
         raise InputError(
-            f"{data} does not hold the benchmark's images: {difference}; see {EXPERIMENTS.name}/BENCHMARK.md, "
+            f"{data} does not hold the benchmark's images: {difference}; see pipeline/benchmark/README.md, "
             "or give --unchecked to run on them all the same"
         )
     remaining = Remaining(TqdmProgress())
