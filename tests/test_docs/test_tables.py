@@ -1,19 +1,15 @@
-"""Figures of the README that follow from the code are those of the code."""
+"""Tables of documents that follow from the code, or from one another, are those."""
 
-import io
 import re
-from contextlib import redirect_stdout
-from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 
 from cache import FeatureSpec
 from stages.networks.tokens import stored_grid
 from stages.scorers import SCORERS
+from tests.test_docs.pages import PAGES, page_with, table
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 IMAGENET = 1_281_167
 FAMILY = ("vit_small_patch14", "vit_base_patch14", "vit_large_patch14", "vit_giant_patch14")
 
@@ -56,14 +52,12 @@ def bytes_table() -> str:
 
 
 def test_bytes_per_image():
-    stated = re.search(r"<!-- bytes table: begin -->\n(.*?)\n<!-- bytes table: end -->", README, re.DOTALL)
-    assert stated[1] == bytes_table()
+    assert page_with("bytes table").between("bytes table") == bytes_table()
 
 
 def test_scores_and_profiles_are_those_of_the_code():
     """A row a score; its last column says which defaults another library has."""
-    stated = re.search(r"<!-- scores table: begin -->\n(.*?)\n<!-- scores table: end -->", README, re.DOTALL)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stated[1].splitlines()[2:]]
+    _, *rows = table(page_with("scores table").between("scores table"))
     profiles = {
         name: "; ".join(
             f"{profile}: " + ", ".join(f"{key} = {value}" for key, value in settings.items())
@@ -74,30 +68,29 @@ def test_scores_and_profiles_are_those_of_the_code():
     assert {row[0].strip("`"): row[3] for row in rows} == profiles
 
 
-def run(name: str, **replaced: str) -> str:
-    """What the Python between two marks of the README prints."""
-    code = re.search(rf"<!-- {name}: begin -->\n```python\n(.*?)```", README, re.DOTALL)[1]
-    for word, instead in replaced.items():
-        assert word in code
-        code = code.replace(word, instead)
-    with redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
-    return out.getvalue()
+def test_readme_has_six_rows_of_the_demo():
+    """A test of the demo holds the whole table to what it gives."""
+    rows = {tuple(cells[:4]): cells for cells in table(PAGES["pipeline/experiments/README.md"].between("demo table"))}
+    header, *some = table(PAGES["README.md"].between("demo table"))
+    assert len(some) == 6
+    whole = rows["backbone", "features", "head", "score"]
+    for cells in some:
+        assert (
+            dict(zip(header, cells, strict=True)).items()
+            <= dict(zip(whole, rows[tuple(cells[:4])], strict=True)).items()
+        )
 
 
-def test_ones_own_arrays_are_scored_in_ten_lines(caches, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, source in {"train": "train", "test": "test", "textures": "far", "places": "near"}.items():
-        np.save(f"{name}.npy", caches[source].read("cls"))
-    np.save("train.label.npy", caches["train"].labels)
-    lines = run("own arrays").splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:5]] == ["textures", "places", "average"]
-    assert float(lines[2].split(" | ")[2]) > 95  # photographs are far from digits
-    assert lines[2 + 3 * 3] == ""
-    assert [line.split(":")[0] for line in lines[3 + 3 * 3 :]] == ["mahalanobis-pp", "ssd"]  # few rows: they are shrunk
-
-
-def test_the_parts_are_used_as_shown(caches):
-    shown = run("caches", **{f"cache/{name}-…": str(caches[name].path) for name in ("train", "test", "far")})
-    assert shown.startswith("OODMetrics(n_id=")
-    assert shown.endswith("[-2.3132617]\n")
+def test_readme_has_the_recommended_rows_of_the_results():
+    """Means and deviations; intervals stand in the page of results alone."""
+    header, *some = table(PAGES["README.md"].between("results"))
+    stated = {}
+    for name, text in re.findall(
+        r"\*\*(\S+): the recommended score[^\n]*\n\n(.*?)\n\n", PAGES["pipeline/benchmark/RESULTS.md"].text, re.DOTALL
+    ):
+        columns, *rows = table(text)
+        for cells in rows:
+            row = dict(zip(columns, (cell.partition(" [")[0] for cell in cells), strict=True))
+            stated[name, cells[0]] = [row[column] for column in header[2:]]
+    assert {(cells[0], cells[1]): cells[2:] for cells in some} == stated
+    assert len(some) == 8

@@ -18,7 +18,6 @@ from tests.test_pipeline.command import done, pipeline, refused
 from tests.test_pipeline.tiny import STUDY, draw
 
 NETWORK = ("--backbone", "tf_efficientnet_lite0", "--weights", "embedded", "--size", 32)
-README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +137,3 @@ def test_from_python_what_cannot_be_is_one_line(tmp_path):
         extract_features("sklearn:photos", BackboneConfig(), weights="hub", out=tmp_path)
     with pytest.raises(InputError, match="no length"):
         extract_features(iter(()), BackboneConfig(weights="embedded"), out=tmp_path)
-
-
-def test_the_readmes_lines_do_what_they_say(home, tmp_path, monkeypatch):
-    readme = README.read_text(encoding="utf-8")
-    code = re.search(r"features alone: begin -->\n```python\n(.*?)```\n<!-- features alone: end", readme, re.DOTALL)[1]
-    here = '"tf_efficientnet_lite0", weights="embedded", image_size=32'  # no weights can be had from the hub in tests
-    monkeypatch.chdir(tmp_path)
-    Path("photos").symlink_to(home / "images" / "test")
-    found = {}
-    exec(code.replace('"vit_small_patch14_dinov2.lvd142m"', here), found)
-    assert found["features"].shape == (12, 1280)
-    assert found["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4

@@ -1,4 +1,4 @@
-"""The demo as the README has it, once, from nothing to the report; then everything that it left behind."""
+"""The demo as its page has it, once, from nothing to the report; then everything that it left behind."""
 
 import csv
 import io
@@ -26,6 +26,7 @@ from stages.metrics.ranking import auroc
 from stages.mixture.refine import refine
 from stages.progress import NullProgress
 from stages.results.table import compact, read_summary
+from tests.test_docs import pages
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -597,14 +598,12 @@ def test_info(demo, verb):
     assert "cls [n, 1280], tap_cls [n, 192], patches [n, 16, 192] as float16" in one
 
 
-# ------------------------------------------------------------------------------------------------------- the README
+# ----------------------------------------------------------------------------------------------------- the documents
 
 
-def test_readme_shows_what_the_demo_gives(demo):
-    """The README's rows are the demo's; other processors may move an AUROC a little, and FPR95 of 505 images more."""
-    text = (ROOT / "README.md").read_text()
-    shown = text.split("<!-- demo table: begin -->")[1].split("<!-- demo table: end -->")[0].strip().splitlines()
-    header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown]
+def test_the_demos_page_shows_what_the_demo_gives(demo):
+    """The page's rows are the demo's; other processors may move an AUROC a little, and FPR95 of 505 images more."""
+    header, *body = pages.table(pages.PAGES["pipeline/experiments/README.md"].between("demo table"))
     columns, rows = compact(read_summary(demo / "scores"))
     given = {
         tuple(row[columns.index(name)] for name in header[:4]): dict(zip(columns, row, strict=True)) for row in rows
