@@ -311,7 +311,7 @@ def _report_together(
     experiments: Sequence[str], overrides: Sequence[str], output: Path | None, *, dry_run: bool
 ) -> None:
     configs = [_config("report", experiment, overrides) for experiment in experiments]
-    from pipeline.report.joint import joint_folder, joint_report
+    from pipeline.report.several_studies import joint_folder, joint_report
 
     with ExitStack() as stack:
         studies = [stack.enter_context(_study(config, RunOptions())) for config in configs]

@@ -1,7 +1,7 @@
 """The report: one HTML file made of what the stages left under ``work``; no network, no script.
 
     study       what a scored study left, and what it was made from
-    methods     names and numbers for people
+    wording     names and numbers for people
     sections    about scores: table, sets, distributions, training, thresholds, cost
     mixtures    about mixtures: routing, experts, classes, variants
     maps        ID and OOD features on a plane, before and after the experts
@@ -11,9 +11,9 @@
 What a study does not have (mixtures, several seeds, a group of OOD sets) is left out.
 """
 
-from pipeline.report.methods import METRICS, ROUTINGS, duration, percent, points, verdict
 from pipeline.report.page import report_identity, write_joint_report, write_report
 from pipeline.report.study import Evidence
+from pipeline.report.wording import METRICS, ROUTINGS, duration, percent, points, verdict
 
 __all__ = [
     "METRICS",

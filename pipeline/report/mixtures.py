@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.report.figures import Points, Series, line_panel, scatter_panel
-from pipeline.report.methods import BASELINE, COMPARED, Line, Method, score_title
 from pipeline.report.sections import best, over_seeds
 from pipeline.report.study import Samples, ScoredStudy, TrainingLog
+from pipeline.report.wording import BASELINE, COMPARED, Line, Method, score_title
 from stages.mixture.mixup import class_difficulty
 
 _COST_HEAD = "refit"  # whose numbers say what a wrong route costs

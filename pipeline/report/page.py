@@ -13,7 +13,8 @@ import numpy as np
 
 from cache import arrays_sha256, fingerprint
 from pipeline.report import gallery, maps, mixtures, sections
-from pipeline.report.methods import (
+from pipeline.report.study import DAMAGE, Evidence, ScoredStudy
+from pipeline.report.wording import (
     BASELINE,
     COMPARED,
     HEADS,
@@ -28,7 +29,6 @@ from pipeline.report.methods import (
     size,
     verdict,
 )
-from pipeline.report.study import DAMAGE, Evidence, ScoredStudy
 from stages.errors import InputError
 from stages.files.documents import digest_of, write_text
 from stages.progress import NullProgress, Progress

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.figures import epoch_panel, histogram_panel, range_panel, roc_panel
-from pipeline.report.methods import BASELINE, COMPARED, METRICS, SECOND_BASELINE, Line, Method, method_name, percent
 from pipeline.report.study import ScoredStudy
+from pipeline.report.wording import BASELINE, COMPARED, METRICS, SECOND_BASELINE, Line, Method, method_name, percent
 from stages.progress import Progress
 
 

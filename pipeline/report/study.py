@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureCache
 from pipeline.report.figures import Floats, Series
-from pipeline.report.methods import BASELINE, SECOND_BASELINE, Line, Method, score_name
+from pipeline.report.wording import BASELINE, SECOND_BASELINE, Line, Method, score_name
 from stages.errors import InputError
 from stages.files.documents import digest_of, read_document
 from stages.inputs.images import SampleTable

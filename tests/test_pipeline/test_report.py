@@ -18,9 +18,9 @@ from pipeline.report import METRICS, ROUTINGS, Evidence, duration, percent, poin
 from pipeline.report.figures import admitted
 from pipeline.report.gallery import MOST_PICTURES, galleries
 from pipeline.report.maps import _pca, feature_maps
-from pipeline.report.methods import size
 from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.study import ScoredStudy
+from pipeline.report.wording import size
 from stages.detection.calibration import threshold_at
 from stages.detection.subjects import BackboneSource, MixtureFolder, RefinedFeatures
 from stages.errors import InputError

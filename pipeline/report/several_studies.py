@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.report import write_joint_report
-from pipeline.report.methods import Line, Method
 from pipeline.report.page import side_by_side
 from pipeline.report.study import ScoredStudy
+from pipeline.report.wording import Line, Method
 from pipeline.study import Lines, Study, terminal_table
 from stages.errors import InputError
 from stages.results.table import write_summary
