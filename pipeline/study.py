@@ -71,7 +71,7 @@ from stages.training.distributed import current
 from stages.training.objectives import MixturePlan
 
 if TYPE_CHECKING:
-    from pipeline.report import Evidence
+    from pipeline.report.study import Evidence
 
 Lines = list[Any]  # what a verb says: text, or tables of rich
 
@@ -457,19 +457,21 @@ class Study:
 
     def write_report(self) -> Lines:
         """Write ``report/index.html``, unless it shows what it would show."""
-        from pipeline.report import report_identity, write_report
+        from pipeline.report.page import report_identity, write_report
+        from pipeline.report.study import ReportedStudy
 
-        evidence, folder = self.evidence(), self.config.work / "report"
-        if has_contents(folder, report_identity(self.config.work, evidence)):
+        folder, shown = self.config.work / "report", ReportedStudy.of(self.config.work, self.evidence())
+        if has_contents(folder, report_identity(shown)):
             return [f"report: fresh, {folder / 'index.html'}"]
         with self.record.running("report", ""):  # the page shows the record, which is of this run from here on
-            path = write_report(self.config.work, self.progress, evidence)
-            write_contents(folder, report_identity(self.config.work, evidence), [path.name])
+            shown = ReportedStudy(shown.scored, shown.evidence)
+            path = write_report(shown, self.progress)
+            write_contents(folder, report_identity(shown), [path.name])
         return [f"report: {path}"]
 
     def evidence(self) -> "Evidence":
         """What a report may look at beside the study's own files, as far as it is still there."""
-        from pipeline.report import Evidence
+        from pipeline.report.study import Evidence
 
         caches = {}
         for entry in self.config.sets:
@@ -698,11 +700,12 @@ class Study:
         ]
 
     def _plan_report(self) -> str:
-        from pipeline.report import report_identity
+        from pipeline.report.page import report_identity
+        from pipeline.report.study import ReportedStudy
 
         folder, fresh = self.config.work / "report", False
         with suppress(InputError):  # nothing is scored yet
-            fresh = has_contents(folder, report_identity(self.config.work, self.evidence()))
+            fresh = has_contents(folder, report_identity(ReportedStudy.of(self.config.work, self.evidence())))
         return f"report: {'fresh,' if fresh else 'would write'} {folder / 'index.html'}"
 
     def _plan_score(self, asked: Sequence[Leg], backbone: str) -> str:

@@ -40,7 +40,8 @@ from stages.id_data.overlap import find_overlaps, first_alike
 from stages.id_data.rows import labels_in, unit
 from stages.metrics.ranking import OODMetrics, ood_metrics
 from stages.progress import NullProgress, Progress
-from stages.results.scored_study import FILES, samples_path
+from stages.results.method import Method, samples_path
+from stages.results.scored_study import FILES
 from stages.results.table import Evaluator, OODRow, Replicates, summarise, write_table
 from stages.scorers.neighbours.store import NeighbourStore
 
@@ -406,7 +407,9 @@ def _write_samples(
             for detector, scores in results
             if detector.head in (head, NO_HEAD)
         }
-        path = samples_path(folder, head=head, routing=routing, **asdict(subject.key))
+        key = subject.key
+        method = Method(key.backbone, key.features, head, key.variant, routing, "")
+        path = samples_path(folder, method, key.seed)
         temporary = path.with_suffix(".tmp")
         with ExitStack() as stack:
             writer: pq.ParquetWriter | None = None

@@ -12,65 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from rich.table import Table
 
 from pipeline.config import JOINT, ConfigError, RunConfig
 from stages.detection.detectors import NO_HEAD, reads_head
-from stages.errors import StageError
-from stages.files.documents import read_document, read_json, write_text
+from stages.files.documents import read_document, write_text
 from stages.metrics.intervals import Difference, verdicts
 from stages.results.formats import csv_text, markdown_table
-from stages.results.scored_study import check_scores, samples_path
+from stages.results.method import BASELINES, FROZEN_SUM, NO_ROUTING, RECOMMENDED, Method
+from stages.results.scored_study import ScoredStudy
 from stages.results.table import HIGHER_IS_BETTER, Evaluator, OODRow, Replicates, difference_columns, over_seeds
 
 _METRICS = ("fpr95", "auroc")
-_GROUPS = {"near-ood": "near", "far-ood": "far"}
 
 
-@dataclass(frozen=True)
-class Method:
-    """What names a row of the results, with the words of ``table.csv``; always uncalibrated."""
-
-    features: str
-    head: str
-    variant: str
-    routing: str
-    score: str
-    backbone: str = "pretrained"
-
-    @property
-    def label(self) -> str:
-        """Name for people."""
-        head = "" if self.head == NO_HEAD else f" ({self.head})"
-        routing = {"top2": ", top 2", "oracle": ", true routes (diagnostic)"}.get(self.routing, "")
-        name = "frozen" if self.features == "cls" else f"MoFE {self.variant}{routing}"
-        if self.backbone == "finetuned":
-            name = "fine-tuned" if self.features == "cls" else f"fine-tuned, {name}"
-        return f"{name}: {self.score}{head}"
+# What the recommended score is judged against: the last is the same block as its experts, with nothing routed (E = 1).
+JUDGED_AGAINST = (*BASELINES.values(), replace(RECOMMENDED, variant="dense-1"))
+_NAMING = ("features", "head", "variant", "routing", "score", "backbone")  # columns of results.csv that name a method
 
 
-RECOMMENDED = Method("mofe", "refit", "default", "predicted", "knn+energy")
-PLAIN = Method("cls", "probe", "", "none", RECOMMENDED.score)  # the same score without a mixture
-BASELINES = (
-    Method("cls", NO_HEAD, "", "none", "knn"),
-    PLAIN,
-    replace(RECOMMENDED, variant="dense-1"),  # E = 1: the same block, nothing routed
-)
+def method_label(method: Method) -> str:
+    """Name of a method for people."""
+    head = "" if method.head == NO_HEAD else f" ({method.head})"
+    routing = {"top2": ", top 2", "oracle": ", true routes (diagnostic)"}.get(method.routing, "")
+    name = "frozen" if method.features == "cls" else f"MoFE {method.variant}{routing}"
+    if method.backbone == "finetuned":
+        name = "fine-tuned" if method.features == "cls" else f"fine-tuned, {name}"
+    return f"{name}: {method.score}{head}"
 
 
 def methods_of(config: RunConfig) -> list[Method]:
     """All rows of a study's results: each score frozen and refined, then the recommended one of every variant."""
     scores = [score for score in config.score.scores if score != "mos"]
-    frozen = [Method("cls", "probe" if reads_head(score) else NO_HEAD, "", "none", score) for score in scores]
-    refined = [replace(RECOMMENDED, head="refit" if reads_head(score) else NO_HEAD, score=score) for score in scores]
+    frozen = [_scored_by(FROZEN_SUM, score) for score in scores]
+    refined = [_scored_by(RECOMMENDED, score) for score in scores]
     # Oracle routing sends ID images by their true label, which no deployment knows: it shows what wrong routes cost.
     routings = [replace(RECOMMENDED, routing=name) for name in (["top2"] if config.score.top2 else []) + ["oracle"]]
     variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
-    mos = [Method("mofe", "trained", name, "none", "mos") for name in frozen_experts]
+    mos = [Method("pretrained", "mofe", "trained", name, NO_ROUTING, "mos") for name in frozen_experts]
     own = [*frozen, *refined, *routings, *variants, *(mos if "mos" in config.score.scores else [])]
     return [*own, *_finetuned(config, scores)]
 
@@ -79,13 +59,17 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
     """Each score on the fine-tuned features, with the head that was trained with them; then each mixture on them."""
     if config.finetune is None:
         return []
-    backbone = "finetuned"
-    heads = {score: "finetune" if reads_head(score) else NO_HEAD for score in scores}
+    recommended, plain = (replace(method, backbone="finetuned") for method in (RECOMMENDED, FROZEN_SUM))
     return [
-        *(Method("cls", head, "", "none", score, backbone) for score, head in heads.items()),
-        replace(PLAIN, backbone=backbone),
-        *(replace(RECOMMENDED, variant=name, backbone=backbone) for name in config.variant_seeds(backbone)),
+        *(_scored_by(replace(plain, head="finetune"), score) for score in scores),
+        plain,
+        *(replace(recommended, variant=name) for name in config.variant_seeds("finetuned")),
     ]
+
+
+def _scored_by(method: Method, score: str) -> Method:
+    """The same with another score, and with no head where that reads none."""
+    return replace(method, score=score, head=method.head if reads_head(score) else NO_HEAD)
 
 
 def fine_tuned_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
@@ -97,12 +81,12 @@ def fine_tuned_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
     """
     known = methods_of(config)
     tuned = [method for method in known if method.backbone == "finetuned"]
-    heads = [PLAIN.head if own.head == "finetune" else own.head for own in tuned]
+    heads = [FROZEN_SUM.head if own.head == "finetune" else own.head for own in tuned]
     pairs = [(own, replace(own, head=head, backbone="pretrained")) for own, head in zip(tuned, heads, strict=True)]
-    recommended, plain = (replace(method, backbone="finetuned") for method in (RECOMMENDED, PLAIN))
+    recommended, plain = (replace(method, backbone="finetuned") for method in (RECOMMENDED, FROZEN_SUM))
     joint = replace(recommended, variant=JOINT)
-    pairs += [(recommended, other) for other in (plain, PLAIN)]
-    pairs += [(joint, other) for other in (recommended, RECOMMENDED, plain, PLAIN)]
+    pairs += [(recommended, other) for other in (plain, FROZEN_SUM)]
+    pairs += [(joint, other) for other in (recommended, RECOMMENDED, plain, FROZEN_SUM)]
     return [pair for pair in pairs if set(pair) <= set(known)]
 
 
@@ -113,7 +97,7 @@ def check_comparable(config: RunConfig) -> None:
         ConfigError: a variant or a score is missing.
     """
     known = methods_of(config)
-    if missing := [method.label for method in (RECOMMENDED, *BASELINES) if method not in known]:
+    if missing := [method_label(method) for method in (RECOMMENDED, *JUDGED_AGAINST) if method not in known]:
         raise ConfigError(
             f"{config.name}: the results need {', '.join(missing)}: leave score.scores and the variants as they are"
         )
@@ -125,19 +109,14 @@ Seeds = dict[int | None, dict[str, tuple[OODRow, Replicates]]]  # by seed, then 
 Compared = tuple[Method, Method, str, str]  # a method, what it is compared with, group of OOD sets, metric
 
 
-class ScoredStudy:
-    """The scores of a study as stage three left them, judged anew with the resamples of its own table."""
+class JudgedStudy:
+    """A scored study, its methods compared with the resamples of its own table."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self._folder = config.work / "scores"
-        self._oods = [(entry.name, _GROUPS[entry.role]) for entry in config.sets_of(*_GROUPS)]
-        self._id = config.sets_of("id-test")[0].name
-        check_scores(self._folder)
-        about = read_json(self._folder / "id.json") or {}
-        self._accuracies = about["accuracy"]
-        self.routers: list[dict[str, Any]] = about["router"]
-        self._evaluator: Evaluator | None = None
+        self.scored = ScoredStudy(config.work / "scores")
+        sizes = {"id": self.scored.n_id} | {ood: self.scored.n_ood[ood] for ood, _ in self.scored.oods}
+        self._evaluator = Evaluator(self.scored.oods, sizes, config.score.bootstrap)
         self._seeds: dict[Method, Seeds] = {}
         self._differences: dict[Compared, Difference] = {}
         self.says: dict[Compared, str] = {}  # of each difference; see `judge`
@@ -145,7 +124,7 @@ class ScoredStudy:
     @property
     def groups(self) -> list[str]:
         """``near`` and ``far``, where the study has such sets."""
-        return [group for group in _GROUPS.values() if group in dict(self._oods).values()]
+        return [group for group in self.scored.ood_groups if group != "all"]
 
     def seeds(self, method: Method) -> Seeds:
         """Averages over each group's sets, by seed."""
@@ -188,45 +167,19 @@ class ScoredStudy:
         """ID accuracy of the method's head for each seed; none where it has no head, or routes in its own way."""
         if method.routing in ("top2", "oracle"):
             return []
-        wanted = {
-            "backbone": method.backbone,
-            "features": method.features,
-            "variant": method.variant,
-            "head": method.head,
-        }
-        return [entry["accuracy"] for entry in self._accuracies if wanted.items() <= entry.items()]
+        wanted = {name: getattr(method, name) for name in ("backbone", "features", "variant", "head")}
+        return [entry["accuracy"] for entry in self.scored.id["accuracy"] if wanted.items() <= entry.items()]
 
     def _averages(self, method: Method, seed: int | None) -> dict[str, tuple[OODRow, Replicates]]:
-        scores = self._scores(method, seed)
-        if self._evaluator is None:
-            sizes = {"id" if name == self._id else name: len(values) for name, values in scores.items()}
-            self._evaluator = Evaluator(self._oods, sizes, self.config.score.bootstrap)
-        name = asdict(method) | {
-            "seed": seed,
-            "params": "",
-            "profile": self.config.score.profile,
-            "calibrated": False,
-        }
+        scores = self.scored.scores(method, seed)
+        name = asdict(method) | {"seed": seed, "params": "", "profile": self.config.score.profile}
         # A study's table averages no oracle rows, lest they be taken for results; here their label says what they are.
         name["routing"] = "predicted" if method.routing == "oracle" else method.routing
-        rows = self._evaluator.rows(name, scores[self._id], {ood: scores[ood] for ood, _ in self._oods})
+        rows = self._evaluator.rows(name, scores.pop("id"), scores)
         return {row.group: (row, drawn) for row, drawn in rows if row.ood == "average"}
 
-    def _scores(self, method: Method, seed: int | None) -> dict[str, NDArray[np.float32]]:
-        # A score on features alone stands in the file of every head.
-        head = method.head if method.head != NO_HEAD else "probe" if method.features == "cls" else "refit"
-        path = samples_path(self._folder, method.backbone, method.features, head, method.variant, seed, method.routing)
-        try:
-            table = pq.read_table(path, columns=["set", method.score])
-        except (OSError, ValueError) as error:
-            raise StageError(f"{path}: no scores of {method.label} in it: {error}: run make score") from error
-        return {
-            name: table.filter(pc.equal(table["set"], name))[method.score].to_numpy()
-            for name in [self._id, *(ood for ood, _ in self._oods)]
-        }
 
-
-def judge(studies: Sequence[ScoredStudy]) -> None:
+def judge(studies: Sequence[JudgedStudy]) -> None:
     """Say of every difference what it is, the false discovery rate held over all of them: they are read together."""
     keys = [(study, key) for study in studies for key in study.compared()]
     told = verdicts([study.difference(*key) for study, key in keys], [key[-1] in HIGHER_IS_BETTER for _, key in keys])
@@ -234,14 +187,14 @@ def judge(studies: Sequence[ScoredStudy]) -> None:
         study.says[key] = says
 
 
-def result_lines(study: ScoredStudy) -> list[dict[str, Any]]:
+def result_lines(study: JudgedStudy) -> list[dict[str, Any]]:
     """A line per method and group: mean, deviation over seeds, interval, and what the recommended score is off it."""
-    methods = methods_of(study.config)
     lines = []
-    for method in methods:
+    for method in methods_of(study.config):
+        naming = {name: getattr(method, name) for name in _NAMING}
         accuracy = study.accuracy(method)
         for group in study.groups:
-            line: dict[str, Any] = {"benchmark": study.config.name, **asdict(method), "group": group}
+            line: dict[str, Any] = {"benchmark": study.config.name, **naming, "group": group}
             seeds = list(study.seeds(method).values())
             line |= {"n_seeds": len(seeds)}
             for metric in _METRICS:
@@ -300,8 +253,7 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
     groups = list(dict.fromkeys(line["group"] for line in lines))
     by_method: dict[Method, list[dict[str, Any]]] = {}
     for line in lines:
-        method = Method(*(line[name] for name in ("features", "head", "variant", "routing", "score", "backbone")))
-        by_method.setdefault(method, []).append(line)
+        by_method.setdefault(Method(**{name: line[name] for name in _NAMING}), []).append(line)
     names = [_column(group, metric) for group in groups for metric in _METRICS]
 
     def cells(method: Method, show: Callable[[dict[str, Any], str], str]) -> list[str]:
@@ -310,7 +262,7 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
     def whole(method: Method, show: Callable[[dict[str, Any], str], str]) -> list[str]:
         line = by_method[method][0]
         seeds = "–" if not method.variant and method.backbone == "pretrained" else str(line["n_seeds"])
-        return [method.label, seeds, *cells(method, show), _mean(line, "id_accuracy")]
+        return [method_label(method), seeds, *cells(method, show), _mean(line, "id_accuracy")]
 
     header = ["", "seeds", *names, "ID accuracy ↑"]
     benchmark = lines[0]["benchmark"]
@@ -319,25 +271,29 @@ def text_tables(lines: Sequence[dict[str, Any]]) -> list[TextTable]:
             f"{benchmark}: the recommended score and what it is judged against; mean ± deviation over seeds "
             "[95 % interval over images]",
             header,
-            [whole(method, _mean_and_interval) for method in (RECOMMENDED, *BASELINES)],
+            [whole(method, _mean_and_interval) for method in (RECOMMENDED, *JUDGED_AGAINST)],
         ),
         TextTable(
-            f"{benchmark}: {RECOMMENDED.label}, minus",
+            f"{benchmark}: {method_label(RECOMMENDED)}, minus",
             ["", *names],
-            [[method.label, *cells(method, _shown_difference)] for method in BASELINES],
+            [[method_label(method), *cells(method, _shown_difference)] for method in JUDGED_AGAINST],
         ),
         TextTable(f"{benchmark}: all", header, [whole(method, _mean) for method in by_method]),
     ]
 
 
-def fine_tuning_table(study: ScoredStudy) -> TextTable:
+def fine_tuning_table(study: JudgedStudy) -> TextTable:
     """What fine-tuning the backbone changes, in paired differences."""
     columns = [(group, metric) for group in study.groups for metric in _METRICS]
     return TextTable(
         f"{study.config.name}: what fine-tuning changes",
         ["", "minus", *(_column(group, metric) for group, metric in columns)],
         [
-            [own.label, other.label, *(study.difference_text(own, other, *column) for column in columns)]
+            [
+                method_label(own),
+                method_label(other),
+                *(study.difference_text(own, other, *column) for column in columns),
+            ]
             for own, other in fine_tuned_pairs(study.config)
         ],
     )
@@ -347,10 +303,10 @@ def _column(group: str, metric: str) -> str:
     return f"{group} {'FPR95 ↓' if metric == 'fpr95' else 'AUROC ↑'}"
 
 
-def router_table(study: ScoredStudy) -> TextTable:
+def router_table(study: JudgedStudy) -> TextTable:
     """How often ID test images reach their class's expert, what the others cost, and how large each mixture is."""
     by_variant: dict[str, list[dict[str, Any]]] = {}
-    for entry in study.routers:
+    for entry in study.scored.id["router"]:
         if entry["experts"] > 1 and entry["backbone"] == "pretrained":
             by_variant.setdefault(entry["variant"], []).append(entry)
     head = RECOMMENDED.head
@@ -398,15 +354,15 @@ def write_results(configs: Sequence[RunConfig], work: Path, difference: str | No
     images = "those of the benchmark's list" if difference is None else f"NOT the benchmark's: {difference}"
     text = [
         "# Results\n\n",
-        f"Recommended before the run: {RECOMMENDED.label}. Per cent; FPR95 with ID positive (admit 95 % of ID, report "
-        "the OOD admitted); near and far are means over sets. The interval of a difference resamples ID and OOD "
+        f"Recommended before the run: {method_label(RECOMMENDED)}. Per cent; FPR95 with ID positive (admit 95 % of ID, "
+        "report the OOD admitted); near and far are means over sets. The interval of a difference resamples ID and OOD "
         "images alike for both methods, and seeds where there are several; it is a gain or a loss where that excludes "
         "0 and the false discovery rate of all differences of this page stays at 5 %.\n\n",
         f"Images: {images}.\n\n",
     ]
     found: list[dict[str, Any]] = []
     shown: list[Any] = []
-    studies = [ScoredStudy(config) for config in configs]
+    studies = [JudgedStudy(config) for config in configs]
     judge(studies)
     for study in studies:
         config, lines = study.config, result_lines(study)

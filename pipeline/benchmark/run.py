@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.comparison import BASELINES, check_comparable, write_results
+from pipeline.benchmark.comparison import JUDGED_AGAINST, check_comparable, write_results
 from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
 from pipeline.progress import TqdmProgress
-from pipeline.report import duration
+from pipeline.report.wording import duration
 from pipeline.study import Study
 from stages.config import nearest
 from stages.errors import InputError
@@ -173,7 +173,7 @@ def _with_controls(config: RunConfig, controls: Sequence[str]) -> RunConfig:
     known = [variant.name for variant in config.variants]
     if unknown := [name for name in controls if name not in known]:
         raise ConfigError(f"--controls: {config.name} has no variant {unknown[0]!r}{nearest(unknown[0], known)}")
-    kept = {*controls, *(baseline.variant for baseline in BASELINES)}
+    kept = {*controls, *(baseline.variant for baseline in JUDGED_AGAINST)}
     return config.model_copy(update={"variants": tuple(v for v in config.variants if v.name in kept)})
 
 

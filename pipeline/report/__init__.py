@@ -10,20 +10,3 @@
 
 What a study does not have (mixtures, several seeds, a group of OOD sets) is left out.
 """
-
-from pipeline.report.page import report_identity, write_joint_report, write_report
-from pipeline.report.study import Evidence
-from pipeline.report.wording import METRICS, ROUTINGS, duration, percent, points, verdict
-
-__all__ = [
-    "METRICS",
-    "ROUTINGS",
-    "Evidence",
-    "duration",
-    "percent",
-    "points",
-    "report_identity",
-    "verdict",
-    "write_joint_report",
-    "write_report",
-]

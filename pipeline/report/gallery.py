@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.figures import Floats
-from pipeline.report.study import Samples, ScoredStudy
+from pipeline.report.study import ReportedStudy
 from stages.errors import InputError
 from stages.inputs.images import SampleTable, decode_image
+from stages.results.scored_study import Samples
 
 MOST_PICTURES = 200  # of one page
 _MOST_OF_A_SET = 12
@@ -46,7 +47,7 @@ class Picture:
     reason: str
 
 
-def galleries(study: ScoredStudy, most: int = MOST_PICTURES) -> list[dict[str, Any]]:
+def galleries(study: ReportedStudy, most: int = MOST_PICTURES) -> list[dict[str, Any]]:
     """Of each set the images that look least like what they are, by the recommended method: ID as OOD, OOD as ID.
 
     Args:
@@ -56,7 +57,7 @@ def galleries(study: ScoredStudy, most: int = MOST_PICTURES) -> list[dict[str, A
     method = study.recommended
     if method is None:
         return []
-    samples = study.samples(method)
+    samples = study.scored.samples(method, study.scored.first_seed(method))
     n = min(_MOST_OF_A_SET, most // len(samples))
     groups = {"id": ""} | dict(study.oods)
     found = []
@@ -84,7 +85,7 @@ def _picture(rows: Samples, scores: Floats, row: int, thumbnail: tuple[str | Non
     )
 
 
-def _thumbnails(study: ScoredStudy, name: str, ids: Sequence[str]) -> tuple[str, dict[str, tuple[str | None, str]]]:
+def _thumbnails(study: ReportedStudy, name: str, ids: Sequence[str]) -> tuple[str, dict[str, tuple[str | None, str]]]:
     """Why a set has no pictures, or ``""`` and each one's address or why there is none."""
     try:
         table = study.evidence.images(name)
@@ -95,7 +96,7 @@ def _thumbnails(study: ScoredStudy, name: str, ids: Sequence[str]) -> tuple[str,
     return "", {id_: _thumbnail(table, place.get(id_), digests.get(id_)) for id_ in ids}
 
 
-def _digests(study: ScoredStudy, name: str, ids: Sequence[str]) -> Mapping[str, bytes]:
+def _digests(study: ReportedStudy, name: str, ids: Sequence[str]) -> Mapping[str, bytes]:
     """SHA-256 of the images as they were extracted, where the cache still says it."""
     cache = study.evidence.caches.get(name)
     if cache is None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.report.figures import Points, scatter_panel
-from pipeline.report.study import ScoredStudy
+from pipeline.report.study import ReportedStudy
 from stages.files.documents import read_document
 from stages.mixture.refine import load_refined, refined_path
 from stages.progress import Progress
@@ -25,7 +25,7 @@ _PERPLEXITY = 30
 _DOT = 3  # points
 
 
-def feature_maps(study: ScoredStudy, progress: Progress) -> dict[str, Any]:
+def feature_maps(study: ReportedStudy, progress: Progress) -> dict[str, Any]:
     """Panels of the plane before and after the experts of the recommended mixture, or why there are none."""
     id_train, oods = study.evidence.id_train, [ood for ood, _ in study.oods]
     missing = [name for name in (id_train, study.id_test, *oods) if name not in study.evidence.caches]
@@ -50,12 +50,12 @@ def feature_maps(study: ScoredStudy, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _colours(study: ScoredStudy) -> dict[str, str]:
+def _colours(study: ReportedStudy) -> dict[str, str]:
     """Colour of each set, in the order in which they are drawn."""
     return {ood: "ood" if group == "near" else "far" for ood, group in reversed(study.oods)} | {study.id_test: "id"}
 
 
-def _rows(study: ScoredStudy) -> dict[str, NDArray[np.int64]]:
+def _rows(study: ReportedStudy) -> dict[str, NDArray[np.int64]]:
     """A seeded few rows of each set, ascending."""
     n_ood = max(1, _SHOWN_OOD // len(study.oods))
     wanted = {study.evidence.id_train: _FITTED, study.id_test: _SHOWN_ID} | {ood: n_ood for ood, _ in study.oods}
@@ -64,7 +64,7 @@ def _rows(study: ScoredStudy) -> dict[str, NDArray[np.int64]]:
 
 
 def _stages(
-    study: ScoredStudy, rows: Mapping[str, NDArray[np.int64]]
+    study: ReportedStudy, rows: Mapping[str, NDArray[np.int64]]
 ) -> Iterator[tuple[str, dict[str, Floats] | None]]:
     """Unit features of some rows of each set: the backbone's own, then those that the mixture refined."""
     caches = study.evidence.caches
@@ -72,7 +72,7 @@ def _stages(
     method = study.recommended
     if method is None or method.features != "mofe":
         return
-    folder = study.mixture_folder(method.backbone, method.variant, study.seed(method))
+    folder = study.mixture_folder(method.backbone, method.variant, study.scored.first_seed(method))
     weights = (read_document(folder / "mofe.json") or {}).get("files", {}).get("mofe.safetensors")
     refined: dict[str, Floats] = {}
     for name, own in rows.items():

@@ -1,6 +1,7 @@
 """Sections about mixtures: routing, each expert, each class, and what their number and the controls make of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,20 +9,24 @@ from numpy.typing import NDArray
 
 from pipeline.report.figures import Points, Series, line_panel, scatter_panel
 from pipeline.report.sections import best, over_seeds
-from pipeline.report.study import Samples, ScoredStudy, TrainingLog
-from pipeline.report.wording import BASELINE, COMPARED, Line, Method, score_title
+from pipeline.report.study import ReportedStudy, TrainingLog
+from pipeline.report.wording import COMPARED, score_title
 from stages.mixture.mixup import class_difficulty
+from stages.results.method import NO_HEAD, RECOMMENDED, Method
+from stages.results.scored_study import Line, Samples
 
-_COST_HEAD = "refit"  # whose numbers say what a wrong route costs
+_COST_HEAD = RECOMMENDED.head  # whose numbers say what a wrong route costs
 _SHOWN_CLASSES = 20  # of more classes the others are folded away
 
 
-def routers(study: ScoredStudy) -> list[Line]:
+def routers(study: ReportedStudy) -> list[Line]:
     """Router and ID accuracy over seeds; of the first seed the load: experts of two seeds are not the same ones."""
     names = ("backbone", "variant", "experts")
     lines = []
-    for line in over_seeds(study.id["router"], names):
-        own = [record["id_accuracy"] for record in study.id["router"] if all(record[n] == line[n] for n in names)]
+    for line in over_seeds(study.scored.id["router"], names):
+        own = [
+            record["id_accuracy"] for record in study.scored.id["router"] if all(record[n] == line[n] for n in names)
+        ]
         groups = study.groups(line["backbone"], line["variant"], line["seed"])
         classes: dict[int, list[str]] = {}
         for name, expert in groups.items():
@@ -35,14 +40,14 @@ def routers(study: ScoredStudy) -> list[Line]:
     return lines
 
 
-def _id_samples(study: ScoredStudy, backbone: str, variant: str) -> Samples | None:
+def _id_samples(study: ReportedStudy, backbone: str, variant: str) -> Samples | None:
     """ID test images by the first seed's mixture and its refitted head; None where no score needed that head."""
-    heads = Method(backbone, "mofe", _COST_HEAD, variant, "predicted", "", "False")
-    method = next((own for own in study.lines if own._replace(score="") == heads), None)
-    return None if method is None else study.samples(method)["id"][0]
+    scored, wanted = study.scored, replace(RECOMMENDED, backbone=backbone, variant=variant)
+    method = next((own for own in scored.lines if replace(own, score=wanted.score) == wanted), None)
+    return None if method is None else scored.samples(method, scored.first_seed(method))["id"][0]
 
 
-def _experts(study: ScoredStudy, line: Line, groups: Mapping[str, int]) -> dict[str, Any] | None:
+def _experts(study: ReportedStudy, line: Line, groups: Mapping[str, int]) -> dict[str, Any] | None:
     """Of the first seed: where ID test images of each group went, and how well each expert did with what it got."""
     samples = _id_samples(study, line["backbone"], line["variant"])
     if samples is None or samples.expert is None or not groups:
@@ -84,13 +89,13 @@ def _mean(values: NDArray[np.bool_]) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def oracle(study: ScoredStudy) -> dict[str, list[list[Method]]]:
+def oracle(study: ReportedStudy) -> dict[str, list[list[Method]]]:
     """Methods routed by the true label, each with itself routed by the router (and to two), under their features."""
     sections: dict[str, list[list[Method]]] = {}
-    for method in study.lines:
-        others = [method._replace(routing=routing) for routing in ("predicted", "top2")]
-        found = [other for other in others if other in study.lines]
-        plain = method.head in ("none", _COST_HEAD) and method.calibrated == "False"
+    for method in study.scored.lines:
+        others = [replace(method, routing=routing) for routing in ("predicted", "top2")]
+        found = [other for other in others if other in study.scored.lines]
+        plain = method.head in (NO_HEAD, _COST_HEAD) and not method.calibrated
         has_choice = study.experts.get((method.backbone, method.variant)) != 1
         if method.routing == "oracle" and plain and has_choice and found:
             title = study.features(method.backbone, method.features, method.variant)
@@ -98,7 +103,7 @@ def oracle(study: ScoredStudy) -> dict[str, list[list[Method]]]:
     return sections
 
 
-def classes(study: ScoredStudy) -> list[dict[str, Any]]:
+def classes(study: ReportedStudy) -> list[dict[str, Any]]:
     """Of every mixture whose log has it: difficulty, α, held-out accuracy and ID test accuracy of each class."""
     sections = []
     for log in study.logs:
@@ -118,7 +123,7 @@ def _class_panel(log: TrainingLog, title: str, lines: Sequence[Line], column: st
     return title, scatter_panel(f"{log.title}: {title}", [dots], ("difficulty d", name))
 
 
-def _class_lines(study: ScoredStudy, log: TrainingLog) -> list[Line]:
+def _class_lines(study: ReportedStudy, log: TrainingLog) -> list[Line]:
     """A line a class, the hardest first, of the kept epoch of the first seed; none where nothing was mixed by class."""
     if log.mixture is None or log.kept_epoch is None or len(log.final) <= log.kept_epoch:
         return []
@@ -171,21 +176,26 @@ class Variant(NamedTuple):
         return ", ".join(f"{key.removeprefix('train.')} = {value}" for key, value in self.changed.items())
 
 
-def variants(study: ScoredStudy) -> dict[str, Any] | None:
+def variants(study: ReportedStudy) -> dict[str, Any] | None:
     """The recommended score of every variant beside each other, and how the number of experts matters."""
-    recommended = study.recommended
+    scored, recommended = study.scored, study.recommended
     if recommended is None or recommended.features != "mofe":
         return None
-    own = [method for method in study.lines if method._replace(variant="") == recommended._replace(variant="")]
+    own = [method for method in scored.lines if replace(method, variant=recommended.variant) == recommended]
     if len(own) < 2:
         return None
-    records = {record["variant"]: record for record in study.id["router"] if record["backbone"] == BASELINE.backbone}
+    records = {
+        record["variant"]: record for record in study.scored.id["router"] if record["backbone"] == recommended.backbone
+    }
     changed = {entry["name"]: entry["set"] for entry in (study.record.get("config") or {}).get("variants", ())}
     lines = [
         Variant(method, records.get(method.variant), changed.get(method.variant, {}))
         for method in sorted(own, key=lambda method: method.variant != "default")
     ]
-    cells = {group: [study.lines[method].get(("average", group)) for method in own] for group in study.ood_groups}
+    cells = {
+        group: [study.scored.lines[method].get(("average", group)) for method in own]
+        for group in study.scored.ood_groups
+    }
     return {
         "lines": lines,
         "score": score_title(recommended),
@@ -194,7 +204,7 @@ def variants(study: ScoredStudy) -> dict[str, Any] | None:
     }
 
 
-def _sweep(study: ScoredStudy, lines: Sequence[Variant]) -> list[dict[str, Any]]:
+def _sweep(study: ReportedStudy, lines: Sequence[Variant]) -> list[dict[str, Any]]:
     """AUROC and FPR95 by the number of experts, where there are several; the default's number is one of them."""
     # Of two with one number the default's is kept.
     by_number = {line.record["experts"]: line.method for line in reversed(lines) if line.record is not None}
@@ -205,8 +215,8 @@ def _sweep(study: ScoredStudy, lines: Sequence[Variant]) -> list[dict[str, Any]]
     panels = []
     for metric in COMPARED:
         series, legend = [], []
-        for group in study.ood_groups:
-            cells = [study.lines[by_number[number]][("average", group)] for number in numbers]
+        for group in study.scored.ood_groups:
+            cells = [study.scored.lines[by_number[number]][("average", group)] for number in numbers]
             series.append(Series(colours[group], [[100 * cell[f"{metric.column}_mean"] for cell in cells]]))
             legend.append((colours[group], False, f"{group} OOD"))
         svg = line_panel(f"{metric.name} by number of experts", numbers, series, ("experts", f"{metric.name}, %"))

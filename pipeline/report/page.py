@@ -4,8 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,11 @@ import numpy as np
 
 from cache import arrays_sha256, fingerprint
 from pipeline.report import gallery, maps, mixtures, sections
-from pipeline.report.study import DAMAGE, Evidence, ScoredStudy
+from pipeline.report.study import ReportedStudy, as_written
 from pipeline.report.wording import (
-    BASELINE,
     COMPARED,
-    HEADS,
     KINDS,
     METRICS,
-    ROUTINGS,
     duration,
     method_name,
     percent,
@@ -32,15 +28,15 @@ from pipeline.report.wording import (
 from stages.errors import InputError
 from stages.files.documents import digest_of, write_text
 from stages.progress import NullProgress, Progress
+from stages.results.method import FROZEN_KNN, HEADS, ROUTINGS
 
 
-def write_report(work: Path, progress: Progress | None = None, evidence: Evidence | None = None) -> Path:
+def write_report(study: ReportedStudy, progress: Progress | None = None) -> Path:
     """Write ``<work>/report/index.html``; the same files give the same bytes.
 
     Args:
-        work: folder of a study that was scored.
+        study: that was scored.
         progress: counts OOD sets, training logs and maps.
-        evidence: what the study was made from, as far as it is still there: for the maps and the gallery.
 
     Returns:
         Path of the page.
@@ -48,45 +44,37 @@ def write_report(work: Path, progress: Progress | None = None, evidence: Evidenc
     Raises:
         InputError: something that ``score`` writes is missing or damaged.
     """
-    path = work / "report" / "index.html"
-    write_text(path, _page([(work, evidence)], progress or NullProgress())[0])
+    path = study.folder / "report" / "index.html"
+    write_text(path, _page([study], progress or NullProgress()))
     return path
 
 
-def write_joint_report(
-    works: Sequence[tuple[Path, Evidence | None]], folder: Path, progress: Progress | None = None
-) -> tuple[Path, list[ScoredStudy]]:
+def write_joint_report(studies: Sequence[ReportedStudy], folder: Path, progress: Progress | None = None) -> Path:
     """Write ``<folder>/index.html`` about several studies, which stand beside each other in its first table.
 
     Returns:
-        Path of the page, and the studies as they were read.
+        Path of the page.
 
     Raises:
         InputError: as `write_report`.
     """
     path = folder / "index.html"
-    page, studies = _page(works, progress or NullProgress())
-    write_text(path, page)
-    return path, studies
+    write_text(path, _page(studies, progress or NullProgress()))
+    return path
 
 
-def report_identity(work: Path, evidence: Evidence | None = None) -> str:
-    """Digest of all that the page of a study shows, and of what makes it.
-
-    Raises:
-        InputError: as `write_report`.
-    """
-    study = ScoredStudy(work, evidence)
+def report_identity(study: ReportedStudy) -> str:
+    """Digest of all that the page of a study shows, and of what makes it."""
     stages = {name: stage for name, stage in study.record.get("stages", {}).items() if name != "report"}
     described = [path.with_name(name) for path in study.training_files() for name in (path.name, "mofe.json")]
-    described += sorted(work.glob("model/*/*/seed-*/refined/final/**/*.json"))
+    described += sorted(study.folder.glob("model/*/*/seed-*/refined/final/**/*.json"))
     here = Path(__file__)
-    code = [*here.parent.glob("*.py"), *here.parents[1].glob("templates/*"), here.parents[1] / "figures.py"]
+    code = [*here.parent.glob("*.py"), *here.parents[1].glob("templates/*")]
     return fingerprint(
         {
-            "scores": study.contents,
+            "scores": study.scored.contents,
             "record": study.record | {"stages": stages},
-            "models": {str(path.relative_to(work)): digest_of(path) for path in described},
+            "models": {str(path.relative_to(study.folder)): digest_of(path) for path in described},
             "features": {name: cache.digest for name, cache in study.evidence.caches.items()},
             "images": {name: _images_digest(study, name) for name in (study.id_test, *(ood for ood, _ in study.oods))},
             "code": {path.name: digest_of(path) for path in sorted(code)},
@@ -94,7 +82,7 @@ def report_identity(work: Path, evidence: Evidence | None = None) -> str:
     )
 
 
-def _images_digest(study: ScoredStudy, name: str) -> str:
+def _images_digest(study: ReportedStudy, name: str) -> str:
     """Digest of the images of a set by id, size and time, or why there are none."""
     try:
         table = study.evidence.images(name)
@@ -104,35 +92,18 @@ def _images_digest(study: ScoredStudy, name: str) -> str:
     return arrays_sha256({"ids": ids, "sizes": table.sizes, "times": table.mtimes_ns})
 
 
-def _page(works: Sequence[tuple[Path, Evidence | None]], progress: Progress) -> tuple[str, list[ScoredStudy]]:
-    studies: list[ScoredStudy] = []
-    for work, evidence in works:
-        with _as_written(work):
-            studies.append(ScoredStudy(work, evidence))
+def _page(studies: Sequence[ReportedStudy], progress: Progress) -> str:
     _tell_apart(studies)
     bodies = []
     for number, study in enumerate(studies):
-        with _as_written(study.folder):
-            shaped = _sections(study, progress, gallery.MOST_PICTURES // len(works))
-            prefix = f"study-{number}-" if len(works) > 1 else ""
+        with as_written(study.folder):
+            shaped = _sections(study, progress, gallery.MOST_PICTURES // len(studies))
+            prefix = f"study-{number}-" if len(studies) > 1 else ""
             bodies.append(_own_ids(_render("study.html.j2", shaped | {"id": prefix}), prefix))
-    values = {"studies": studies, "bodies": bodies, "side_by_side": side_by_side(studies)}
-    return _render("report.html.j2", values), studies
+    return _render("report.html.j2", {"studies": studies, "bodies": bodies, "side_by_side": side_by_side(studies)})
 
 
-@contextmanager
-def _as_written(work: Path) -> Iterator[None]:
-    from jinja2 import UndefinedError
-
-    try:
-        yield
-    except (*DAMAGE, UndefinedError) as error:
-        raise InputError(
-            f"{work / 'scores'} or record.json is not as this version writes it ({error}): delete them, run make score"
-        ) from error
-
-
-def _tell_apart(studies: Sequence[ScoredStudy]) -> None:
+def _tell_apart(studies: Sequence[ReportedStudy]) -> None:
     """Add their folders to the names of those that are called alike, or their lines would be taken for one study's."""
     counts = Counter(study.name for study in studies)
     for study in [study for study in studies if counts[study.name] > 1]:
@@ -168,11 +139,18 @@ def _render(name: str, values: Mapping[str, Any]) -> str:
         "score_title": score_title,
         "method_name": method_name,
     }
-    names = {"metrics": METRICS, "compared": COMPARED, "baseline": BASELINE, "heads": HEADS, "kinds": KINDS}
+    names = {
+        "metrics": METRICS,
+        "compared": COMPARED,
+        "baseline": FROZEN_KNN,
+        "heads": HEADS,
+        "meaning_of_routing": ROUTINGS,
+        "kinds": KINDS,
+    }
     return environment.get_template(name).render(names | dict(values))
 
 
-def _sections(study: ScoredStudy, progress: Progress, most_pictures: int) -> dict[str, Any]:
+def _sections(study: ReportedStudy, progress: Progress, most_pictures: int) -> dict[str, Any]:
     progress.start(len(study.oods) + len(study.logs) + 2, "plot", f"report {study.name}")
     routers = mixtures.routers(study)
     config = study.record.get("config")
@@ -185,7 +163,7 @@ def _sections(study: ScoredStudy, progress: Progress, most_pictures: int) -> dic
         "distributions": sections.distributions(study, progress),
         "maps": maps.feature_maps(study, progress),
         "variants": mixtures.variants(study),
-        "accuracy": sections.over_seeds(study.id["accuracy"], ("backbone", "features", "variant", "head")),
+        "accuracy": sections.over_seeds(study.scored.id["accuracy"], ("backbone", "features", "variant", "head")),
         "routers": routers,
         "routings": [name for name in ROUTINGS if any(name in line["id_accuracy"] for line in routers)],
         "oracle": mixtures.oracle(study),
@@ -199,27 +177,27 @@ def _sections(study: ScoredStudy, progress: Progress, most_pictures: int) -> dic
     return shaped
 
 
-def side_by_side(studies: Sequence[ScoredStudy]) -> list[dict[str, Any]]:
+def side_by_side(studies: Sequence[ReportedStudy]) -> list[dict[str, Any]]:
     """Studies with the same test sets together: the frozen baselines and the recommended method of each.
 
     What was tested on other images is not to be compared: bold is the best of a group.
     """
-    groups: dict[Any, list[ScoredStudy]] = {}
+    groups: dict[Any, list[ReportedStudy]] = {}
     for study in studies:
-        tested = (study.n_id, tuple((ood, group, study.n_ood[ood]) for ood, group in study.oods))
+        tested = (study.scored.n_id, tuple((ood, group, study.scored.n_ood[ood]) for ood, group in study.oods))
         groups.setdefault(tested, []).append(study)
     found = []
     for members in groups.values():
-        lines = [(study, method) for study in members for method in sections.compared_methods(study)]
+        lines = [(study, method) for study in members for method in study.compared]
         cells = {
-            group: [study.lines[method].get(("average", group)) for study, method in lines]
-            for group in members[0].ood_groups
+            group: [study.scored.lines[method].get(("average", group)) for study, method in lines]
+            for group in members[0].scored.ood_groups
         }
         found.append(
             {
                 "studies": members,
                 "lines": lines,
-                "groups": members[0].ood_groups,
+                "groups": members[0].scored.ood_groups,
                 "best": {group: sections.best(own) for group, own in cells.items()},
             }
         )

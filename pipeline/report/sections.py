@@ -6,54 +6,52 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.figures import epoch_panel, histogram_panel, range_panel, roc_panel
-from pipeline.report.study import ScoredStudy
-from pipeline.report.wording import BASELINE, COMPARED, METRICS, SECOND_BASELINE, Line, Method, method_name, percent
+from pipeline.report.study import ReportedStudy
+from pipeline.report.wording import COMPARED, METRICS, method_name, percent
 from stages.progress import Progress
+from stages.results.method import FROZEN_KNN, NO_HEAD, Method
+from stages.results.scored_study import Line
 
 
-def table(study: ScoredStudy) -> dict[str, Any]:
+def table(study: ReportedStudy) -> dict[str, Any]:
     """Methods with averages (routing by the true label has none) under their features, the baseline first.
 
     The uncalibrated rows of the refitted head stand in front; other heads, calibrated rows and top-2 routing behind.
     """
-    methods = [method for method in study.lines if study.average(method) is not None]
+    scored = study.scored
+    methods = [method for method in scored.lines if scored.average(method) is not None]
     front, behind = (
         _sections(study, [method for method in methods if _stands_in_front(method) == wanted])
         for wanted in (True, False)
     )
-    cells = {group: [study.lines[method].get(("average", group)) for method in methods] for group in study.ood_groups}
+    cells = {group: [scored.lines[method].get(("average", group)) for method in methods] for group in scored.ood_groups}
     return {
         "parts": [part for part in (front, behind) if part],
         "n_methods": len(methods),
         "best": {group: best(lines) for group, lines in cells.items()},
-        "n_sets": {group: sum(group in ("all", own) for _, own in study.oods) for group in study.ood_groups},
+        "n_sets": {group: sum(group in ("all", own) for _, own in study.oods) for group in scored.ood_groups},
         "heads": {method.head for method in methods},
-        "calibrated": any(method.calibrated == "True" for method in methods),
+        "calibrated": any(method.calibrated for method in methods),
         "top2": any(method.routing == "top2" for method in methods),
     }
 
 
 def _stands_in_front(method: Method) -> bool:
-    has_main_head = method.features == "cls" or method.head in ("none", "refit") or method.score == "mos"
-    return method.calibrated == "False" and method.routing != "top2" and has_main_head
+    has_main_head = method.features == "cls" or method.head in (NO_HEAD, "refit") or method.score == "mos"
+    return not method.calibrated and method.routing != "top2" and has_main_head
 
 
-def _sections(study: ScoredStudy, methods: Iterable[Method]) -> dict[str, list[Method]]:
+def _sections(study: ReportedStudy, methods: Iterable[Method]) -> dict[str, list[Method]]:
     sections: dict[str, list[Method]] = {}
     for method in methods:
         sections.setdefault(study.features(method.backbone, method.features, method.variant), []).append(method)
     return sections
 
 
-def compared_methods(study: ScoredStudy) -> list[Method]:
-    """The frozen baselines and what `predict` takes, as far as they were scored."""
-    return [m for m in dict.fromkeys((BASELINE, SECOND_BASELINE, study.recommended)) if m in study.lines and m]
-
-
-def per_set(study: ScoredStudy) -> dict[str, Any]:
+def per_set(study: ReportedStudy) -> dict[str, Any]:
     """Every OOD set for the frozen baselines and the recommended method."""
-    methods = compared_methods(study)
-    lines = {ood: [study.lines[method].get(ood) for method in methods] for ood in study.oods}
+    methods = study.compared
+    lines = {ood: [study.scored.lines[method].get(ood) for method in methods] for ood in study.oods}
     everything = [line for own in lines.values() for line in own]
     return {
         "methods": methods,
@@ -79,23 +77,24 @@ def _scale(lines: Iterable[Line | None], metric: str) -> tuple[float, float]:
     return min(values), (max(values) - min(values)) or 1.0
 
 
-def distributions(study: ScoredStudy, progress: Progress) -> dict[str, Any]:
+def distributions(study: ReportedStudy, progress: Progress) -> dict[str, Any]:
     """Histograms and ROC curves of every OOD set, for the baseline and the recommended method."""
-    shown = [method for method in dict.fromkeys((BASELINE, study.recommended)) if method in study.lines]
-    methods = dict(zip(("baseline", "method"), [method for method in shown if method], strict=False))
-    scores = {colour: study.scores(method) for colour, method in methods.items()}
+    scored = study.scored
+    shown = [method for method in study.compared if method in (FROZEN_KNN, study.recommended)]
+    methods = dict(zip(("baseline", "method"), shown, strict=False))
+    scores = {colour: scored.scores(method, scored.first_seed(method)) for colour, method in methods.items()}
     panels: dict[str, list[tuple[str, str]]] = {}
     for ood, _ in study.oods:
         panels[ood] = []
         for colour, method in methods.items():
             title = f"{method_name(method)}: scores of ID and {ood}"
-            cut = study.threshold(method, 0.95)
+            cut = scored.threshold(method, 0.95)
             own = scores[colour]["id"], scores[colour][ood], cut["threshold"] if cut else None
             panels[ood].append((method_name(method), histogram_panel(title, *own)))
         curves = {colour: (own["id"], own[ood]) for colour, own in scores.items()}
         panels[ood].append(("ROC", roc_panel(f"ROC of ID against {ood}", curves)))
         progress.advance()
-    return {"methods": methods, "panels": panels, "seed": study.seed(shown[-1]) if shown[-1] else None}
+    return {"methods": methods, "panels": panels, "seed": scored.first_seed(shown[-1])}
 
 
 def over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
@@ -111,7 +110,7 @@ def over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
     return lines
 
 
-def training(study: ScoredStudy, progress: Progress) -> list[dict[str, Any]]:
+def training(study: ReportedStudy, progress: Progress) -> list[dict[str, Any]]:
     """Loss, accuracy and range of α per epoch."""
     sections = []
     for log in study.logs:
@@ -136,18 +135,15 @@ def training(study: ScoredStudy, progress: Progress) -> list[dict[str, Any]]:
     return sections
 
 
-def thresholds(study: ScoredStudy) -> dict[str, Any]:
+def thresholds(study: ReportedStudy) -> dict[str, Any]:
     """Thresholds of the first seed by method and share of ID admitted."""
-    by_method: dict[Method, dict[float, Line]] = {}
-    for line in study.thresholds:
-        if line["seed"] == study.seed(Method.of(line)):
-            by_method.setdefault(Method.of(line), {})[line["admit"]] = line
-    admits = sorted({line["admit"] for line in study.thresholds})
-    shown = [method for method in (BASELINE, study.recommended) if method in by_method]
+    by_method = study.scored.first_thresholds
+    admits = sorted({line["admit"] for line in study.scored.thresholds})
+    shown = [method for method in (FROZEN_KNN, study.recommended) if method in by_method]
     return {"admits": admits, "shown": dict.fromkeys(shown), "all": by_method}
 
 
-def cost(study: ScoredStudy) -> dict[str, Any]:
+def cost(study: ReportedStudy) -> dict[str, Any]:
     """What the run took: stages with their time and memory, and the caches that are still there."""
     stages = study.record.get("stages", {})
     caches = [

@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.report import write_joint_report
-from pipeline.report.page import side_by_side
-from pipeline.report.study import ScoredStudy
-from pipeline.report.wording import Line, Method
+from pipeline.report.page import side_by_side, write_joint_report
+from pipeline.report.study import ReportedStudy
 from pipeline.study import Lines, Study, terminal_table
 from stages.errors import InputError
+from stages.results.method import Method
+from stages.results.scored_study import Line
 from stages.results.table import write_summary
 
 
@@ -33,9 +33,9 @@ def joint_report(studies: Sequence[Study], folder: Path) -> Lines:
     Raises:
         InputError: one of them is not scored yet.
     """
-    works = [(study.config.work, study.evidence()) for study in studies]
-    path, scored = write_joint_report(works, folder, studies[0].progress)
-    write_summary(folder, [line for study in scored for method in study.lines for line in _lines(study, method)])
+    scored = [ReportedStudy.of(study.config.work, study.evidence()) for study in studies]
+    path = write_joint_report(scored, folder, studies[0].progress)
+    write_summary(folder, [line for study in scored for method in study.scored.lines for line in _lines(study, method)])
     tables = [
         terminal_table([line for study, method in group["lines"] for line in _lines(study, method)])
         for group in side_by_side(scored)
@@ -43,5 +43,5 @@ def joint_report(studies: Sequence[Study], folder: Path) -> Lines:
     return [*tables, f"summary: {folder / 'summary.csv'}, .json, .md, .tex", f"report: {path}"]
 
 
-def _lines(study: ScoredStudy, method: Method) -> list[Line]:
-    return [{"study": study.name} | line for line in study.lines[method].values()]
+def _lines(study: ReportedStudy, method: Method) -> list[Line]:
+    return [{"study": study.name} | line for line in study.scored.lines[method].values()]

@@ -1,33 +1,10 @@
-"""Names of the page: methods, metrics, and numbers as people read them."""
+"""Names and numbers of the page, as people read them."""
 
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from stages.results.table import BASELINES
-
-Line = dict[str, Any]  # of summary.csv, table.json, id.json, thresholds.json
-
-
-class Method(NamedTuple):
-    """All that names a method, seed aside; compares equal to the tuples of `stages.results.table`."""
-
-    backbone: str
-    features: str
-    head: str
-    variant: str
-    routing: str
-    score: str
-    calibrated: str
-
-    @classmethod
-    def of(cls, line: Line) -> "Method":
-        """The method that a line of a table is about."""
-        return cls(*(str(line[field]) for field in cls._fields))
-
-
-BASELINE = Method(*BASELINES["knn"])
-SECOND_BASELINE = Method(*BASELINES["knn+energy"])
+from stages.results.method import NO_HEAD, Method
 
 
 class Metric(NamedTuple):
@@ -46,22 +23,12 @@ METRICS = (
 )
 COMPARED = METRICS[:2]  # those with a paired difference in the summary
 
-HEADS = {  # what the page says of each
-    "probe": "Linear probe on the backbone's own features.",
-    "finetune": "The linear head that was trained together with the backbone.",
-    "trained": "The experts' own heads, as they trained the experts.",
-    "refit": "One regularised linear head over all classes, fitted on the refined features after training.",
-    "refit-group": "The same for each expert, over its own group's classes.",
-    "given": "Logits that came with the features.",
-}
-ROUTINGS = ("predicted", "top2", "oracle")
 KINDS = {
     "end": "Each expert is a copy of the backbone's own end.",
     "adapter": "Each expert is a small bottleneck added to the frozen features.",
     "frozen": "No experts: a head with “other” for each group, on the frozen features (MOS).",
     "dense": "One network of as many parameters as all experts have; nothing is routed.",
 }
-
 
 _SCORE_TITLES = {
     "msp": "MSP",
@@ -98,11 +65,6 @@ _SCORE_TITLES = {
 }  # the others are written as they are asked for
 
 
-def score_name(method: Method) -> str:
-    """A score's column in ``samples/*.parquet``."""
-    return method.score + (" (calibrated)" if method.calibrated == "True" else "")
-
-
 def score_title(method: Method) -> str:
     """A score as the field writes it: ``kNN+energy`` for ``knn+energy``."""
     return "+".join(_SCORE_TITLES.get(part, part) for part in method.score.split("+"))
@@ -111,7 +73,7 @@ def score_title(method: Method) -> str:
 def method_name(method: Method) -> str:
     """Short name of a method for people."""
     features = {"cls": "Frozen" if method.backbone == "pretrained" else "Fine-tuned", "mofe": "MoFE"}[method.features]
-    return f"{features} {score_title(method)}" + (f" ({method.head})" if method.head not in ("none", "probe") else "")
+    return f"{features} {score_title(method)}" + (f" ({method.head})" if method.head not in (NO_HEAD, "probe") else "")
 
 
 def percent(fraction: float | None) -> str:

@@ -18,6 +18,7 @@ from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.intervals import Difference, SetParts, auroc_interval, fpr95_interval, verdicts
 from stages.metrics.ranking import ood_metrics
 from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table
+from stages.results.method import BASELINES, METHOD_COLUMNS, Method
 
 METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
 COMPARED = ("auroc", "fpr95")  # those with a paired difference to each baseline
@@ -54,9 +55,9 @@ class OODRow:
     fpr95_hi: float
 
     @property
-    def method(self) -> tuple[str, ...]:
-        """All that names a method, seed aside."""
-        return (self.backbone, self.features, self.head, self.variant, self.routing, self.score, str(self.calibrated))
+    def method(self) -> Method:
+        """All that names it, seed aside."""
+        return Method(*(getattr(self, name) for name in METHOD_COLUMNS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,13 +134,6 @@ def _intervals(sets: Sequence[SetParts]) -> dict[str, Any]:
     return {"auroc_lo": auroc.lo, "auroc_hi": auroc.hi, "fpr95_lo": fpr95.lo, "fpr95_hi": fpr95.hi}
 
 
-# Methods that every other one is compared with: (backbone, features, head, variant, routing, score, calibrated).
-BASELINES = {
-    "knn": ("pretrained", "cls", "none", "", "none", "knn", "False"),
-    "knn+energy": ("pretrained", "cls", "probe", "", "none", "knn+energy", "False"),
-}
-
-
 def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]:
     """One line per method and OOD set over seeds: mean, standard deviation, n, and paired differences.
 
@@ -154,18 +148,7 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
     found: list[tuple[dict[str, Any], str, str, Difference]] = []
     for (method, ood, group), members in by_cell.items():
         first = members[0][0]
-        line: dict[str, Any] = {
-            "backbone": first.backbone,
-            "features": first.features,
-            "head": first.head,
-            "variant": first.variant,
-            "routing": first.routing,
-            "score": first.score,
-            "calibrated": first.calibrated,
-            "ood": ood,
-            "group": group,
-            "n_seeds": len(members),
-        }
+        line: dict[str, Any] = asdict(method) | {"ood": ood, "group": group, "n_seeds": len(members)}
         for metric in METRICS:
             values = [getattr(row, metric) for row, _ in members]
             line[f"{metric}_mean"] = float(np.mean(values))

@@ -14,13 +14,13 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.record import RunRecord
-from pipeline.report import METRICS, ROUTINGS, Evidence, duration, percent, points, verdict, write_report
 from pipeline.report.figures import admitted
 from pipeline.report.gallery import MOST_PICTURES, galleries
 from pipeline.report.maps import _pca, feature_maps
 from pipeline.report.mixtures import _accuracy_before
-from pipeline.report.study import ScoredStudy
-from pipeline.report.wording import size
+from pipeline.report.page import write_report
+from pipeline.report.study import Evidence, ReportedStudy
+from pipeline.report.wording import METRICS, duration, percent, points, size, verdict
 from stages.detection.calibration import threshold_at
 from stages.detection.subjects import BackboneSource, MixtureFolder, RefinedFeatures
 from stages.errors import InputError
@@ -29,6 +29,7 @@ from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
 from stages.mixture.mixup import class_alpha
 from stages.progress import NullProgress
+from stages.results.method import ROUTINGS
 from stages.results.table import Evaluator, read_summary, summarise, write_table
 from stages.train import EpochRecord
 from tests.conftest import SOURCES
@@ -181,7 +182,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(work):
-    return Page(write_report(work).read_text("utf-8"))
+    return page_of(work)
 
 
 class Page(HTMLParser):
@@ -230,6 +231,11 @@ class Page(HTMLParser):
 
     def body(self, section):
         return [row for row in self.rows[section] if row["cells"]]
+
+
+def page_of(work):
+    """The page of a study, written anew."""
+    return Page(write_report(ReportedStudy.of(work)).read_text("utf-8"))
 
 
 def test_the_page_opens_from_disk_and_asks_for_nothing(page, work):
@@ -314,14 +320,14 @@ def test_routing_says_what_the_mixtures_are_and_what_a_wrong_route_costs(page, t
     first = page.body("routing")[0]
     assert first["name"] == "MoFE · default · 2 experts"
     assert first["cells"] == ["end", "1,234,567", "87.5", "90.0", "91.0", "92.0"]  # predicted, top2, oracle
-    seeds = Page(write_report(make_study(tmp_path, seeds=(3, 5))).read_text("utf-8")).body("routing")[0]
+    seeds = page_of(make_study(tmp_path, seeds=(3, 5))).body("routing")[0]
     assert seeds["cells"][3:] == ["94.0", "95.0", "96.0"]  # means over seeds
     assert "Each expert is a copy of the backbone's own end." in page.text
     assert "kNNtop2" in [row["name"] for row in page.body("table")]
 
 
 def test_one_expert_has_neither_a_load_nor_wrong_routes(tmp_path):
-    page = Page(write_report(make_study(tmp_path, experts=1)).read_text("utf-8"))
+    page = page_of(make_study(tmp_path, experts=1))
     (row,) = page.body("routing")
     assert (row["name"], row["cells"][:3]) == ("MoFE · default · 1 expert", ["end", "1,234,567", "–"])
     assert "What a wrong route costs" not in page.text
@@ -372,11 +378,11 @@ def test_the_drawn_roc_has_the_area_of_the_table():
 
 def test_the_same_files_give_the_same_bytes(work, tmp_path):
     copy = shutil.copytree(work, tmp_path / "elsewhere")
-    assert write_report(copy).read_bytes() == write_report(work).read_bytes()
+    assert write_report(ReportedStudy.of(copy)).read_bytes() == write_report(ReportedStudy.of(work)).read_bytes()
 
 
 def test_several_seeds_give_deviations(tmp_path):
-    page = Page(write_report(make_study(tmp_path, seeds=(3, 5))).read_text("utf-8"))
+    page = page_of(make_study(tmp_path, seeds=(3, 5)))
     row = next(row for row in page.body("table") if row["class"] == "recommended")
     assert all("±" in cell for cell in row["cells"][1:10])
     assert "±" not in page.body("table")[0]["cells"][1]  # nothing of the frozen kNN is random
@@ -385,7 +391,7 @@ def test_several_seeds_give_deviations(tmp_path):
 
 def test_what_a_study_does_not_have_is_left_out(tmp_path):
     work = make_study(tmp_path, seeds=())
-    page = Page(write_report(work).read_text("utf-8"))
+    page = page_of(work)
     assert "routing" not in page.rows
     assert "training" not in page.rows
     assert page.body("table")[0]["class"] == "baseline"
@@ -419,7 +425,7 @@ def test_classes_have_their_difficulty_and_alpha_the_hardest_first(page):
 
 
 def test_variants_stand_beside_each_other_with_what_they_change(tmp_path):
-    page = Page(write_report(make_study(tmp_path, variants=VARIANTS)).read_text("utf-8"))
+    page = page_of(make_study(tmp_path, variants=VARIANTS))
     rows = page.body("variants")
     assert [row["name"] for row in rows] == ["default", "fourexperts = 4", "stillmixup = static"]
     assert [row["cells"][0] for row in rows] == ["2", "4", "2"]
@@ -472,7 +478,7 @@ def images_of(name):
 @pytest.fixture(scope="module")
 def full_path(work, evidence, tmp_path_factory):
     copy = shutil.copytree(work, tmp_path_factory.mktemp("full") / "work")
-    return write_report(copy, evidence=evidence)
+    return write_report(ReportedStudy.of(copy, evidence))
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +498,7 @@ def test_what_a_map_needs_and_is_gone_is_said(page, work, evidence, tmp_path):
     assert "Left out: no cached features of animals, near-birds, far-noise." in page.text
     copy = shutil.copytree(work, tmp_path / "work")
     shutil.rmtree(copy / "model" / "pretrained" / "default" / "seed-0" / "refined" / "final" / "sets")
-    told = feature_maps(ScoredStudy(copy, evidence), NullProgress())
+    told = feature_maps(ReportedStudy.of(copy, evidence), NullProgress())
     assert told["why"] == "after the experts, the refined features are not kept any more"
     assert [panel["title"] for panel in told["panels"]] == [
         "Before the experts, PCA fitted on ID",
@@ -549,7 +555,7 @@ def test_at_most_200_images_are_read_in_all(tmp_path):
         return replace(images, contents=tuple(map(Counted, images.contents)))
 
     Counted.reads = 0
-    study = ScoredStudy(make_study(tmp_path), Evidence("train", {}, counted))
+    study = ReportedStudy.of(make_study(tmp_path), Evidence("train", {}, counted))
     galleries(study, 20)
     assert Counted.reads == 18  # six of each of three sets
     Counted.reads = 0
@@ -573,7 +579,7 @@ def test_images_that_are_gone_or_others_are_listed_with_the_reason(page, work, e
         images = images_of(name)
         return replace(images, contents=images.contents[1:] + images.contents[:1])
 
-    *others, gone = galleries(ScoredStudy(work, replace(evidence, images=other)))
+    *others, gone = galleries(ReportedStudy.of(work, replace(evidence, images=other)))
     reasons = [picture.reason for found in others for picture in found["pictures"]]
     assert reasons == ["another image now than the one that was scored"] * 24
     assert gone["reason"] == "far-noise: no such file or folder"
@@ -597,15 +603,15 @@ def test_a_missing_or_damaged_file_is_named(work, tmp_path, name):
     for content in (b"", b"{}", b'[{"ood": "a"}]', whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]):
         (copy / name).write_bytes(content)
         with pytest.raises(InputError, match=f"{re.escape(name)} .*run make score"):
-            write_report(copy)
+            ReportedStudy.of(copy)
     (copy / name).unlink()
     with pytest.raises(InputError, match=f"{re.escape(name)} is missing: run make score"):
-        write_report(copy)
+        ReportedStudy.of(copy)
 
 
 def test_an_empty_folder_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="run make score"):
-        write_report(tmp_path / "nothing")
+        ReportedStudy.of(tmp_path / "nothing")
 
 
 def test_numbers_are_written_for_people():

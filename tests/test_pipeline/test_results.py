@@ -7,16 +7,18 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.benchmark.comparison import BASELINES, RECOMMENDED, Method, methods_of
+from pipeline.benchmark.comparison import JUDGED_AGAINST, method_label, methods_of
 from pipeline.benchmark.run import EXPERIMENTS, LISTED, STUDIES, Remaining, compare_images, run_results
 from pipeline.config import ConfigError, load_config
 from stages.errors import InputError
 from stages.mixture.grouping import group_classes
+from stages.results.method import RECOMMENDED
 from stages.results.table import read_summary
 from tests.test_pipeline.command import pipeline, refused
 from tests.test_pipeline.tiny import STUDY, draw
@@ -166,8 +168,8 @@ def test_id_accuracy_is_that_of_the_head(finished):
 def test_page_names_what_is_compared(finished):
     page = (finished / "results.md").read_text()
     assert page.count("minus:\n") == 2
-    for method in (RECOMMENDED, *BASELINES):
-        assert f"| {method.label} |" in page
+    for method in (RECOMMENDED, *JUDGED_AGAINST):
+        assert f"| {method_label(method)} |" in page
     assert "Images: those of the benchmark's list." in page
     assert "/" + "/".join(finished.parts[1:]) not in page  # a page to be published
 
@@ -299,7 +301,7 @@ def test_shipped_studies(path):
     seeds = config.variant_seeds()
     assert {name for name, own in seeds.items() if own == (0,)} == {"adapter", "router-cls", "paper"}
     assert {own for own in seeds.values() if own != (0,)} == {(0, 1, 2, 3, 4), (0, 1, 2)}
-    assert {RECOMMENDED, *BASELINES} <= set(methods_of(config))
+    assert {RECOMMENDED, *JUDGED_AGAINST} <= set(methods_of(config))
     with gzip.open(LISTED, "rt", newline="") as file:
         listed = {line["set"] for line in csv.DictReader(file)}
     assert {Path(entry.images).stem for entry in config.sets} <= listed
@@ -338,11 +340,11 @@ def test_shipped_files_name_no_folder_of_a_machine():
 
 
 def test_labels_tell_methods_apart():
-    labels = [method.label for method in methods_of(load_config(STUDIES[0]))]
+    labels = [method_label(method) for method in methods_of(load_config(STUDIES[0]))]
     assert len(set(labels)) == len(labels)
-    oracle = Method("mofe", "refit", "default", "oracle", "knn+energy")
-    assert oracle.label == "MoFE default, true routes (diagnostic): knn+energy (refit)"
-    assert Method("mofe", "refit", "default", "top2", "knn+energy").label == "MoFE default, top 2: knn+energy (refit)"
+    oracle, two = (method_label(replace(RECOMMENDED, routing=routing)) for routing in ("oracle", "top2"))
+    assert oracle == "MoFE default, true routes (diagnostic): knn+energy (refit)"
+    assert two == "MoFE default, top 2: knn+energy (refit)"
 
 
 # -------------------------------------------------------------------------------------------------------- fine-tunes
