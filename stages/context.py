@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stages.machine import default_device
 from stages.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
@@ -59,3 +60,8 @@ class Context:
     def __post_init__(self) -> None:
         if not self.ranks.first:
             object.__setattr__(self, "progress", NullProgress())
+
+    @property
+    def place(self) -> str:
+        """The device, with ``"auto"`` decided."""
+        return default_device() if self.device == "auto" else self.device

@@ -32,9 +32,11 @@ from stages.files.tensors import read_tensors, write_tensors
 from stages.id_data.rows import IdData, read_blocks
 from stages.inputs.images import SampleTable
 from stages.machine import keep_freed_memory
+from stages.mixture.config import MixtureConfig
 from stages.mixture.grouping import group_training_classes, grouping_content
 from stages.mixture.mixup import class_alpha, running_accuracy
-from stages.mixture.model import MixtureOfFeatureExperts, save_mixture
+from stages.mixture.model import build_mixture
+from stages.mixture.storage import save_mixture
 from stages.networks.backbone import Backbone, weights_sha
 from stages.networks.surgery import compile_parts, freeze_first, n_parts
 from stages.networks.weights.loading import build_model, model_shape
@@ -220,7 +222,8 @@ def _objective(
         )
     train = data.split.folds[0].train
     groups = current().agree(group_training_classes(data, train, mixture.experts, mixture.grouping, seed))
-    experts = MixtureOfFeatureExperts(tapped.end, tapped.dim, tapped.tap_dim, groups, "end", mixture.router_input)
+    config = MixtureConfig(tapped.dim, tapped.tap_dim, tuple(groups), "end", mixture.router_input)
+    experts = build_mixture(config, tapped.end)
     blocks = read_blocks(data.train, mixture.router_input, train)
     experts.router.standardise(torch.from_numpy(values) for _, values in blocks)
     cast(Any, model).reset_classifier(data.n_classes)
@@ -666,7 +669,11 @@ def _write(
     if plan is not None:
         groups = dict(zip(data.class_names, objective.groups.tolist(), strict=True))
         mixture = objective.mixture
-        settings = asdict(plan) | {"expert": mixture.kind, "experts": mixture.n_experts, "joint": run.settings.joint}
+        settings = asdict(plan) | {
+            "expert": mixture.config.kind,
+            "experts": mixture.n_experts,
+            "joint": run.settings.joint,
+        }
         save_mixture(folder, mixture, {"identity": run.identity, "groups": groups, "settings": settings})
     run.write_metrics()
     names = ["backbone.safetensors", "head.safetensors", "metrics.jsonl"]

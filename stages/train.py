@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cache import FeatureCache, FeatureSpec
 from cache.fingerprint import fingerprint
-from stages.config import TrainConfig
+from stages.config import ExpertKind, RouterInput, TrainConfig
+from stages.context import Context
 from stages.errors import InputError, StageError
 from stages.files.documents import digest_of, read_document, read_whole, write_document, write_text
 from stages.heads.choose import (
@@ -35,17 +36,14 @@ from stages.heads.choose import (
 from stages.id_data.lazy import LazyArray, Rows2D
 from stages.id_data.rows import IdData, Labels, epoch_windows, lazy_rows, not_finite, read_blocks, read_tokens, unit
 from stages.id_data.split import Rows
+from stages.mixture.config import MixtureConfig
 from stages.mixture.grouping import experts_for, group_training_classes, grouping_content, numbers_as_in
 from stages.mixture.mixup import Mixing, class_alpha, draw_mixing, interpolate, running_accuracy
 from stages.mixture.model import (
     Expert,
-    ExpertKind,
     MixtureOfFeatureExperts,
-    RouterInput,
+    build_mixture,
     cannot_read,
-    load_mixture,
-    run_folder,
-    save_weights,
     soft_cross_entropy,
 )
 from stages.mixture.refine import (
@@ -53,6 +51,7 @@ from stages.mixture.refine import (
     REFINE_BATCH,
     PartBank,
     Refined,
+    Routes,
     load_refined,
     part_bank,
     refine_to,
@@ -61,6 +60,7 @@ from stages.mixture.refine import (
     refined_path,
     training_routes,
 )
+from stages.mixture.storage import load_mixture, run_folder, save_weights
 from stages.networks.end_check import runs_on
 from stages.networks.tokens import Tokens
 from stages.progress import NullProgress, Progress
@@ -216,15 +216,9 @@ def train_mixture(
     progress = progress if progress is not None and ranks.first else NullProgress()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mixture = MixtureOfFeatureExperts(
-            make_end,
-            data.train.spec.cls_dim,
-            data.train.spec.tap_dim,
-            groups,
-            settings.expert,
-            settings.router_input,
-            settings.experts,
-        )
+        spec, kind, reads = data.train.spec, settings.expert, settings.router_input
+        config = MixtureConfig(spec.cls_dim, spec.tap_dim, tuple(groups), kind, reads, settings.experts)
+        mixture = build_mixture(config, make_end)
     _check_experts(mixture, data.train, rows)
     mixture.router.standardise(
         torch.from_numpy(values) for _, values in read_blocks(data.train, settings.router_input, rows)
@@ -385,10 +379,8 @@ class _Training:
         """
         data, settings = self.data, self.settings
         rng = np.random.default_rng((seed, epoch))
-        stored = data.train.spec.datasets()
-        row_bytes = sum(
-            math.prod(stored[name][0]) * stored[name][1].itemsize for name in self.mixture.reads if name in stored
-        )
+        stored, reads = data.train.spec.datasets(), self.mixture.config.reads
+        row_bytes = sum(math.prod(stored[name][0]) * stored[name][1].itemsize for name in reads if name in stored)
         windows = epoch_windows(rows, [shard.start for shard in data.train.manifest.shards], row_bytes, rng)
         # Batches as equal as can be, so that no small one at a window's end weighs as much as a whole one.
         batches = [
@@ -405,7 +397,7 @@ class _Training:
             lr = _lr_factor(settings, epoch + index / len(batches), 1 / len(batches))
             losses = self._step(batch, alpha, lr, rng, begun)
             if not all(map(math.isfinite, losses)):
-                _check_finite(data.train, batch, self.mixture.reads)
+                _check_finite(data.train, batch, self.mixture.config.reads)
                 raise StageError(
                     f"train: the loss is not finite in epoch {epoch}: lower train.lr (now {settings.lr:g})"
                 )
@@ -448,7 +440,7 @@ class _Training:
             lam = torch.from_numpy(part.mixing.lam).to(self.device)
             begun.mixing.index_add_(0, truth[part.inside], torch.minimum(lam, 1 - lam))
         needed = np.unique(np.concatenate([rows for part in parts for rows in (part.own, part.partners, part.other)]))
-        tokens = read_tokens(data.train, batch[needed], self.device, mixture.reads)
+        tokens = read_tokens(data.train, batch[needed], self.device, mixture.config.reads)
         routed = np.sort(np.concatenate([part.own for part in parts]))
         with self.autocast:
             expert_loss = torch.zeros((), device=self.device)
@@ -525,7 +517,7 @@ class _Training:
         own = select[self.ranks.share]
         for start in range(0, len(own), REFINE_BATCH):
             batch = own[start : start + REFINE_BATCH]
-            tokens = read_tokens(self.data.held_out, batch, self.device, network.reads)
+            tokens = read_tokens(self.data.held_out, batch, self.device, network.config.reads)
             truth = torch.from_numpy(labels[batch]).long().to(self.device)
             with self.autocast:
                 out = network(tokens, network.group[truth])
@@ -539,7 +531,7 @@ class _Training:
         both, arrivals, loss_sum = self.ranks.add(sums).tolist()
         if not math.isfinite(loss_sum):
             for start in range(0, len(select), REFINE_BATCH):
-                _check_finite(self.data.held_out, select[start : start + REFINE_BATCH], network.reads)
+                _check_finite(self.data.held_out, select[start : start + REFINE_BATCH], network.config.reads)
             raise StageError(f"train: the held-out loss is not finite after epoch {record.epoch}: lower train.lr")
         record.select_loss = round(loss_sum / len(select), 6)
         record.select_accuracy = round(both / len(select), 6)
@@ -551,10 +543,10 @@ class _Training:
 
 def _check_experts(mixture: MixtureOfFeatureExperts, cache: FeatureCache, rows: Rows) -> None:
     """Refuse experts that cannot run on the patches that were cached, or that see nothing in them."""
-    if cache.spec.patches == "full" or mixture.kind not in ("end", "dense"):
+    if cache.spec.patches == "full" or mixture.config.kind not in ("end", "dense"):
         return
     if not runs_on(cast(Expert, mixture.experts[0]).end, read_tokens(cache, rows[:8])):
-        raise cannot_read(mixture.kind, cache.spec.backbone, cache.spec.patches)
+        raise cannot_read(mixture.config.kind, cache.spec.backbone, cache.spec.patches)
 
 
 def _check_finite(cache: FeatureCache, rows: Rows, reads: Sequence[str]) -> None:
@@ -855,8 +847,9 @@ def _refine_to(
     device: str,
     rows: Rows | None = None,
 ) -> Refined:
-    identity = refined_identity(weights, cache, routes, rows)
-    return refine_to(path, identity, mixture, cache, routes, progress, rows, device)
+    asked = Routes(routes, rows)
+    context = Context(progress or NullProgress(), device)
+    return refine_to(path, refined_identity(weights, cache, asked), mixture, cache, asked, context)
 
 
 def _groups_of_runs(data: IdData, settings: TrainSettings, seed: int) -> dict[str, list[int]]:

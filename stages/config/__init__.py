@@ -69,15 +69,18 @@ class BackboneConfig(StageConfig):
         return recipe or ("official" if known else "timm")
 
 
+ExpertKind = Literal["end", "adapter", "frozen", "dense"]  # what an expert is, see stages/mixture/model.py
+RouterInput = Literal["tap_cls", "cls"]
+
+
 class TrainConfig(StageConfig):
     """How the Mixture of Feature Experts is trained; ``None`` means: as the preset has it."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     experts: PositiveInt | Literal["auto"] = "auto"
-    # What an expert is (stages/mixture/model.py); auto: "end", but "adapter" on features that came without tokens.
-    expert: Literal["auto", "end", "adapter", "frozen", "dense"] = "auto"
-    router_input: Literal["auto", "tap_cls", "cls"] = "auto"  # auto: "tap_cls" where there is one
+    expert: Literal["auto", ExpertKind] = "auto"  # auto: "end", but "adapter" on features that came without tokens
+    router_input: Literal["auto", RouterInput] = "auto"  # auto: "tap_cls" where there is one
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
     mixup: Literal["dynamic", "static", "none"] = "dynamic"
     epochs: PositiveInt | None = None

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 from cache import CacheMismatchError, FeatureCache
+from stages.context import Context
 from stages.detection.detectors import Head, Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.files.documents import read_document
@@ -23,11 +24,12 @@ from stages.heads.choose import FittedHeads, load_heads
 from stages.id_data.lazy import Floats, LazyArray, RowNumbers, Rows2D
 from stages.id_data.rows import IdData, Labels, lazy_rows, read_tokens
 from stages.id_data.split import Rows
-from stages.mixture.model import MixtureOfFeatureExperts, load_mixture, load_trained_heads, run_folder
+from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refine import (
     LEFT_OUT,
     REFINE_BATCH,
     Refined,
+    Routes,
     load_refined,
     part_bank,
     refine,
@@ -35,6 +37,7 @@ from stages.mixture.refine import (
     refined_identity,
     refined_path,
 )
+from stages.mixture.storage import load_mixture, load_trained_heads, run_folder
 from stages.networks.ends import BackboneEnd
 from stages.progress import Progress
 
@@ -305,7 +308,7 @@ class RefinedFeatures:
 
     def passing_rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same of a cache that is thrown away, as of new images: nothing is kept."""
-        return self._rows(refine(self.mixture(), cache), labels, _final)
+        return self._rows(refine(self.mixture(), cache, context=Context(device="auto")), labels, _final)
 
     def second(self, name: str, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same rows through the router's second choice, for top-2 routing."""
@@ -344,10 +347,11 @@ class RefinedFeatures:
     ) -> Refined:
         """Refined rows of a set, computed where they are not kept yet; features and logits stay in the file."""
         path = refined_path(self.folder.path, run, name)
-        identity = refined_identity(self._weights(run), cache, expert, rows)
+        routes = Routes(expert, rows)
+        identity = refined_identity(self._weights(run), cache, routes)
         stored = load_refined(path, identity)
         if stored is None:
-            stored = refine_to(path, identity, self.mixture(run), cache, expert, self._progress, rows)
+            stored = refine_to(path, identity, self.mixture(run), cache, routes, Context(self._progress, "auto"))
         return stored
 
     def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import FeatureCache, arrays_sha256
+from stages.context import Context
 from stages.errors import StageError
 from stages.files.documents import read_document
 from stages.files.rows import RowFormat, described_rows, map_described
 from stages.id_data.lazy import LazyArray, Rows2D, one_after_another
 from stages.id_data.rows import read_tokens, unit
 from stages.id_data.split import Part, Rows, Split
-from stages.machine import default_device
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.networks.tokens import Tokens
-from stages.progress import NullProgress, Progress
+from stages.progress import Progress
 
 REFINE_BATCH = 64
 LEFT_OUT = "left-out"  # the name of a fold's calibrate rows as its bank would have them, beside "id-train"
@@ -66,31 +66,41 @@ class Refined:
         return Refined(**{name: array[rows] for name, array in vars(self).items()})
 
 
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Which rows of a cache are refined, and by which experts.
+
+    Attributes:
+        expert: ``[N]`` sends each row to a given expert; −1, and None, leave it to the router.
+        rows: N rows of the cache, ascending; None: all of them.
+    """
+
+    expert: NDArray[np.int64] | None = None
+    rows: Rows | None = None
+
+    def count(self, cache: FeatureCache) -> int:
+        """N."""
+        return cache.n_rows if self.rows is None else len(self.rows)
+
+
 def refine(
-    mixture: MixtureOfFeatureExperts,
-    cache: FeatureCache,
-    expert: NDArray[np.int64] | None = None,
-    progress: Progress | None = None,
-    rows: Rows | None = None,
-    device: str = "auto",
+    mixture: MixtureOfFeatureExperts, cache: FeatureCache, routes: Routes = Routes(), context: Context = Context()
 ) -> Refined:
     """Run the mixture over a cache, in memory; see `refine_to` for rows that are to be kept, or are many.
 
     Args:
         mixture: trained.
         cache: of any set whose fingerprint is the one that the mixture was trained on.
-        expert: ``[N]`` sends each row to a given expert; −1, and None, leave it to the router.
-        progress: counts rows.
-        rows: N rows of the cache, ascending; all of them by default.
-        device: where the mixture runs, and is brought back from; ``"auto"`` takes a GPU where there is one. In float32
-            everywhere: a GPU gives the CPU's features to rounding.
+        routes: which of its rows, and where they are sent.
+        context: counts rows; the mixture runs on its device, and is brought back from there. In float32 everywhere: a
+            GPU gives the CPU's features to rounding.
     """
-    n = cache.n_rows if rows is None else len(rows)
+    n = routes.count(cache)
     columns = _columns(mixture, cache)
     whole: dict[str, Any] = {name: np.empty((n, *column.shape), column.dtype) for name, column in columns.items()}
     start = 0
-    with _placed(mixture, device):
-        for batch in _batches(mixture, cache, expert, progress, rows):
+    with _placed(mixture, context.place):
+        for batch in _batches(mixture, cache, routes, context.progress):
             stop = start + len(batch.expert)
             for name, array in vars(batch).items():
                 whole[name][start:stop] = array
@@ -103,10 +113,8 @@ def refine_to(
     identity: Mapping[str, str],
     mixture: MixtureOfFeatureExperts,
     cache: FeatureCache,
-    expert: NDArray[np.int64] | None = None,
-    progress: Progress | None = None,
-    rows: Rows | None = None,
-    device: str = "auto",
+    routes: Routes = Routes(),
+    context: Context = Context(),
 ) -> Refined:
     """Run the mixture over a cache into a file, in memory that does not grow with N.
 
@@ -115,17 +123,15 @@ def refine_to(
         identity: what that is.
         mixture: as for `refine`, like all that follows.
         cache: of the set.
-        expert: ``[N]``.
-        progress: counts rows.
-        rows: N rows of the cache.
-        device: likewise.
+        routes: likewise,
+        context: likewise.
 
     Returns:
         What stands in the file, as `load_refined` gives it.
     """
-    n = cache.n_rows if rows is None else len(rows)
-    with _placed(mixture, device), described_rows(path, _columns(mixture, cache), n, identity) as writer:
-        for batch in _batches(mixture, cache, expert, progress, rows):
+    n = routes.count(cache)
+    with _placed(mixture, context.place), described_rows(path, _columns(mixture, cache), n, identity) as writer:
+        for batch in _batches(mixture, cache, routes, context.progress):
             writer.append(vars(batch))
     written = load_refined(path, identity)
     if written is None:
@@ -135,16 +141,10 @@ def refine_to(
 
 @torch.inference_mode()
 def _batches(
-    mixture: MixtureOfFeatureExperts,
-    cache: FeatureCache,
-    expert: NDArray[np.int64] | None,
-    progress: Progress | None,
-    rows: Rows | None,
+    mixture: MixtureOfFeatureExperts, cache: FeatureCache, routes: Routes, progress: Progress
 ) -> Iterator[Refined]:
-    progress = progress or NullProgress()
     mixture.eval()
-    device = mixture.group.device
-    n = cache.n_rows if rows is None else len(rows)
+    device, n, rows, expert = mixture.group.device, routes.count(cache), routes.rows, routes.expert
     progress.start(n, unit(cache), f"refine {cache.manifest.dataset}")
     for start in range(0, n, REFINE_BATCH):
         batch = slice(start, min(start + REFINE_BATCH, n))
@@ -164,8 +164,6 @@ def _batches(
 @contextmanager
 def _placed(mixture: MixtureOfFeatureExperts, device: str) -> Iterator[None]:
     """The mixture on a device, computing there as precisely as a CPU does, and back where it was."""
-    if device == "auto":
-        device = default_device()
     before = mixture.group.device
     mixture.to(device)
     try:
@@ -182,7 +180,7 @@ def _columns(mixture: MixtureOfFeatureExperts, cache: FeatureCache) -> dict[str,
     n_experts = mixture.n_experts
     return {
         "features": RowFormat(real, (cache.spec.cls_dim,)),
-        "logits": RowFormat(real, (mixture.n_classes,)),
+        "logits": RowFormat(real, (mixture.config.n_classes,)),
         "other": RowFormat(real),
         "expert": RowFormat(index),
         "gate": RowFormat(real, (n_experts,)),
@@ -200,7 +198,7 @@ def _others(mixture: MixtureOfFeatureExperts, tokens: Tokens) -> Tensor:
 
 
 def _says_other_of_all(mixture: MixtureOfFeatureExperts) -> bool:
-    return mixture.kind == "frozen" and mixture.n_experts > 1  # heads on the same features, each with an "other"
+    return mixture.config.kind == "frozen" and mixture.n_experts > 1  # heads on the same features, each with an "other"
 
 
 def refined_path(folder: Path, run: str, name: str) -> Path:
@@ -208,20 +206,16 @@ def refined_path(folder: Path, run: str, name: str) -> Path:
     return folder / "refined" / run / f"{name}.safetensors"
 
 
-def refined_identity(
-    weights: str, cache: FeatureCache, expert: NDArray[np.int64] | None = None, rows: Rows | None = None
-) -> dict[str, str]:
+def refined_identity(weights: str, cache: FeatureCache, routes: Routes = Routes()) -> dict[str, str]:
     """What refined features are made of, by its bytes.
 
     Args:
         weights: SHA-256 of the mixture's ``mofe.safetensors``.
         cache: of the set.
-        expert: as for `refine`.
-        rows: likewise.
+        routes: as for `refine`.
     """
-    given = {"expert": expert, "rows": rows}
-    routes = arrays_sha256({name: array for name, array in given.items() if array is not None})
-    return {"weights": weights, "features": cache.digest, "routes": routes}
+    given = {name: array for name, array in vars(routes).items() if array is not None}
+    return {"weights": weights, "features": cache.digest, "routes": arrays_sha256(given)}
 
 
 def training_routes(train: Rows, group: NDArray[np.int64]) -> NDArray[np.int64]:

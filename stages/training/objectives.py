@@ -23,8 +23,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.config import RouterInput
 from stages.id_data.rows import Labels
-from stages.mixture.model import MixtureOfFeatureExperts, RouterInput, soft_cross_entropy
+from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.networks.backbone import Backbone
 
 
@@ -196,7 +197,7 @@ class JointObjective(nn.Module):
                 continue
             # A row's partner is of the same group, so its targets lie within the expert's own outputs.
             own = mixed.targets[inside][:, mixture.classes_of(expert)]
-            own = F.pad(own, (0, int(mixture.n_experts > 1)))
+            own = F.pad(own, (0, int(mixture.config.has_other)))
             other = mixture.class_targets(mixed.labels[outside], expert)
             targets = torch.cat([smooth(own, plan.label_smoothing), plan.other_weight * other])
             _, outputs = mixture.experts[expert](tokens[torch.cat([inside, outside])])

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from stages.config import BackboneConfig, TrainConfig
+from stages.config import BackboneConfig, ExpertKind, TrainConfig
 from stages.extract import extract_set
 from stages.id_data.rows import IdData, id_data, read_tokens
 from stages.id_data.split import Rows
 from stages.inputs.images import list_images
-from stages.mixture.model import ExpertKind, MixtureOfFeatureExperts
+from stages.mixture.config import MixtureConfig
+from stages.mixture.model import build_mixture
 from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.train import resolve_settings, train_mixture
 from tests.bench.timing import RUNS, in_turn, rates, row
@@ -162,7 +163,8 @@ def held(subject: Subject, experts: int, kind: ExpertKind) -> tuple[int, int]:
     """Trained parameters, and bytes of all that is held for them."""
     groups = [0] * subject.data.n_classes if kind == "dense" else subject.groups(experts)
     backbone = subject.backbone
-    mixture = MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups, kind, copies=experts)
+    config = MixtureConfig(backbone.dim, backbone.tap_dim, tuple(groups), kind, copies=experts)
+    mixture = build_mixture(config, backbone.end)
     trained = list(mixture.parameters())
     weights = sum(tensor.nbytes for tensor in mixture.state_dict().values())
     return sum(parameter.numel() for parameter in trained), 2 * weights + 3 * sum(p.nbytes for p in trained)

@@ -23,7 +23,7 @@ from stages.detection.detectors import DetectorFactory
 from stages.detection.subjects import RefinedFeatures
 from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
-from stages.mixture.refine import refine
+from stages.mixture.refine import Routes, refine
 from stages.progress import NullProgress
 from stages.results.table import compact, read_summary
 from tests.test_docs import pages
@@ -349,7 +349,7 @@ def test_ood_is_found_and_a_broken_router_would_not_find_it(demo, table):
         scores = []
         for cache in caches:
             routed = refined.refined("final", cache.manifest.dataset, cache).expert
-            rows = refine(refined.mixture(), cache, route(routed).astype(np.int64))
+            rows = refine(refined.mixture(), cache, Routes(route(routed).astype(np.int64)))
             scores.append(
                 detector.score_rows(refined._rows(rows, np.full(cache.n_rows, -1, np.int32), lambda heads: heads.final))
             )

@@ -13,7 +13,7 @@ from cache import CacheBuilder, InputTable, commit_shard, plan_shards
 from stages.config import TrainConfig
 from stages.heads.choose import load_heads
 from stages.id_data.rows import IdData, id_data
-from stages.mixture.model import load_mixture
+from stages.mixture.storage import load_mixture
 from stages.train import train_mofe, train_probe
 from tests.test_cache.toy import make_spec
 

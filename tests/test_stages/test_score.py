@@ -26,8 +26,8 @@ from stages.heads.choose import load_heads
 from stages.id_data.rows import id_data, read_tokens
 from stages.inputs.images import ImageReader, list_images
 from stages.inputs.images.table import FileRange
-from stages.mixture.model import load_mixture
-from stages.mixture.refine import load_refined, refine, refined_path
+from stages.mixture.refine import Routes, load_refined, refine, refined_path
+from stages.mixture.storage import load_mixture
 from stages.networks import backbone as backbone_module
 from stages.predict import Predictor
 from stages.progress import NullProgress
@@ -286,13 +286,13 @@ def test_two_experts_score_a_row_and_the_gate_weighs_them(source, both, table_of
     def unit(features):
         return np.float64(features) / np.linalg.norm(np.float64(features), axis=1, keepdims=True)
 
-    bank = unit(refine(network, source.data.train, group[labels].astype(np.int64)).features[train])
+    bank = unit(refine(network, source.data.train, Routes(group[labels].astype(np.int64))).features[train])
     far = source.tests[2].cache
     gate = refine(network, far).gate
     order = np.argsort(-gate, axis=1)
     scores = {"knn": [], "energy": []}
     for expert in order.T:
-        refined = refine(network, far, expert)
+        refined = refine(network, far, Routes(expert))
         distances = np.sqrt(np.maximum(0, 2 - 2 * unit(refined.features) @ bank.T))
         distances[expert[:, None] != group[labels[train]]] = np.inf
         scores["knn"].append(np.sort(distances, axis=1)[:, 4])

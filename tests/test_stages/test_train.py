@@ -26,8 +26,8 @@ from stages.files.documents import read_document, write_document
 from stages.heads.choose import load_heads
 from stages.id_data.rows import id_data, read_tokens
 from stages.mixture.mixup import class_alpha
-from stages.mixture.model import load_mixture
 from stages.mixture.refine import load_refined, refined_path
+from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
 from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mixture, train_mofe, train_probe

@@ -13,13 +13,9 @@ from cache import file_sha256
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document
-from stages.mixture.model import (
-    MixtureOfFeatureExperts,
-    load_mixture,
-    load_trained_heads,
-    save_mixture,
-    soft_cross_entropy,
-)
+from stages.mixture.config import MixtureConfig
+from stages.mixture.model import MixtureOfFeatureExperts, build_mixture, soft_cross_entropy
+from stages.mixture.storage import load_mixture, load_trained_heads, save_mixture
 from stages.networks.backbone import Backbone, load_backbone
 from stages.networks.tokens import Tokens
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, dinov2, photos
@@ -39,7 +35,7 @@ def encoded(source, *arguments) -> Tokens:
 
 
 def mixture_of(backbone: Backbone, groups=GROUPS, **kwargs) -> MixtureOfFeatureExperts:
-    return MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups, **kwargs).eval()
+    return build_mixture(MixtureConfig(backbone.dim, backbone.tap_dim, tuple(groups), **kwargs), backbone.end).eval()
 
 
 class MeanEnd(nn.Module):
@@ -63,7 +59,7 @@ def small_tokens(n: int, seed: int = 0) -> Tokens:
 
 
 def small_mixture(groups=GROUPS, seed: int = 0, **kwargs) -> MixtureOfFeatureExperts:
-    mixture = MixtureOfFeatureExperts(MeanEnd, 5, 3, groups, **kwargs)
+    mixture = build_mixture(MixtureConfig(5, 3, tuple(groups), **kwargs), MeanEnd)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in mixture.parameters():
@@ -205,7 +201,7 @@ def test_frozen_experts_have_heads_alone():
 def test_a_mixture_says_what_it_reads(kind, router_input, reads):
     """What it does not read may hold anything."""
     mixture, tokens = small_mixture(kind=kind, router_input=router_input), small_tokens(9)
-    assert mixture.reads == reads
+    assert mixture.config.reads == reads
     others = {name: torch.full_like(x, torch.nan) for name, x in vars(tokens).items() if name not in reads}
     expected, out = mixture(tokens), mixture(Tokens(**vars(tokens) | others))
     assert torch.equal(out.features, expected.features)
@@ -424,11 +420,11 @@ def test_saved_mixture_of_a_real_backbone_comes_back(tmp_path):
 @kinds
 def test_the_stored_model_says_its_kind(tmp_path, kind, router_input):
     mixture, tokens = small_mixture(**kind, router_input=router_input), small_tokens(10)
-    settings = {"expert": mixture.kind, "router_input": router_input, "experts": kind.get("copies", 3)}
+    settings = {"expert": mixture.config.kind, "router_input": router_input, "experts": kind.get("copies", 3)}
     groups = {name: int(group) for name, group in zip(NAMES, mixture.group, strict=True)}
     save_mixture(tmp_path, mixture, {"groups": groups, "settings": settings})
     loaded = load_mixture(tmp_path, MeanEnd, 5, 3)
-    assert (loaded.kind, loaded.router_input) == (mixture.kind, router_input)
+    assert (loaded.config.kind, loaded.config.router_input) == (mixture.config.kind, router_input)
     for ours, theirs in zip(vars(mixture(tokens)).values(), vars(loaded(tokens)).values(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -490,4 +486,4 @@ def test_mixture_of_another_architecture_is_refused(tmp_path):
 
 
 def test_groups_may_be_numpys():
-    assert small_mixture(np.array(GROUPS)).sizes == [2, 4, 1]
+    assert small_mixture(np.array(GROUPS)).config.sizes == (2, 4, 1)

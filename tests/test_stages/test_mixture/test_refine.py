@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from cache import file_sha256
+from stages.context import Context
 from stages.extract import extract_set
 from stages.files.tensors import write_described
 from stages.id_data.rows import read_tokens
 from stages.inputs.images import list_images
 from stages.mixture import refine as refine_module
-from stages.mixture.model import MixtureOfFeatureExperts, load_mixture
-from stages.mixture.refine import load_refined, refine, refine_to, refined_digest, refined_path
+from stages.mixture.config import MixtureConfig
+from stages.mixture.model import build_mixture
+from stages.mixture.refine import Routes, load_refined, refine, refine_to, refined_digest, refined_path
+from stages.mixture.storage import load_mixture
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_each_row_is_what_its_expert_makes_of_it(network, routed, caches):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU answers here")
 def test_a_gpu_refines_as_the_cpu_does(network, caches):
-    gpu, cpu = (refine(network, caches["test"], device=device) for device in ("cuda", "cpu"))
+    gpu, cpu = (refine(network, caches["test"], context=Context(device=device)) for device in ("cuda", "cpu"))
     np.testing.assert_array_equal(gpu.expert, cpu.expert)
     for name in ("features", "logits", "other", "gate", "others"):
         np.testing.assert_allclose(getattr(gpu, name), getattr(cpu, name), rtol=1e-3, atol=1e-4)
@@ -63,13 +66,13 @@ def test_a_gpu_refines_as_the_cpu_does(network, caches):
 def test_without_a_gpu_auto_is_the_cpu(network, routed, caches, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("auto", "cpu"):
-        refined = refine(network, caches["test"], device=device)
+        refined = refine(network, caches["test"], context=Context(device=device))
         assert all(np.array_equal(own, getattr(refined, name)) for name, own in vars(routed).items())
 
 
 def test_rows_can_be_sent_to_an_expert(network, routed, caches):
     asked = np.arange(caches["test"].n_rows) % 3 - 1  # by the router, to 0, to 1, …
-    refined = refine(network, caches["test"], asked)
+    refined = refine(network, caches["test"], Routes(asked))
     np.testing.assert_array_equal(refined.expert, np.where(asked < 0, routed.expert, asked))
     same = np.flatnonzero(refined.expert == routed.expert)
     np.testing.assert_allclose(refined.features[same], routed.features[same], rtol=1e-4, atol=1e-5)
@@ -85,10 +88,10 @@ def test_the_runner_up_is_the_second_likeliest_group(routed):
 
 def test_some_rows_alone(network, routed, caches):
     rows = np.array([3, 70, 71, 200])
-    some = refine(network, caches["test"], routed.runner_up[rows], rows=rows)
+    some = refine(network, caches["test"], Routes(routed.runner_up[rows], rows))
     np.testing.assert_array_equal(some.expert, routed.runner_up[rows])
     np.testing.assert_allclose(some.gate, routed.gate[rows], rtol=1e-5)
-    own = refine(network, caches["test"], rows=rows)
+    own = refine(network, caches["test"], Routes(rows=rows))
     np.testing.assert_allclose(own.features, routed.features[rows], rtol=1e-4, atol=1e-5)
 
 
@@ -97,7 +100,7 @@ def test_some_rows_alone(network, routed, caches):
 )
 def test_every_group_says_other_where_all_heads_see_the_frozen_features(backbone, caches, kind, groups):
     torch.manual_seed(0)
-    mixture = MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, groups, kind=kind)
+    mixture = build_mixture(MixtureConfig(backbone.dim, backbone.tap_dim, groups, kind), backbone.end)
     for expert in mixture.experts:
         torch.nn.init.normal_(expert.head.weight, std=0.05)
     refined = refine(mixture, caches["test"])
@@ -182,10 +185,11 @@ def test_by_blocks_into_a_file_it_is_what_it_is_in_memory(network, caches, tmp_p
     cache, identity = caches["test"], {"mixture": "a", "features": "b"}
     rows = np.arange(3, cache.n_rows, 2) if some else None
     expert = np.arange(len(rows)) % 3 - 1 if some else None
-    refined = refine(network, cache, expert, rows=rows)
+    routes = Routes(expert, rows)
+    refined = refine(network, cache, routes)
     whole, blocks = (refined_path(tmp_path, run, "test") for run in ("whole", "blocks"))
     write_described(whole, vars(refined), identity)
-    written = refine_to(blocks, identity, network, cache, expert, rows=rows)
+    written = refine_to(blocks, identity, network, cache, routes)
     assert blocks.read_bytes() == whole.read_bytes()
     assert refined_digest(blocks) == refined_digest(whole) == file_sha256(blocks)
     for stored in (written, load_refined(blocks, identity)):
@@ -195,12 +199,12 @@ def test_by_blocks_into_a_file_it_is_what_it_is_in_memory(network, caches, tmp_p
 
 
 def test_ten_times_the_rows_take_no_more_memory(backbone, caches, tmp_path):
-    mixture = MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, (0, 1, 1, 0), kind="frozen")
+    mixture = build_mixture(MixtureConfig(backbone.dim, backbone.tap_dim, (0, 1, 1, 0), "frozen"), backbone.end)
     peaks = []
     for n in (400, 4000):  # of 5 KiB: 2 MB, 20 MB
         rows = np.sort(np.arange(n) % caches["test"].n_rows)
         tracemalloc.start()
-        refined = refine_to(refined_path(tmp_path, "final", f"{n}"), {}, mixture, caches["test"], rows=rows)
+        refined = refine_to(refined_path(tmp_path, "final", f"{n}"), {}, mixture, caches["test"], Routes(rows=rows))
         assert refined.features.shape == (n, backbone.dim)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -16,8 +16,10 @@ from stages.files.documents import read_document, write_document
 from stages.finetune import finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.heads.choose import load_heads
 from stages.id_data.rows import read_tokens
-from stages.mixture.model import MixtureOfFeatureExperts, load_mixture
+from stages.mixture.config import MixtureConfig
+from stages.mixture.model import build_mixture
 from stages.mixture.refine import refined_path
+from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.networks.weights.loading import build_model
 from stages.train import finish_joint, joint_identity, mixture_is_fresh
@@ -48,7 +50,7 @@ def joint(vit, vit_data, few_images, tmp_path_factory):
 
 def objective_of(vit):
     backbone = Backbone(build_model(vit), vit, 1, detach_end=True)
-    mixture = MixtureOfFeatureExperts(backbone.end, backbone.dim, backbone.tap_dim, GROUPS)
+    mixture = build_mixture(MixtureConfig(backbone.dim, backbone.tap_dim, GROUPS), backbone.end)
     backbone.model.reset_classifier(4)
     backbone.model.requires_grad_(True)
     return JointObjective(backbone, mixture, PLAN, 0.0).train()
