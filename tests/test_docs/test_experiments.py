@@ -1,6 +1,7 @@
 """The experiment file as documents have it: each key, each default, each file."""
 
 import re
+import tarfile
 import tomllib
 
 import pytest
@@ -11,6 +12,8 @@ from stages.train import resolve_settings
 from stages.training.recipes import resolve_recipe
 from tests.test_docs.pages import PAGES, page_with, table
 from tests.test_docs.settings import SETTINGS, TABLES, key_of, keys_in
+from tests.test_pipeline.command import done
+from tests.test_pipeline.tiny import draw
 
 KEYS = page_with("keys").between("keys")
 TOML = [(page.name, code) for page in PAGES.values() for code in page.blocks("toml")]
@@ -80,6 +83,24 @@ def test_every_whole_experiment_is_accepted(page, code, tmp_path):
     config = load_config(tmp_path / "pets.toml")
     config.require_roles("run")
     assert config.work == tmp_path / "runs" / "pets"
+
+
+@pytest.mark.parametrize(("page", "code"), [(page, code) for page, code in TOML if "\nwork = " in code])
+def test_every_whole_experiment_says_what_it_would_do(page, code, tmp_path, monkeypatch):
+    """On images as the page has them, by another network, since no weights can be had from the hub in tests."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets.toml").write_text(code, "utf-8")
+    for name, source in {"train": "sklearn:digits[0-2]/train", "test": "sklearn:digits[0-2]/test"}.items():
+        draw(tmp_path / "data" / name, source, 12)
+    draw(tmp_path / "data" / "textures", "sklearn:photos", 2, nested=False)
+    with tarfile.open(tmp_path / "data" / "textures.tar", "w") as tar:
+        tar.add(tmp_path / "data" / "textures", arcname=".")
+    network = {"name": "tf_efficientnet_lite0", "weights": "embedded", "image_size": 32, "recipe": "timm"}
+    overrides = [word for key, value in network.items() for word in ("--set", f"backbone.{key}={value}")]
+    said = done("run", "pets.toml", "--dry-run", *overrides).out
+    assert re.search(r"^extract pretrained textures: 4 images, would write ", said, re.MULTILINE)
+    assert said.endswith(f"report: would write {tmp_path / 'runs' / 'pets' / 'report' / 'index.html'}\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_readme_has_one_of_a_few_lines():

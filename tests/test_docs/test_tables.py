@@ -1,11 +1,15 @@
 """Tables of documents that follow from the code, or from one another, are those."""
 
+import csv
+import gzip
 import re
+from collections import Counter
 
 import timm
 import torch
 
 from cache import FeatureSpec
+from pipeline.benchmark.run import LISTED
 from stages.networks.tokens import stored_grid
 from stages.scorers import SCORERS
 from tests.test_docs.pages import PAGES, page_with, table
@@ -94,3 +98,12 @@ def test_readme_has_the_recommended_rows_of_the_results():
             stated[name, cells[0]] = [row[column] for column in header[2:]]
     assert {(cells[0], cells[1]): cells[2:] for cells in some} == stated
     assert len(some) == 8
+
+
+def test_the_benchmarks_sets_are_those_of_its_list():
+    with gzip.open(LISTED, "rt", encoding="utf-8", newline="") as file:
+        listed = Counter(line["set"] for line in csv.DictReader(file))
+    page = PAGES["pipeline/benchmark/README.md"]
+    _, *rows = table(page.text.split("\n## Sets\n")[1].split("\n## ")[0])
+    assert {cells[0].strip("`"): int(cells[2].replace(",", "")) for cells in rows} == listed
+    assert f"{sum(listed.values()):,} in {len(listed)} sets" in page.text
