@@ -21,7 +21,7 @@ FAMILY = ("vit_small_patch14", "vit_base_patch14", "vit_large_patch14", "vit_gia
 def row_bytes(name: str, size: int, patches: str) -> int:
     """Bytes of one image's features in float16, by the network's own shapes (nothing is computed or held in memory)."""
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0, img_size=size)
+        model = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
     spec = FeatureSpec(
         backbone=name,
         weights_sha="0a1b",
@@ -107,3 +107,16 @@ def test_the_benchmarks_sets_are_those_of_its_list():
     _, *rows = table(page.text.split("\n## Sets\n")[1].split("\n## ")[0])
     assert {cells[0].strip("`"): int(cells[2].replace(",", "")) for cells in rows} == listed
     assert f"{sum(listed.values()):,} in {len(listed)} sets" in page.text
+
+
+def test_what_thresholds_admit_is_what_the_simulation_found():
+    """The ranges of METHOD.md are those of the tables of coverage, without the line of exchangeable scores."""
+    tables = PAGES["tests/bench/README.md"].text.split("\n## Coverage of the thresholds\n")[1].split("\n\n")
+    admitted = {}
+    for columns, _, *rows in (table(text) for text in tables if text.startswith("| score ")):
+        for cells in rows:
+            for column, cell in list(zip(columns, cells, strict=True))[3:]:
+                admitted.setdefault(int(column.split()[0]), []).append(cell.split()[0])
+    many = [cell for n, cells in admitted.items() if n >= 20 for cell in cells]
+    said = f"{min(many, key=float)} to {max(many, key=float)} % of new rows from 20 rows a class on, "
+    assert said + f"up to {max(admitted[5], key=float)} % with 5" in " ".join(PAGES["stages/METHOD.md"].text.split())
