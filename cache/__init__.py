@@ -1,9 +1,10 @@
 """A cache of features: sealed folders of HDF5 shards with a manifest, found again by fingerprint.
 
-``CacheBuilder`` fills a cache and seals it; ``FeatureCache`` reads it. Knows nothing of models or of images.
+``CacheBuilder`` fills a cache and seals it; ``FeatureCache`` reads it; README.md shows the states of its folder. Knows
+nothing of models or of images.
 """
 
-from cache.builder import CacheBuilder, commit_shard, unseal
+from cache.builder import CacheBuilder, commit_shard
 from cache.errors import (
     CacheBusyError,
     CacheDamagedError,
@@ -13,13 +14,15 @@ from cache.errors import (
     CacheNotFoundError,
 )
 from cache.fingerprint import arrays_sha256, canonical_json, file_sha256, fingerprint, sha256
-from cache.inputs import Failure, InputTable
+from cache.folders import find_caches, next_cache_path
+from cache.inputs import Failure, InputSet, InputTable
 from cache.lock import Lock
 from cache.manifest import Manifest, ShardInfo, resumed_with
 from cache.plan import ShardPlan, plan_shards
+from cache.repair import restore_manifest, unseal
 from cache.shard import list_datasets, read_dataset
 from cache.spec import FeatureSpec
-from cache.store import Damage, FeatureCache, find_caches, next_cache_path, restore_manifest
+from cache.store import Damage, FeatureCache
 
 __all__ = [
     "CacheBuilder",
@@ -33,6 +36,7 @@ __all__ = [
     "Failure",
     "FeatureCache",
     "FeatureSpec",
+    "InputSet",
     "InputTable",
     "Lock",
     "Manifest",

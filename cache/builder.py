@@ -1,12 +1,13 @@
 """CacheBuilder: the unsealed side of a cache. It may be killed at any moment and goes on where it was.
 
 >>> import tempfile, numpy as np
->>> from cache import CacheBuilder, FeatureSpec, InputTable, commit_shard, plan_shards
+>>> from cache import CacheBuilder, FeatureSpec, InputSet, InputTable, commit_shard, plan_shards
 >>> spec = FeatureSpec("net", "0a1b", {"mean": [0.5]}, 224, 1, "none", "float32", 4, 4, 0, (0, 0), {}, 1)
 >>> inputs = InputTable.listing(["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1], [10, 20, 30], [0, 0, 0])
+>>> pets = InputSet("pets", inputs, ("cat", "dog"))
 >>> path = f"{tempfile.mkdtemp()}/pets-{spec.fingerprint:.8}"
 >>> plans = plan_shards(len(inputs), spec.row_bytes, max_rows=2)
->>> with CacheBuilder.begin(path, "pets", spec, inputs, ["cat", "dog"], plans, made_with={}) as builder:
+>>> with CacheBuilder.begin(path, pets, spec, plans, made_with={}) as builder:
 ...     for plan in builder.pending():
 ...         ones = np.ones((len(plan), 4), np.float32)
 ...         commit_shard(path, plan, {"cls": ones, "tap_cls": ones}, inputs[plan.start : plan.stop], failures=[])
@@ -15,8 +16,7 @@
 (array([[1., 1., 1., 1.]], dtype=float32), array([0, 0, 1], dtype=int32), [])
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,14 +28,14 @@ import numpy.typing as npt
 from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
 from cache.files import check, disk_errors, sync_folder, write_file
 from cache.fingerprint import canonical_json, fingerprint, sha256
-from cache.inputs import Failure, InputTable, failures_to_jsonl
+from cache.inputs import Failure, InputSet, InputTable, failures_to_jsonl
 from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, own_settings, resumed_with
 from cache.plan import ShardPlan
-from cache.shard import ShardFile, ShardReader, write_shard
+from cache.shard import ShardFile, write_shard
 from cache.spec import FeatureSpec
 from cache.store import FeatureCache, read_sealed
-from cache.unfinished import BuildPlan, ShardRecord, file_size, is_blank, record_name, sweep
+from cache.unfinished import BuildPlan, ShardRecord, is_blank, record_name, sweep
 
 _NO_FILE = ShardFile(0, 0, sha256(b""))  # of a shard whose inputs all failed
 
@@ -66,10 +66,8 @@ class CacheBuilder:
     def begin(
         cls,
         path: str | Path,
-        dataset: str,
+        inputs: InputSet,
         spec: FeatureSpec,
-        inputs: InputTable,
-        class_names: Sequence[str],
         plans: Sequence[ShardPlan],
         made_with: Mapping[str, Any],
         adopt: bool = False,
@@ -78,10 +76,8 @@ class CacheBuilder:
 
         Args:
             path: the cache's folder, see ``next_cache_path``.
-            dataset: name of the set.
+            inputs: the set, nothing of it read yet.
             spec: what a feature will be.
-            inputs: the listing, nothing read yet.
-            class_names: what the labels stand for.
             plans: which inputs go into which shard, from ``plan_shards``.
             made_with: versions and settings that the bits may depend on. Others than those that the cache was begun
                 with are no error; the manifest then lists them under ``resumed_with``. It may hold such a list itself.
@@ -95,12 +91,12 @@ class CacheBuilder:
             CacheError: a sealed cache or something else stands there, or the disk refuses.
         """
         path = Path(path)
-        asked = BuildPlan.make(dataset, spec, inputs, class_names, plans, made_with)
+        asked, listing = BuildPlan.make(inputs, spec, plans, made_with), inputs.listing
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(path)
         try:
-            return cls(path, cls._resume_or_create(path, asked, inputs if adopt else None), inputs, lock, made_with)
+            return cls(path, cls._resume_or_create(path, asked, listing if adopt else None), listing, lock, made_with)
         except BaseException:
             lock.release()
             raise
@@ -281,97 +277,3 @@ def commit_shard(
     else:
         (path / plan.name).unlink(missing_ok=True)
     ShardRecord.make(plan, file, rows, failures).write(path)
-
-
-def unseal(
-    path: str | Path,
-    damaged: Iterable[str],
-    inputs: InputTable | None = None,
-    made_with: Mapping[str, Any] | None = None,
-) -> CacheBuilder:
-    """Turn a sealed cache back into an unfinished one without its damaged shards, so that only they are made again.
-
-    A damaged ``inputs.parquet`` or ``failures.jsonl`` is rebuilt from the shards and a fresh listing; shards with
-    failures are then made again, since nothing else knows of these. Where the same bits are computed again, sealing
-    gives the same bytes as before. A kill leaves the sealed cache as it was, or the unfinished one.
-
-    Args:
-        path: the cache's folder.
-        damaged: names of files as ``FeatureCache.verify`` gives them.
-        inputs: a fresh listing, needed where ``inputs.parquet`` is damaged.
-        made_with: as for ``CacheBuilder.begin``; None keeps what the manifest says.
-
-    Raises:
-        CacheBusyError: another process works on it.
-        CacheDamagedError: ``inputs.parquet`` is damaged and no listing was given; or the manifest is, see
-            ``restore_manifest``.
-        CacheMismatchError: the listing is not the one that the cache was made from.
-    """
-    path = Path(path)
-    lock = Lock(path)
-    try:
-        cache = FeatureCache(path, read_sealed(path))
-        sweep(path, sealed=True)  # records that a killed unseal left may speak of shards that are damaged by now
-        manifest = cache.manifest
-        plans = [ShardPlan(i, shard.input_start, shard.input_stop) for i, shard in enumerate(manifest.shards)]
-        listing, records = _salvage(cache, plans, set(damaged), inputs)
-        plan = BuildPlan.make(manifest.dataset, manifest.spec, listing, manifest.class_names, plans, manifest.made_with)
-        if made_with is not None:
-            plan = replace(plan, made_with=resumed_with(plan.made_with, made_with))
-        # First all that an unfinished cache has, then away with the manifest: a kill in between changes nothing.
-        plan.write(path)
-        for record in records:
-            record.write(path)
-        with disk_errors(path):
-            (path / MANIFEST).unlink()
-            sync_folder(path)
-            (path / COPY).unlink(missing_ok=True)
-            for name in {plan.name for plan in plans} - {record.plan.name for record in records}:
-                (path / name).unlink(missing_ok=True)
-            sync_folder(path)
-        return CacheBuilder(path, plan, listing, lock, plan.made_with if made_with is None else made_with)
-    except BaseException:
-        lock.release()
-        raise
-
-
-def _salvage(
-    cache: FeatureCache, plans: Sequence[ShardPlan], damaged: set[str], inputs: InputTable | None
-) -> tuple[InputTable, list[ShardRecord]]:
-    """The listing of a sealed cache, and a record for each of its shards that need not be made again."""
-    reasons: dict[str, Failure] = {}
-    with suppress(CacheDamagedError):
-        reasons = {failure.id: failure for failure in cache.failures()}
-    try:
-        listing, known = cache.inputs(), True
-    except CacheDamagedError:
-        if inputs is None:
-            raise CacheDamagedError(f"{cache.path / INPUTS}: is damaged; its inputs must be listed anew") from None
-        listing, known = inputs, False
-    if len(listing) != cache.manifest.n_inputs:
-        n_inputs = cache.manifest.n_inputs
-        raise CacheMismatchError(f"{cache.path}: made from {n_inputs} inputs, {len(listing)} are listed now")
-    records = []
-    for plan, shard in zip(plans, cache.manifest.shards, strict=True):
-        size = file_size(cache.path / shard.name)
-        if shard.name in damaged or size != (shard.nbytes if shard.rows else None):
-            continue
-        rows = listing[plan.start : plan.stop]
-        if not known and not shard.n_failures:
-            rows = _rows_from_shard(cache.path / shard.name, rows)
-        failures = [
-            reasons[id_] for id_, failed in zip(rows.ids, rows.failed, strict=True) if failed and id_ in reasons
-        ]
-        if len(failures) == shard.n_failures:
-            file = ShardFile(shard.rows, shard.nbytes, shard.sha256)
-            records.append(ShardRecord.make(plan, file, rows, failures))
-    return InputTable.listing(listing.ids, listing.labels, listing.sizes, listing.mtimes_ns), records
-
-
-def _rows_from_shard(path: Path, listed: InputTable) -> InputTable:
-    """What a shard without failures knows of its inputs."""
-    reader = ShardReader(path)
-    same_ids = [id_.encode("utf-8") for id_ in listed.ids] == reader.array("id").tolist()
-    if not same_ids or not np.array_equal(listed.labels, reader.array("label")):
-        raise CacheMismatchError(f"{path}: its sample ids or labels are not those that are listed now")
-    return listed.with_results(np.array(reader.array("image_hash")), np.zeros(len(listed), np.bool_))

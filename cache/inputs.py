@@ -1,4 +1,4 @@
-"""InputTable and Failure: what a cache was made from, and what could not be used.
+"""InputTable, InputSet and Failure: what a cache is made from, and what could not be used.
 
 ``inputs.parquet`` has a row per input, in the order of the listing::
 
@@ -8,7 +8,7 @@ The rows with status "row" are, in this order, the rows of the cache.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -155,6 +155,21 @@ class InputTable:
             np.frombuffer(digests, np.uint8).reshape(-1, 32),
             np.asarray(status == "failed", np.bool_),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class InputSet:
+    """A set that becomes a cache.
+
+    Attributes:
+        name: of the set; a part of the folder's name.
+        listing: its inputs.
+        class_names: what their labels stand for.
+    """
+
+    name: str
+    listing: InputTable
+    class_names: Sequence[str]
 
 
 @dataclass(frozen=True)

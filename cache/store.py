@@ -1,13 +1,10 @@
-"""FeatureCache: a sealed cache, to read from; and where caches stand under their root."""
+"""FeatureCache: a sealed cache, to read from."""
 
 import os
-import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,14 +16,12 @@ from cache.files import TEMPORARY, is_stray, written_after
 from cache.fingerprint import file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
 from cache.lock import Lock
-from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, check_dataset_name
-from cache.shard import ShardReader
+from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo
+from cache.mapped import MappedShards
 from cache.spec import FeatureSpec
-from cache.unfinished import PLAN, file_size, is_blank, sweep
+from cache.unfinished import PLAN, file_size, sweep
 
-Rows = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | None
-_LARGE_ROW = 16384  # bytes from which a Python loop over rows costs less than a second copy
-_MAPPED = 256  # shards that are mapped at once: each takes a file descriptor, and a process may have only 1024
+RowChoice = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -50,11 +45,8 @@ class FeatureCache:
     def __init__(self, path: str | Path, manifest: Manifest) -> None:
         self.path = Path(path)
         self.manifest = manifest
-        self._starts = np.array([shard.start for shard in manifest.shards], np.int64)
         self._datasets = manifest.spec.datasets()
-        self._readers: dict[int, ShardReader] = {}  # they remember where datasets lie, mapped or not
-        self._mapped: dict[int, dict[str, npt.NDArray[Any]]] = {}  # longest mapped first
-        self._mapping = threading.Lock()  # several threads may read
+        self._shards = MappedShards(self.path, manifest)
 
     @classmethod
     def open(cls, path: str | Path, expected: FeatureSpec | None = None) -> Self:
@@ -162,7 +154,7 @@ class FeatureCache:
         """[n, 32] uint8, SHA-256 of each image file."""
         return self._inputs.sha256[~self._inputs.failed]
 
-    def read(self, name: str, rows: Rows = None) -> npt.NDArray[Any]:
+    def read(self, name: str, rows: RowChoice = None) -> npt.NDArray[Any]:
         """Features of some rows, in the order given; touches the named dataset only.
 
         Args:
@@ -182,35 +174,11 @@ class FeatureCache:
         with self._memory_errors():
             numbers = self._row_numbers(rows)
             out = np.empty((len(numbers), *shape), dtype)
-        if not len(numbers):
-            return out
-        # "right": of the shards that start at a row, the last one holds it, since those before have no rows.
-        shards = np.searchsorted(self._starts, numbers, "right") - 1
-        local = numbers - self._starts[shards]
-        large = prod(shape) * dtype.itemsize >= _LARGE_ROW
-        if large and len(np.unique(shards)) <= _MAPPED:
-            order = np.arange(len(numbers))  # fresh memory is filled from its start, while its pages are in the cache
-        else:
-            order = np.argsort(shards, kind="stable")  # each shard is mapped once
-        shards, local = shards[order], local[order]
-        breaks = np.diff(shards) != 0
-        if large:
-            breaks |= (np.diff(local) != 1) | (np.diff(order) != 1)
-        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-        stops = np.append(starts[1:], len(order))
-        if large:  # a run of rows at a time, straight to its place, without the copy in between that a gather makes
-            columns = (shards[starts], order[starts], local[starts], stops - starts)
-            runs = zip(*(column.tolist() for column in columns), strict=True)
-            for shard, place, row, length in runs:
-                out[place : place + length] = self._array(shard, name)[row : row + length]
-        else:
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                array = self._array(int(shards[start]), name)
-                out[_as_slice(order[start:stop])] = array[_as_slice(local[start:stop])]
+        self._shards.fill(out, name, numbers)
         return out
 
     def batches(
-        self, names: Sequence[str], rows: Rows = None, batch_size: int = 256, seed: int | None = None
+        self, names: Sequence[str], rows: RowChoice = None, batch_size: int = 256, seed: int | None = None
     ) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Walk over rows in batches; memory stays that of one batch.
 
@@ -308,7 +276,7 @@ class FeatureCache:
                 damages[MANIFEST] = "has changed since the cache was opened"
         except CacheError as error:
             damages[MANIFEST] = str(error)
-        if MANIFEST not in damages and not _alike(self.path):
+        if MANIFEST not in damages and not alike(self.path):
             damages[COPY] = f"is missing, or not the same as {MANIFEST}"
         return [Damage(name, damages[name]) for name in sorted(damages)]
 
@@ -336,7 +304,7 @@ class FeatureCache:
                 "over batches. If there should be fewer, run verify"
             ) from error
 
-    def _row_numbers(self, rows: Rows) -> npt.NDArray[np.int64]:
+    def _row_numbers(self, rows: RowChoice) -> npt.NDArray[np.int64]:
         if rows is None or isinstance(rows, slice):
             return np.arange(self.n_rows, dtype=np.int64)[rows or slice(None)]
         numbers = np.asarray(rows)
@@ -351,34 +319,6 @@ class FeatureCache:
                 f"rows {numbers.min()} to {numbers.max()} asked of a cache with rows 0 to {self.n_rows - 1}"
             )
         return numbers.astype(np.int64)
-
-    def _array(self, index: int, name: str) -> npt.NDArray[Any]:
-        with self._mapping:
-            arrays = self._mapped.get(index)
-            if arrays is None:
-                if len(self._mapped) >= _MAPPED:
-                    longest = next(iter(self._mapped))
-                    del self._mapped[longest]
-                    self._readers[longest].close()
-                arrays = self._mapped[index] = {}
-            if name not in arrays:
-                arrays[name] = self._map(index, name)
-            return arrays[name]
-
-    def _map(self, index: int, name: str) -> npt.NDArray[Any]:
-        shard, (shape, dtype) = self.manifest.shards[index], self._datasets[name]
-        reader = self._readers.setdefault(index, ShardReader(self.path / shard.name))
-        array = reader.array(name)
-        if array.shape != (shard.rows, *shape) or array.dtype != dtype:
-            raise CacheDamagedError(f"{reader.path}: {name} is {array.dtype} {array.shape}, not as sealed; run verify")
-        return array
-
-
-def _as_slice(numbers: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
-    """A slice where the numbers follow one another: it copies one run of bytes, where an index array gathers."""
-    first, last = int(numbers[0]), int(numbers[-1])
-    runs = last - first + 1 == len(numbers) and bool((np.diff(numbers) == 1).all())
-    return slice(first, last + 1) if runs else numbers
 
 
 def read_sealed(path: Path) -> Manifest:
@@ -397,7 +337,7 @@ def read_sealed(path: Path) -> Manifest:
     try:
         return Manifest.read(path)
     except (CacheNotFoundError, CacheDamagedError, CacheInvalidError) as error:
-        if not (path / COPY).exists() or _alike(path):
+        if not (path / COPY).exists() or alike(path):
             raise
         try:
             Manifest.read(path, COPY)
@@ -406,74 +346,9 @@ def read_sealed(path: Path) -> Manifest:
         raise CacheDamagedError(f"{error}; verify --repair puts it back from its copy") from error
 
 
-def restore_manifest(path: str | Path) -> bool:
-    """Put a damaged or lost manifest back from its copy, or the copy from the manifest; tidy up after killed processes.
-
-    Returns:
-        whether there was anything to do.
-
-    Raises:
-        CacheBusyError: another process works on the cache.
-        CacheNotFoundError, CacheInvalidError: as ``FeatureCache.open``.
-        CacheDamagedError: both are damaged.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CacheNotFoundError(f"{path}: no cache stands there")
-    with Lock(path):
-        try:
-            manifest, damaged = read_sealed(path), COPY
-        except CacheDamagedError as error:
-            try:
-                manifest, damaged = Manifest.read(path, COPY), MANIFEST
-            except CacheError:
-                raise error from None
-        whole = damaged == COPY and _alike(path)
-        if not whole:
-            manifest.write(path, damaged)
-        sweep(path, sealed=True)
-        return not whole
-
-
-def _alike(path: Path) -> bool:
-    """Whether manifest and copy have the same bytes."""
+def alike(path: Path) -> bool:
+    """Whether a cache's manifest and its copy are both there, with the same bytes."""
     try:
         return (path / MANIFEST).read_bytes() == (path / COPY).read_bytes()
     except OSError:
         return False
-
-
-def find_caches(root: str | Path, dataset: str | None, spec: FeatureSpec) -> list[Path]:
-    """Caches of a set under a root, sealed or not, for one spec: ``<set>-<fingerprint8>[-<version>]``, newest last.
-
-    Args:
-        root: folder of all caches.
-        dataset: name of the set; None finds those of every name.
-        spec: what their features are.
-
-    Raises:
-        CacheInvalidError: the set's name cannot be part of a folder's name.
-    """
-    folders = (path for _, path in _versions(root, dataset, spec))
-    return [path for path in folders if any((path / name).exists() for name in (MANIFEST, COPY, PLAN))]
-
-
-def next_cache_path(root: str | Path, dataset: str, spec: FeatureSpec) -> Path:
-    """Where the next version of a cache goes: the name after all that are taken.
-
-    Raises:
-        CacheInvalidError: the set's name cannot be part of a folder's name.
-    """
-    taken = [version for version, path in _versions(root, dataset, spec) if not is_blank(path)]
-    base = f"{dataset}-{spec.fingerprint:.8}"
-    return Path(root) / (f"{base}-{max(taken) + 1}" if taken else base)
-
-
-def _versions(root: str | Path, dataset: str | None, spec: FeatureSpec) -> list[tuple[int, Path]]:
-    if dataset is not None:
-        check_dataset_name(dataset)
-    name = ".+" if dataset is None else re.escape(dataset)
-    pattern = re.compile(f"{name}-{spec.fingerprint:.8}" + r"(?:-([2-9]|[1-9][0-9]+))?")
-    folders = [path for path in Path(root).iterdir() if path.is_dir()] if Path(root).is_dir() else []
-    matches = ((pattern.fullmatch(path.name), path) for path in folders)
-    return sorted((int(match[1] or 1), path) for match, path in matches if match)

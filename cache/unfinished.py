@@ -34,7 +34,7 @@ from cache.files import (
     write_versioned,
 )
 from cache.fingerprint import fingerprint
-from cache.inputs import Failure, InputTable
+from cache.inputs import Failure, InputSet, InputTable
 from cache.manifest import COPY, check_dataset_name, check_made_with
 from cache.plan import ShardPlan
 from cache.shard import ShardFile
@@ -57,10 +57,8 @@ class BuildPlan:
     @classmethod
     def make(
         cls,
-        dataset: str,
+        inputs: InputSet,
         spec: FeatureSpec,
-        inputs: InputTable,
-        class_names: Sequence[str],
         shards: Sequence[ShardPlan],
         made_with: Mapping[str, Any],
     ) -> Self:
@@ -69,20 +67,24 @@ class BuildPlan:
         Raises:
             CacheInvalidError: ids that stand twice, labels without a class, shards that do not cover the inputs.
         """
-        check_dataset_name(dataset)
+        listing, class_names = inputs.listing, inputs.class_names
+        check_dataset_name(inputs.name)
         check_made_with(made_with)
-        if len(set(inputs.ids)) < len(inputs):
+        if len(set(listing.ids)) < len(listing):
             seen: set[str] = set()
-            twice = next(id_ for id_ in inputs.ids if id_ in seen or seen.add(id_))  # type: ignore[func-returns-value]
+            twice = next(id_ for id_ in listing.ids if id_ in seen or seen.add(id_))  # type: ignore[func-returns-value]
             check(False, f"inputs: {twice!r} stands there twice")
-        labels_ok = bool(np.all((inputs.labels >= -1) & (inputs.labels < len(class_names))))
+        labels_ok = bool(np.all((listing.labels >= -1) & (listing.labels < len(class_names))))
         check(labels_ok, f"inputs: labels must be -1 (unknown) to {len(class_names) - 1}, one of the classes")
         stops = [0, *(shard.stop for shard in shards)]
         tiled = all(
             shard == ShardPlan(index, stops[index], shard.stop) and len(shard) > 0 for index, shard in enumerate(shards)
         )
-        check(tiled and stops[-1] == len(inputs), f"the shards' plans do not cover the {len(inputs)} inputs, once each")
-        return cls(dataset, spec, tuple(class_names), inputs.columns_sha256(), tuple(shards), dict(made_with))
+        check(
+            tiled and stops[-1] == len(listing), f"the shards' plans do not cover the {len(listing)} inputs, once each"
+        )
+        digests = listing.columns_sha256()
+        return cls(inputs.name, spec, tuple(class_names), digests, tuple(shards), dict(made_with))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

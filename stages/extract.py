@@ -33,6 +33,7 @@ from cache import (
     CacheNotFoundError,
     FeatureCache,
     FeatureSpec,
+    InputSet,
     InputTable,
     ShardPlan,
     commit_shard,
@@ -590,7 +591,7 @@ def _begin(
     unfinished = [path for path in find_caches(root, name, spec) if not (path / "manifest.json").exists()]
     for path in [*reversed(unfinished), next_cache_path(root, name, spec)]:
         try:
-            return CacheBuilder.begin(path, name, spec, listing, class_names, plans, versions, adopt=True)
+            return CacheBuilder.begin(path, InputSet(name, listing, class_names), spec, plans, versions, adopt=True)
         except CacheMismatchError:  # begun from other inputs
             continue
     raise AssertionError("a new folder cannot hold another plan")

@@ -25,6 +25,7 @@ from cache import (
     CacheBuilder,
     FeatureCache,
     FeatureSpec,
+    InputSet,
     InputTable,
     Manifest,
     ShardInfo,
@@ -96,7 +97,7 @@ def begin(path: Path, n_shards: int) -> tuple[CacheBuilder, InputTable]:
     plans = plans_of(n_shards)
     zeros = np.zeros(plans[-1].stop, np.int64)
     inputs = InputTable.listing([f"class/{i:08d}.jpg" for i in range(len(zeros))], zeros, zeros, zeros)
-    return CacheBuilder.begin(path, "bench", VIT_S, inputs, ["class"], plans, {}), inputs
+    return CacheBuilder.begin(path, InputSet("bench", inputs, ["class"]), VIT_S, plans, {}), inputs
 
 
 def fill(path: Path, n_shards: int) -> FeatureCache:

@@ -1,6 +1,5 @@
 """A sealed cache: reading, order, batches, places, and what it refuses."""
 
-import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -11,18 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import (
-    CacheDamagedError,
     CacheError,
-    CacheInvalidError,
     CacheMismatchError,
     CacheNotFoundError,
     Failure,
     FeatureCache,
     Manifest,
     commit_shard,
-    find_caches,
-    next_cache_path,
-    store,
 )
 from tests.test_cache.toy import CLASSES, begin, commit, fails, features, files, fill, make_inputs, make_spec
 
@@ -90,31 +84,12 @@ def test_rows_come_in_the_order_asked(sealed, rows):
     np.testing.assert_array_equal(sealed.read("patches", rows), expected("patches")[rows])
 
 
-@pytest.mark.parametrize("large_row", [1, 10**9])
-def test_both_ways_to_gather_give_the_same(sealed, monkeypatch, large_row):
-    monkeypatch.setattr(store, "_LARGE_ROW", large_row)
-    rows = np.random.default_rng(0).permutation(len(USED))
-    np.testing.assert_array_equal(sealed.read("registers", rows), expected("registers")[rows])
-
-
 @given(st.slices(len(USED)))
 def test_slices_and_masks_mean_what_they_mean_to_numpy(sealed, rows):
     mask = np.zeros(len(USED), bool)
     mask[rows] = True
     np.testing.assert_array_equal(sealed.read("cls", rows), expected("cls")[rows])
     np.testing.assert_array_equal(sealed.read("cls", mask), expected("cls")[mask])
-
-
-@pytest.mark.parametrize("large_row", [1, 10**9])
-def test_more_shards_than_may_be_mapped_at_once(sealed, monkeypatch, large_row):
-    monkeypatch.setattr(store, "_MAPPED", 2)
-    monkeypatch.setattr(store, "_LARGE_ROW", large_row)
-    cache = FeatureCache.open(sealed.path)
-    before = len(os.listdir("/proc/self/fd"))
-    np.testing.assert_array_equal(cache.read("cls"), expected("cls"))
-    rows = np.random.default_rng(0).permutation(len(USED))
-    np.testing.assert_array_equal(cache.read("cls", rows), expected("cls")[rows])
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 @pytest.mark.parametrize("rows", [np.array([len(USED)]), np.array([-1]), np.array([0.5]), np.zeros((2, 2), int)])
@@ -137,18 +112,6 @@ def test_batches_cover_all_rows_once_and_a_seed_fixes_their_order(sealed):
     assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
     for batch in sealed.batches(["cls", "patches"], rows=np.array([5, 1, 3]), batch_size=2, seed=3):
         np.testing.assert_array_equal(batch["patches"], expected("patches")[batch["row"]])
-
-
-def test_work_on_class_embeddings_needs_no_patches(sealed, tmp_path):
-    """Cut every file off where its patches begin: cls, which lies before them, still reads."""
-    cache = FeatureCache.open(shutil.copytree(sealed.path, tmp_path / "cut"))
-    cache.read("tap_cls")  # learns where the datasets lie
-    for index, reader in cache._readers.items():
-        reader.close()
-        os.truncate(cache.path / cache.manifest.shards[index].name, reader._layout["patches"][0])
-    np.testing.assert_array_equal(cache.read("cls"), expected("cls"))
-    with pytest.raises(CacheDamagedError, match="ends inside 'patches'"):
-        cache.read("patches")
 
 
 def test_a_cache_can_be_pickled_and_moved(sealed, tmp_path):
@@ -189,23 +152,3 @@ def test_open_says_what_does_not_fit(sealed, tmp_path):
         FeatureCache.open(tmp_path / "nowhere")
     with begin(tmp_path / "begun"), pytest.raises(CacheNotFoundError, match="not finished"):
         FeatureCache.open(tmp_path / "begun")
-
-
-def test_caches_are_found_by_set_and_fingerprint(tmp_path):
-    spec, other = make_spec(), make_spec(semantics=2)
-    first = next_cache_path(tmp_path, "pets", spec)
-    assert first.name == f"pets-{spec.fingerprint:.8}"
-    assert find_caches(tmp_path / "nowhere", "pets", spec) == []
-    first.mkdir()  # a process killed between making the folder and its plan
-    assert find_caches(tmp_path, "pets", spec) == []
-    assert next_cache_path(tmp_path, "pets", spec) == first
-    fill(first)
-    paths = [first]
-    for _ in range(10):
-        paths.append(next_cache_path(tmp_path, "pets", spec))
-        begin(paths[-1]).close()
-    assert paths[1].name.endswith("-2")
-    assert find_caches(tmp_path, "pets", spec) == paths
-    assert find_caches(tmp_path, "pets", other) == find_caches(tmp_path, "pet", spec) == []
-    with pytest.raises(CacheInvalidError, match="set name"):
-        next_cache_path(tmp_path, "../pets", spec)

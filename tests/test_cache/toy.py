@@ -3,12 +3,12 @@
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cache import CacheBuilder, Failure, FeatureCache, FeatureSpec, InputTable, commit_shard, plan_shards
+from cache import CacheBuilder, Failure, FeatureCache, FeatureSpec, InputSet, InputTable, commit_shard, plan_shards
 
 CLASSES = ("Katze", "犬", "été")
 
@@ -60,11 +60,19 @@ def commit(path: Path, spec: FeatureSpec, inputs: InputTable, plan) -> None:
     commit_shard(path, plan, arrays, inputs[plan.start : plan.stop].with_results(hashes, failed), failures)
 
 
-def begin(path: Path, spec: FeatureSpec | None = None, inputs: InputTable | None = None, **changes) -> CacheBuilder:
+def begin(
+    path: Path,
+    spec: FeatureSpec | None = None,
+    inputs: InputTable | None = None,
+    *,
+    dataset: str = "pets",
+    class_names: Sequence[str] = CLASSES,
+    **changes,
+) -> CacheBuilder:
     spec, inputs = spec or make_spec(), make_inputs() if inputs is None else inputs
     plans = plan_shards(len(inputs), spec.row_bytes, max_rows=4, multiple=2)
-    arguments = {"dataset": "pets", "class_names": CLASSES, "plans": plans, "made_with": {"torch": "2.14"}}
-    return CacheBuilder.begin(path, spec=spec, inputs=inputs, **arguments | changes)
+    arguments = {"plans": plans, "made_with": {"torch": "2.14"}}
+    return CacheBuilder.begin(path, InputSet(dataset, inputs, class_names), spec, **arguments | changes)
 
 
 def fill(path: Path, spec: FeatureSpec | None = None, inputs: InputTable | None = None, pause_s=0.0) -> FeatureCache:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import CacheBuilder, FeatureCache, FeatureSpec, InputTable, commit_shard, file_sha256, plan_shards
+from cache import CacheBuilder, FeatureCache, FeatureSpec, InputSet, InputTable, commit_shard, file_sha256, plan_shards
 from stages.files.documents import read_document, write_document
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 from tests.test_pipeline.tiny import ID_SETS
@@ -362,7 +362,7 @@ def made_on_cuda(cache):
     listing = InputTable.listing(inputs.ids, inputs.labels, inputs.sizes, inputs.mtimes_ns)
     plans = plan_shards(len(inputs), spec.row_bytes)
     path = cache.path.with_name(f"{name}-{spec.fingerprint:.8}")
-    with CacheBuilder.begin(path, name, spec, listing, cache.class_names, plans, {}) as builder:
+    with CacheBuilder.begin(path, InputSet(name, listing, cache.class_names), spec, plans, {}) as builder:
         (plan,) = builder.pending()
         commit_shard(path, plan, {key: cache.read(key) for key in spec.datasets()}, inputs, [])
         builder.seal()

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from cache import CacheBuilder, InputTable, commit_shard, plan_shards
+from cache import CacheBuilder, InputSet, InputTable, commit_shard, plan_shards
 from stages.config import TrainConfig
 from stages.heads.choose import load_heads
 from stages.id_data.rows import IdData, id_data
@@ -36,7 +36,7 @@ def id_set(folder, per_class: int, changed=(), cross_fit: bool = True, n_val: in
         digests = [hashlib.sha256(f"{name} {row}".encode()).digest() for row in range(n)]
         hashes = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
         plans = plan_shards(n, spec.row_bytes, max_rows=4096, multiple=2)
-        with CacheBuilder.begin(folder / name, name, spec, inputs, tuple("abcdef"), plans, {}) as builder:
+        with CacheBuilder.begin(folder / name, InputSet(name, inputs, "abcdef"), spec, plans, {}) as builder:
             for plan in builder.pending():
                 arrays = {
                     key: np.zeros((n, *shape), kind) if key not in given else np.float32(given[key])

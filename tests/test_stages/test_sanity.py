@@ -7,7 +7,7 @@ import pytest
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from cache import CacheBuilder, InputTable, commit_shard, plan_shards, sha256
+from cache import CacheBuilder, InputSet, InputTable, commit_shard, plan_shards, sha256
 from stages import sanity
 from stages.inputs.images import list_images
 from stages.sanity import check_features, find_same_bytes, leave_one_out_accuracy, same_bytes_notes
@@ -25,7 +25,7 @@ def sealed(path, features, labels, samples=None):
         inputs = inputs.with_results(np.frombuffer(b"".join(digests), np.uint8).reshape(n, 32), np.zeros(n, bool))
     plans = plan_shards(n, spec.row_bytes)
     arrays = {"cls": np.asarray(features, np.float32), "tap_cls": np.ones((n, 4), np.float32)}
-    with CacheBuilder.begin(path, "pets", spec, inputs, ("cat", "dog", "cow"), plans, {}) as builder:
+    with CacheBuilder.begin(path, InputSet("pets", inputs, ("cat", "dog", "cow")), spec, plans, {}) as builder:
         for plan in plans:
             commit_shard(path, plan, arrays, inputs, [])
         return builder.seal()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import CacheBuilder, FeatureCache, InputTable, commit_shard, plan_shards
+from cache import CacheBuilder, FeatureCache, InputSet, InputTable, commit_shard, plan_shards
 from stages.errors import InputError
 from stages.extract import import_set
 from stages.id_data.rows import epoch_windows, id_data, labels_in, read_blocks, read_tokens
@@ -27,7 +27,9 @@ def cache_of(tmp_path):
         ids = [f"{row:04d}.png" for row in range(n)]
         inputs = InputTable.listing(ids, np.array(labels), np.full(n, 9), np.zeros(n, int))
         plans = plan_shards(n, spec.row_bytes, max_rows=16, multiple=2)
-        with CacheBuilder.begin(tmp_path / name, name, spec, inputs, tuple(class_names), plans, {}) as builder:
+        with CacheBuilder.begin(
+            tmp_path / name, InputSet(name, inputs, tuple(class_names)), spec, plans, {}
+        ) as builder:
             for plan in builder.pending():
                 rows = range(plan.start, plan.stop)
                 digests = [hashlib.sha256(f"{name} {row}".encode()).digest() for row in rows]
