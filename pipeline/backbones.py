@@ -1,8 +1,8 @@
-"""Legs of a study: one for the pre-trained backbone, one for each fine-tuned one. What each has on disk, and where.
+"""The backbones of a study: the pre-trained one and each fine-tuned one. What each has on disk, and where.
 
-<work>/extract/<leg>.json            which caches the leg's sets are in, and from what settings
-<work>/model/<backbone>/…            probe and mixtures
-<work>/finetune/seed-<s>/            where a fine-tuned leg's backbone comes from
+<work>/extract/<backbone>.json       which caches the sets' features are in, and from what settings
+<work>/model/<kind>/…                probe and mixtures
+<work>/finetune/seed-<s>/            where a fine-tuned backbone comes from
 """
 
 import json
@@ -37,27 +37,27 @@ _TUNED = "backbone.safetensors"  # of a fine-tune
 
 
 @dataclass(frozen=True)
-class Leg:
+class StudyBackbone:
     """One backbone of a study.
 
     Attributes:
         config: the study.
-        backbone: ``pretrained`` or ``finetuned``, as in the table.
+        kind: ``pretrained`` or ``finetuned``, as in the table's column ``backbone``.
         seed: of the fine-tune; None for the pre-trained backbone.
     """
 
     config: RunConfig
-    backbone: Literal["pretrained", "finetuned"]
+    kind: Literal["pretrained", "finetuned"]
     seed: int | None = None
 
     @property
     def name(self) -> str:
         """Unique in the study; part of file names."""
-        return self.backbone if self.seed is None else f"{self.backbone}-seed-{self.seed}"
+        return self.kind if self.seed is None else f"{self.kind}-seed-{self.seed}"
 
     @property
     def finetune_folder(self) -> Path:
-        """Where the fine-tune of this leg stands."""
+        """Where the fine-tune that made it stands."""
         return self.config.work / "finetune" / f"seed-{self.seed}"
 
     @property
@@ -87,12 +87,12 @@ class Leg:
     @property
     def probe_folder(self) -> Path:
         """Where its linear probe stands."""
-        folder = self.config.work / "model" / self.backbone / "probe"
+        folder = self.config.work / "model" / self.kind / "probe"
         return folder if self.seed is None else folder / f"seed-{self.seed}"
 
     def mixture_folder(self, variant: str, seed: int) -> Path:
         """Where a mixture trained on its features stands."""
-        return self.config.work / "model" / self.backbone / variant / f"seed-{seed}"
+        return self.config.work / "model" / self.kind / variant / f"seed-{seed}"
 
     @property
     def train_seeds(self) -> tuple[int, ...]:
@@ -323,7 +323,7 @@ def _shapes(spec: FeatureSpec) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, (shape, _) in spec.datasets().items())
 
 
-def legs(config: RunConfig) -> list[Leg]:
+def backbones_of(config: RunConfig) -> list[StudyBackbone]:
     """All backbones of a study, the pre-trained one first."""
-    finetuned = [Leg(config, "finetuned", seed) for seed in config.finetune_seeds()]
-    return [Leg(config, "pretrained"), *finetuned]
+    finetuned = [StudyBackbone(config, "finetuned", seed) for seed in config.finetune_seeds()]
+    return [StudyBackbone(config, "pretrained"), *finetuned]

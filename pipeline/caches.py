@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.config import FeaturesConfig, RunOptions
-from pipeline.engine import SerialEngine, engine_for
+from pipeline.engine import engine_for
 from stages.errors import InputError
 from stages.extract import extract_features, set_name
 from stages.inputs.images import SampleTable, describe_left_out, list_images
@@ -54,7 +54,7 @@ def cache_images(
                 name=own,
                 max_failures=options.max_failures,
                 rehash=options.rehash,
-                mapper=None if isinstance(engine, SerialEngine) else engine.map,
+                mapper=None if engine is None else engine.map,
                 progress=progress,
             )
             for note in check_features(cache, by_class=bool((cache.labels >= 0).all())):

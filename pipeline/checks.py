@@ -3,6 +3,7 @@
 Each check is that of the stage which would refuse, asked early; no image is decoded and no weights are read.
 """
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -11,17 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from cache import FeatureSpec
+from pipeline.backbones import StudyBackbone
 from pipeline.config import RunConfig, SetConfig
+from pipeline.workspace import Workspace
 from stages.detection.detectors import needs_of
 from stages.detection.subjects import cannot_read_patches
 from stages.errors import InputError
 from stages.finetune import check_finetune
-from stages.id_data.rows import Labels, check_split
+from stages.id_data.rows import IdData, Labels, check_split
 from stages.inputs.images import SampleTable
 from stages.inputs.images.names import match_classes
 from stages.mixture.grouping import check_groups
 from stages.mixture.model import cannot_read
-from stages.networks.backbone import Backbone
+from stages.networks.backbone import Backbone, build_architecture
 from stages.networks.weights.loading import check_source
 from stages.scorers import get_scorer
 from stages.scorers.features.gmm import GMMScorer
@@ -29,12 +32,47 @@ from stages.train import resolve_settings
 from stages.training.recipes import resolve_recipe
 from stages.training.tensorboard import require_tensorboard
 
-Network = Callable[[], Backbone]  # the backbone, with weights or without
-Listing = Callable[[SetConfig], SampleTable]  # what a set holds
+_Network = Callable[[], Backbone]  # the backbone, with weights or without
+_Listing = Callable[[SetConfig], SampleTable]  # what a set holds
+
+
+def check_before_extraction(workspace: Workspace, network: _Network | None = None) -> None:
+    """Refuse all that can be known before work: this comes before hours of it.
+
+    Args:
+        workspace: the study.
+        network: gives the architecture, where it is needed later as well; otherwise it is not kept.
+    """
+    workspace.sets.check()
+    config, backbone = workspace.config, workspace.pretrained
+    check_scalars(config)
+    network = network or functools.cache(lambda: build_architecture(backbone.start, config.cache.expert_blocks))
+    to_train = _variants_to_train(workspace, backbone)
+    check_study(config, workspace.sets.table, workspace.known_spec(backbone), network, to_train)
+    check_before_tuning(workspace, network)
+
+
+def check_before_training(workspace: Workspace, backbone: StudyBackbone, data: IdData) -> None:
+    """Refuse what no mixture on a backbone's features can be trained with, before the first of them is."""
+    check_scalars(workspace.config)
+    names, spec = data.class_names, data.train.spec
+    check_mixtures(workspace.config, names, spec)
+    to_train = _variants_to_train(workspace, backbone)
+    check_patches(workspace.config, names, spec, to_train, lambda: backbone.architecture)
+
+
+def check_before_tuning(workspace: Workspace, network: _Network) -> None:
+    """Refuse fine-tunes that cannot be, unless none is left to do."""
+    if not workspace.all_finetuned():
+        check_tuning(workspace.config, workspace.sets.table, network)
+
+
+def _variants_to_train(workspace: Workspace, backbone: StudyBackbone) -> set[str]:
+    return {variant for variant, _ in workspace.to_train(backbone)}
 
 
 def check_study(
-    config: RunConfig, table: Listing, spec: FeatureSpec | None, network: Network, to_train: Collection[str]
+    config: RunConfig, table: _Listing, spec: FeatureSpec | None, network: _Network, to_train: Collection[str]
 ) -> None:
     """Refuse a study of which some stage is bound to refuse something.
 
@@ -104,7 +142,7 @@ def check_patches(
     names: tuple[str, ...],
     spec: FeatureSpec | None,
     to_train: Collection[str],
-    network: Network,
+    network: _Network,
 ) -> None:
     """Refuse experts that are copies of the network's end and cannot run on the patches that are kept.
 
@@ -128,7 +166,7 @@ def check_patches(
                 raise cannot_read(kind, network().config.name, patches)
 
 
-def check_tuning(config: RunConfig, table: Listing, network: Network) -> None:
+def check_tuning(config: RunConfig, table: _Listing, network: _Network) -> None:
     """Refuse a fine-tune that cannot be.
 
     Raises:
@@ -141,7 +179,7 @@ def check_tuning(config: RunConfig, table: Listing, network: Network) -> None:
     check_finetune(config.backbone, settings, len(names), network)
 
 
-def _split(config: RunConfig, table: Listing) -> tuple[tuple[str, ...], int]:
+def _split(config: RunConfig, table: _Listing) -> tuple[tuple[str, ...], int]:
     """Names of the classes that have images, and how many images train; refuses sets that cannot be split."""
     (train,), val = config.sets_of("id-train"), config.sets_of("id-val")
     samples = table(train)
@@ -157,7 +195,7 @@ def _split(config: RunConfig, table: Listing) -> tuple[tuple[str, ...], int]:
     return names, check_split(train.name, names, numbers, held_out, config.split.val, cross_fit, what)
 
 
-def _check_scores(config: RunConfig, n_classes: int, network: Network) -> None:
+def _check_scores(config: RunConfig, n_classes: int, network: _Network) -> None:
     """Scores that the features to be extracted cannot have."""
     patches = config.cache.patches
     for score in config.score.scores:

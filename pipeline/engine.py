@@ -8,9 +8,10 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from stages.errors import InputError, StageError
 
@@ -25,29 +26,9 @@ class EngineError(StageError):
     """Workers or their scheduler are gone; finished items are kept, the same command goes on."""
 
 
-class Engine(Protocol):
-    """Runs a function over items; a context manager that owns its processes."""
-
-    def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results as they complete, in any order; leaving early drops what has not run.
-
-        Raises:
-            EngineError: a worker or the scheduler died.
-            Exception: what ``fn`` raised, as itself.
-        """
-
-    def __enter__(self) -> Self:
-        """Start the workers."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the workers."""
-
-
-def engine_for(scheduler: str | None, workers: int) -> Engine:
-    """The engine for ``--scheduler`` and ``--workers``: dask only where it is needed."""
-    return SerialEngine() if scheduler is None and workers == 1 else DaskEngine(scheduler, workers)
+def engine_for(scheduler: str | None, workers: int) -> "DaskEngine | nullcontext[None]":
+    """The engine for ``--scheduler`` and ``--workers``; what gives None where this process does the work itself."""
+    return nullcontext() if scheduler is None and workers == 1 else DaskEngine(scheduler, workers)
 
 
 def _ignore_interrupt() -> None:
@@ -62,24 +43,6 @@ async def _shake_hands(address: str) -> None:
     async with asyncio.timeout(_ANSWER_S):
         comm = await connect(address, timeout=_ANSWER_S)
     await comm.close()
-
-
-class SerialEngine:
-    """One item after the other, in this process."""
-
-    def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in the order of the items."""
-        for item in items:
-            yield fn(item)
-
-    def __enter__(self) -> Self:
-        """Nothing to start."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to stop."""
 
 
 class DaskEngine:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cache import CacheError, FeatureCache, FeatureSpec, Lock
-from pipeline.backbones import Leg
+from pipeline.backbones import StudyBackbone
+from pipeline.sources import source_to_predict
+from pipeline.workspace import Workspace
 from stages.errors import InputError
 from stages.extract import extract_set, import_set
 from stages.inputs.arrays import ArrayTable
-from stages.inputs.images import SampleTable
+from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
@@ -28,16 +30,47 @@ Format = Literal["csv", "json"]
 _COLUMNS = ("path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert")
 
 
-class Unusable(NamedTuple):
+class UnusableImage(NamedTuple):
     """An image that was given and cannot be used."""
 
     path: str
     reason: str
 
 
+def predict_paths(workspace: Workspace, paths: Sequence[str], score_name: str | None, form: Format, which: str) -> str:
+    """Score new images with the fitted detector of the study; of fine-tuned backbones, with the first's.
+
+    Args:
+        workspace: the study.
+        paths: images, folders, tars or lists; features, where the study's sets have such.
+        score_name: which score decides; by default the detector's own choice.
+        form: of the text.
+        which: kind of the backbone.
+    """
+    backbone, progress = next(workspace.existing(which)), workspace.progress
+    sources = [_new_source(workspace, path, backbone.spec()) for path in paths]  # a missing path is said before work
+    if not workspace.config.has_features and (device := backbone.other_device(backbone.spec())):
+        progress.note(
+            f"predict: the study's features were made on {device}, those of the new images are made on "
+            f"{backbone.device}: they are equal to a tolerance, not to the bit"
+        )
+    predictor = Predictor(source_to_predict(workspace, backbone), workspace.config.score, score_name, progress)
+    return predict_sources(predictor, backbone, paths, sources, form, progress)
+
+
+def _new_source(workspace: Workspace, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
+    """What is to be scored: images, or features as the study's sets have them."""
+    if workspace.config.has_features:
+        return workspace.sets.new_arrays(path, spec)
+    images = list_images(path)
+    for note in (*images.notes, *filter(None, [describe_left_out(images.left_out)])):
+        workspace.progress.note(f"{path}: {note.removeprefix(f'{path}: ')}")
+    return images
+
+
 def predict_sources(
     predictor: Predictor,
-    leg: Leg,
+    backbone: StudyBackbone,
     paths: Sequence[str],
     sources: Sequence[SampleTable | ArrayTable],
     form: Format,
@@ -47,7 +80,7 @@ def predict_sources(
 
     Args:
         predictor: of the study.
-        leg: its backbone.
+        backbone: whose features it reads.
         paths: as they were given.
         sources: the images of each path, or its features.
         form: of the text.
@@ -57,7 +90,7 @@ def predict_sources(
         InputError: none of the images can be used.
     """
     predictions: list[Prediction] = []
-    unusable: list[Unusable] = []
+    unusable: list[UnusableImage] = []
     n = sum(map(len, sources))
     progress = progress if n > _BLOCK else NullProgress()
     progress.start(n, "image", "predict")
@@ -66,9 +99,9 @@ def predict_sources(
             ids = source.samples.ids if isinstance(source, ArrayTable) else source.ids
             # One image file is its own name; of a folder, tar or list, each image adds its own.
             one = is_one_file(path, ids)
-            for cache in _caches(source, leg, predictor.reads, scratch):
+            for cache in _caches(source, backbone, predictor.reads, scratch):
                 names = {id_: path if one else f"{path}/{id_}" for id_ in cache.inputs().ids}
-                unusable += [Unusable(names[failure.id], failure.reason) for failure in cache.failures()]
+                unusable += [UnusableImage(names[failure.id], failure.reason) for failure in cache.failures()]
                 predictions += predictor.predict([names[id_] for id_ in cache.ids], cache)
                 progress.advance(len(names), failures=len(unusable))
                 shutil.rmtree(cache.path)
@@ -82,15 +115,17 @@ def predict_sources(
     return _json(predictor, predictions, unusable) if form == "json" else _csv(predictions)
 
 
-def _caches(source: SampleTable | ArrayTable, leg: Leg, reads: frozenset[str], scratch: Path) -> Iterator[FeatureCache]:
+def _caches(
+    source: SampleTable | ArrayTable, backbone: StudyBackbone, reads: frozenset[str], scratch: Path
+) -> Iterator[FeatureCache]:
     """Caches that are thrown away, a block of images each: what is new takes the way of what the detector knows."""
-    spec = leg.spec()
+    spec = backbone.spec()
     if isinstance(source, ArrayTable):
         yield import_set("predict", source, spec, scratch)
         return
     for start in range(0, len(source), _BLOCK):
         block = source.part(start, start + _BLOCK)
-        yield extract_set("predict", block, _only(spec, reads), scratch, lambda: leg.loaded, max_failures=1.0)
+        yield extract_set("predict", block, _only(spec, reads), scratch, lambda: backbone.loaded, max_failures=1.0)
 
 
 def _only(spec: FeatureSpec, reads: frozenset[str]) -> FeatureSpec:
@@ -125,7 +160,7 @@ def _csv(predictions: Sequence[Prediction]) -> str:
     return csv_text(lines, [*_COLUMNS, *(column for pair in pairs for column in pair)]).rstrip("\n")
 
 
-def _json(predictor: Predictor, predictions: Sequence[Prediction], unusable: Sequence[Unusable]) -> str:
+def _json(predictor: Predictor, predictions: Sequence[Prediction], unusable: Sequence[UnusableImage]) -> str:
     detector = predictor.detector
     about = {"head": detector.head, "score": detector.score, "params": detector.params}
     document = {

@@ -130,18 +130,18 @@ def run_results(
         return
     try:
         for number, study in enumerate(opened):
-            yield from study.extract("pretrained")
+            yield from study.do("extract", "pretrained")
             for variant, _ in study.to_train():
                 remaining.expect(number, variant, study.training_cost(variant))
         for study in opened:
-            yield from study.train("pretrained")
+            yield from study.do("train", "pretrained")
             if study.config.finetune is not None:
-                yield from study.finetune()
-                yield from study.extract("finetuned")
-                yield from study.train("finetuned")
+                yield from study.do("finetune")
+                yield from study.do("extract", "finetuned")
+                yield from study.do("train", "finetuned")
             # Its table has hundreds of rows and stands in its summary.md; here only what it says beside.
-            yield from (line for line in study.score() if isinstance(line, str))
-            yield from study.write_report()
+            yield from (line for line in study.do("score") if isinstance(line, str))
+            yield from study.do("report")
     finally:
         for study in opened:
             study.progress.close()

@@ -33,14 +33,14 @@ def problem_lines(error: ValidationError, document: Any, model: type[BaseModel])
             cause = str(problem["ctx"]["error"])
             lines += [f"{key}: {cause}"] if key else cause.splitlines()
         elif kind == "missing" and isinstance(loc[-1], int):  # a list that is too short
-            lines.append(f"{key}: {shown(problem['input'])} given, must have {loc[-1] + 1} values at least")
+            lines.append(f"{key}: {as_given(problem['input'])} given, must have {loc[-1] + 1} values at least")
         elif kind == "missing":
             lines.append(f"{key}: missing")
         elif kind == "extra_forbidden":
             lines.append(f"{key}: unknown key{nearest(str(loc[-1]), _keys_at(model, loc[:-1]))}")
         else:
             message = _KINDS.get(kind) or re.sub(r"^\w+ should ", "", problem["msg"])
-            given[key] = shown(problem["input"])
+            given[key] = as_given(problem["input"])
             allowed.setdefault(key, []).append(message)
     for key, messages in allowed.items():
         alternatives = " or ".join([messages[0], *(message.removeprefix("be ") for message in messages[1:])])
@@ -82,7 +82,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def shown(value: object) -> str:
+def as_given(value: object) -> str:
     """A value as it stands in a message: JSON of 60 characters at most."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

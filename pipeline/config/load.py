@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.explain import problem_lines, shown
+from pipeline.config.explain import as_given, problem_lines
 from pipeline.config.schema import ConfigError, FeaturesConfig, RunConfig
 from stages.config import nearest
 
@@ -103,7 +103,7 @@ def _open(path: str, data: object, above: tuple[str, ...] = ()) -> dict[str, Any
     parent: dict[str, Any] = {}
     if (extended := raw.pop("extends", None)) is not None:
         if not isinstance(extended, str):
-            raise ConfigError(f"{where}extends: {shown(extended)} given, must be the path of an experiment file")
+            raise ConfigError(f"{where}extends: {as_given(extended)} given, must be the path of an experiment file")
         if here in above:
             raise ConfigError(f"{where}extends: {extended} extends this file; a file cannot extend itself")
         parent = _open(os.path.join(folder, extended), data, (*above, here))
@@ -150,7 +150,7 @@ def _resolve(value: Any, base: str, data: str, where: str, at: str = "") -> Any:
     if words is None or not isinstance(value, str) or value in words or value.startswith("sklearn:"):
         return value
     if not value.strip() or "\0" in value:
-        raise ConfigError(f"{where}{at}: {shown(value)} given, must be a path")
+        raise ConfigError(f"{where}{at}: {as_given(value)} given, must be a path")
     return os.path.abspath(os.path.join(data if at in _BELOW_DATA else base, os.path.expanduser(value)))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from pipeline.config.explain import problem_lines, shown
+from pipeline.config.explain import as_given, problem_lines
 from stages.config import (
     ARRAY_KEYS,
     SCORE_NAMES,
@@ -48,13 +48,13 @@ class RunOptions:
 def folder_name(name: str) -> str:
     """The name, where it can be a folder's on any system; ValueError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"{shown(name)} given, must be letters, digits, '.', '_' or '-', a letter or digit first")
+        raise ValueError(f"{as_given(name)} given, must be letters, digits, '.', '_' or '-', a letter or digit first")
     return name
 
 
 def _patches(value: str) -> str:
     if not re.fullmatch(r"full|none|pool:[1-9][0-9]{0,3}", value):
-        raise ValueError(f"{shown(value)} given, must be 'full', 'none' or 'pool:G' with G at least 1")
+        raise ValueError(f"{as_given(value)} given, must be 'full', 'none' or 'pool:G' with G at least 1")
     return value
 
 
@@ -221,7 +221,7 @@ class RunConfig(StageConfig):
 
     def _problems(self) -> Iterator[str]:
         if not self.seeds or _repeated(self.seeds):
-            yield f"seeds: {shown(self.seeds)} given, must be one or more different numbers"
+            yield f"seeds: {as_given(self.seeds)} given, must be one or more different numbers"
         for name in _repeated(entry.name for entry in self.sets):
             yield f"sets.{name}: two sets have this name"
         if (n := len(self.sets_of("id-train"))) != 1:
@@ -238,16 +238,16 @@ class RunConfig(StageConfig):
             if entry.columns is not None and entry.features is None:
                 yield f"sets.{entry.name}.columns: is for features; of images it is path_column and label_column"
             if entry.classes is not None and not entry.classes:
-                yield f"sets.{entry.name}.classes: {shown(entry.classes)} given, must be names or the path of a file"
+                yield f"sets.{entry.name}.classes: {as_given(entry.classes)} given, must be names or the path of a file"
             for key in entry.columns or {}:
                 if key not in ARRAY_KEYS:
                     yield f"sets.{entry.name}.columns.{key}: unknown key{nearest(key, ARRAY_KEYS)}"
         yield from self._source_problems()
         for score in self.score.scores:
             if (unknown := unknown_part(score)) is not None:
-                yield f"score.scores: {shown(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
+                yield f"score.scores: {as_given(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
         if not self.score.scores or _repeated(self.score.scores):
-            yield f"score.scores: {shown(self.score.scores)} given, must be one or more different names"
+            yield f"score.scores: {as_given(self.score.scores)} given, must be one or more different names"
         yield from self._score_settings_problems()
         yield from _alpha_problem("train", self.train)
         yield from self._finetune_problems()
@@ -288,15 +288,15 @@ class RunConfig(StageConfig):
         for entry in given:
             if entry.origin and given[0].origin and entry.origin != given[0].origin:
                 yield (
-                    f"sets.{entry.name}.origin: {shown(entry.origin)} given, but set {given[0].name} has "
-                    f"{shown(given[0].origin)}: features of different origin do not mix"
+                    f"sets.{entry.name}.origin: {as_given(entry.origin)} given, but set {given[0].name} has "
+                    f"{as_given(given[0].origin)}: features of different origin do not mix"
                 )
         if not given:
             return
         if images := [entry.name for entry in self.sets if entry.images is not None]:
             if given[0].origin and not re.fullmatch("[0-9a-f]{64}", given[0].origin):
                 yield (
-                    f"sets.{given[0].name}.origin: {shown(given[0].origin)} given, but set {images[0]} has images: "
+                    f"sets.{given[0].name}.origin: {as_given(given[0].origin)} given, but set {images[0]} has images: "
                     "to show that both come from one network give the origin that info says of its cache, 64 digits"
                 )
         elif "patches" in self.cache.model_fields_set:
@@ -308,26 +308,26 @@ class RunConfig(StageConfig):
         seeds, variants = self.finetune_seeds(), (self.finetune and self.finetune.variants) or ()
         if self.finetune is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
             yield (
-                f"finetune.seeds: {shown(seeds)} given, must be one or more different numbers of the study's seeds "
-                f"{shown(self.seeds)}"
+                f"finetune.seeds: {as_given(seeds)} given, must be one or more different numbers of the study's seeds "
+                f"{as_given(self.seeds)}"
             )
         if self.finetune is not None and self.finetune.joint:
             yield from self._joint_problems()
         known = ["default", *(variant.name for variant in self.variants)]
         for name in variants:
             if name not in known:
-                yield f"finetune.variants: {shown(name)} is not a variant{nearest(name, known)}"
+                yield f"finetune.variants: {as_given(name)} is not a variant{nearest(name, known)}"
 
     def _joint_problems(self) -> Iterator[str]:
         if self.train.expert not in ("auto", "end"):
             yield (
-                f"finetune.joint: trains copies of the backbone's end, and train.expert = {shown(self.train.expert)} "
+                f"finetune.joint: trains copies of the backbone's end, and train.expert = {as_given(self.train.expert)} "
                 'is another kind of expert: give "end" there, others as [[variants]]'
             )
         if self.cache.patches != "full":
             yield (
                 'finetune.joint: its experts read all patches: give cache.patches = "full", not '
-                f"{shown(self.cache.patches)}"
+                f"{as_given(self.cache.patches)}"
             )
         if JOINT in (variant.name for variant in self.variants):
             yield f"variants.{JOINT}: this name is taken by the experts that finetune.joint trains"
@@ -336,8 +336,8 @@ class RunConfig(StageConfig):
         seeds = variant.seeds
         if seeds is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
             yield (
-                f"variants.{variant.name}.seeds: {shown(seeds)} given, must be one or more different numbers of the "
-                f"study's seeds {shown(self.seeds)}"
+                f"variants.{variant.name}.seeds: {as_given(seeds)} given, must be one or more different numbers of the "
+                f"study's seeds {as_given(self.seeds)}"
             )
         at = f"variants.{variant.name}.set"
         if others := [key for key in variant.set if not key.startswith("train.")]:

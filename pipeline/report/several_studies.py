@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pipeline.report.page import side_by_side, write_joint_report
 from pipeline.report.study import ReportedStudy
-from pipeline.study import Lines, Study, terminal_table
+from pipeline.study import Study
+from pipeline.tables import terminal_table
+from pipeline.terminal import Lines
 from stages.errors import InputError
 from stages.results.method import Method
 from stages.results.scored_study import Line

@@ -154,8 +154,8 @@ def run_fold(path: Path) -> Iterator[str]:
     """Run a fold as far as it is not fresh."""
     study = Study(load_config(path), RunOptions())
     try:
-        for stage in (study.extract, study.train, study.score):
-            yield from (line for line in stage() if isinstance(line, str))
+        for verb in ("extract", "train", "score"):
+            yield from (line for line in study.do(verb) if isinstance(line, str))
     finally:
         study.progress.close()
 

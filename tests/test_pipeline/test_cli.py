@@ -8,10 +8,11 @@ import pytest
 from rich.table import Table
 
 from cache import CacheBusyError, CacheDamagedError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
-from pipeline import cli
-from pipeline.cli import explain, main, show
+from pipeline import options
+from pipeline.cli import main
 from pipeline.config import ConfigError
 from pipeline.engine import EngineError
+from pipeline.terminal import explain, show
 from stages.errors import InputError, StageError
 from tests.test_cache import toy
 
@@ -159,7 +160,7 @@ def _raise(error: BaseException):
 
 
 def test_defect_is_one_line_and_debug_says_where(study, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_config", _raise(KeyError("lost\nkey")))
+    monkeypatch.setattr(options, "load_config", _raise(KeyError("lost\nkey")))
     assert main(["info", study]) == 1
     assert capsys.readouterr().err.startswith("error: unexpected KeyError: 'lost\\nkey'; this is a defect")
     assert main(["info", study, "--debug"]) == 1
@@ -169,7 +170,7 @@ def test_defect_is_one_line_and_debug_says_where(study, monkeypatch, capsys):
 
 
 def test_interrupted(study, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_config", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr(options, "load_config", _raise(KeyboardInterrupt()))
     assert main(["info", study]) == 130
     line = "interrupted; what is finished is kept: the same command goes on where it was\n"
     assert capsys.readouterr().err == line

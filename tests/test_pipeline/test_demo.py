@@ -16,9 +16,9 @@ import timm
 from sklearn.metrics import roc_auc_score
 
 from cache import FeatureCache
-from pipeline import study as study_module
 from pipeline.config import RunOptions, load_config
-from pipeline.study import Study
+from pipeline.sources import sources_to_score
+from pipeline.workspace import Workspace
 from stages.detection.detectors import DetectorFactory
 from stages.detection.subjects import RefinedFeatures
 from stages.inputs.images import decode_image, list_images
@@ -339,10 +339,10 @@ def test_ood_is_found_and_a_broken_router_would_not_find_it(demo, table):
     shown = float(row_of(table, **columns, score="knn+energy", head="refit", ood="digits-7-9")["auroc"])
     assert shown > 0.92
 
-    study = Study(load_config(DEMO, [f"work={demo}"]), RunOptions())
-    source = study._sources("pretrained")[0]
+    config = load_config(DEMO, [f"work={demo}"])
+    source = sources_to_score(Workspace(config, RunOptions()), "pretrained")[0]
     refined = RefinedFeatures(source, source.mixtures[0], NullProgress())
-    detector = DetectorFactory(refined.subject(), study.config.score).detector("refit", "knn+energy")
+    detector = DetectorFactory(refined.subject(), config.score).detector("refit", "knn+energy")
     caches = [next(test.cache for test in source.tests if test.name == name) for name in ("digits-test", "digits-7-9")]
 
     def near_auroc(route):
@@ -420,7 +420,7 @@ def test_dry_run_says_that_all_is_fresh(demo, verb, monkeypatch):
 def test_another_k_rescores_without_image_or_backbone(copied, table, monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     monkeypatch.setattr(PIL.Image, "open", fail)
-    monkeypatch.setattr(study_module, "list_images", fail)
+    monkeypatch.setattr("pipeline.sets.list_images", fail)
     others = [copied / name for name in ("cache", "extract", "model", "finetune", "report")]
     before = {path: path.read_bytes() for other in others for path in other.rglob("*") if path.is_file()}
     done("score", DEMO, *settings(f"work={copied}", "score.k=3"))

@@ -10,7 +10,7 @@ import pytest
 from distributed import LocalCluster
 
 from pipeline import engine as engine_module
-from pipeline.engine import DaskEngine, EngineError, SerialEngine, engine_for
+from pipeline.engine import DaskEngine, EngineError, engine_for
 from stages.errors import InputError
 
 
@@ -20,27 +20,25 @@ def workers():
         yield engine
 
 
-@pytest.fixture(params=["serial", pytest.param("dask", marks=pytest.mark.dask)])
-def engine(request):
-    return SerialEngine() if request.param == "serial" else request.getfixturevalue("workers")
+@pytest.mark.dask
+def test_every_item_once(workers):
+    assert sorted(workers.map(operator.neg, range(20))) == list(range(-19, 1))
+    assert list(workers.map(operator.neg, [])) == []
 
 
-def test_every_item_once(engine):
-    assert sorted(engine.map(operator.neg, range(20))) == list(range(-19, 1))
-    assert list(engine.map(operator.neg, [])) == []
-
-
-def test_error_of_an_item_comes_as_itself(engine):
+@pytest.mark.dask
+def test_error_of_an_item_comes_as_itself(workers):
     with pytest.raises(ZeroDivisionError):
-        list(engine.map((1).__truediv__, [1, 0, 2]))
-    assert list(engine.map(operator.neg, [1])) == [-1]  # and the engine works on
+        list(workers.map((1).__truediv__, [1, 0, 2]))
+    assert list(workers.map(operator.neg, [1])) == [-1]  # and the engine works on
 
 
-def test_items_are_taken_as_they_are_needed(engine):
+@pytest.mark.dask
+def test_items_are_taken_as_they_are_needed(workers):
     """Ten results of an endless list, and no more than a few items in flight."""
     taken = []
     endless = (taken.append(i) or i for i in count())
-    assert len(list(islice(engine.map(operator.neg, endless), 10))) == 10
+    assert len(list(islice(workers.map(operator.neg, endless), 10))) == 10
     assert len(taken) <= 10 + 2 * 2
 
 
@@ -113,6 +111,7 @@ def test_something_else_answers_there(greeting, monkeypatch):
 
 
 def test_dask_only_where_it_is_needed():
-    assert isinstance(engine_for(None, 1), SerialEngine)
+    with engine_for(None, 1) as engine:
+        assert engine is None
     assert isinstance(engine_for(None, 2), DaskEngine)
     assert isinstance(engine_for("tcp://host:8786", 1), DaskEngine)

@@ -156,7 +156,7 @@ def test_a_second_run_does_nothing(study, tmp_path):
 
 
 def test_scoring_opens_no_file_of_features(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.study.list_arrays", lambda path, *_: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("pipeline.sets.list_arrays", lambda path, *_: pytest.fail(f"{path} was opened"))
     done("score", *study, *settings("score.k=3"))
     assert json.loads(table(tmp_path)[0]["params"])["k"] == 3
 

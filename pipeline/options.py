@@ -1,0 +1,236 @@
+"""Options of the command line, and the objects that commands take in their place."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.config import (
+    ConfigError,
+    FeaturesConfig,
+    RunConfig,
+    RunOptions,
+    features_config,
+    folder_name,
+    load_config,
+)
+from stages.config import SCORE_NAMES, nearest, unknown_part
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Command], Command]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file as it was given.
+
+    Attributes:
+        path: of the file.
+        overrides: ``a.b=value`` of ``--set``.
+    """
+
+    path: str
+    overrides: tuple[str, ...] = ()
+
+    def config(self, verb: str, which: str = "all") -> RunConfig:
+        """The study, where it has what a verb works on.
+
+        Args:
+            verb: as it was given.
+            which: kind of the backbone that is asked for.
+
+        Raises:
+            ConfigError: the file cannot be used, or not by this verb.
+        """
+        config = load_config(self.path, self.overrides)
+        config.require_roles(verb)
+        if config.finetune is None and (verb == "finetune" or which == "finetuned"):
+            raise ConfigError(
+                f"{self.path}: finetune: missing; add a section [finetune], such as `epochs = 10` under it"
+            )
+        return config
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a verb is to work; of what it has no option for, as it stands here.
+
+    Attributes:
+        dry_run: say what would be done, and no more.
+        scheduler: address of a Dask scheduler.
+        workers: local processes.
+        max_failures: largest share of a set's images that may be unusable.
+        rehash: whether changed images are told by their bytes.
+        processes: how many train together; None: as torchrun started them, or one.
+        backbone: kind of the backbones to work on.
+    """
+
+    dry_run: bool = False
+    scheduler: str | None = None
+    workers: int | None = None
+    max_failures: float = RunOptions.max_failures
+    rehash: bool = False
+    processes: int | None = None
+    backbone: str = "all"
+
+    def run_options(self) -> RunOptions:
+        """Those of stage one."""
+        if self.scheduler is not None and self.workers is not None:
+            raise click.UsageError(
+                "--workers is for local processes; with --scheduler the cluster has its own: give one"
+            )
+        return RunOptions(
+            scheduler=self.scheduler,
+            workers=self.workers or 1,
+            max_failures=self.max_failures,
+            rehash=self.rehash,
+        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """What features are, where there is no experiment file; what is None is as the file's defaults have it."""
+
+    backbone: str
+    weights: str | None
+    size: int | None
+    patches: str | None
+    dtype: str | None
+    out: str
+
+    def config(self, overrides: Sequence[str]) -> FeaturesConfig:
+        """The same as an experiment file would say it."""
+        given: dict[str, dict[str, Any]] = {
+            "backbone": {"name": self.backbone, "weights": self.weights, "image_size": self.size},
+            "cache": {"root": self.out, "patches": self.patches, "dtype": self.dtype},
+        }
+        said = {
+            table: {key: value for key, value in keys.items() if value is not None} for table, keys in given.items()
+        }
+        return features_config(said, overrides)
+
+
+def gathered(name: str, kind: Callable[..., Any], *options: Option[Any]) -> Option[Any]:
+    """Several options as one argument of a command.
+
+    Args:
+        name: of the command's parameter.
+        kind: makes it of what was given, by the options' names.
+        options: decorators, in the order of ``--help``.
+    """
+
+    def probe() -> None:
+        """Holds the options, for their names."""
+
+    own = [option.name for option in getattr(_with(probe, options), "__click_params__", []) if option.expose_value]
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            return command(**{name: kind(**{key: given.pop(key) for key in own})}, **given)
+
+        return _with(call, options)
+
+    return decorate
+
+
+def _with(command: Any, options: Sequence[Option[Any]]) -> Any:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable.")
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Say what would run, what is fresh and the bytes it would write."
+)
+EXPERIMENT = gathered("experiment", Experiment, click.argument("path", metavar="EXPERIMENT.toml"), SET, DEBUG)
+SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Hand the work to the Dask cluster of this scheduler.")
+WORKERS = click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Work in N local processes.")
+MAX_FAILURES = click.option(
+    "--max-failures",
+    type=click.FloatRange(0, 1),
+    default=RunOptions.max_failures,
+    show_default=True,
+    help="Largest share of a set's images that may be unusable.",
+)
+REHASH = click.option("--rehash", is_flag=True, help="Tell changed images by the bytes of all, not by size and time.")
+BACKBONE = click.option(
+    "--backbone",
+    type=click.Choice(["pretrained", "finetuned", "all"]),
+    default="all",
+    show_default=True,
+    help="Which backbone's features; all: every one that exists.",
+)
+PROCESSES = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train in N processes together, on GPUs one each; torchrun does the same.",
+)
+
+# Of the verbs of stages, by the names that `pipeline.stages_of_study` gives them, in the order of ``--help``.
+OF_STAGES: dict[str, tuple[Option[Any], ...]] = {
+    "images": (SCHEDULER, WORKERS, MAX_FAILURES, REHASH),
+    "processes": (PROCESSES,),
+    "backbone": (BACKBONE,),
+}
+
+
+def asked(*options: Option[Any]) -> Option[Any]:
+    """Options of a verb as its argument ``asked``."""
+    return gathered("asked", Asked, *options)
+
+
+def _set_name(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    try:
+        return None if value is None else folder_name(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+NETWORK = gathered(
+    "network",
+    Network,
+    click.option("--backbone", required=True, metavar="NAME", help="Any timm model."),
+    click.option("--weights", metavar="FILE", help='A .safetensors or .pth file, "embedded" or "hub" (the default).'),
+    click.option("--size", type=int, metavar="N", help="Side of the network's input in pixels; 224 by default."),
+    click.option("--patches", metavar="OPTION", help='"full" (the default), "pool:G" or "none".'),
+    click.option(
+        "--dtype", type=click.Choice(["float16", "float32"]), help="As features are stored; float16 by default."
+    ),
+    click.option("--out", default="cache", show_default=True, metavar="FOLDER", help="Of all caches."),
+)
+SET_NAME = click.option(
+    "--name", callback=_set_name, metavar="SET", help="Of the set, part of its folder's name; by default its source's."
+)
+
+
+def _known_score(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (unknown := unknown_part(value)) is not None:
+        raise click.BadParameter(f"{unknown!r} is not a known score{nearest(unknown, SCORE_NAMES)}")
+    return value
+
+
+DECIDING_BACKBONE = click.option(
+    "--backbone",
+    type=click.Choice(["pretrained", "finetuned"]),
+    default="pretrained",
+    show_default=True,
+    help="Whose detector decides; finetuned: that of the first seed.",
+)
+DECIDING_SCORE = click.option(
+    "--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy."
+)
+FORMAT = click.option(
+    "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."
+)
+CONTROLS = click.option(
+    "--controls",
+    metavar="NAME,…",
+    callback=lambda _context, _option, names: None if names is None else names.split(","),
+    help="Of the control variants, only these.",
+)

@@ -1,0 +1,64 @@
+"""What detection needs of a study: features, models and test sets of its backbones."""
+
+from collections.abc import Sequence
+
+from pipeline.backbones import StudyBackbone
+from pipeline.workspace import Workspace
+from stages.detection.subjects import BackboneSource, MixtureFolder, TestSet
+from stages.files.documents import digest_of
+from stages.finetune import read_finetuned_head
+from stages.train import train_probe
+
+_GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
+
+
+def sources_to_score(workspace: Workspace, which: str) -> list[BackboneSource]:
+    """All that stage three reads; the pre-trained backbone first.
+
+    Raises:
+        InputError: a backbone that was asked for, or a model on its features, is not there or not of now.
+    """
+    sources = [_source_to_score(workspace, backbone) for backbone in workspace.existing(which)]
+    if sources[0].name != "pretrained":
+        # The frozen kNN of the pre-trained backbone is the baseline of every table.
+        sources.insert(0, _source_to_score(workspace, workspace.pretrained))
+    return sources
+
+
+def _source_to_score(workspace: Workspace, backbone: StudyBackbone) -> BackboneSource:
+    tests = [
+        TestSet(entry.name, _GROUP_OF_ROLE[entry.role], backbone.cache(entry))
+        for entry in workspace.config.sets_of(*_GROUP_OF_ROLE)
+    ]
+    return _source(workspace, backbone, workspace.mixtures(backbone), tests)
+
+
+def source_to_predict(workspace: Workspace, backbone: StudyBackbone) -> BackboneSource:
+    """What `predict` needs: ID features and the first mixture; no other need be trained, no set be scored."""
+    return _source(workspace, backbone, workspace.mixtures(backbone)[:1], [])
+
+
+def _source(
+    workspace: Workspace, backbone: StudyBackbone, mixtures: Sequence[tuple[str, int]], tests: Sequence[TestSet]
+) -> BackboneSource:
+    workspace.check_caches(backbone, "id-train", "id-val", *(_GROUP_OF_ROLE if tests else ()))
+    data = backbone.id_data()
+    folders = [
+        MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed)) for variant, seed in mixtures
+    ]
+    probe = train_probe(data, backbone.probe_folder)
+    documents = [backbone.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]
+    documents += [] if backbone.seed is None else [backbone.finetune_folder / "finetune.json"]
+    config = workspace.config
+    return BackboneSource(
+        name=backbone.kind,
+        seed=backbone.seed,
+        data=data,
+        probe=probe,
+        finetuned_head=None if backbone.seed is None else read_finetuned_head(backbone.finetune_folder),
+        mixtures=tuple(folders),
+        tests=tuple(tests),
+        architecture=lambda: backbone.architecture,
+        network=None if config.backbone is None else lambda: backbone.loaded,
+        models={str(path.relative_to(config.work)): digest_of(path) for path in documents},
+    )

@@ -1,0 +1,208 @@
+"""Stage one: the sealed caches of a backbone's features, one a set."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import ClassVar, Self
+
+from cache import FeatureCache, FeatureSpec
+from pipeline.backbones import StudyBackbone
+from pipeline.checks import check_before_extraction
+from pipeline.config import SetConfig
+from pipeline.engine import engine_for
+from pipeline.sets import about_set, unit_of
+from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.terminal import Lines, show
+from pipeline.workspace import Workspace
+from stages.context import Context
+from stages.errors import InputError
+from stages.extract import Changes, compare_versions, extract_set, import_set
+from stages.files.documents import write_text
+from stages.inputs.arrays import check_end
+from stages.inputs.images import describe_left_out
+from stages.networks.backbone import stored_grid
+from stages.progress import Progress
+from stages.sanity import check_features, find_same_bytes, same_bytes_notes
+
+
+class Extract(Stage):
+    """Fill the caches of all sets with the features of one backbone."""
+
+    alone: ClassVar = False  # each cache has a lock of its own
+    looks_again: ClassVar = True
+    of_backbone: ClassVar = True
+
+    def __init__(self, workspace: Workspace, backbone: StudyBackbone) -> None:
+        self.workspace = workspace
+        self.backbone = backbone
+
+    @classmethod
+    def before(cls, workspace: Workspace, planning: bool) -> None:
+        """Refuse a study of which any stage is bound to refuse something: this one takes hours."""
+        check_before_extraction(workspace, (lambda: workspace.pretrained.architecture) if planning else None)
+
+    @classmethod
+    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
+        """One for each backbone."""
+        return (cls(workspace, backbone) for backbone in backbones)
+
+    @property
+    def name(self) -> str:
+        """``extract`` and the backbone."""
+        return f"extract {self.backbone.name}"
+
+    def identity(self) -> str:
+        """Fingerprint of the features; their inputs are compared set by set."""
+        return self._spec.fingerprint
+
+    def is_fresh(self) -> bool:
+        """Whether every set has a cache of these features of the images of now."""
+        return all(changes and changes.fresh for changes in self._changes.values())
+
+    def check(self) -> None:
+        """Refuse features that did not come from where they say."""
+        self.workspace.sets.check_origins(self._spec)
+
+    @cached_property
+    def _spec(self) -> FeatureSpec:
+        config, sets = self.workspace.config, self.workspace.sets
+        return sets.spec_of_arrays(self.backbone) if config.has_features else self.backbone.spec()
+
+    @cached_property
+    def _changes(self) -> dict[str, Changes | None]:
+        return {entry.name: self._compare(entry, self._spec) for entry in self.workspace.config.sets}
+
+    def _compare(self, entry: SetConfig, spec: FeatureSpec) -> Changes | None:
+        return compare_versions(
+            entry.name,
+            self.workspace.sets.table(entry),
+            spec,
+            self.workspace.config.cache.root,
+            rehash=self.workspace.options.rehash,
+            progress=self.workspace.progress,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ --dry-run
+
+    def plan(self) -> Lines:
+        """A line a set: how many images, and bytes to write."""
+        workspace, backbone = self.workspace, self.backbone
+        known = backbone.known_spec() if workspace.is_finetuned(backbone) else None
+        spec = workspace.sets.spec_of_arrays(backbone) if workspace.config.has_features else known
+        if spec is not None:
+            workspace.sets.check_origins(spec)
+        row_bytes = self._row_bytes() if spec is None else spec.row_bytes
+        return [line for entry in workspace.config.sets for line in self._plan_set(entry, spec, row_bytes)]
+
+    def _row_bytes(self) -> int:
+        """Of features that were never extracted; the network's shape says it."""
+        shape, cache = self.backbone.architecture, self.workspace.config.cache
+        height, width = stored_grid(shape.grid, cache.patches)
+        item = 2 if cache.dtype == "float16" else 4
+        return item * (shape.dim + shape.tap_dim * (1 + shape.n_registers + height * width))
+
+    def _plan_set(self, entry: SetConfig, spec: FeatureSpec | None, row_bytes: int) -> Lines:
+        table = self.workspace.sets.table(entry)
+        changes = spec and self._compare(entry, spec)
+        state = f"would write {len(table) * row_bytes / 2**20:.1f} MiB"
+        if changes and changes.fresh:
+            state = f"fresh, {changes.cache.path}"
+        elif changes:
+            state = f"{changes}: would extract {changes.to_extract}, take over the others, and {state[6:]}"
+        if table.left_out:
+            state += f"; {describe_left_out(table.left_out)}"
+        return [f"{self.name} {entry.name}: {len(table)} {unit_of(entry)}, {state}", *table.notes]
+
+    # ------------------------------------------------------------------------------------------------------- the work
+
+    def run(self, context: Context) -> Done:
+        """Make the caches that are missing, and remember which caches the sets are in."""
+        config, backbone, found = self.workspace.config, self.backbone, self._changes
+        if backbone.seed is None:  # the images of the other backbones are the same
+            self._say_what_is_listed(context.progress)
+        caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
+        missing = [entry for entry in config.sets if entry.name not in caches]
+        self._check_device(missing)
+        for entry, cache in self._fill(missing, context.progress):
+            caches[entry.name] = cache
+            for note in check_features(cache, by_class=entry.role == "id-train"):
+                context.progress.note(note)
+            if backbone.seed is None:
+                self._list_same_bytes(cache, context.progress)
+        files = {entry.name: self.workspace.sets.arrays(entry).files for entry in self.workspace.sets.with_features()}
+        backbone.link(self._spec, caches, files)
+        rows = sum(cache.n_rows for cache in caches.values())
+        failures = sum(cache.manifest.n_failures for cache in caches.values())
+        done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
+        return Done([f"{self.name}: {done}; {rows} rows + {failures} failures in {config.cache.root}"], not missing)
+
+    def _say_what_is_listed(self, progress: Progress) -> None:
+        for entry in self.workspace.config.sets:
+            table = self.workspace.sets.table(entry)
+            if left_out := describe_left_out(table.left_out):
+                show([f"{entry.name}: {left_out}"])
+            for note in table.notes:
+                progress.note(note)
+
+    def _check_device(self, missing: Sequence[SetConfig]) -> None:
+        """Refuse features of images that are to stand beside those that another kind of device made."""
+        images = [entry.name for entry in missing if entry.images is not None]
+        if (device := self.backbone.other_device(self._spec)) and images:
+            raise InputError(
+                f"set {images[0]!r} is not extracted yet, or of other images, and the features of this study are "
+                f'of device "{device}", where this machine has "{self.backbone.device}": extract on one that has it, '
+                f"or delete {self.backbone.link_path} to extract all sets anew on this one"
+            )
+
+    def _list_same_bytes(self, cache: FeatureCache, progress: Progress) -> None:
+        """Say which rows of a set are copies, and list them all beside what the set was extracted to."""
+        path = self.workspace.config.work / "extract" / f"{cache.manifest.dataset}-same-bytes.jsonl"
+        same = find_same_bytes(cache)
+        for note in same_bytes_notes(cache, same, str(path)):
+            progress.note(note)
+        if same:
+            write_text(path, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in same))
+        else:
+            path.unlink(missing_ok=True)
+
+    def _fill(self, missing: Sequence[SetConfig], progress: Progress) -> Iterator[tuple[SetConfig, FeatureCache]]:
+        """Make the caches of some sets, one after the other; those of arrays first, which are quickly refused."""
+        yield from self._fill_from_arrays([entry for entry in missing if entry.features is not None], progress)
+        yield from self._fill_from_images([entry for entry in missing if entry.features is None], progress)
+
+    def _fill_from_arrays(
+        self, given: Sequence[SetConfig], progress: Progress
+    ) -> Iterator[tuple[SetConfig, FeatureCache]]:
+        spec, sets, root = self._spec, self.workspace.sets, self.workspace.config.cache.root
+        if spec.expert_blocks and spec.patches == "full":
+            for entry in given:
+                with about_set(entry):
+                    check_end(sets.arrays(entry), self.backbone.loaded)
+        for entry in given:
+            with about_set(entry):
+                changes = self._changes[entry.name]
+                cache = import_set(entry.name, sets.arrays(entry), spec, root, changes=changes, progress=progress)
+            yield entry, cache
+
+    def _fill_from_images(
+        self, pictured: Sequence[SetConfig], progress: Progress
+    ) -> Iterator[tuple[SetConfig, FeatureCache]]:
+        if not pictured:
+            return
+        backbone, options = self.backbone, self.workspace.options
+        for note in backbone.loaded.notes():
+            progress.note(note)
+        with engine_for(options.scheduler, options.workers) as engine:
+            for entry in pictured:
+                cache = extract_set(
+                    entry.name,
+                    self.workspace.sets.table(entry),
+                    self._spec,
+                    self.workspace.config.cache.root,
+                    lambda: backbone.loaded,
+                    max_failures=options.max_failures,
+                    changes=self._changes[entry.name],
+                    mapper=None if engine is None else engine.map,
+                    progress=progress,
+                )
+                yield entry, cache

@@ -1,0 +1,74 @@
+"""The report of a study: ``report/index.html``."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
+from typing import Self
+
+from cache import CacheError
+from pipeline.backbones import StudyBackbone
+from pipeline.report import Evidence, report_identity, write_report
+from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.terminal import Lines
+from pipeline.workspace import Workspace
+from stages.context import Context
+from stages.errors import InputError
+from stages.files.documents import has_contents, write_contents
+
+
+class Report(Stage):
+    """Write the page, unless it shows what it would show."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.folder = workspace.config.work / "report"
+
+    @classmethod
+    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
+        """One for all."""
+        yield cls(workspace)
+
+    @property
+    def name(self) -> str:
+        """``report``."""
+        return "report"
+
+    def identity(self) -> str:
+        """Nothing: the page shows the record, which is of this run from here on; what it shows is `_shown`."""
+        return ""
+
+    def _shown(self) -> str:
+        """Digest of all that the page would show now."""
+        return report_identity(self.workspace.config.work, self._evidence)
+
+    @cached_property
+    def _evidence(self) -> Evidence:
+        return evidence_of(self.workspace)
+
+    def is_fresh(self) -> bool:
+        """Whether the page is there, as it was left, and shows that."""
+        return has_contents(self.folder, self._shown())
+
+    def plan(self) -> Lines:
+        """Whether the page would be another."""
+        fresh = False
+        with suppress(InputError):  # nothing is scored yet
+            fresh = self.is_fresh()
+        return [f"{self.name}: {'fresh,' if fresh else 'would write'} {self.folder / 'index.html'}"]
+
+    def run(self, context: Context) -> Done:
+        """Write the page."""
+        path = write_report(self.workspace.config.work, context.progress, self._evidence)
+        write_contents(self.folder, self._shown(), [path.name])
+        return Done([f"{self.name}: {path}"])
+
+
+def evidence_of(workspace: Workspace) -> Evidence:
+    """What a report may look at beside the study's own files, as far as it is still there."""
+    caches = {}
+    for entry in workspace.config.sets:
+        with suppress(InputError, CacheError):  # not there any more, of other settings, or damaged
+            cache = workspace.pretrained.cache(entry)
+            cache.check()
+            caches[entry.name] = cache
+    return Evidence(workspace.config.sets_of("id-train")[0].name, caches, workspace.sets.images)

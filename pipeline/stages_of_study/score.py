@@ -1,0 +1,100 @@
+"""Stage three: scores of every set with every detector, thresholds and the table."""
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Self
+
+from cache import CacheError, fingerprint
+from pipeline.backbones import StudyBackbone
+from pipeline.sources import sources_to_score
+from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.tables import table_lines
+from pipeline.terminal import Lines
+from pipeline.workspace import Workspace
+from stages.context import Context
+from stages.detection.subjects import BackboneSource
+from stages.errors import InputError
+from stages.files.documents import CONTENTS, has_contents, read_document
+from stages.score import SCORE_SEMANTICS, score
+
+
+class Score(Stage):
+    """Score the features of all backbones of a kind; ends in the table."""
+
+    def __init__(self, workspace: Workspace, which: str = "all") -> None:
+        self.workspace = workspace
+        self.which = which
+        self.folder = workspace.config.work / "scores"
+
+    @classmethod
+    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
+        """One for all."""
+        yield cls(workspace, which)
+
+    @property
+    def name(self) -> str:
+        """``score``."""
+        return "score"
+
+    def identity(self) -> str:
+        """Digest of settings, features, models and test sets: of all that the scores are made of."""
+        return fingerprint(
+            {
+                "semantics": SCORE_SEMANTICS,
+                "config": self.workspace.config.score.model_dump(),
+                "sources": [
+                    {
+                        "name": [source.name, source.seed],
+                        "data": source.data.identity,
+                        "tests": [[test.name, test.group, test.cache.digest] for test in source.tests],
+                        "mixtures": [[mixture.variant, mixture.seed] for mixture in source.mixtures],
+                        "models": dict(source.models),
+                    }
+                    for source in self._sources
+                ],
+            }
+        )
+
+    def is_fresh(self) -> bool:
+        """Whether the record tells of these scores, and they are there, as they were left."""
+        identity = self.identity()
+        return self.workspace.record.is_fresh(self.name, identity) and has_contents(self.folder, identity)
+
+    @cached_property
+    def _sources(self) -> list[BackboneSource]:
+        return sources_to_score(self.workspace, self.which)
+
+    def plan(self) -> Lines:
+        """Whether the scores are those of now."""
+        try:
+            finetuned = all(map(self.workspace.is_finetuned, self.workspace.asked(self.which)))
+            fresh = finetuned and self.is_fresh()
+        except (InputError, CacheError):  # what it reads is not there yet
+            fresh = False
+        what = f"fresh, {self.folder}" if fresh else f"would read caches and models, write {self.folder}"
+        return [f"{self.name}: {what}"]
+
+    def run(self, context: Context) -> Done:
+        """Score everything."""
+        result = score(self._sources, self.workspace.config.score, self.folder, context.progress, self.identity())
+        return Done([*result.notes, *self.found()])
+
+    def found(self) -> Lines:
+        """The table."""
+        return table_lines(self.folder)
+
+
+def stale_scores(workspace: Workspace) -> str | None:
+    """Why the scores are not those of now, as far as that can be seen: what they were made from may be gone."""
+    scored = (read_document(workspace.config.work / "scores" / CONTENTS) or {}).get("identity")
+    if scored is None or not workspace.pretrained.link_path.exists():
+        return None
+    try:
+        asked = ["all"] if workspace.config.finetune is None else ["all", "pretrained"]
+        if any(Score(workspace, which).identity() == scored for which in asked):
+            return None
+    except CacheError:
+        return None
+    except InputError as error:
+        return f"the scores are not of the models of now: {error}"
+    return "the scores are of other models, features or settings than those of now: run make score"

@@ -1,0 +1,106 @@
+"""Stage two: the linear probe and the mixtures on a backbone's cached features."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+from cache import CacheError, fingerprint
+from pipeline.backbones import StudyBackbone
+from pipeline.checks import check_before_training
+from pipeline.config import JOINT
+from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.terminal import Lines
+from pipeline.workspace import Workspace
+from stages.context import Context
+from stages.files.documents import read_document
+from stages.id_data.rows import IdData
+from stages.train import finish_joint, train_mofe, train_probe
+
+
+class Train(Stage):
+    """Fit probe and mixtures on the features of one backbone."""
+
+    looks_again: ClassVar = True
+    of_backbone: ClassVar = True
+
+    def __init__(self, workspace: Workspace, backbone: StudyBackbone) -> None:
+        self.workspace = workspace
+        self.backbone = backbone
+
+    @classmethod
+    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
+        """One for each backbone."""
+        return (cls(workspace, backbone) for backbone in backbones)
+
+    @property
+    def name(self) -> str:
+        """``train`` and the backbone."""
+        return f"train {self.backbone.name}"
+
+    def identity(self) -> str:
+        """Digest of the features and their split; settings and seed are compared mixture by mixture."""
+        return fingerprint(self._data.identity)
+
+    def is_fresh(self) -> bool:
+        """Whether every mixture is there; the probe is fitted in passing."""
+        return not self.workspace.to_train(self.backbone)
+
+    def check(self) -> None:
+        """Refuse settings that do not fit the data, and features that are not as they were sealed."""
+        check_before_training(self.workspace, self.backbone, self._data)
+        self.workspace.check_caches(self.backbone, "id-train", "id-val")
+
+    @cached_property
+    def _data(self) -> IdData:
+        return self.backbone.id_data()
+
+    def plan(self) -> Lines:
+        """A line a mixture."""
+        workspace, backbone = self.workspace, self.backbone
+        if workspace.is_finetuned(backbone) and backbone.link_path.is_file():
+            with suppress(CacheError):  # extracted with other settings, or not there any more
+                check_before_training(workspace, backbone, self._data)
+        to_train = set(workspace.to_train(backbone))
+        return [
+            f"{self.name} {variant} seed {seed}: {'would run' if (variant, seed) in to_train else 'fresh'}"
+            for variant, seed in workspace.mixtures(backbone)
+        ]
+
+    def run(self, context: Context) -> Done:
+        """Fit what is not fresh."""
+        probe = train_probe(self._data, self.backbone.probe_folder)
+        lines: Lines = [f"{self.name}: probe with strength {probe.strength:g} ({self._data.split.rule})"]
+        lines += [f"{self.name}: {note}" for note in probe.notes("probe")]
+        fresh = True
+        for variant, seed in self.workspace.mixtures(self.backbone):
+            started = time.monotonic()
+            done = self._train_mixture(variant, seed, context)
+            fresh &= not done
+            if not context.ranks.first:  # nor are the files there yet: rank 0 still fits the heads
+                continue
+            lines.append(self._line(variant, seed, done))
+            if done and self.backbone.seed is None and self.workspace.on_trained is not None:
+                self.workspace.on_trained(variant, time.monotonic() - started)
+        return Done(lines, fresh)
+
+    def _train_mixture(self, variant: str, seed: int, context: Context) -> bool:
+        """Train and finish one mixture, or only finish that which was trained together with the backbone."""
+        backbone, folder = self.backbone, self.backbone.mixture_folder(variant, seed)
+        if variant == JOINT:
+            return finish_joint(
+                self._data, backbone.finetune_folder, lambda: backbone.architecture.end(), folder, context.progress
+            )
+        config = self.workspace.config.variant_configs()[variant]
+        return train_mofe(
+            self._data, config, lambda: backbone.loaded.end(), seed, folder, context.progress, backbone.device
+        )
+
+    def _line(self, variant: str, seed: int, done: bool) -> str:
+        folder = self.backbone.mixture_folder(variant, seed)
+        about: dict[str, Any] = read_document(folder / "mofe.json") or {}
+        return (
+            f"{self.name} {variant} seed {seed}: {'done' if done else 'fresh'}, "
+            f"{about['settings']['experts']} experts, epoch {about['best_epoch']} kept, {folder}"
+        )
