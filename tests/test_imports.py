@@ -106,7 +106,7 @@ def test_verbs_meet_on_disk_and_nouns_never_import_them(verb):
 
 
 def test_modules_are_imported_by_name_only():
-    """Otherwise this file would not see it; but for the stages of a study, which are loaded when their verb is asked."""
+    """Otherwise this file would not see it; but for a study's stages, loaded when their verb is asked."""
     by_text = {m for m, names in IMPORTS.items() if names & {"importlib.import_module", "importlib.util", "runpy"}}
     assert by_text == {"pipeline.stages_of_study"}
     sources = [path.read_text(encoding="utf-8") for package in PACKAGES for path in (ROOT / package).rglob("*.py")]

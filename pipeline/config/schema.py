@@ -321,8 +321,8 @@ class RunConfig(StageConfig):
     def _joint_problems(self) -> Iterator[str]:
         if self.train.expert not in ("auto", "end"):
             yield (
-                f"finetune.joint: trains copies of the backbone's end, and train.expert = {as_given(self.train.expert)} "
-                'is another kind of expert: give "end" there, others as [[variants]]'
+                "finetune.joint: trains copies of the backbone's end, and train.expert = "
+                f'{as_given(self.train.expert)} is another kind of expert: give "end" there, others as [[variants]]'
             )
         if self.cache.patches != "full":
             yield (

@@ -18,9 +18,9 @@ from stages.context import Context
 from stages.errors import InputError
 from stages.extract import Changes, compare_versions, extract_set, import_set
 from stages.files.documents import write_text
-from stages.inputs.arrays import check_end
 from stages.inputs.images import describe_left_out
-from stages.networks.backbone import stored_grid
+from stages.networks.end_check import check_end
+from stages.networks.tokens import stored_grid
 from stages.progress import Progress
 from stages.sanity import check_features, find_same_bytes, same_bytes_notes
 
