@@ -12,7 +12,7 @@ from stages.progress import Progress
 
 if TYPE_CHECKING:
     from pipeline.predictions import Format
-    from pipeline.report import Evidence
+    from pipeline.report.study import Evidence
     from pipeline.stages_of_study.stage import Stage
 
 

@@ -7,13 +7,15 @@ from typing import Self
 
 from cache import CacheError
 from pipeline.backbones import StudyBackbone
-from pipeline.report import Evidence, report_identity, write_report
+from pipeline.report.page import report_identity, write_report
+from pipeline.report.study import Evidence, ReportedStudy
 from pipeline.stages_of_study.stage import Done, Stage
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.errors import InputError
 from stages.files.documents import has_contents, write_contents
+from stages.results.scored_study import ScoredStudy
 
 
 class Report(Stage):
@@ -37,9 +39,13 @@ class Report(Stage):
         """Nothing: the page shows the record, which is of this run from here on; what it shows is `_shown`."""
         return ""
 
-    def _shown(self) -> str:
-        """Digest of all that the page would show now."""
-        return report_identity(self.workspace.config.work, self._evidence)
+    def _shown(self) -> ReportedStudy:
+        """All that the page would show now; the record alone changes meanwhile."""
+        return ReportedStudy(self._scored, self._evidence)
+
+    @cached_property
+    def _scored(self) -> ScoredStudy:
+        return ScoredStudy(self.workspace.config.work / "scores")
 
     @cached_property
     def _evidence(self) -> Evidence:
@@ -47,7 +53,7 @@ class Report(Stage):
 
     def is_fresh(self) -> bool:
         """Whether the page is there, as it was left, and shows that."""
-        return has_contents(self.folder, self._shown())
+        return has_contents(self.folder, report_identity(self._shown()))
 
     def plan(self) -> Lines:
         """Whether the page would be another."""
@@ -58,8 +64,9 @@ class Report(Stage):
 
     def run(self, context: Context) -> Done:
         """Write the page."""
-        path = write_report(self.workspace.config.work, context.progress, self._evidence)
-        write_contents(self.folder, self._shown(), [path.name])
+        shown = self._shown()
+        path = write_report(shown, context.progress)
+        write_contents(self.folder, report_identity(shown), [path.name])
         return Done([f"{self.name}: {path}"])
 
 
