@@ -85,7 +85,7 @@ class Predictor:
     @property
     def reads(self) -> frozenset[str]:
         """Features of a new image that decide; a cache may lack the others."""
-        experts = self._refined.mixture().reads if self._refined else ("cls",)
+        experts = self._refined.mixture().config.reads if self._refined else ("cls",)
         return frozenset(experts).union(*(part.scorer.needs & {"patches"} for part in self.detector.parts))
 
     def _asked(self, score: str) -> Detector:

@@ -28,7 +28,7 @@ DOORS = {
     "click": {"pipeline.cli", "pipeline.options", "pipeline.terminal"},
     "tqdm": {"pipeline.progress"},
     "matplotlib": {"pipeline.report.figures"},
-    "jinja2": {"pipeline.report.page"},
+    "jinja2": {"pipeline.report.page", "pipeline.report.study"},
     "datasets": {"stages.inputs.images.huggingface"},
 }
 # What a package may never import, whatever the module.
