@@ -16,7 +16,8 @@ from pipeline.config import (
     folder_name,
     load_config,
 )
-from stages.config import SCORE_NAMES, nearest, unknown_part
+from stages.config import nearest
+from stages.scorers import SCORERS, unknown_part
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
@@ -211,7 +212,7 @@ SET_NAME = click.option(
 
 def _known_score(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     if value is not None and (unknown := unknown_part(value)) is not None:
-        raise click.BadParameter(f"{unknown!r} is not a known score{nearest(unknown, SCORE_NAMES)}")
+        raise click.BadParameter(f"{unknown!r} is not a known score{nearest(unknown, SCORERS)}")
     return value
 
 

@@ -13,7 +13,9 @@ from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.inputs.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
 from stages.metrics.ranking import METRICS, ood_metrics
-from stages.scorers import ScoreInputs, Scorer, get_scorer
+from stages.scorers import get_scorer
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 
 Array = Any  # what numpy makes an array of: arrays, nested lists, tensors of torch on any device
 Rows = ScoreInputs | Mapping[str, Array] | Array

@@ -15,7 +15,6 @@ from pydantic import AfterValidator, Field, PositiveInt, ValidationError, field_
 from pipeline.config.explain import as_given, problem_lines
 from stages.config import (
     ARRAY_KEYS,
-    SCORE_NAMES,
     TAKEN_NAMES,
     BackboneConfig,
     FinetuneConfig,
@@ -23,9 +22,9 @@ from stages.config import (
     StageConfig,
     TrainConfig,
     nearest,
-    unknown_part,
 )
 from stages.errors import InputError
+from stages.scorers import SCORERS, get_scorer, unknown_part
 
 _OOD_ROLES = ("near-ood", "far-ood")
 JOINT = "joint"  # the variant whose experts were trained together with the backbone, by `finetune.joint`
@@ -245,7 +244,7 @@ class RunConfig(StageConfig):
         yield from self._source_problems()
         for score in self.score.scores:
             if (unknown := unknown_part(score)) is not None:
-                yield f"score.scores: {as_given(unknown)} is not a known score{nearest(unknown, SCORE_NAMES)}"
+                yield f"score.scores: {as_given(unknown)} is not a known score{nearest(unknown, SCORERS)}"
         if not self.score.scores or _repeated(self.score.scores):
             yield f"score.scores: {as_given(self.score.scores)} given, must be one or more different names"
         yield from self._score_settings_problems()
@@ -260,11 +259,9 @@ class RunConfig(StageConfig):
     def _score_settings_problems(self) -> Iterator[str]:
         if not self.score.params:
             return
-        from stages.scorers import get_scorer  # numpy, scipy and faiss: for those alone who set something
-
         for name, settings in self.score.params.items():
-            if name not in SCORE_NAMES:
-                yield f"score.params.{name}: unknown key{nearest(name, SCORE_NAMES)}"
+            if name not in SCORERS:
+                yield f"score.params.{name}: unknown key{nearest(name, SCORERS)}"
                 continue
             try:
                 get_scorer(name, self.score.profile, **settings)

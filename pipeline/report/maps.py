@@ -16,7 +16,7 @@ from pipeline.report.study import ReportedStudy
 from stages.files.documents import read_document
 from stages.mixture.refine import load_refined, refined_path
 from stages.progress import Progress
-from stages.scorers.neighbours.bank import l2_normalise
+from stages.scorers.shared.arrays import l2_normalise
 
 Floats = NDArray[np.float32]
 _FITTED = 2000  # rows of id-train that PCA is fitted on

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stages.results.method import NO_HEAD, Method
+from stages.scorers import title_of
 
 
 class Metric(NamedTuple):
@@ -30,44 +31,10 @@ KINDS = {
     "dense": "One network of as many parameters as all experts have; nothing is routed.",
 }
 
-_SCORE_TITLES = {
-    "msp": "MSP",
-    "knn": "kNN",
-    "knn-mean": "mean-kNN",
-    "patch-knn": "patch kNN",
-    "ncm": "NCM",
-    "mos": "MOS",
-    "gen": "GEN",
-    "kl-matching": "KL matching",
-    "temperature-scaling": "temperature-scaled MSP",
-    "react": "ReAct",
-    "ash-s": "ASH-S",
-    "ash-p": "ASH-P",
-    "ash-b": "ASH-B",
-    "scale": "SCALE",
-    "lts": "LTS",
-    "vra": "VRA",
-    "dice": "DICE",
-    "gradnorm": "GradNorm",
-    "mahalanobis": "Mahalanobis",
-    "mahalanobis-pp": "Mahalanobis++",
-    "relative-mahalanobis": "relative Mahalanobis",
-    "relative-mahalanobis-pp": "relative Mahalanobis++",
-    "ssd": "SSD",
-    "gmm": "GMM",
-    "vim": "ViM",
-    "neco": "NECO",
-    "she": "SHE",
-    "fdbd": "fDBD",
-    "nci": "NCI",
-    "pnml": "pNML",
-    "nnguide": "NNGuide",
-}  # the others are written as they are asked for
-
 
 def score_title(method: Method) -> str:
     """A score as the field writes it: ``kNN+energy`` for ``knn+energy``."""
-    return "+".join(_SCORE_TITLES.get(part, part) for part in method.score.split("+"))
+    return title_of(method.score)
 
 
 def method_name(method: Method) -> str:

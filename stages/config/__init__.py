@@ -144,31 +144,9 @@ class FinetuneConfig(StageConfig):
     tensorboard: bool = False  # an event file beside metrics.jsonl; needs the extra "tensorboard"
 
 
-# What [score] scores may name, and sums of them ("knn+energy"): those of `stages.scorers.SCORERS`, in this module so
-# that an experiment file is checked without numpy and faiss; a test holds the two together.
-SCORE_NAMES = (
-    "msp", "energy", "knn", "ncm", "mos",
-    "temperature-scaling", "max-logit", "entropy", "gen", "kl-matching",
-    "react", "ash-s", "ash-p", "ash-b", "scale", "lts", "vra", "dice", "gradnorm",
-    "mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "cosine",
-    "vim", "residual", "neco", "she", "fdbd", "nci", "pnml", "nnguide", "relation",
-    "knn-mean", "patch-knn", "other",
-)  # fmt: skip
-
 TAKEN_NAMES = ("id", "average")  # words of the table's own, which no OOD set may be called
 
 Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ
-
-
-def unknown_part(score: str) -> str | None:
-    """The first part of a score or sum of scores that nobody knows; the score itself where a part is repeated.
-
-    >>> unknown_part("knn+energy"), unknown_part("knn+enrgy")
-    (None, 'enrgy')
-    """
-    parts = score.split("+")
-    unknown = [part for part in parts if part not in SCORE_NAMES]
-    return unknown[0] if unknown else score if len(set(parts)) < len(parts) else None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -27,9 +27,11 @@ from stages.errors import InputError, NotFiniteError
 from stages.heads.affine import LinearHead
 from stages.id_data.lazy import LazyArray, ReadOnce, Rows2D
 from stages.id_data.split import N_PARTS
-from stages.scorers import KNNScorer, ScoreInputs, Scorer, get_scorer, scorer_class
+from stages.scorers import get_scorer, scorer_class
+from stages.scorers.inputs import LazyRows, ScoreInputs, check_finite
+from stages.scorers.neighbours.knn import KNNScorer
 from stages.scorers.neighbours.store import NeighbourStore
-from stages.scorers.shared.base import LazyRows, check_finite
+from stages.scorers.scorer import Scorer
 
 Floats = NDArray[np.float32]
 Head = LinearHead | tuple[LinearHead, ...]

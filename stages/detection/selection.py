@@ -7,9 +7,9 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.metrics.ranking import auroc
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.knn import ExpertBanks
 from stages.scorers.neighbours.store import NeighbourStore
-from stages.scorers.shared.base import ScoreInputs
 
 K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 BY_LEFT_OUT_CLASSES = "best mean AUROC of left-out ID classes against the others"

@@ -1,127 +1,104 @@
-"""OOD scores: a pure function with its paper for each formula, and a thin fitted object around it.
+"""OOD scores: `SCORERS` has them all by name. Higher = more OOD, everywhere.
 
-Higher = more OOD, everywhere. A new score is one file beside these, a line in `SCORERS`, and its name in
-`stages.config.SCORE_NAMES`.
-
-    base          ScoreInputs, what a score may look at; Scorer, what a score is, and its routing over experts
-    energy, msp, temperature, maxlogit, entropy, gen, klmatching    scores of the logits
-    react, ash, scale, lts, vra, dice, gradnorm                     scores of the last layer's input and weights
-    mos           the smallest odds of "other" over the groups
-    other         the routed expert's odds of "other"
-    softmax, quantiles, shaping    what several of them share
-    knn, knn_mean distance to the k-th neighbour, and mean distance to the k nearest
-    patch_knn     the patches farthest from all patches of ID training images
-    ncm, cosine   the nearest class mean
-    mahalanobis   distances with one covariance: to the nearest class mean, relative to all, to the mean (ssd); ++
-    gmm           density of a Gaussian for each class
-    vim, neco     outside, and inside, of the principal subspace of ID features (vim: residual too)
-    she           inner product with the predicted class's pattern
-    fdbd, nci     a feature and the weights of the linear head
-    pnml          regret
-    nnguide, relation  products with all ID training rows
-    moments       counts, means and scatter of ID rows, block by block; whitening
-    shrinkage     covariances of few rows
-    pairs         blocks of rows times blocks of ID training rows
-    selection     choose_k(): k from ID rows alone
-    calibration   scores of several experts or kinds onto one scale; thresholds
+``README.md`` beside this file says how scores are organised and how one is added: a file in one of the folders, and a
+line below. No score is imported before it is asked for.
 """
 
 import difflib
-from typing import Any
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from stages.config import Profile
 from stages.errors import InputError
-from stages.scorers.features.ash import ASHBScorer, ASHPScorer, ASHSScorer, ash_score
-from stages.scorers.features.cosine import CosineScorer, cosine_score
-from stages.scorers.features.dice import DICEScorer, dice_score, sparse_head
-from stages.scorers.features.fdbd import FDBDScorer, fdbd_score
-from stages.scorers.features.gmm import GMMScorer, gmm_score
-from stages.scorers.features.gradnorm import GradNormScorer, gradnorm_score
-from stages.scorers.features.lts import LTSScorer, lts_score
-from stages.scorers.features.mahalanobis import (
-    MahalanobisPPScorer,
-    MahalanobisScorer,
-    RelativeMahalanobisPPScorer,
-    RelativeMahalanobisScorer,
-    SSDScorer,
-    mahalanobis_score,
-    relative_mahalanobis_score,
-)
-from stages.scorers.features.nci import NCIScorer, nci_score
-from stages.scorers.features.ncm import NCMScorer, class_means
-from stages.scorers.features.react import ReActScorer, react_score
-from stages.scorers.features.scale import SCALEScorer, scale_score
-from stages.scorers.features.she import SHEScorer, she_score
-from stages.scorers.features.vra import VRAScorer, vra_score
-from stages.scorers.logits.energy import EnergyScorer, energy_score
-from stages.scorers.logits.entropy import EntropyScorer, entropy_score
-from stages.scorers.logits.gen import GENScorer, gen_score
-from stages.scorers.logits.klmatching import KLMatchingScorer, class_templates, kl_matching_score
-from stages.scorers.logits.maxlogit import MaxLogitScorer, max_logit_score
-from stages.scorers.logits.mos import MOSScorer, mos_score
-from stages.scorers.logits.msp import MSPScorer, msp_score
-from stages.scorers.logits.other import OtherScorer, other_score
-from stages.scorers.logits.temperature import TemperatureScalingScorer, fit_temperature
-from stages.scorers.neighbours.knn import ExpertBanks, KNNScorer, knn_score
-from stages.scorers.neighbours.knn_mean import KNNMeanScorer, knn_mean_score
-from stages.scorers.neighbours.nnguide import NNGuideScorer, nnguide_score
-from stages.scorers.neighbours.patch_knn import PatchKNNScorer, patch_knn_score
-from stages.scorers.neighbours.relation import RelationScorer, relation_score
-from stages.scorers.shared.base import ScoreInputs, Scorer, check_settings
-from stages.scorers.subspace.neco import NECOScorer, neco_score
-from stages.scorers.subspace.pnml import PNMLScorer, pnml_score
-from stages.scorers.subspace.vim import ResidualScorer, ViMScorer, residual_score, vim_score
 
-SCORERS: dict[str, type[Scorer]] = {
-    scorer.name: scorer
-    for scorer in (
-        MSPScorer,
-        EnergyScorer,
-        KNNScorer,
-        NCMScorer,
-        MOSScorer,
-        TemperatureScalingScorer,
-        MaxLogitScorer,
-        EntropyScorer,
-        GENScorer,
-        KLMatchingScorer,
-        ReActScorer,
-        ASHSScorer,
-        ASHPScorer,
-        ASHBScorer,
-        SCALEScorer,
-        LTSScorer,
-        VRAScorer,
-        DICEScorer,
-        GradNormScorer,
-        MahalanobisScorer,
-        MahalanobisPPScorer,
-        RelativeMahalanobisScorer,
-        RelativeMahalanobisPPScorer,
-        SSDScorer,
-        GMMScorer,
-        CosineScorer,
-        ViMScorer,
-        ResidualScorer,
-        NECOScorer,
-        SHEScorer,
-        FDBDScorer,
-        NCIScorer,
-        PNMLScorer,
-        NNGuideScorer,
-        RelationScorer,
-        KNNMeanScorer,
-        PatchKNNScorer,
-        OtherScorer,
-    )
-}
+if TYPE_CHECKING:
+    from stages.scorers.scorer import Scorer
 
 
-def scorer_class(name: str) -> type[Scorer]:
-    """The class of the scorer called ``name``.
+class Registry(Mapping[str, "type[Scorer]"]):
+    """Scores by name; a score's module is imported when its class is first asked for.
+
+    Args:
+        places: ``"module:Class"`` of each score, the module by its name in this package.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> "type[Scorer]":
+        module, _, scorer = self._places[name].partition(":")
+        found: type[Scorer] = getattr(import_module(f"{__name__}.{module}"), scorer)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+SCORERS = Registry({
+    "msp": "logits.msp:MSPScorer",
+    "energy": "logits.energy:EnergyScorer",
+    "knn": "neighbours.knn:KNNScorer",
+    "ncm": "features.ncm:NCMScorer",
+    "mos": "logits.mos:MOSScorer",
+    "temperature-scaling": "logits.temperature:TemperatureScalingScorer",
+    "max-logit": "logits.maxlogit:MaxLogitScorer",
+    "entropy": "logits.entropy:EntropyScorer",
+    "gen": "logits.gen:GENScorer",
+    "kl-matching": "logits.klmatching:KLMatchingScorer",
+    "react": "features.react:ReActScorer",
+    "ash-s": "features.ash:ASHSScorer",
+    "ash-p": "features.ash:ASHPScorer",
+    "ash-b": "features.ash:ASHBScorer",
+    "scale": "features.scale:SCALEScorer",
+    "lts": "features.lts:LTSScorer",
+    "vra": "features.vra:VRAScorer",
+    "dice": "features.dice:DICEScorer",
+    "gradnorm": "features.gradnorm:GradNormScorer",
+    "mahalanobis": "features.mahalanobis:MahalanobisScorer",
+    "mahalanobis-pp": "features.mahalanobis:MahalanobisPPScorer",
+    "relative-mahalanobis": "features.mahalanobis:RelativeMahalanobisScorer",
+    "relative-mahalanobis-pp": "features.mahalanobis:RelativeMahalanobisPPScorer",
+    "ssd": "features.mahalanobis:SSDScorer",
+    "gmm": "features.gmm:GMMScorer",
+    "cosine": "features.cosine:CosineScorer",
+    "vim": "subspace.vim:ViMScorer",
+    "residual": "subspace.vim:ResidualScorer",
+    "neco": "subspace.neco:NECOScorer",
+    "she": "features.she:SHEScorer",
+    "fdbd": "features.fdbd:FDBDScorer",
+    "nci": "features.nci:NCIScorer",
+    "pnml": "subspace.pnml:PNMLScorer",
+    "nnguide": "neighbours.nnguide:NNGuideScorer",
+    "relation": "neighbours.relation:RelationScorer",
+    "knn-mean": "neighbours.knn_mean:KNNMeanScorer",
+    "patch-knn": "neighbours.patch_knn:PatchKNNScorer",
+    "other": "logits.other:OtherScorer",
+})  # fmt: skip
+
+
+def unknown_part(score: str) -> str | None:
+    """The first part of a score or sum of scores that nobody knows; the score itself where a part is repeated.
+
+    >>> unknown_part("knn+energy"), unknown_part("knn+enrgy")
+    (None, 'enrgy')
+    """
+    parts = score.split("+")
+    unknown = [part for part in parts if part not in SCORERS]
+    return unknown[0] if unknown else score if len(set(parts)) < len(parts) else None
+
+
+def scorer_class(name: str) -> "type[Scorer]":
+    """The class of the score called ``name``.
 
     Raises:
-        InputError: no such scorer; the nearest known name is in the message.
+        InputError: no such score; the nearest known name is in the message.
     """
     if name not in SCORERS:
         near = difflib.get_close_matches(name, SCORERS, n=1)
@@ -130,8 +107,17 @@ def scorer_class(name: str) -> type[Scorer]:
     return SCORERS[name]
 
 
-def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> Scorer:
-    """The scorer called ``name``, not yet fitted.
+def title_of(score: str) -> str:
+    """A score, or a sum of scores, as the field writes it; what nobody knows stays as it is.
+
+    >>> title_of("knn+energy"), title_of("of another time")
+    ('kNN+energy', 'of another time')
+    """
+    return "+".join(SCORERS[part].title if part in SCORERS else part for part in score.split("+"))
+
+
+def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> "Scorer":
+    """The score called ``name``, not yet fitted.
 
     Args:
         name: a key of `SCORERS`.
@@ -139,95 +125,9 @@ def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> Scorer:
         params: settings that differ from the defaults.
 
     Raises:
-        InputError: no such scorer, no such setting, or a value that the setting cannot have.
+        InputError: no such score, no such setting, or a value that the setting cannot have.
 
     >>> get_scorer("energy", temperature=2.0).params()
     {'temperature': 2.0}
     """
-    scorer = scorer_class(name)
-    settings = dict(scorer.profiles.get(profile, {})) | params
-    check_settings(scorer, settings)
-    return scorer(**settings)
-
-
-__all__ = [
-    "SCORERS",
-    "ASHBScorer",
-    "ASHPScorer",
-    "ASHSScorer",
-    "CosineScorer",
-    "DICEScorer",
-    "EnergyScorer",
-    "EntropyScorer",
-    "ExpertBanks",
-    "FDBDScorer",
-    "GENScorer",
-    "GMMScorer",
-    "GradNormScorer",
-    "KLMatchingScorer",
-    "KNNMeanScorer",
-    "KNNScorer",
-    "LTSScorer",
-    "MOSScorer",
-    "MSPScorer",
-    "MahalanobisPPScorer",
-    "MahalanobisScorer",
-    "MaxLogitScorer",
-    "NCIScorer",
-    "NCMScorer",
-    "NECOScorer",
-    "NNGuideScorer",
-    "OtherScorer",
-    "PNMLScorer",
-    "PatchKNNScorer",
-    "ReActScorer",
-    "RelationScorer",
-    "RelativeMahalanobisPPScorer",
-    "RelativeMahalanobisScorer",
-    "ResidualScorer",
-    "SCALEScorer",
-    "SHEScorer",
-    "SSDScorer",
-    "ScoreInputs",
-    "Scorer",
-    "TemperatureScalingScorer",
-    "VRAScorer",
-    "ViMScorer",
-    "ash_score",
-    "class_means",
-    "class_templates",
-    "cosine_score",
-    "dice_score",
-    "energy_score",
-    "entropy_score",
-    "fdbd_score",
-    "fit_temperature",
-    "gen_score",
-    "get_scorer",
-    "gmm_score",
-    "gradnorm_score",
-    "kl_matching_score",
-    "knn_mean_score",
-    "knn_score",
-    "lts_score",
-    "mahalanobis_score",
-    "max_logit_score",
-    "mos_score",
-    "msp_score",
-    "nci_score",
-    "neco_score",
-    "nnguide_score",
-    "other_score",
-    "patch_knn_score",
-    "pnml_score",
-    "react_score",
-    "relation_score",
-    "relative_mahalanobis_score",
-    "residual_score",
-    "scale_score",
-    "scorer_class",
-    "she_score",
-    "sparse_head",
-    "vim_score",
-    "vra_score",
-]
+    return scorer_class(name).of(profile, **params)

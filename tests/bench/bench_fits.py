@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stages.heads.affine import LinearHead
-from stages.scorers import ScoreInputs, get_scorer
+from stages.scorers import get_scorer
+from stages.scorers.inputs import ScoreInputs
 
 ROWS, DIM, CLASSES = 1_000_000, 1536, 1000
 SCORES = ("relative-mahalanobis", "gmm", "vim")

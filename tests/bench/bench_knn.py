@@ -24,7 +24,8 @@ from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
 from stages.progress import NullProgress
 from stages.score import score
-from stages.scorers.neighbours.bank import FeatureBank, l2_normalise
+from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.shared.arrays import l2_normalise
 from tests.bench.timing import RUNS, in_turn, rates, row
 
 BANK, QUERIES, DIM, K = 100_000, 2_000, 384, 50

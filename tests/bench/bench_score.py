@@ -16,7 +16,8 @@ from stages.heads.affine import LinearHead
 from stages.machine import usable_cores
 from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import SCORERS, ScoreInputs, get_scorer
+from stages.scorers import SCORERS, get_scorer
+from stages.scorers.inputs import ScoreInputs
 
 BANK, SELECT, ID, OOD, SETS, DIM, CLASSES = 100_000, 10_000, 50_000, 10_000, 5, 384, 100
 # Compare every row with every row of the bank; gmm multiplies it with C matrices of D x D, 1.5e12 products in all.

@@ -8,7 +8,8 @@ import pytest
 
 from stages.errors import InputError, StageError
 from stages.heads.affine import LinearHead
-from stages.scorers import SCORERS, ScoreInputs, get_scorer
+from stages.scorers import SCORERS, get_scorer
+from stages.scorers.inputs import ScoreInputs
 
 pytestmark = pytest.mark.parametrize("name", SCORERS)
 

@@ -11,7 +11,6 @@ import torch
 from cache import FeatureSpec
 from pipeline.benchmark.run import LISTED
 from stages.networks.tokens import stored_grid
-from stages.scorers import SCORERS
 from tests.test_docs.pages import PAGES, page_with, table
 
 IMAGENET = 1_281_167
@@ -57,19 +56,6 @@ def bytes_table() -> str:
 
 def test_bytes_per_image():
     assert page_with("bytes table").between("bytes table") == bytes_table()
-
-
-def test_scores_and_profiles_are_those_of_the_code():
-    """A row a score; its last column says which defaults another library has."""
-    _, *rows = table(page_with("scores table").between("scores table"))
-    profiles = {
-        name: "; ".join(
-            f"{profile}: " + ", ".join(f"{key} = {value}" for key, value in settings.items())
-            for profile, settings in scorer.profiles.items()
-        )
-        for name, scorer in SCORERS.items()
-    }
-    assert {row[0].strip("`"): row[3] for row in rows} == profiles
 
 
 def test_readme_has_six_rows_of_the_demo():

@@ -19,7 +19,8 @@ from sklearn.preprocessing import StandardScaler, normalize
 from torch.nn.functional import normalize as torch_normalize
 
 from stages.heads.affine import LinearHead
-from stages.scorers import ScoreInputs, get_scorer
+from stages.scorers import get_scorer
+from stages.scorers.inputs import ScoreInputs
 
 TOLERANCE = {"gmm": 1e-5}
 # Differences of two large numbers, which cross 0: the tolerance is a share of the largest score, not of each.

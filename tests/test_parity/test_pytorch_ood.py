@@ -12,7 +12,11 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import KNNScorer, NCMScorer, ScoreInputs, energy_score, msp_score
+from stages.scorers.features.ncm import NCMScorer
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.logits.energy import energy_score
+from stages.scorers.logits.msp import msp_score
+from stages.scorers.neighbours.knn import KNNScorer
 
 
 @pytest.fixture(scope="module")

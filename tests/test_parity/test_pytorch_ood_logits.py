@@ -17,7 +17,11 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from stages.heads.affine import LinearHead
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import ScoreInputs, Scorer, entropy_score, get_scorer, lts_score
+from stages.scorers import get_scorer
+from stages.scorers.features.lts import lts_score
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.logits.entropy import entropy_score
+from stages.scorers.scorer import Scorer
 
 PYTORCH_OOD = "pytorch-ood"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cache import FeatureCache
-from stages.scorers import energy_score
+from stages.scorers.logits.energy import energy_score
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
 
 STUDY = """

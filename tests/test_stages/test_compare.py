@@ -11,7 +11,9 @@ from stages.detection.calibration import Standardiser
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.metrics.ranking import ood_metrics
-from stages.scorers import SCORERS, ScoreInputs, energy_score, get_scorer
+from stages.scorers import SCORERS, get_scorer
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.logits.energy import energy_score
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache, file_sha256
-from stages.config import SCORE_NAMES, ScoreConfig, TrainConfig
+from stages.config import ScoreConfig, TrainConfig
 from stages.detection.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
 from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.errors import InputError
@@ -33,6 +33,7 @@ from stages.predict import Predictor
 from stages.progress import NullProgress
 from stages.results import table as table_module
 from stages.score import score
+from stages.scorers import SCORERS
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.train import train_mofe, train_probe
 
@@ -406,7 +407,7 @@ def test_patches_are_read_for_patch_knn_alone(source, tmp_path, monkeypatch):
         raise AssertionError("no network is needed")
 
     frozen = replace(source, mixtures=(), network=network)
-    names = [name for name in SCORE_NAMES if name not in ("patch-knn", "mos", "other")]
+    names = [name for name in SCORERS if name not in ("patch-knn", "mos", "other")]
     score([frozen], CONFIG.model_copy(update={"scores": names}), tmp_path)
     assert set(read) == {"cls"}
     score([replace(source, mixtures=())], CONFIG.model_copy(update={"scores": ["patch-knn"]}), tmp_path)
@@ -834,10 +835,10 @@ def test_table_csv_has_the_columns_that_users_script_against(folder):
 
 def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_path):
     """Each by every head that it reads: finite, and the record says what came of which ID rows, by expert."""
-    result = score([source], CONFIG.model_copy(update={"scores": list(SCORE_NAMES)}), tmp_path)
+    result = score([source], CONFIG.model_copy(update={"scores": list(SCORERS)}), tmp_path)
     ran = {name: {row.score for row in result.rows if row.features == name} for name in ("cls", "mofe")}
-    assert set(SCORE_NAMES) - ran["cls"] == {"mos", "other"}  # of a mixture alone
-    assert set(SCORE_NAMES) - ran["mofe"] == {"mos", "patch-knn"}
+    assert set(SCORERS) - ran["cls"] == {"mos", "other"}  # of a mixture alone
+    assert set(SCORERS) - ran["mofe"] == {"mos", "patch-knn"}
     noted = {note.split(":")[0] for note in result.notes if ": it needs" in note}
     assert {"mos", "patch-knn"} <= noted
     shrunk = "ssd: the covariance is shrunk, for there are fewer than 10 rows a feature"

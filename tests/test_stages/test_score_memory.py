@@ -6,7 +6,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 
-from stages.config import SCORE_NAMES, ScoreConfig
+from stages.config import ScoreConfig
 from stages.detection import detectors as detectors_module
 from stages.detection.subjects import BackboneSource
 from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
@@ -16,6 +16,7 @@ from stages.heads.choose import FittedHeads
 from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
 from stages.score import score
+from stages.scorers import SCORERS
 from stages.scorers.neighbours import bank as bank_module
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.shared import quantiles
@@ -71,7 +72,7 @@ def peak_of(source, scores, folder):
 
 
 def test_four_times_the_rows_to_score_take_hardly_more_memory(source_of, tmp_path):
-    scores = set(SCORE_NAMES) - OF_MIXTURES_OR_IMAGES
+    scores = set(SCORERS) - OF_MIXTURES_OR_IMAGES
     few, many = (peak_of(source_of(500, n), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
     # A row's scores, its label and its draws of the bootstrap are kept; its features alone would take 4 * DIM bytes.
     assert (many - few) / (3 * FEW) < 2 * DIM
@@ -80,6 +81,6 @@ def test_four_times_the_rows_to_score_take_hardly_more_memory(source_of, tmp_pat
 def test_four_times_the_training_rows_take_hardly_more_memory(source_of, tmp_path, monkeypatch):
     monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, held_bytes=0))  # as one of 4 GiB
     monkeypatch.setattr(quantiles, "_STRIP", 1 << 17)
-    scores = set(SCORE_NAMES) - OF_MIXTURES_OR_IMAGES - COMPARES_ALL_PAIRS
+    scores = set(SCORERS) - OF_MIXTURES_OR_IMAGES - COMPARES_ALL_PAIRS
     few, many = (peak_of(source_of(n, 500), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
     assert (many - few) / (3 * FEW) < 2 * DIM

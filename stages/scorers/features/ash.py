@@ -8,15 +8,17 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.heads.affine import LinearHead
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.shaping import activations, kept_count, largest_mask, mass_ratio
 
-Variant = Literal["p", "s", "b"]
+ASHVariant = Literal["p", "s", "b"]
 Percentile = Annotated[float, Field(ge=0, lt=100)]
 
 
-def shape_activations(features: ArrayLike, variant: Variant, percentile: float) -> NDArray[np.float32]:
+def shape_activations(features: ArrayLike, variant: ASHVariant, percentile: float) -> NDArray[np.float32]:
     """Activations with all but each row's largest set to 0, [n, D] float32; see `ash_score`.
 
     >>> for variant in ("p", "b"):
@@ -36,7 +38,7 @@ def shape_activations(features: ArrayLike, variant: Variant, percentile: float) 
     return pruned
 
 
-def ash_score(features: ArrayLike, head: LinearHead, variant: Variant, percentile: float) -> Floats:
+def ash_score(features: ArrayLike, head: LinearHead, variant: ASHVariant, percentile: float) -> Floats:
     """Energy of the head on the shaped activations; higher = more OOD.
 
     Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection", ICLR 2023. Each row's
@@ -66,7 +68,7 @@ def ash_score(features: ArrayLike, head: LinearHead, variant: Variant, percentil
 
 @dataclass(eq=False)
 class _ASHScorer(Scorer):
-    variant: ClassVar[Variant]
+    variant: ClassVar[ASHVariant]
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head"})
     profiles: ClassVar = {"openood": {"percentile": 90.0}, "pytorch-ood": {"percentile": 65.0}}
 
@@ -85,7 +87,11 @@ class ASHPScorer(_ASHScorer):
     """`ash_score` that prunes alone, at the paper's percentile for ImageNet."""
 
     name: ClassVar[str] = "ash-p"
-    variant: ClassVar[Variant] = "p"
+    title: ClassVar[str] = "ASH-P"
+    says: ClassVar[str] = "energy of pruned features"
+    paper: ClassVar[str] = "Djurisic 2023"
+    cost: ClassVar[str] = "C·D"
+    variant: ClassVar[ASHVariant] = "p"
 
     percentile: Percentile = 60.0
 
@@ -98,7 +104,11 @@ class ASHSScorer(_ASHScorer):
     """
 
     name: ClassVar[str] = "ash-s"
-    variant: ClassVar[Variant] = "s"
+    title: ClassVar[str] = "ASH-S"
+    says: ClassVar[str] = "energy of pruned, rescaled features"
+    paper: ClassVar[str] = "Djurisic 2023"
+    cost: ClassVar[str] = "C·D"
+    variant: ClassVar[ASHVariant] = "s"
 
     percentile: Percentile = 90.0
 
@@ -108,6 +118,10 @@ class ASHBScorer(_ASHScorer):
     """`ash_score` that levels, at the paper's percentile for ImageNet."""
 
     name: ClassVar[str] = "ash-b"
-    variant: ClassVar[Variant] = "b"
+    title: ClassVar[str] = "ASH-B"
+    says: ClassVar[str] = "energy of pruned, binarised features"
+    paper: ClassVar[str] = "Djurisic 2023"
+    cost: ClassVar[str] = "C·D"
+    variant: ClassVar[ASHVariant] = "b"
 
     percentile: Percentile = 65.0

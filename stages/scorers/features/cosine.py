@@ -6,7 +6,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.moments import float64_rows, moments_of
 
 
@@ -38,6 +40,10 @@ class CosineScorer(Scorer):
     """`cosine_score` to the means of the ID training features as they are; ``ncm`` takes those of normalised ones."""
 
     name: ClassVar[str] = "cosine"
+    title: ClassVar[str] = "cosine"
+    says: ClassVar[str] = "minus the cosine to the nearest class mean"
+    paper: ClassVar[str] = "Bitterwolf 2023"
+    cost: ClassVar[str] = "C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> NDArray[np.float64]:

@@ -8,8 +8,10 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from stages.heads.affine import LinearHead
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.shaping import activations
 
 
@@ -66,6 +68,10 @@ class DICEScorer(Scorer):
     """
 
     name: ClassVar[str] = "dice"
+    title: ClassVar[str] = "DICE"
+    says: ClassVar[str] = "energy by the weights that contribute most"
+    paper: ClassVar[str] = "Sun 2022"
+    cost: ClassVar[str] = "C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank"})
 
     percentile: Annotated[float, Field(ge=0, lt=100)] = 90.0

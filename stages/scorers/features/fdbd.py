@@ -6,13 +6,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
-from stages.scorers.shared.moments import float64_rows, moments_of
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import scaled_logits
+from stages.scorers.shared.moments import Matrix, float64_rows, moments_of
 
-Matrix = NDArray[np.float64]
 _NEAREST = 1e-8  # a row that is the mean has no direction from it: pytorch-ood's bound
 
 
@@ -69,6 +71,10 @@ class FDBDScorer(Scorer):
     """
 
     name: ClassVar[str] = "fdbd"
+    title: ClassVar[str] = "fDBD"
+    says: ClassVar[str] = "minus the distance to the decision boundaries"
+    paper: ClassVar[str] = "Liu 2024"
+    cost: ClassVar[str] = "C + D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "head", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"reduction": "sum"}})
 

@@ -12,8 +12,17 @@ from scipy.linalg import LinAlgError, cholesky, solve_triangular
 from scipy.special import logsumexp
 
 from stages.errors import InputError
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
-from stages.scorers.shared.moments import FeatureMoments, float64_rows, known_labels, moments_of, squared_distances
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.moments import (
+    FeatureMoments,
+    Matrix,
+    float64_rows,
+    known_labels,
+    moments_of,
+    squared_distances,
+)
 from stages.scorers.shared.shrinkage import (
     FEW_ROWS,
     ShrinkageRule,
@@ -23,8 +32,6 @@ from stages.scorers.shared.shrinkage import (
     shrunk_towards,
     varies,
 )
-
-Matrix = NDArray[np.float64]
 
 _JITTERS = (0.0, *(10.0**exponent for exponent in range(-12, 1)))  # in units of the mean variance
 _BLOCK = 4096  # rows of a class at once
@@ -152,6 +159,10 @@ class GMMScorer(Scorer):
     """
 
     name: ClassVar[str] = "gmm"
+    title: ClassVar[str] = "GMM"
+    says: ClassVar[str] = "minus the log density of one Gaussian a class"
+    paper: ClassVar[str] = "Mukhoti 2023"
+    cost: ClassVar[str] = "C·D²"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {"pytorch-ood": {"shrinkage": "none", "jitter": 1e-6}}

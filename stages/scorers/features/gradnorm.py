@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stages.errors import InputError
-from stages.scorers.neighbours.bank import checked_features
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import checked_features
 from stages.scorers.shared.softmax import Softmax
 
 
@@ -46,6 +48,10 @@ class GradNormScorer(Scorer):
     """`gradnorm_score`; nothing to set and nothing to fit."""
 
     name: ClassVar[str] = "gradnorm"
+    title: ClassVar[str] = "GradNorm"
+    says: ClassVar[str] = "minus the gradient of the last layer"
+    paper: ClassVar[str] = "Huang 2021"
+    cost: ClassVar[str] = "C + D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits"})
 
     def judge(self, x: ScoreInputs, memory: None) -> Floats:

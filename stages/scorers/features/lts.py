@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.shaping import activations, kept_count, mass_ratio
 
 
@@ -45,6 +47,10 @@ class LTSScorer(Scorer):
     """`lts_score`; nothing to fit."""
 
     name: ClassVar[str] = "lts"
+    title: ClassVar[str] = "LTS"
+    says: ClassVar[str] = "energy of rescaled logits"
+    paper: ClassVar[str] = "Djurisic 2024"
+    cost: ClassVar[str] = "C + D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits"})
 
     top: Annotated[float, Field(gt=0, le=100)] = 5.0

@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.moments import (
     RANK_RTOL,
     FeatureMoments,
+    Matrix,
     RankTolerance,
     float64_rows,
     moments_of,
@@ -20,8 +23,6 @@ from stages.scorers.shared.moments import (
     whitened,
 )
 from stages.scorers.shared.shrinkage import ShrinkageRule, Shrunk, shrunk_scatter
-
-Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +169,10 @@ class MahalanobisScorer(_TiedScorer):
     """
 
     name: ClassVar[str] = "mahalanobis"
+    title: ClassVar[str] = "Mahalanobis"
+    says: ClassVar[str] = "distance to the nearest class mean, one covariance"
+    paper: ClassVar[str] = "Lee 2018"
+    cost: ClassVar[str] = "D² + C·D"
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> TiedGaussians:
         """Class means and their covariance."""
@@ -184,6 +189,9 @@ class MahalanobisPPScorer(MahalanobisScorer):
     """Mahalanobis++: the same on ℓ2-normalised features."""
 
     name: ClassVar[str] = "mahalanobis-pp"
+    title: ClassVar[str] = "Mahalanobis++"
+    says: ClassVar[str] = "the same as Mahalanobis, normalised features"
+    paper: ClassVar[str] = "Mueller 2025"
     normalise: ClassVar[bool] = True
 
 
@@ -192,6 +200,10 @@ class RelativeMahalanobisScorer(_TiedScorer):
     """`relative_mahalanobis_score`; pytorch-ood's is this divided by n."""
 
     name: ClassVar[str] = "relative-mahalanobis"
+    title: ClassVar[str] = "relative Mahalanobis"
+    says: ClassVar[str] = "Mahalanobis less the distance to the mean of all"
+    paper: ClassVar[str] = "Ren 2021"
+    cost: ClassVar[str] = "D² + C·D"
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> tuple[TiedGaussians, TiedGaussians]:
         """Class means with their covariance, and the mean of all rows with its own.
@@ -217,6 +229,9 @@ class RelativeMahalanobisPPScorer(RelativeMahalanobisScorer):
     """Relative Mahalanobis++: the same on ℓ2-normalised features."""
 
     name: ClassVar[str] = "relative-mahalanobis-pp"
+    title: ClassVar[str] = "relative Mahalanobis++"
+    says: ClassVar[str] = "the same as relative Mahalanobis, normalised features"
+    paper: ClassVar[str] = "Mueller 2025"
     normalise: ClassVar[bool] = True
 
 
@@ -225,6 +240,10 @@ class SSDScorer(_TiedScorer):
     """SSD: `mahalanobis_score` of ℓ2-normalised features to the mean of all; no labels are read."""
 
     name: ClassVar[str] = "ssd"
+    title: ClassVar[str] = "SSD"
+    says: ClassVar[str] = "distance to the mean of all, normalised features"
+    paper: ClassVar[str] = "Sehwag 2021"
+    cost: ClassVar[str] = "D²"
     normalise: ClassVar[bool] = True
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> TiedGaussians:

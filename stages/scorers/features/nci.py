@@ -6,13 +6,14 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import Field
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
-from stages.scorers.shared.moments import float64_rows, moments_of
-
-Matrix = NDArray[np.float64]
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import scaled_logits
+from stages.scorers.shared.moments import Matrix, float64_rows, moments_of
 
 
 def nci_score(
@@ -65,6 +66,10 @@ class NCIScorer(Scorer):
     """
 
     name: ClassVar[str] = "nci"
+    title: ClassVar[str] = "NCI"
+    says: ClassVar[str] = "angle to the predicted class's weight, less norm"
+    paper: ClassVar[str] = "Liu 2025"
+    cost: ClassVar[str] = "D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "head", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"pytorch-ood": {"alpha": 0.0}})
 

@@ -7,8 +7,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.neighbours.bank import FeatureBank, checked_features, l2_normalise
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import checked_features, l2_normalise
 from stages.scorers.shared.moments import FeatureMoments
 
 
@@ -49,6 +52,10 @@ class NCMScorer(Scorer):
     """
 
     name: ClassVar[str] = "ncm"
+    title: ClassVar[str] = "NCM"
+    says: ClassVar[str] = "distance to the nearest mean of normalised features"
+    paper: ClassVar[str] = "Mensink 2013"
+    cost: ClassVar[str] = "C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
     side_by_side: ClassVar[bool] = False  # faiss has threads of its own
 

@@ -8,15 +8,11 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from stages.heads.affine import LinearHead
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import (
-    Floats,
-    RowsName,
-    ScoreInputs,
-    Scorer,
-    fitted_on_train,
-    fitting_rows,
-)
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.fitting import RowsName, fitted_on_train, fitting_rows
 from stages.scorers.shared.quantiles import quantiles
 from stages.scorers.shared.shaping import activations
 
@@ -61,6 +57,10 @@ class ReActScorer(Scorer):
     """
 
     name: ClassVar[str] = "react"
+    title: ClassVar[str] = "ReAct"
+    says: ClassVar[str] = "energy of clipped features"
+    paper: ClassVar[str] = "Sun 2021"
+    cost: ClassVar[str] = "C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank", "select"})
     profiles: ClassVar = {"openood": {"rows": "select"}}
 

@@ -8,8 +8,10 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from stages.heads.affine import LinearHead
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.shaping import activations, kept_count, mass_ratio
 
 
@@ -50,6 +52,10 @@ class SCALEScorer(Scorer):
     """
 
     name: ClassVar[str] = "scale"
+    title: ClassVar[str] = "SCALE"
+    says: ClassVar[str] = "energy of rescaled features"
+    paper: ClassVar[str] = "Xu 2024"
+    cost: ClassVar[str] = "C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head"})
     profiles: ClassVar = {"pytorch-ood": {"percentile": 65.0}}
 

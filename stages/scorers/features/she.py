@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
-from stages.scorers.shared.moments import FeatureMoments, float64_rows, known_labels
-
-Matrix = NDArray[np.float64]
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import scaled_logits
+from stages.scorers.shared.moments import FeatureMoments, Matrix, float64_rows, known_labels
 
 
 def she_score(features: ArrayLike, logits: ArrayLike, patterns: ArrayLike) -> Floats:
@@ -57,6 +58,10 @@ class SHEScorer(Scorer):
     """
 
     name: ClassVar[str] = "she"
+    title: ClassVar[str] = "SHE"
+    says: ClassVar[str] = "minus the product with the predicted class's pattern"
+    paper: ClassVar[str] = "Zhang 2023"
+    cost: ClassVar[str] = "D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Patterns:

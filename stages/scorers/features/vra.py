@@ -9,15 +9,11 @@ from pydantic import Field
 
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.energy import energy_score
-from stages.scorers.shared.base import (
-    Floats,
-    RowsName,
-    ScoreInputs,
-    Scorer,
-    fitted_on_train,
-    fitting_rows,
-)
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.fitting import RowsName, fitted_on_train, fitting_rows
 from stages.scorers.shared.quantiles import column_quantiles, quantiles
 from stages.scorers.shared.shaping import activations
 
@@ -73,6 +69,10 @@ class VRAScorer(Scorer):
     """
 
     name: ClassVar[str] = "vra"
+    title: ClassVar[str] = "VRA"
+    says: ClassVar[str] = "energy of features clipped on both sides"
+    paper: ClassVar[str] = "Xu 2023"
+    cost: ClassVar[str] = "C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank", "select"})
     profiles: ClassVar = {
         "openood": {"low": 10.0, "high": 90.0, "each": False, "below": "clip", "rows": "select"},

@@ -7,7 +7,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, Temperature, scaled_logits
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.settings import Temperature
+from stages.scorers.shared.arrays import scaled_logits
 
 
 def energy_score(logits: ArrayLike, temperature: float = 1.0) -> NDArray[np.float32]:
@@ -36,6 +40,10 @@ class EnergyScorer(Scorer):
     """`energy_score` with its temperature; nothing to fit."""
 
     name: ClassVar[str] = "energy"
+    title: ClassVar[str] = "energy"
+    says: ClassVar[str] = "−T·logsumexp(l / T)"
+    paper: ClassVar[str] = "Liu 2020"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     follows: ClassVar[frozenset[str]] = frozenset({"temperature"})
 

@@ -6,7 +6,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.softmax import Softmax, finite_log, log_sum
 
 
@@ -41,6 +43,10 @@ class EntropyScorer(Scorer):
     """`entropy_score`; nothing to set and nothing to fit."""
 
     name: ClassVar[str] = "entropy"
+    title: ClassVar[str] = "entropy"
+    says: ClassVar[str] = "log of the softmax's entropy"
+    paper: ClassVar[str] = "Chan 2021"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def judge(self, x: ScoreInputs, memory: None) -> Floats:

@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.softmax import ALONE, Softmax, finite_log, log_sum
 
 
@@ -51,6 +53,10 @@ class GENScorer(Scorer):
     """
 
     name: ClassVar[str] = "gen"
+    title: ClassVar[str] = "GEN"
+    says: ClassVar[str] = "log of the generalised entropy of the largest probabilities"
+    paper: ClassVar[str] = "Liu 2023"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     profiles: ClassVar = {"pytorch-ood": {"top": None, "floor": 1e-7}}
 

@@ -8,7 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
-from stages.scorers.shared.base import Floats, RowsName, ScoreInputs, Scorer, fitted_on_train, fitting_rows
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.fitting import RowsName, fitted_on_train, fitting_rows
 from stages.scorers.shared.softmax import Softmax
 
 Unpredicted = Literal["left out", "one-hot"]
@@ -96,6 +99,10 @@ class KLMatchingScorer(Scorer):
     """
 
     name: ClassVar[str] = "kl-matching"
+    title: ClassVar[str] = "KL matching"
+    says: ClassVar[str] = "KL divergence to the nearest class's mean softmax"
+    paper: ClassVar[str] = "Hendrycks 2022"
+    cost: ClassVar[str] = "C²"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "bank", "select"})
     profiles: ClassVar = {"pytorch-ood": {"rows": "train", "unpredicted": "left out"}}
 

@@ -6,7 +6,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import scaled_logits
 
 
 def max_logit_score(logits: ArrayLike) -> Floats:
@@ -34,6 +37,10 @@ class MaxLogitScorer(Scorer):
     """`max_logit_score`; nothing to set and nothing to fit."""
 
     name: ClassVar[str] = "max-logit"
+    title: ClassVar[str] = "max-logit"
+    says: ClassVar[str] = "−max l"
+    paper: ClassVar[str] = "Hendrycks 2022"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def judge(self, x: ScoreInputs, memory: None) -> Floats:

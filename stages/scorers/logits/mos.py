@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 
 
 def mos_score(others: ArrayLike) -> NDArray[np.float32]:
@@ -43,6 +45,10 @@ class MOSScorer(Scorer):
     """`mos_score`; nothing to set and nothing to fit."""
 
     name: ClassVar[str] = "mos"
+    title: ClassVar[str] = "MOS"
+    says: ClassVar[str] = 'smallest log odds of "other" over the groups'
+    paper: ClassVar[str] = "Huang 2021"
+    cost: ClassVar[str] = "E"
     needs: ClassVar[frozenset[str]] = frozenset({"others"})
 
     def judge(self, x: ScoreInputs, memory: None) -> Floats:

@@ -6,7 +6,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, Temperature
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.settings import Temperature
 from stages.scorers.shared.softmax import Softmax, finite_log
 
 
@@ -42,6 +45,10 @@ class MSPScorer(Scorer):
     """`msp_score` with its temperature; nothing to fit."""
 
     name: ClassVar[str] = "msp"
+    title: ClassVar[str] = "MSP"
+    says: ClassVar[str] = "log(1 − max p), p = softmax(l / T)"
+    paper: ClassVar[str] = "Hendrycks 2017"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     follows: ClassVar[frozenset[str]] = frozenset({"temperature"})
 

@@ -8,7 +8,10 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 from stages.errors import InputError
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import scaled_logits
 
 
 def other_score(logits: ArrayLike, other: ArrayLike) -> Floats:
@@ -42,6 +45,10 @@ class OtherScorer(Scorer):
     """`other_score`; nothing to set and nothing to fit."""
 
     name: ClassVar[str] = "other"
+    title: ClassVar[str] = "other"
+    says: ClassVar[str] = 'log odds of the routed expert\'s "other"'
+    paper: ClassVar[str] = "Huang 2021"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "other"})
 
     def judge(self, x: ScoreInputs, memory: None) -> Floats:

@@ -10,8 +10,12 @@ from pydantic import Field
 from scipy.optimize import minimize_scalar
 
 from stages.errors import InputError
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.msp import msp_score
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, Temperature, labels_within, scaled_logits
+from stages.scorers.scorer import Scorer
+from stages.scorers.settings import Temperature
+from stages.scorers.shared.arrays import labels_within, scaled_logits
 from stages.scorers.shared.softmax import log_sum
 
 _RANGE = (0.01, 100.0)  # of a fit that stops after some steps; the prior keeps the other far inside
@@ -107,6 +111,10 @@ class TemperatureScalingScorer(Scorer):
     """
 
     name: ClassVar[str] = "temperature-scaling"
+    title: ClassVar[str] = "temperature-scaled MSP"
+    says: ClassVar[str] = "the same as MSP, T fitted on held-out ID"
+    paper: ClassVar[str] = "Guo 2017"
+    cost: ClassVar[str] = "C"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "select"})
     profiles: ClassVar = {"openood": {"steps": 50}, "pytorch-ood": {"start": 1.0, "steps": 50}}
 

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache.fingerprint import canonical_json, pieces_sha256
-from stages.errors import InputError, NotFiniteError
+from stages.errors import InputError
 from stages.id_data.lazy import LazyArray, Rows2D
+from stages.scorers.shared.arrays import checked_features, l2_normalise, refuse_not_finite
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
@@ -35,26 +36,6 @@ _LINKS, _BREADTH, _BREADTH_OF_BUILD = 32, 256, 200  # HNSW's M, efSearch, efCons
 # 4e-4 at 0. Neighbours nearer than this are measured again, from the difference of the two vectors.
 _NEAR = 0.2
 _PAIRS = 1 << 15  # of them at once
-
-
-def l2_normalise(features: ArrayLike) -> NDArray[np.float32]:
-    """Every row divided by its Euclidean norm; a zero row stays zero.
-
-    Args:
-        features: [n, D], any float type.
-
-    Returns:
-        [n, D] float32, C-contiguous, a new array.
-
-    >>> l2_normalise([[3.0, 4.0], [0.0, 0.0]]).tolist()
-    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
-    """
-    rows = np.asarray(features)
-    # In float64: the squares of float16 and float32 values neither overflow nor vanish.
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
-    unit = np.zeros(rows.shape, dtype=np.float32)
-    np.divide(rows, norms, out=unit, where=norms > 0, casting="same_kind")
-    return unit
 
 
 class FeatureBank:
@@ -252,33 +233,11 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def checked_features(features: ArrayLike, which: str) -> NDArray[np.floating]:
-    """``features`` as a float array [n, D].
-
-    Raises:
-        InputError: says what is wrong with the ``which`` rows.
-    """
-    array = np.asarray(features)  # of a memory-mapped array, the same bytes
-    if array.ndim != 2:
-        raise InputError(f"{which} features have shape {array.shape}; rows and columns expected")
-    if not np.issubdtype(array.dtype, np.floating):
-        array = array.astype(np.float32)
-    _check_finite(array, which)
-    return array
-
-
 def _checked_bank(features: ArrayLike | LazyArray) -> Rows2D:
     if not isinstance(features, LazyArray):
         return checked_features(features, "bank")
-    _check_finite(features, "bank")
+    refuse_not_finite(features, "bank")
     return features
-
-
-def _check_finite(features: Rows2D, which: str) -> None:
-    finite = [np.isfinite(block).all(axis=1) for _, block in _blocks_of(features)]
-    bad = np.flatnonzero(~np.concatenate(finite)) if finite else np.empty(0)
-    if bad.size:
-        raise NotFiniteError(f"{bad.size} of {len(features)} {which} features hold NaN or inf, row {bad[0]} first")
 
 
 def _blocks_of(features: Rows2D) -> Iterator[tuple[int, NDArray[np.floating]]]:

@@ -8,9 +8,11 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.errors import InputError
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank, IndexKind
 from stages.scorers.neighbours.store import NeighbourStore
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.scorers.scorer import Scorer
 from stages.scorers.shared.pairs import seeded_share
 
 _RECALL_ROWS = 256  # of held-out ID, to tell how many exact neighbours an approximate index finds
@@ -119,6 +121,10 @@ class KNNScorer(Scorer):
     """
 
     name: ClassVar[str] = "knn"
+    title: ClassVar[str] = "kNN"
+    says: ClassVar[str] = "distance to the k-th neighbour"
+    paper: ClassVar[str] = "Sun 2022"
+    cost: ClassVar[str] = "N·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
     side_by_side: ClassVar[bool] = False  # faiss has threads of its own
     follows: ClassVar[frozenset[str]] = frozenset({"k"})

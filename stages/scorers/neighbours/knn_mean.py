@@ -6,9 +6,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.knn import KNNScorer, Searched
-from stages.scorers.shared.base import Floats, ScoreInputs
 
 
 def knn_mean_score(features: ArrayLike, bank: FeatureBank, k: int) -> Floats:
@@ -40,6 +41,10 @@ class KNNMeanScorer(KNNScorer):
     """`knn_mean_score` with the settings of `KNNScorer`; ``k`` says how many neighbours are averaged."""
 
     name: ClassVar[str] = "knn-mean"
+    title: ClassVar[str] = "mean-kNN"
+    says: ClassVar[str] = "mean distance to the k nearest"
+    paper: ClassVar[str] = "Angiulli 2002"
+    cost: ClassVar[str] = "N·D"
 
     def judge(self, x: ScoreInputs, memory: Searched) -> Floats:
         """Mean distance to the neighbours, [n]."""

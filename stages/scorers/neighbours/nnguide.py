@@ -11,8 +11,10 @@ from pydantic import Field
 from scipy.special import logsumexp
 
 from stages.errors import InputError
-from stages.scorers.neighbours.bank import l2_normalise
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import l2_normalise, scaled_logits
 from stages.scorers.shared.moments import checked_dim
 from stages.scorers.shared.pairs import bank_blocks, keep_largest, query_blocks, seeded_share
 
@@ -65,6 +67,10 @@ class NNGuideScorer(Scorer):
     """
 
     name: ClassVar[str] = "nnguide"
+    title: ClassVar[str] = "NNGuide"
+    says: ClassVar[str] = "energy times similarity to ID rows"
+    paper: ClassVar[str] = "Park 2023"
+    cost: ClassVar[str] = "N·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"k": 100, "share": 0.01}})
 

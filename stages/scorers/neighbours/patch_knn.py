@@ -8,8 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.errors import InputError
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
+from stages.scorers.scorer import Scorer
 
 _IMAGES = 16  # whose patches are in memory at once
 
@@ -61,6 +63,10 @@ class PatchKNNScorer(Scorer):
     """
 
     name: ClassVar[str] = "patch-knn"
+    title: ClassVar[str] = "patch kNN"
+    says: ClassVar[str] = "distance of the farthest 1 % of the patches to their nearest"
+    paper: ClassVar[str] = "Damm 2025"
+    cost: ClassVar[str] = "N·P²·D"
     needs: ClassVar[frozenset[str]] = frozenset({"patches", "bank"})
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.01

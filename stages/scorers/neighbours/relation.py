@@ -8,8 +8,10 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 from scipy.special import softmax
 
-from stages.scorers.neighbours.bank import l2_normalise
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import l2_normalise, scaled_logits
 from stages.scorers.shared.moments import checked_dim
 from stages.scorers.shared.pairs import bank_blocks, query_blocks
 
@@ -69,6 +71,10 @@ class RelationScorer(Scorer):
     """
 
     name: ClassVar[str] = "relation"
+    title: ClassVar[str] = "relation"
+    says: ClassVar[str] = "minus the sum over the relation graph with ID rows"
+    paper: ClassVar[str] = "Kim 2023"
+    cost: ClassVar[str] = "N·(D + C)"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
 
     power: Annotated[float, Field(gt=0)] = 1.0

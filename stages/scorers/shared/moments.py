@@ -12,8 +12,10 @@ from pydantic import Field
 from scipy.linalg import blas, lapack
 
 from stages.errors import InputError
-from stages.scorers.neighbours.bank import checked_features
-from stages.scorers.shared.base import ScoreInputs
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.shared.arrays import checked_features
+
+Matrix = NDArray[np.float64]
 
 # Directions whose variance is below this share of the largest are rounding of the sum over rows: not the data's.
 RANK_RTOL = 1e-12

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.scorers.shared.base import Floats, ScoreInputs
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
 
 _QUERIES = 1024
 _BANK = 4096

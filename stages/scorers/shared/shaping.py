@@ -7,7 +7,7 @@ signs, the sums below can cancel and these scores are weak; they are offered for
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.neighbours.bank import checked_features
+from stages.scorers.shared.arrays import checked_features
 
 _LARGEST_RATIO = 50.0  # exp(50) is 5e21: beyond it only rows get whose largest activations cancel, never ReLU's
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.scorers.shared.base import ScoreInputs
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.shared.moments import FeatureMoments, Scatter, fourth_moment
 
 ENOUGH_ROWS = 10  # a feature; see above

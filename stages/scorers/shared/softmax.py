@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stages.scorers.shared.base import scaled_logits
+from stages.scorers.shared.arrays import scaled_logits
 
 # Logarithm of 1 − p where no other class applies, so that p = 1 whatever the row: there p rounds to 1 in float64.
 # Minus infinity is what it is, but that cannot be averaged, standardised or stored in a table.

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import Field
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
-from stages.scorers.shared.moments import RANK_RTOL, float64_rows, moments_of
-
-Matrix = NDArray[np.float64]
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.moments import RANK_RTOL, Matrix, float64_rows, moments_of
 
 
 def neco_score(
@@ -73,6 +73,10 @@ class NECOScorer(Scorer):
     """
 
     name: ClassVar[str] = "neco"
+    title: ClassVar[str] = "NECO"
+    says: ClassVar[str] = "minus the share inside the principal subspace, times the largest logit"
+    paper: ClassVar[str] = "Ben Ammar 2024"
+    cost: ClassVar[str] = "D²"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
 
     dim: Annotated[int, Field(ge=1)] | None = None

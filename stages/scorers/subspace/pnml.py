@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.heads.affine import LinearHead
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer
-from stages.scorers.shared.moments import RANK_RTOL, RankTolerance, float64_rows, moments_of, whitened
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.moments import RANK_RTOL, Matrix, RankTolerance, float64_rows, moments_of, whitened
 from stages.scorers.shared.shrinkage import ShrinkageRule, shrunk_about_zero
 from stages.scorers.shared.softmax import ALONE, Softmax, finite_log, log_of_log1p, log_sum
-
-Matrix = NDArray[np.float64]
 
 
 def pnml_score(features: ArrayLike, weight: ArrayLike, bias: ArrayLike, whiten: ArrayLike) -> Floats:
@@ -93,6 +93,10 @@ class PNMLScorer(Scorer):
     """
 
     name: ClassVar[str] = "pnml"
+    title: ClassVar[str] = "pNML"
+    says: ClassVar[str] = "log of the regret"
+    paper: ClassVar[str] = "Bibas 2021"
+    cost: ClassVar[str] = "D² + C·D"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {"pytorch-ood": {"shrinkage": "none", "rank_rtol": "float32"}}

@@ -10,11 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.special import logsumexp
 
-from stages.scorers.shared.base import Floats, ScoreInputs, Scorer, scaled_logits
-from stages.scorers.shared.moments import float64_rows, moments_of
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
+from stages.scorers.shared.arrays import scaled_logits
+from stages.scorers.shared.moments import Matrix, float64_rows, moments_of
 from stages.scorers.shared.shrinkage import ENOUGH_ROWS
-
-Matrix = NDArray[np.float64]
 
 # A softmax head of C classes has rank C − 1 but for rounding: adding one vector to all its weights changes nothing.
 # numpy's pinv divides by that rounding where the head is float32, and the origin is then off by orders of magnitude.
@@ -155,6 +156,10 @@ class ResidualScorer(Scorer):
     """
 
     name: ClassVar[str] = "residual"
+    title: ClassVar[str] = "residual"
+    says: ClassVar[str] = "the residual outside the principal subspace alone"
+    paper: ClassVar[str] = "Wang 2022"
+    cost: ClassVar[str] = "D²"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "head", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"dim": 512}})
 
@@ -182,6 +187,9 @@ class ViMScorer(ResidualScorer):
     """`vim_score`, with α such that the residual is on average as large as the largest logit of ID training rows."""
 
     name: ClassVar[str] = "vim"
+    title: ClassVar[str] = "ViM"
+    says: ClassVar[str] = "residual outside the principal subspace, less energy"
+    paper: ClassVar[str] = "Wang 2022"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "head", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"dim": 256}})
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.config import SCORE_NAMES, ScoreConfig
+from stages.config import ScoreConfig
 from stages.detection.calibration import threshold_at
 from stages.detection.detectors import (
     DetectorFactory,
@@ -23,7 +23,8 @@ from stages.detection.detectors import (
 from stages.detection.selection import Fold, choose_k
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
-from stages.scorers import EnergyScorer, get_scorer
+from stages.scorers import SCORERS, get_scorer
+from stages.scorers.logits.energy import EnergyScorer
 
 CLASSES, DIM = 4, 6
 GROUP = np.array([0, 1, 0, 1])
@@ -280,9 +281,7 @@ def test_every_score_on_every_head_that_it_reads():
 def test_what_reads_a_head():
     gaussian = {"mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm"}
     of_features = {"knn", "knn-mean", "ncm", "cosine", "mos", "patch-knn", *gaussian}
-    assert {name for name in (*SCORE_NAMES, "knn+energy", "knn+gmm") if not reads_head(name)} == of_features | {
-        "knn+gmm"
-    }
+    assert {name for name in (*SCORERS, "knn+energy", "knn+gmm") if not reads_head(name)} == of_features | {"knn+gmm"}
     with pytest.raises(InputError, match="did you mean 'energy'"):
         reads_head("knn+enrgy")
 
@@ -371,7 +370,7 @@ def test_no_score_is_stopped_by_little_data(classes, experts, per_class, held_ou
     key, heads = SubjectKey("pretrained", "cls", "", None), ("trained", "refit") if experts else ("probe",)
     bank = drawn(classes * (per_class + 1), classes, experts, seed + 30)
     small = Subject(key, heads, tuple(run), bank, run[0].select, experts)
-    scores = [name for name in SCORE_NAMES if name not in ("mos", "patch-knn")]
+    scores = [name for name in SCORERS if name not in ("mos", "patch-knn")]
     factory = DetectorFactory(small, ScoreConfig(scores=[*scores, "knn+energy"], k="auto"))
     detectors, test = factory.detectors(), drawn(20, classes, experts, seed + 40, routed=True)
     for detector, found in zip(detectors, score_together(detectors, test), strict=True):

@@ -8,9 +8,10 @@ from scipy.stats import multivariate_normal
 
 from stages.errors import InputError, StageError
 from stages.heads.affine import LinearHead
-from stages.scorers import ScoreInputs, get_scorer
+from stages.scorers import get_scorer
 from stages.scorers.features.fdbd import fdbd_score
 from stages.scorers.features.gmm import GaussianMixture, GMMScorer
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.logits.other import other_score
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.nnguide import NNGuideScorer, nnguide_score

@@ -17,24 +17,21 @@ from sklearn.metrics import log_loss
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.metrics.ranking import auroc
-from stages.scorers import (
-    ScoreInputs,
-    ash_score,
-    class_templates,
-    energy_score,
-    entropy_score,
-    fit_temperature,
-    gen_score,
-    get_scorer,
-    gradnorm_score,
-    kl_matching_score,
-    lts_score,
-    max_logit_score,
-    msp_score,
-    other_score,
-    scale_score,
-    vra_score,
-)
+from stages.scorers import get_scorer
+from stages.scorers.features.ash import ash_score
+from stages.scorers.features.gradnorm import gradnorm_score
+from stages.scorers.features.lts import lts_score
+from stages.scorers.features.scale import scale_score
+from stages.scorers.features.vra import vra_score
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.logits.energy import energy_score
+from stages.scorers.logits.entropy import entropy_score
+from stages.scorers.logits.gen import gen_score
+from stages.scorers.logits.klmatching import class_templates, kl_matching_score
+from stages.scorers.logits.maxlogit import max_logit_score
+from stages.scorers.logits.msp import msp_score
+from stages.scorers.logits.other import other_score
+from stages.scorers.logits.temperature import fit_temperature
 from stages.scorers.shared.quantiles import column_quantiles, quantiles
 
 OF_LOGITS = ("max-logit", "entropy", "gen")

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from stages.errors import InputError
-from stages.scorers import KNNScorer, ScoreInputs, get_scorer
+from stages.scorers import get_scorer
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.neighbours.knn import KNNScorer
 from stages.scorers.neighbours.store import NeighbourStore
 
 

@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from stages.compare import compare_scores
 from stages.heads.choose import fit_head
 from stages.metrics.ranking import auroc
-from stages.scorers import ScoreInputs, get_scorer
+from stages.scorers import get_scorer
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.shared.moments import Scatter, fourth_moment, moments_of
 from stages.scorers.shared.shrinkage import (
     ENOUGH_ROWS,

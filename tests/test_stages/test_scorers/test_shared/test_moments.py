@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
-from stages.scorers import ScoreInputs, get_scorer
+from stages.scorers import get_scorer
 from stages.scorers.features.mahalanobis import MahalanobisScorer
+from stages.scorers.inputs import ScoreInputs
 from stages.scorers.shared.moments import FeatureMoments, Scatter, _triangular_whitening
 
 

@@ -9,7 +9,9 @@ from pydantic import Field
 
 from stages.errors import InputError, StageError
 from stages.heads.affine import LinearHead
-from stages.scorers import SCORERS, ScoreInputs, Scorer, get_scorer
+from stages.scorers import SCORERS, get_scorer
+from stages.scorers.inputs import ScoreInputs
+from stages.scorers.scorer import Scorer
 
 
 @dataclass(eq=False)

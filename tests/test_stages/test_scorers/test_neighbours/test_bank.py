@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stages.errors import InputError
 from stages.scorers.neighbours import bank as bank_module
-from stages.scorers.neighbours.bank import FeatureBank, l2_normalise
+from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.shared.arrays import l2_normalise
 
 
 def brute_force(bank, queries):

@@ -1,0 +1,77 @@
+"""The README of scores is of the code: its table is generated, and a score is added as it says."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+
+import numpy as np
+import pytest
+
+from stages.scorers.__main__ import README, scores_table, stated_table
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_table_is_what_the_classes_say():
+    stated = stated_table(README.read_text(encoding="utf-8"))
+    assert stated == scores_table(), "python -m stages.scorers writes it"
+
+
+def shown(name: str) -> str:
+    """Python between two marks of the README."""
+    return re.search(rf"<!-- {name}: begin -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the project with the README's example of a score: its file and its line, and nothing else by hand."""
+    tree = tmp_path_factory.mktemp("copy") / "project"
+    for package in ("cache", "stages", "pipeline", "tests"):
+        copytree(ROOT / package, tree / package, ignore=ignore_patterns("__pycache__"))
+    copy(ROOT / "pyproject.toml", tree)
+    scorers = tree / "stages" / "scorers"
+    (scorers / "logits" / "margin.py").write_text(shown("example"), encoding="utf-8")
+    registry = (scorers / "__init__.py").read_text(encoding="utf-8")
+    last = '    "other": "logits.other:OtherScorer",\n'
+    assert registry.count(last) == 1
+    (scorers / "__init__.py").write_text(registry.replace(last, last + shown("line")), encoding="utf-8")
+    run(tree, "stages.scorers")
+    return tree
+
+
+def run(tree: Path, *arguments: object) -> str:
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_added_score_keeps_the_contract_and_is_documented(tree):
+    """The suites ask nothing of a score that is there but the file and the line."""
+    suites = ("test_contracts", "test_stages/test_scorers/test_registry.py", "test_stages/test_scorers/test_readme.py")
+    tests = ["stages/scorers/logits/margin.py", *(f"tests/{suite}" for suite in suites)]
+    run(tree, "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "margin or table_is or titles_tell")
+    assert "| `margin` | Margin |" in (tree / "stages" / "scorers" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_added_score_runs_through_a_study(tree, tmp_path):
+    """From arrays to table and report, alone and in a sum; a name that is not there is still refused."""
+    rng = np.random.default_rng(0)
+    toml = ['name = "one"\nwork = "work"\n\n[train]\nexpert = "adapter"\nepochs = 1\n']
+    toml.append('[score]\nbootstrap = 100\nscores = ["margin", "knn+margin"]\n')
+    sets = {"train": ("id-train", 3, 20), "test": ("id-test", 3, 8), "other": ("near-ood", 1, 12)}
+    for name, (role, classes, n) in sets.items():
+        labels = np.repeat(np.arange(classes), n)
+        features = np.float32(rng.normal(scale=0.3, size=(len(labels), 6)) + np.eye(6)[labels + 3 * (name == "other")])
+        np.savez(tmp_path / f"{name}.npz", cls=features, label=labels, id=np.arange(len(labels)).astype(str))
+        toml.append(f'[[sets]]\nname = "{name}"\nrole = "{role}"\nfeatures = "{name}.npz"\norigin = "drawn"\n')
+    study = tmp_path / "study.toml"
+    study.write_text("\n".join(toml))
+    run(tree, "pipeline", "run", study)
+    with (tmp_path / "work" / "scores" / "table.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["score"] == "margin"]
+    assert {row["head"] for row in rows} >= {"probe", "refit"}
+    report = (tmp_path / "work" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "kNN+Margin" in report
