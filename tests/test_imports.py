@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.scorers import SCORERS
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cache", "stages", "pipeline")
 VERBS = ("stages.extract", "stages.train", "stages.finetune", "stages.score", "stages.predict")
@@ -106,9 +108,10 @@ def test_verbs_meet_on_disk_and_nouns_never_import_them(verb):
 
 
 def test_modules_are_imported_by_name_only():
-    """Otherwise this file would not see it; but for a study's stages, loaded when their verb is asked."""
+    """Otherwise this file would not see it; but for a study's stages and for scores, loaded when one is asked for."""
     by_text = {m for m, names in IMPORTS.items() if names & {"importlib.import_module", "importlib.util", "runpy"}}
-    assert by_text == {"pipeline.stages_of_study"}
+    assert by_text == {"pipeline.stages_of_study", "stages.scorers"}
+    assert all(scorer.__module__.startswith("stages.scorers.") for scorer in SCORERS.values())
     sources = [path.read_text(encoding="utf-8") for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     assert not any("__import__" in source for source in sources)
 
