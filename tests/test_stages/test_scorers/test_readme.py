@@ -21,8 +21,9 @@ def test_the_table_is_what_the_classes_say():
 
 
 def shown(name: str) -> str:
-    """Python between two marks of the README."""
-    return re.search(rf"<!-- {name}: begin -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    """Code between two marks of the README."""
+    readme = README.read_text(encoding="utf-8")
+    return re.search(rf"<!-- {name}: begin -->\n```(?:python)?\n(.*?)```", readme, re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
