@@ -30,7 +30,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 demo: $(READY) ## All three stages on real images and weights from the package registry; prints the table
 	$(BIN)/python -m pipeline run pipeline/experiments/demo.toml --set work=runs/demo $(ARGS)
 
-results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results); pipeline/benchmark/README.md
+results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results, ARGS="--page FILE"); pipeline/benchmark/README.md
 	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/benchmark/README.md))
 	$(BIN)/python -m pipeline results '$(DATA)' --work '$(WORK)' $(ARGS)
 

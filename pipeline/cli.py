@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.benchmark.choice import Choice
 from pipeline.config import RunConfig, RunOptions
 from pipeline.options import (
-    CONTROLS,
+    CHOICE,
     DEBUG,
     DECIDING_BACKBONE,
     DECIDING_SCORE,
@@ -25,6 +26,7 @@ from pipeline.options import (
     MAX_FAILURES,
     NETWORK,
     OF_STAGES,
+    PAGE,
     REHASH,
     SCHEDULER,
     SET,
@@ -203,35 +205,15 @@ def cache(
 @verbs.command()
 @click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
 @click.option("--work", type=click.Path(path_type=Path), default="runs/results", show_default=True, help="Where to.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study.")
-@CONTROLS
-@click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them.")
-@click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well.")
+@CHOICE
+@PAGE
 @DEBUG
 @asked(DRY_RUN, SCHEDULER, WORKERS)
-def results(
-    data: Path,
-    work: Path,
-    overrides: tuple[str, ...],
-    controls: list[str] | None,
-    finetune: bool,
-    unchecked: bool,
-    asked: Asked,
-) -> None:
+def results(data: Path, work: Path, choice: Choice, page: Path | None, asked: Asked) -> None:
     """The benchmark's results, from the folder DATA that holds its images."""
     from pipeline.benchmark.run import run_results
 
-    lines = run_results(
-        data,
-        work,
-        overrides,
-        asked.run_options(),
-        controls=controls,
-        finetune=finetune,
-        unchecked=unchecked,
-        dry_run=asked.dry_run,
-    )
-    show(lines)
+    show(run_results(data, work, choice, asked.run_options(), dry_run=asked.dry_run, page=page))
 
 
 @verbs.command()

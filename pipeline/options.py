@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from pipeline.benchmark.choice import Choice
 from pipeline.config import (
     ConfigError,
     FeaturesConfig,
@@ -229,9 +231,22 @@ DECIDING_SCORE = click.option(
 FORMAT = click.option(
     "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."
 )
-CONTROLS = click.option(
-    "--controls",
-    metavar="NAME,…",
-    callback=lambda _context, _option, names: None if names is None else names.split(","),
-    help="Of the control variants, only these.",
+CHOICE = gathered(
+    "choice",
+    Choice,
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study."),
+    click.option(
+        "--controls",
+        metavar="NAME,…",
+        callback=lambda _context, _option, names: None if names is None else names.split(","),
+        help="Of the control variants, only these.",
+    ),
+    click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them."),
+    click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well."),
+)
+PAGE = click.option(
+    "--page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the page of results there as well; the project's is pipeline/benchmark/RESULTS.md.",
 )

@@ -1,121 +1,75 @@
 """``make results``: the benchmark's studies one after the other.
 
-images of DATA  ── SHA-256 of each against experiments/benchmark.csv.gz
+images of DATA  ── SHA-256 of each against experiments/benchmark.csv.gz (`pipeline.benchmark.images`)
 experiments/results-*.toml  ── extract, train, score, report in WORK/<benchmark>/, whatever is not fresh
-WORK/<benchmark>/scores/  ── WORK/results.md, WORK/results.csv (`pipeline.benchmark.comparison`)
+WORK/<benchmark>/scores/  ── WORK/results.csv (`comparison`), WORK/results.md (`tables`, `page`)
 """
 
-import csv
-import gzip
-import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.comparison import JUDGED_AGAINST, check_comparable, write_results
+from pipeline.benchmark.choice import Choice
+from pipeline.benchmark.comparison import JUDGED_AGAINST, check_comparable
+from pipeline.benchmark.images import LISTED, compare_images, image_source
+from pipeline.benchmark.page import write_results
 from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
 from pipeline.progress import TqdmProgress
 from pipeline.report.wording import duration
 from pipeline.study import Study
 from stages.config import nearest
 from stages.errors import InputError
-from stages.inputs.images import ImageError, list_images
 from stages.progress import Progress
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STUDIES = (EXPERIMENTS / "results-caltech.toml", EXPERIMENTS / "results-tinyimagenet.toml")
-LISTED = EXPERIMENTS / "benchmark.csv.gz"
 
 
-def image_source(data: Path, images: str) -> Path:
-    """Where a set's images are in DATA: the file of the same name, or a folder of that name without ``.tar``."""
-    name = Path(images).name
-    folder = data / name.removesuffix(".tar")
-    return folder if folder.is_dir() else data / name
+@dataclass(frozen=True)
+class Benchmark:
+    """What is run.
 
-
-def compare_images(data: Path, listed: Path) -> str | None:
-    """How the images of DATA differ from the benchmark's list, in one line; None where they do not.
-
-    Args:
-        data: folder of a tar or a folder per set.
-        listed: gzipped CSV with columns ``set``, ``id`` and ``sha256``.
-
-    Raises:
-        InputError: DATA is no folder, or a set of it cannot be listed.
+    Attributes:
+        studies: experiment files; ``images`` of their sets are looked for in a folder by file name.
+        listed: list of the images, see `compare_images`.
     """
-    if not data.is_dir():
-        raise InputError(f"{data}: no such folder; give the one that holds the benchmark's images")
-    expected: dict[str, dict[str, str]] = {}
-    with gzip.open(listed, "rt", encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            expected.setdefault(line["set"], {})[line["id"]] = line["sha256"]
-    found: dict[str, list[str]] = {"missing": [], "with other bytes": [], "not in the list": []}
-    for name, digests in expected.items():
-        source = image_source(data, f"{name}.tar")
-        actual = _digests(source) if source.exists() else {}
-        found["missing"] += [f"{name}/{id_}" for id_ in digests if id_ not in actual]
-        found["with other bytes"] += [
-            f"{name}/{id_}" for id_ in digests if id_ in actual and actual[id_] != digests[id_]
-        ]
-        found["not in the list"] += [f"{name}/{id_}" for id_ in actual if id_ not in digests]
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in found.items()
-        if names
-    ]
-    return "; ".join(parts) or None
 
-
-def _digests(source: Path) -> dict[str, str]:
-    table = list_images(str(source))
-    reader = table.reader()
-
-    def digest(row: int) -> str:
-        try:
-            return hashlib.sha256(reader.read(row)).hexdigest()
-        except ImageError:  # as good as other bytes
-            return ""
-
-    return {id_: digest(row) for row, id_ in enumerate(table.ids)}
+    studies: Sequence[Path] = STUDIES
+    listed: Path = LISTED
 
 
 def run_results(
     data: Path,
     work: Path,
-    overrides: Sequence[str] = (),
+    choice: Choice | None = None,
     options: RunOptions | None = None,
     *,
-    controls: Sequence[str] | None = None,
-    finetune: bool = False,
-    unchecked: bool = False,
     dry_run: bool = False,
-    studies: Sequence[Path] = STUDIES,
-    listed: Path = LISTED,
+    page: Path | None = None,
+    benchmark: Benchmark | None = None,
 ) -> Iterator[Any]:
     """Run every study of the benchmark as far as it is not fresh; lines and tables as they come.
 
     Args:
         data: folder with the benchmark's images.
         work: folder of the studies and of ``results.md`` and ``results.csv``.
-        overrides: ``a.b=value`` for every study.
+        choice: what of it to run; by default all but the fine-tunes.
         options: how to run.
-        controls: names of the variants to run beside the default and the baselines'; by default all.
-        finetune: run the end-to-end fine-tunes as well, and what follows from their features.
-        unchecked: run on other images than the listed ones as well; the results say so.
         dry_run: say what would run, and no more.
-        studies: experiment files; ``images`` of their sets are looked for in `data` by file name.
-        listed: see `compare_images`.
+        page: where else the page goes, beside ``results.md``.
+        benchmark: what to run, where it is not the project's own.
 
     Raises:
         InputError: a setting is wrong, or the images are not those of the list.
     """
-    configs = [_config(path, data, work, overrides, controls, finetune) for path in studies]
-    difference = compare_images(data, listed)
-    if difference is not None and not unchecked:
+    choice, benchmark = choice or Choice(), benchmark or Benchmark()
+    configs = [_config(path, data, work, choice) for path in benchmark.studies]
+    images = compare_images(data, benchmark.listed)
+    if images.difference is not None and not choice.unchecked:
         raise InputError(
-            f"{data} does not hold the benchmark's images: {difference}; see pipeline/benchmark/README.md, "
+            f"{data} does not hold the benchmark's images: {images.difference}; see pipeline/benchmark/README.md, "
             "or give --unchecked to run on them all the same"
         )
     remaining = Remaining(TqdmProgress())
@@ -145,23 +99,16 @@ def run_results(
     finally:
         for study in opened:
             study.progress.close()
-    yield from write_results(configs, work, difference)
+    yield from write_results(configs, work, images, page)
 
 
-def _config(
-    path: Path,
-    data: Path,
-    work: Path,
-    overrides: Sequence[str],
-    controls: Sequence[str] | None = None,
-    finetune: bool = False,
-) -> RunConfig:
+def _config(path: Path, data: Path, work: Path, choice: Choice) -> RunConfig:
     plain = load_config(path)
     images = [f"sets.{entry.name}.images={image_source(data, entry.images or '')}" for entry in plain.sets]
-    config = load_config(path, [f"work={work / plain.name}", *images, *overrides])
-    if controls is not None:
-        config = _with_controls(config, controls)
-    if not finetune:
+    config = load_config(path, [f"work={work / plain.name}", *images, *choice.overrides])
+    if choice.controls is not None:
+        config = _with_controls(config, choice.controls)
+    if not choice.finetune:
         config = config.model_copy(update={"finetune": None})
     config.require_roles("run")
     check_comparable(config)

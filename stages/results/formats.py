@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,3 +98,14 @@ def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], numbers_fr
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def mean_text(mean: float | None, deviation: float | None) -> str:
+    """A fraction in per cent, with the deviation over seeds where there is one.
+
+    >>> mean_text(0.931, None), mean_text(0.931, 0.004), mean_text(None, None)
+    ('93.1', '93.1 ± 0.4', '–')
+    """
+    if mean is None or math.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -17,7 +16,7 @@ from stages.files.documents import write_text
 from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.intervals import Difference, SetParts, auroc_interval, fpr95_interval, verdicts
 from stages.metrics.ranking import ood_metrics
-from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table
+from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table, mean_text
 from stages.results.method import BASELINES, METHOD_COLUMNS, Method
 
 METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
@@ -248,7 +247,4 @@ def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 def per_cent(line: dict[str, Any] | None, metric: str) -> str:
     """``"93.1"``, with the deviation over seeds where there is one: ``"93.1 ± 0.4"``."""
-    if line is None or math.isnan(line[f"{metric}_mean"]):
-        return "–"
-    mean, deviation = line[f"{metric}_mean"], line[f"{metric}_std"]
-    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+    return "–" if line is None else mean_text(line[f"{metric}_mean"], line[f"{metric}_std"])

@@ -26,7 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.benchmark.run import STUDIES, image_source
+from pipeline.benchmark.images import image_source
+from pipeline.benchmark.run import STUDIES
 from pipeline.config import RunOptions, load_config
 from pipeline.study import Study
 from stages.inputs.images import list_images

@@ -2,14 +2,13 @@
 
 import csv
 import gzip
-import re
 from collections import Counter
 
 import timm
 import torch
 
 from cache import FeatureSpec
-from pipeline.benchmark.run import LISTED
+from pipeline.benchmark.images import LISTED
 from stages.networks.tokens import stored_grid
 from tests.test_docs.pages import PAGES, page_with, table
 
@@ -69,21 +68,6 @@ def test_readme_has_six_rows_of_the_demo():
             dict(zip(header, cells, strict=True)).items()
             <= dict(zip(whole, rows[tuple(cells[:4])], strict=True)).items()
         )
-
-
-def test_readme_has_the_recommended_rows_of_the_results():
-    """Means and deviations; intervals stand in the page of results alone."""
-    header, *some = table(PAGES["README.md"].between("results"))
-    stated = {}
-    for name, text in re.findall(
-        r"\*\*(\S+): the recommended score[^\n]*\n\n(.*?)\n\n", PAGES["pipeline/benchmark/RESULTS.md"].text, re.DOTALL
-    ):
-        columns, *rows = table(text)
-        for cells in rows:
-            row = dict(zip(columns, (cell.partition(" [")[0] for cell in cells), strict=True))
-            stated[name, cells[0]] = [row[column] for column in header[2:]]
-    assert {(cells[0], cells[1]): cells[2:] for cells in some} == stated
-    assert len(some) == 8
 
 
 def test_the_benchmarks_sets_are_those_of_its_list():

@@ -1,0 +1,21 @@
+"""What is asked of `make results`; alone, so that the command line answers before the rest is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of the benchmark is run, and how it is changed.
+
+    Attributes:
+        overrides: ``a.b=value`` for every study.
+        controls: names of the variants to run beside the default and the baselines'; None for all.
+        finetune: run the end-to-end fine-tunes as well, and what follows from their features.
+        unchecked: run on other images than the listed ones as well; the results say so.
+    """
+
+    overrides: Sequence[str] = ()
+    controls: Sequence[str] | None = None
+    finetune: bool = False
+    unchecked: bool = False

@@ -1,0 +1,76 @@
+"""What the benchmark's studies are, and which of their methods are compared."""
+
+import gzip
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.benchmark.comparison import JUDGED_AGAINST, method_label, methods_of
+from pipeline.benchmark.images import LISTED, listed_images
+from pipeline.benchmark.run import EXPERIMENTS, STUDIES
+from pipeline.config import load_config
+from stages.mixture.grouping import group_classes
+from stages.results.method import RECOMMENDED
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies(path):
+    config = load_config(path)
+    assert config.seeds == (0, 1, 2, 3, 4)
+    seeds = config.variant_seeds()
+    assert {name for name, own in seeds.items() if own == (0,)} == {"adapter", "router-cls", "paper"}
+    assert {own for own in seeds.values() if own != (0,)} == {(0, 1, 2, 3, 4), (0, 1, 2)}
+    assert {RECOMMENDED, *JUDGED_AGAINST} <= set(methods_of(config))
+    assert {Path(entry.images).stem for entry in config.sets} <= listed_images(LISTED).keys()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_groups_are_of_all_classes(path):
+    config = load_config(path)
+    train = Path(config.sets_of("id-train")[0].images).stem
+    classes = sorted({id_.split("/")[0] for id_ in listed_images(LISTED)[train]})
+    grouping = config.variant_configs()["semantic"].grouping
+    groups = group_classes(np.zeros((len(classes), 1)), 3, grouping, tuple(classes), seed=0)
+    assert set(groups) == {0, 1, 2}
+
+
+def test_shipped_studies_differ_in_their_images_alone():
+    """The same defaults, variants, seeds and scores: nothing is tuned to a benchmark."""
+    one, two = (load_config(path).to_dict() for path in STUDIES)
+    for config in (one, two):
+        for key in ("name", "work", "cache", "sets"):
+            del config[key]
+        del config["backbone"]["image_size"]
+        del config["split"]["val"]  # of the one with fewer images a class, a quarter is held out
+        del config["finetune"]["seeds"]  # a fine-tune of the larger one takes hours: one seed of it, three of the other
+        for variant in config["variants"]:
+            variant["set"].pop("train.grouping", None)
+    assert one == two
+
+
+def test_shipped_files_name_no_folder_of_a_machine():
+    for path in EXPERIMENTS.iterdir():
+        if path.suffix == ".png":  # a picture is no text, but may hold some
+            with Image.open(path) as picture:
+                text = "\n".join(map(str, picture.info.values()))
+        else:
+            data = path.read_bytes()
+            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        assert re.findall(r"""(?:^|[\s"'=`(])((?:/|[A-Z]:\\)[A-Za-z][^\s"'`]*/[^\s"'`]*)""", text, re.MULTILINE) == []
+
+
+def test_labels_tell_methods_apart():
+    labels = [method_label(method) for method in methods_of(load_config(STUDIES[0]))]
+    assert len(set(labels)) == len(labels)
+    oracle, two = (method_label(replace(RECOMMENDED, routing=routing)) for routing in ("oracle", "top2"))
+    assert oracle == "MoFE default, true routes (diagnostic): knn+energy (refit)"
+    assert two == "MoFE default, top 2: knn+energy (refit)"
+
+
+def test_the_benchmarks_fine_tunes():
+    caltech, tiny = (load_config(path) for path in STUDIES)
+    assert (caltech.finetune_seeds(), tiny.finetune_seeds()) == ((0, 1, 2), (0,))
