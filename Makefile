@@ -8,13 +8,18 @@ BIN := $(VENV)/bin
 # faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
+# Stages of a study, and what they do, as `pipeline` lists them: a line each.
+LIST := pipeline/stages_of_study/__init__.py
+LISTED := ^    Listed\("([a-z]+)", "([^"]+)".*
+STAGES := $(shell sed -nE 's/$(LISTED)/\1/p' $(LIST))
+VERBS := run predict verify info
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results pseudo-ood extract train finetune score report run predict verify info test lint fmt stress bench bench-extract bench-cache \
+.PHONY: help setup demo results pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-cache \
 	bench-train bench-finetune bench-knn bench-score bench-fits clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; sed -nE 's/$(LISTED)/\1\t\2/p' $(LIST); } | expand -t 16
 
 setup: $(READY) ## Create .venv with every pinned dependency (plain venv and pip, nothing global)
 
@@ -38,16 +43,12 @@ pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=f
 	@$(if $(DATA),,$(error DATA is missing: make pseudo-ood DATA=folder, see pipeline/benchmark/README.md))
 	$(BIN)/python -m tests.bench.pseudo_ood '$(DATA)' --work '$(WORK)/pseudo-ood' $(ARGS)
 
-extract: $(READY) ## Stage one: images to a sealed feature cache (EXPERIMENT=file.toml ARGS="--set …")
-train: $(READY) ## Stage two: probe and Mixture of Feature Experts on cached features
-finetune: $(READY) ## Stage two, the other half: the whole backbone end to end on images
-score: $(READY) ## Stage three: OOD scores and the table, from caches alone
-report: $(READY) ## Write report/index.html
-run: $(READY) ## Every stage that is not fresh
+run: $(READY) ## Every stage that is not fresh (EXPERIMENT=file.toml ARGS="--set …", as for each of them)
 predict: $(READY) ## Score new images: ARGS="image.jpg …"
 verify: $(READY) ## Check every byte of the caches
 info: $(READY) ## Show caches and models at a glance
-extract train finetune score report run predict verify info:
+$(STAGES): $(READY)
+$(STAGES) $(VERBS):
 	$(BIN)/python -m pipeline $@ '$(EXPERIMENT)' $(ARGS)
 
 test: $(READY) ## Set up and run the tests, a file on each core
