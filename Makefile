@@ -8,10 +8,8 @@ BIN := $(VENV)/bin
 # faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
-# Stages of a study, and what they do, as `pipeline` lists them: a line each.
-LIST := pipeline/stages_of_study/__init__.py
-LISTED := ^    Listed\("([a-z]+)", "([^"]+)".*
-STAGES := $(shell sed -nE 's/$(LISTED)/\1/p' $(LIST))
+# Stages of a study: a module each, and a line in the list, which says what it does.
+STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_of_study/*.py))))
 VERBS := run predict verify info
 
 .DEFAULT_GOAL := help
@@ -19,7 +17,8 @@ VERBS := run predict verify info
 	bench-train bench-finetune bench-knn bench-score bench-fits clean
 
 help: ## List the targets
-	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; sed -nE 's/$(LISTED)/\1\t\2/p' $(LIST); } | expand -t 16
+	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
+		sed -nE 's/^    Listed\("([a-z]+)", "([^"]+)".*/\1\t\2/p' pipeline/stages_of_study/__init__.py; } | expand -t 16
 
 setup: $(READY) ## Create .venv with every pinned dependency (plain venv and pip, nothing global)
 

@@ -13,7 +13,7 @@ from stages.progress import Progress
 if TYPE_CHECKING:
     from pipeline.predictions import Format
     from pipeline.report.study import Evidence
-    from pipeline.stages_of_study.stage import Stage
+    from pipeline.stage import Stage
 
 
 class Study:

@@ -1,7 +1,7 @@
 """The stages of a study, in the order in which `run` runs them: the one list that all else follows from.
 
-Verbs of the command line, ``--help``, ``--dry-run``, ``run`` and the record come from it. To add a stage, write a
-module here whose class of the same name is a `pipeline.stages_of_study.stage.Stage`, and name it in a line below.
+Verbs of the command line and of make, ``--help``, ``--dry-run``, ``run`` and the record come from it. To add a stage,
+write a module here whose class of the same name is a `pipeline.stage.Stage`, and name it in a line below.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.stages_of_study.stage import Stage
+    from pipeline.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pipeline.checks import check_before_extraction
 from pipeline.config import SetConfig
 from pipeline.engine import engine_for
 from pipeline.sets import about_set, unit_of
-from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.stage import Done, Stage
 from pipeline.terminal import Lines, show
 from pipeline.workspace import Workspace
 from stages.context import Context

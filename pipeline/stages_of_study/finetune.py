@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from cache import fingerprint
 from pipeline.backbones import StudyBackbone
 from pipeline.checks import check_before_tuning
-from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.stage import Done, Stage
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context

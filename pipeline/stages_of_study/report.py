@@ -9,7 +9,7 @@ from cache import CacheError
 from pipeline.backbones import StudyBackbone
 from pipeline.report.page import report_identity, write_report
 from pipeline.report.study import Evidence, ReportedStudy
-from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.stage import Done, Stage
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context

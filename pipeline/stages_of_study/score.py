@@ -7,7 +7,7 @@ from typing import Self
 from cache import CacheError, fingerprint
 from pipeline.backbones import StudyBackbone
 from pipeline.sources import sources_to_score
-from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.stage import Done, Stage
 from pipeline.tables import table_lines
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace

@@ -10,7 +10,7 @@ from cache import CacheError, fingerprint
 from pipeline.backbones import StudyBackbone
 from pipeline.checks import check_before_training
 from pipeline.config import JOINT
-from pipeline.stages_of_study.stage import Done, Stage
+from pipeline.stage import Done, Stage
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context

@@ -38,9 +38,8 @@ def make(tmp_path_factory):
     """What make would run, in a checkout whose environment is ready."""
     home = tmp_path_factory.mktemp("checkout")
     shutil.copy(ROOT / "Makefile", home)
-    listed = Path("pipeline", "stages_of_study", "__init__.py")  # whose verbs are targets
-    (home / listed).parent.mkdir(parents=True)
-    shutil.copy(ROOT / listed, home / listed)
+    stages = Path("pipeline", "stages_of_study")  # which are targets
+    shutil.copytree(ROOT / stages, home / stages)
     for name in ("pyproject.toml", ".ci/constraints.txt", ".venv/.installed-cpu"):
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).touch()

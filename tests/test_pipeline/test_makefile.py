@@ -32,9 +32,8 @@ VERBS = ["extract", "train", "finetune", "score", "report", "run", "predict", "v
 def make(tmp_path):
     """Run make in a checkout, with or without an environment that is ready."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    listed = Path("pipeline", "stages_of_study", "__init__.py")  # whose verbs are targets
-    (tmp_path / listed).parent.mkdir(parents=True)
-    shutil.copy(ROOT / listed, tmp_path / listed)
+    stages = Path("pipeline", "stages_of_study")  # which are targets
+    shutil.copytree(ROOT / stages, tmp_path / stages)
     for name in ("pyproject.toml", ".ci/constraints.txt", ".venv/.installed-cpu"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
