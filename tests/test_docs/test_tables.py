@@ -2,15 +2,20 @@
 
 import csv
 import gzip
+import re
 from collections import Counter
+from dataclasses import fields
 
 import timm
 import torch
 
 from cache import FeatureSpec
 from pipeline.benchmark.images import LISTED
+from stages.detection.detectors import NO_HEAD
 from stages.networks.tokens import stored_grid
-from tests.test_docs.pages import PAGES, page_with, table
+from stages.results.method import HEADS, NO_ROUTING, ROUTINGS
+from stages.results.table import OODRow
+from tests.test_docs.pages import PAGES, ROOT, page_with, table
 
 IMAGENET = 1_281_167
 FAMILY = ("vit_small_patch14", "vit_base_patch14", "vit_large_patch14", "vit_giant_patch14")
@@ -90,3 +95,21 @@ def test_what_thresholds_admit_is_what_the_simulation_found():
     many = [cell for n, cells in admitted.items() if n >= 20 for cell in cells]
     said = f"{min(many, key=float)} to {max(many, key=float)} % of new rows from 20 rows a class on, "
     assert said + f"up to {max(admitted[5], key=float)} % with 5" in " ".join(PAGES["stages/METHOD.md"].text.split())
+
+
+def first_cells(mark: str) -> list[str]:
+    """What stands in backticks in a table's first column, from top to bottom."""
+    _, *rows = table(page_with(mark).between(mark))
+    return [name for cells in rows for name in re.findall(r"`([^`]+)`", cells[0])]
+
+
+def test_words_of_the_table_are_those_of_the_code():
+    assert first_cells("columns") == [field.name for field in fields(OODRow)]
+    assert first_cells("heads") == [NO_HEAD, *HEADS]
+    assert first_cells("routings") == [NO_ROUTING, *ROUTINGS]
+
+
+def test_every_room_of_the_house_is_described():
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("[sp]*/*/__init__.py")}
+    described = first_cells("rooms of stages") + first_cells("rooms of pipeline")
+    assert packages <= set(described)
