@@ -86,6 +86,11 @@ class BuildPlan:
         digests = listing.columns_sha256()
         return cls(inputs.name, spec, tuple(class_names), digests, tuple(shards), dict(made_with))
 
+    @property
+    def n_inputs(self) -> int:
+        """Inputs of all shards."""
+        return self.shards[-1].stop if self.shards else 0
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
         return {

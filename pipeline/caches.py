@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.config import FeaturesConfig, RunOptions
 from pipeline.engine import engine_for
 from stages.errors import InputError
-from stages.extract import extract_features, set_name
+from stages.extract import ExtractOptions, extract_features, set_name
 from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import Sample, is_one_file, make_table
 from stages.machine import default_device
@@ -52,10 +52,12 @@ def cache_images(
                 dtype=config.cache.dtype,
                 out=config.cache.root,
                 name=own,
-                max_failures=options.max_failures,
-                rehash=options.rehash,
-                mapper=None if engine is None else engine.map,
-                progress=progress,
+                options=ExtractOptions(
+                    max_failures=options.max_failures,
+                    rehash=options.rehash,
+                    mapper=None if engine is None else engine.map,
+                    progress=progress,
+                ),
             )
             for note in check_features(cache, by_class=bool((cache.labels >= 0).all())):
                 progress.note(note)

@@ -16,7 +16,7 @@ from pipeline.backbones import StudyBackbone
 from pipeline.sources import source_to_predict
 from pipeline.workspace import Workspace
 from stages.errors import InputError
-from stages.extract import extract_set, import_set
+from stages.extract import ExtractOptions, extract_set, import_set
 from stages.inputs.arrays import ArrayTable
 from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
@@ -26,6 +26,7 @@ from stages.results.formats import csv_text
 
 _BLOCK = 256  # images whose features stand on the disk at once
 _SCRATCH = "mofe-feature-cache-predict-"  # begins the name of every folder that they stand in
+_ANY = ExtractOptions(max_failures=1.0)  # what cannot be used is said of each image
 Format = Literal["csv", "json"]
 _COLUMNS = ("path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert")
 
@@ -125,7 +126,7 @@ def _caches(
         return
     for start in range(0, len(source), _BLOCK):
         block = source.part(start, start + _BLOCK)
-        yield extract_set("predict", block, _only(spec, reads), scratch, lambda: backbone.loaded, max_failures=1.0)
+        yield extract_set("predict", block, _only(spec, reads), scratch, lambda: backbone.loaded, options=_ANY)
 
 
 def _only(spec: FeatureSpec, reads: frozenset[str]) -> FeatureSpec:

@@ -16,7 +16,8 @@ from pipeline.terminal import Lines, show
 from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.errors import InputError
-from stages.extract import Changes, compare_versions, extract_set, import_set
+from stages.extract import ExtractOptions, extract_set, import_set
+from stages.extraction.changes import Changes, compare_versions
 from stages.files.documents import write_text
 from stages.inputs.images import describe_left_out
 from stages.networks.end_check import check_end
@@ -181,7 +182,8 @@ class Extract(Stage):
         for entry in given:
             with about_set(entry):
                 changes = self._changes[entry.name]
-                cache = import_set(entry.name, sets.arrays(entry), spec, root, changes=changes, progress=progress)
+                options = ExtractOptions(progress=progress)
+                cache = import_set(entry.name, sets.arrays(entry), spec, root, changes=changes, options=options)
             yield entry, cache
 
     def _fill_from_images(
@@ -193,6 +195,7 @@ class Extract(Stage):
         for note in backbone.loaded.notes():
             progress.note(note)
         with engine_for(options.scheduler, options.workers) as engine:
+            how = ExtractOptions(options.max_failures, mapper=None if engine is None else engine.map, progress=progress)
             for entry in pictured:
                 cache = extract_set(
                     entry.name,
@@ -200,9 +203,7 @@ class Extract(Stage):
                     self._spec,
                     self.workspace.config.cache.root,
                     lambda: backbone.loaded,
-                    max_failures=options.max_failures,
                     changes=self._changes[entry.name],
-                    mapper=None if engine is None else engine.map,
-                    progress=progress,
+                    options=how,
                 )
                 yield entry, cache

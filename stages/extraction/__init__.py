@@ -1,1 +1,1 @@
-"""Stage one's work on one shard."""
+"""Stage one's parts: what changed, a shard's reader, encoder and writer, and how a cache is filled."""

@@ -2,36 +2,37 @@
 
 ::
 
-    images ── decoders ──> transformed images ── passes ──> rows of a shard ── writer ──> shard on disk
-              threads        a few batches       threads    in the cache's     thread
-                             ahead, no more                 own dtype
+    images ── Reader ──> transformed images ── Encoder ──> rows of a shard ── Writer ──> shard on disk
+              threads      a few batches       threads     in the cache's     thread
+                           ahead, no more                  own dtype
 
 The work item is a shard: any process that can read the images makes it, alone, and the same bits come out. For that,
 every forward pass has the same number of images and one thread; the cores are used by passes side by side.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache import Failure, FeatureCache, FeatureSpec, InputTable, ShardPlan, commit_shard, sha256
+from cache import FeatureCache, FeatureSpec, InputTable, ShardPlan
 from stages.config import BackboneConfig
 from stages.errors import StageError
-from stages.inputs.images import ImageError, ImageReader, decode_image
+from stages.extraction.encoder import Encoder
+from stages.extraction.reader import Reader, ReadImage
+from stages.extraction.writer import Writer
+from stages.inputs.images import ImageReader
 from stages.machine import usable_cores
 from stages.networks.backbone import COMPUTE_THREADS, Backbone, load_backbone
-from stages.networks.tokens import reduce_patches
 
-_AHEAD = 2  # batches that are decoded while all passes compute
 _GPU_PASSES = 2  # one computes while the other's images are on their way
 
 
@@ -69,6 +70,13 @@ class ShardDone(NamedTuple):
     failures: int
 
 
+class Mapper(Protocol):
+    """Runs tasks in other processes and yields results as they complete; ``pipeline.engine.Engine.map``."""
+
+    def __call__(self, fn: Callable[[ShardTask], ShardDone], items: Iterable[ShardTask], /) -> Iterator[ShardDone]:
+        """Map `fn` over the tasks."""
+
+
 def extract_shard(task: ShardTask) -> ShardDone:
     """Make one shard in whatever process this is; the backbone is loaded once a process."""
     backbone = _backbone_of_process(task.backbone, task.expert_blocks, task.device, task.spec.weights_sha)
@@ -93,11 +101,16 @@ def _older_version(path: str, identity: str) -> FeatureCache:
     return cache
 
 
-def make_shards(tasks: Iterable[ShardTask], backbone: Backbone) -> Iterator[ShardDone]:
+def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) -> Iterator[ShardDone]:
     """Make shards one after the other, reporting after every batch; all are on disk when this is exhausted.
 
     While a shard is written batches that were begun go on, but no more: a kill costs at most one shard and these.
     Whoever leaves early (an error, Ctrl-C) waits for the batches and the shard that are under way.
+
+    Args:
+        tasks: in the order in which they are begun.
+        backbone: makes their features.
+        ahead: batches that are decoded while all passes compute.
     """
     batches: deque[tuple[Future[ShardDone], _Shard | None]] = deque()  # with the shard that is complete by then
     written: Future[None] | None = None
@@ -124,11 +137,11 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone) -> Iterator[Shar
             todo = np.flatnonzero(task.older_rows < 0)
             groups = [todo[start : start + backbone.batch] for start in range(0, len(todo), backbone.batch)]
             batches.append((passes.submit(shard.take_over), None if groups else shard))
-            yield from finish(n_passes + _AHEAD if groups else 0)
+            yield from finish(n_passes + ahead if groups else 0)
             for group in groups:
-                images = [decoders.submit(_load, task.reader, int(index), backbone.transform) for index in group]
+                images = [decoders.submit(shard.reader.read, int(index)) for index in group]
                 batches.append((passes.submit(shard.compute, group, images), shard if group is groups[-1] else None))
-                yield from finish(n_passes + _AHEAD)
+                yield from finish(n_passes + ahead)
         yield from finish(0)
         if written is not None:
             written.result()
@@ -155,67 +168,40 @@ def _pool(n: int, prepare: Callable[[], None] | None = None) -> Iterator[ThreadP
         pool.shutdown(cancel_futures=True)
 
 
-class _Loaded(NamedTuple):
-    digest: bytes
-    image: Tensor | str  # transformed, or why it cannot be used
-
-
-def _load(reader: ImageReader, index: int, transform: Callable[[Any], Tensor]) -> _Loaded:
-    digest = bytes(32)
-    try:
-        data = reader.read(index)
-        digest = bytes.fromhex(sha256(data))
-        return _Loaded(digest, transform(decode_image(data)))
-    except ImageError as error:
-        return _Loaded(digest, str(error))
-
-
 class _Shard:
     """A shard that fills in memory; its batches may come at the same time and in any order."""
 
     def __init__(self, task: ShardTask, backbone: Backbone) -> None:
-        self.task = task
-        self.backbone = backbone
-        n, datasets = len(task.inputs), task.spec.datasets().items()
-        self._arrays = {name: np.empty((n, *shape), dtype) for name, (shape, dtype) in datasets}
-        self._digests = np.zeros((n, 32), dtype=np.uint8)
-        self._reasons: dict[int, str] = {}
+        self._task = task
+        self._encoder = Encoder(backbone, task.spec)
+        self._writer = Writer(task.path, task.plan, task.spec, task.inputs)
+        self.reader = Reader(task.reader, backbone.transform)
 
     def take_over(self) -> ShardDone:
         """Copy the rows that an older version of the cache has."""
-        at = np.flatnonzero(self.task.older_rows >= 0)
-        if self.task.older is not None and len(at):
-            older, rows = _older_version(*self.task.older), self.task.older_rows[at]
-            for name, array in self._arrays.items():
-                array[at] = older.read(name, rows)
-            self._digests[at] = older.image_hashes[rows]
+        task, at = self._task, np.flatnonzero(self._task.older_rows >= 0)
+        if task.older is not None and len(at):
+            older, rows = _older_version(*task.older), task.older_rows[at]
+            self._writer.add_rows(at, {name: older.read(name, rows) for name in task.spec.datasets()})
+            self._writer.add_digests(at, older.image_hashes[rows])
         return ShardDone(len(at), 0)
 
-    def compute(self, rows: NDArray[np.int64], images: list[Future[_Loaded]]) -> ShardDone:
-        """One forward pass of exactly ``backbone.batch`` images, padded with the last one."""
+    def compute(self, rows: NDArray[np.int64], images: Sequence[Future[ReadImage]]) -> ShardDone:
+        """One forward pass of the images that can be used."""
+        read = [image.result() for image in images]
+        digests = np.frombuffer(b"".join(image.digest for image in read), np.uint8)
+        self._writer.add_digests(rows, digests.reshape(-1, 32))
         used, tensors = [], []
-        for index, loaded in zip(rows.tolist(), [image.result() for image in images], strict=True):
-            self._digests[index] = np.frombuffer(loaded.digest, dtype=np.uint8)
-            if isinstance(loaded.image, Tensor):
+        for index, image in zip(rows.tolist(), read, strict=True):
+            if isinstance(image.content, Tensor):
                 used.append(index)
-                tensors.append(loaded.image)
+                tensors.append(image.content)
             else:
-                self._reasons[index] = loaded.image
+                self._writer.add_failure(index, image.content)
         if tensors:
-            batch = torch.stack(tensors + tensors[-1:] * (self.backbone.batch - len(tensors)))
-            if self.backbone.device.type == "cuda":
-                batch = batch.pin_memory().to(self.backbone.device, non_blocking=True)
-            spec = self.task.spec
-            tokens = reduce_patches(self.backbone.encode(batch), self.backbone.grid, spec.patches)[: len(used)]
-            for name, array in self._arrays.items():
-                # torch casts four times faster than numpy; what does not fit becomes inf, and the cache refuses it.
-                array[used] = getattr(tokens, name).to(getattr(torch, spec.dtype)).cpu().numpy()
+            self._writer.add_rows(used, self._encoder.encode(tensors))
         return ShardDone(len(rows), len(rows) - len(used))
 
     def commit(self) -> None:
-        """Write the shard."""
-        task, failed = self.task, np.zeros(len(self.task.inputs), dtype=np.bool_)
-        failed[list(self._reasons)] = True
-        failures = [Failure(task.inputs.ids[index], self._reasons[index]) for index in sorted(self._reasons)]
-        arrays = {name: array[~failed] for name, array in self._arrays.items()} if failures else self._arrays
-        commit_shard(task.path, task.plan, arrays, task.inputs.with_results(self._digests, failed), failures)
+        """Write it."""
+        self._writer.commit()

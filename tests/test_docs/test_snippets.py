@@ -44,8 +44,9 @@ def test_the_parts_are_used_as_shown(caches):
 def test_features_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw(Path("photos"), "sklearn:digits[0-2]/test", 4)
-    here = '"tf_efficientnet_lite0", weights="embedded", image_size=32'  # no weights can be had from the hub in tests
-    _, found = run("features alone", **{'"vit_small_patch14_dinov2.lvd142m"': here})
+    here = 'BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=32)'  # the hub gives tests none
+    started = "from stages.config import BackboneConfig\nfrom stages.extract"
+    _, found = run("features alone", **{'"vit_small_patch14_dinov2.lvd142m"': here, "from stages.extract": started})
     assert found["features"].shape == (12, 1280)
     assert found["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
 

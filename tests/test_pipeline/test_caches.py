@@ -14,6 +14,7 @@ from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.extract import extract_features
 from stages.inputs.images import list_images
+from stages.networks.backbone import load_backbone
 from tests.test_pipeline.command import done, pipeline, refused
 from tests.test_pipeline.tiny import STUDY, draw
 
@@ -118,11 +119,11 @@ def test_from_python_any_images_and_any_way_to_name_the_network(home, tmp_path):
     files = sorted(folder.rglob("*.png"))
     options = {"patches": "none", "dtype": "float32", "out": tmp_path}
     network = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=32)
-    by_folder = extract_features(folder, "tf_efficientnet_lite0", weights="embedded", image_size=32, **options)
+    by_folder = extract_features(folder, network, **options)
     assert by_folder.path == tmp_path / f"test-{by_folder.fingerprint[:8]}"
     assert by_folder.read("cls").shape == (12, 1280)
     assert [by_folder.class_names[label] for label in by_folder.labels] == [path.parent.name for path in files]
-    by_paths = extract_features(list(map(str, files)), network, **options)
+    by_paths = extract_features(list(map(str, files)), load_backbone(network), **options)
     by_images = extract_features([Image.open(path) for path in files], network, **options, name="opened")
     by_table = extract_features(list_images(str(folder)), network, **options, name="listed")
     for other in (by_paths, by_images, by_table):
@@ -131,9 +132,9 @@ def test_from_python_any_images_and_any_way_to_name_the_network(home, tmp_path):
 
 
 def test_from_python_what_cannot_be_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="image_size: 3 given"):
-        extract_features("sklearn:photos", "tf_efficientnet_lite0", weights="embedded", image_size=3, out=tmp_path)
-    with pytest.raises(InputError, match="weights: for a backbone that is given by its name"):
-        extract_features("sklearn:photos", BackboneConfig(), weights="hub", out=tmp_path)
+    with pytest.raises(InputError, match=r"backbone\.name: .*'tf_efficientnet_lit'"):
+        extract_features("sklearn:photos", "tf_efficientnet_lit", out=tmp_path)
+    with pytest.raises(InputError, match=r"backbone\.weights: no file nowhere\.pth"):
+        extract_features("sklearn:photos", BackboneConfig(weights="nowhere.pth"), out=tmp_path)
     with pytest.raises(InputError, match="no length"):
         extract_features(iter(()), BackboneConfig(weights="embedded"), out=tmp_path)

@@ -4,32 +4,20 @@ python -m tests.test_stages.slow_extraction IMAGES ROOT
 """
 
 import sys
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-from cache import FeatureCache, plan_shards
-from stages import extract
+from cache import FeatureCache
 from stages.config import BackboneConfig
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import list_images
 from stages.networks.backbone import Backbone, load_backbone
 from stages.progress import NullProgress
 
 
-@contextmanager
-def few_rows_a_shard(rows: int = 16):
-    whole, extract.plan_shards = extract.plan_shards, partial(plan_shards, max_rows=rows)
-    try:
-        yield
-    finally:
-        extract.plan_shards = whole
-
-
 def small_shards(backbone: Backbone, images: Path, root: Path, **options) -> FeatureCache:
-    """`extract_set` as it is, but for the size of its shards."""
-    spec = backbone.feature_spec("float16", "full")
-    with few_rows_a_shard():
-        return extract.extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, **options)
+    """`extract_set` with shards of 16 images."""
+    spec, chosen = backbone.feature_spec("float16", "full"), ExtractOptions(shard_rows=16, **options)
+    return extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, options=chosen)
 
 
 class WaitsAfterEveryBatch(NullProgress):

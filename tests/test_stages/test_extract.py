@@ -17,8 +17,9 @@ from sklearn.datasets import load_digits
 from cache import CacheError, CacheMismatchError, FeatureCache
 from stages.config import BackboneConfig
 from stages.errors import StageError
-from stages.extract import compare_versions, extract_set, made_with, repair_set
-from stages.extraction import shards as shards_module
+from stages.extract import ExtractOptions, extract_set, made_with, repair_set
+from stages.extraction.changes import compare_versions
+from stages.extraction.shards import make_shards
 from stages.inputs.images import ImageReader, decode_image, list_dataset, list_images
 from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
@@ -48,8 +49,8 @@ def write(path: Path, content: bytes) -> None:
 
 def extract(images, root, backbone, **options) -> FeatureCache:
     spec = options.pop("spec", None) or backbone.feature_spec("float16", "full")
-    options = {"max_failures": 1.0} | options
-    return extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, **options)
+    options = ExtractOptions(**{"max_failures": 1.0} | options)
+    return extract_set("digits", list_images(str(images)), spec, root, lambda: backbone, options=options)
 
 
 def not_needed() -> Backbone:
@@ -100,7 +101,14 @@ def test_a_second_run_does_nothing(images, whole, backbone, monkeypatch):
     monkeypatch.setattr(ImageReader, "read", None)  # no image is opened
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.path.iterdir()}
     spec = backbone.feature_spec("float16", "full")
-    again = extract_set("digits", list_images(str(images)), spec, whole.path.parent, not_needed, max_failures=0.0)
+    again = extract_set(
+        "digits",
+        list_images(str(images)),
+        spec,
+        whole.path.parent,
+        not_needed,
+        options=ExtractOptions(max_failures=0.0),
+    )
     assert again.path == whole.path
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in whole.path.iterdir()} == before
 
@@ -115,9 +123,11 @@ def test_features_do_not_depend_on_shards_or_on_what_fills_a_batch(images, whole
     np.testing.assert_array_equal(extract(few, tmp_path, backbone).read("patches"), whole.read("patches")[-5:])
 
 
-def test_images_decoded_ahead_stay_in_order(images, whole, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "_AHEAD", 0)
-    assert files(extract(images, tmp_path, backbone).path) == files(whole.path)
+def test_images_decoded_ahead_stay_in_order(images, whole, backbone, tmp_path):
+    def none_ahead(_, tasks):
+        return make_shards(tasks, backbone, ahead=0)
+
+    assert files(extract(images, tmp_path, backbone, mapper=none_ahead).path) == files(whole.path)
 
 
 def test_killed_and_resumed_gives_the_same_bytes(images, sharded, backbone, tmp_path, monkeypatch):
@@ -150,7 +160,9 @@ def test_too_many_failures_keep_the_work(images, whole, backbone, tmp_path):
         extract(images, tmp_path, backbone, max_failures=0.05)
     assert compare_versions("digits", list_images(str(images)), whole.spec, tmp_path) is None
     samples = list_images(str(images))
-    sealed = extract_set("digits", samples, whole.spec, tmp_path, not_needed, max_failures=0.075)  # 3 of 40 is allowed
+    sealed = extract_set(
+        "digits", samples, whole.spec, tmp_path, not_needed, options=ExtractOptions(max_failures=0.075)
+    )  # 3 of 40 is allowed
     assert files(sealed.path) == files(whole.path)
 
 
@@ -284,7 +296,7 @@ def test_an_image_that_can_be_read_after_all_is_looked_at_again(images, backbone
     samples = list_images(str(mine))
     hidden = (mine / samples.ids[1]).rename(tmp_path / "hidden")
     spec = backbone.feature_spec("float16", "full")
-    without = extract_set("digits", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    without = extract_set("digits", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
     assert without.failures()[1].reason == "cannot be read: No such file or directory"
     assert compare_versions("digits", samples, spec, tmp_path).fresh
     hidden.rename(mine / samples.ids[1])

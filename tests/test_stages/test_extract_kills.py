@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache import FeatureCache
-from stages.extract import compare_versions
+from stages.extraction.changes import compare_versions
 from stages.inputs.images import list_images
 from tests.test_stages.killed_extraction import IMAGES, extract_and_tell
 from tests.test_stages.slow_extraction import small_shards

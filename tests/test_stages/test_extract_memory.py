@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 from stages.config import BackboneConfig
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import list_images
 from stages.networks.backbone import load_backbone
-from tests.test_stages.slow_extraction import few_rows_a_shard
 
 N = 300
 
@@ -37,8 +36,8 @@ if __name__ == "__main__":
     config = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
     backbone = load_backbone(config, expert_blocks=6)  # an early tap: large maps that cost little
     spec = backbone.feature_spec("float32", "full")
-    with few_rows_a_shard(32):
-        cache = extract_set("digits", list_images(sys.argv[1]), spec, Path(sys.argv[2]), lambda: backbone)
+    images, root, options = list_images(sys.argv[1]), Path(sys.argv[2]), ExtractOptions(shard_rows=32)
+    cache = extract_set("digits", images, spec, root, lambda: backbone, options=options)
     assert cache.n_rows in (N, 10 * N)
     assert spec.row_bytes > 40_000
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

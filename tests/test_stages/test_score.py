@@ -20,7 +20,7 @@ from stages.config import ScoreConfig, TrainConfig
 from stages.detection.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
 from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
 from stages.errors import InputError
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.files.documents import read_document
 from stages.heads.choose import load_heads
 from stages.id_data.rows import id_data, read_tokens
@@ -709,7 +709,7 @@ def test_an_empty_ood_set_is_refused(source, backbone, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     spec, samples = source.data.train.spec, list_images(str(tmp_path / "images"))
-    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
     tests = (*source.tests[:2], ScoredSet("empty", "far", empty))
     with pytest.raises(InputError, match=r"set 'empty' has no usable image: see .*failures\.jsonl"):
         score([replace(source, tests=tests)], CONFIG, tmp_path / "scores")
@@ -816,7 +816,7 @@ def test_predict_of_nothing_usable_is_empty(source, backbone, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     spec, samples = source.data.train.spec, list_images(str(tmp_path / "images"))
-    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
     assert Predictor(source, CONFIG).predict([], empty) == []
 
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import describe_left_out, list_images
 from tests.test_stages.awkward import (
     FAILURES,
@@ -49,7 +49,9 @@ def test_a_person_finds_each_file_where_it_belongs(folder):
 
 def test_every_image_is_a_row_or_a_failure_with_its_reason(folder, backbone, tmp_path):
     spec = backbone.feature_spec("float16", "none")
-    cache = extract_set("awkward", list_images(str(folder)), spec, tmp_path, lambda: backbone, max_failures=1.0)
+    cache = extract_set(
+        "awkward", list_images(str(folder)), spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0)
+    )
     assert set(cache.ids.tolist()) == {*ROWS, *LINKED_ROWS}
     reasons = {failure.id: failure.reason for failure in cache.failures()}
     expected = {name: reason for name, (_, reason) in FAILURES.items()} | LINKED_FAILURES

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import ImageError, decode_image, list_images
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp", "PPM": "ppm"}
@@ -190,7 +190,7 @@ def test_every_input_ends_as_a_row_or_as_a_listed_failure(corpus, backbone, tmp_
     assert list_images(str(root)).ids == samples.ids
 
     spec = backbone.feature_spec("float16", "none")
-    cache = extract_set("corpus", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    cache = extract_set("corpus", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
 
     inputs = cache.inputs()
     failures = [json.loads(line) for line in (cache.path / "failures.jsonl").read_text("utf-8").splitlines()]
@@ -209,7 +209,9 @@ def test_every_input_ends_as_a_row_or_as_a_listed_failure(corpus, backbone, tmp_
     def not_needed():
         pytest.fail("nothing has changed")
 
-    again = extract_set("corpus", list_images(str(root)), spec, tmp_path, not_needed, max_failures=1.0)
+    again = extract_set(
+        "corpus", list_images(str(root)), spec, tmp_path, not_needed, options=ExtractOptions(max_failures=1.0)
+    )
     assert again.path == cache.path
 
 

@@ -14,7 +14,7 @@ from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import ToTensor
 
 from stages.errors import InputError
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import ImageError, decode_image, list_dataset, list_images
 
 RAMP = np.arange(0, 240, 4, np.uint8).reshape(4, 5, 3)
@@ -224,7 +224,7 @@ def test_extraction_reads_it_and_other_processes_could(tmp_path, backbone):
     assert [copy.read(i) for i in range(3)] == [table.reader().read(i) for i in range(3, 6)]
 
     spec = backbone.feature_spec("float16", "none")
-    cache = extract_set("mine", table, spec, tmp_path, lambda: backbone, max_failures=0.5)
+    cache = extract_set("mine", table, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=0.5))
 
     assert cache.n_rows == 5
     assert "ValueError: row 2 is lost" in (cache.path / "failures.jsonl").read_text()

@@ -8,7 +8,7 @@ import pillow_heif
 import pytest
 from PIL import Image, features
 
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import ImageError, decode_image, is_overcome, list_images
 
 GRAYS = np.kron(np.array([[0, 60, 120, 150], [180, 210, 250, 20]], np.uint8), np.ones((16, 16), np.uint8))
@@ -90,8 +90,8 @@ def test_what_failed_for_want_of_it_is_extracted_once_it_is_there(tmp_path, back
     folder, spec = folder_of(tmp_path / "images"), backbone.feature_spec("float16", "none")
 
     def extract(**options):
-        options = {"max_failures": 1.0} | options
-        return extract_set("photos", list_images(str(folder)), spec, tmp_path / "caches", lambda: backbone, **options)
+        chosen, root = ExtractOptions(**{"max_failures": 1.0} | options), tmp_path / "caches"
+        return extract_set("photos", list_images(str(folder)), spec, root, lambda: backbone, options=chosen)
 
     before = extract()
     assert (before.n_rows, len(before.failures())) == (6, 7)
@@ -108,9 +108,8 @@ def test_nor_is_a_stopped_extraction_stuck_with_them(tmp_path, backbone, without
     folder, spec = folder_of(tmp_path / "images"), backbone.feature_spec("float16", "none")
 
     def extract():
-        return extract_set(
-            "photos", list_images(str(folder)), spec, tmp_path / "caches", lambda: backbone, max_failures=0.1
-        )
+        images, options = list_images(str(folder)), ExtractOptions(max_failures=0.1)
+        return extract_set("photos", images, spec, tmp_path / "caches", lambda: backbone, options=options)
 
     with pytest.raises(Exception, match=NEEDED):
         extract()

@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from stages.errors import InputError
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import ImageError, decode_image, list_images
 
 ANIMALS = ClassLabel(names=["dog", "cat", "bird"])
@@ -150,7 +150,9 @@ def test_a_row_without_an_image_is_a_listed_failure(tmp_path, backbone):
     images = [png(gray) for gray in range(5)]
     source = save(tmp_path / "set", {"image": [*images[:2], None, *images[2:]]})
     spec = backbone.feature_spec("float16", "none")
-    cache = extract_set("set", list_images(source), spec, tmp_path, lambda: backbone, max_failures=0.5)
+    cache = extract_set(
+        "set", list_images(source), spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=0.5)
+    )
     assert cache.n_rows == 5
     assert json.loads((cache.path / "failures.jsonl").read_text()) == {
         "id": "00000002",

@@ -8,7 +8,7 @@ import torch
 
 from cache import file_sha256
 from stages.context import Context
-from stages.extract import extract_set
+from stages.extract import ExtractOptions, extract_set
 from stages.files.tensors import write_described
 from stages.id_data.rows import read_tokens
 from stages.inputs.images import list_images
@@ -127,7 +127,7 @@ def test_a_cache_without_rows(network, backbone, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     spec, samples = backbone.feature_spec("float16", "full"), list_images(str(tmp_path / "images"))
-    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, max_failures=1.0)
+    empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
     refined = refine(network, empty)
     refine_to(tmp_path / "empty.safetensors", {}, network, empty)
     for found in (refined, load_refined(tmp_path / "empty.safetensors", {})):
