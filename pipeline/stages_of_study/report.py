@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
 from cache import CacheError
 from pipeline.backbones import StudyBackbone
@@ -20,6 +20,8 @@ from stages.results.scored_study import ScoredStudy
 
 class Report(Stage):
     """Write the page, unless it shows what it would show."""
+
+    alone: ClassVar = False  # it reads, while others may train
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace

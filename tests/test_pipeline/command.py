@@ -11,6 +11,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from pipeline.cli import main
 
 
@@ -75,6 +77,7 @@ def _command(arguments: list[str], out: int, err: int) -> None:
         os.dup2(stream, to)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    tqdm.set_lock(threading.RLock())  # the one that it has inherited would stay locked for its parent if it is killed
     sys.exit(main(arguments))
 
 

@@ -5,14 +5,13 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 
 import pytest
 import torch
 
-from tests.test_pipeline.command import done, pipeline, settings
+from tests.test_pipeline.command import Running, done, pipeline, settings
 from tests.test_pipeline.tiny import STUDY, draw
 from tests.test_stages.drawn import as_dinov3s_files, create
 
@@ -54,27 +53,24 @@ def test_only_the_detector_that_decides_need_be_there(home):
     assert pipeline("score", home / "two.toml").status == 2
 
 
-def test_killed_it_leaves_no_tokens_and_the_next_run_removes_what_is_left(home, tmp_path):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    (scratch / "predict-thesis").mkdir()  # somebody else's
-    environment = os.environ | {"TMPDIR": str(scratch)}
-    command = [sys.executable, "-m", "pipeline", "predict", str(home / "tiny.toml")]
-    with subprocess.Popen([*command, str(home / "many")], env=environment) as killed:
-        while not (plans := list(scratch.glob("*/*/plan.json"))):
-            assert killed.poll() is None
-            time.sleep(0.01)
-        killed.send_signal(signal.SIGKILL)
+def test_killed_it_leaves_no_tokens_and_the_next_run_removes_what_is_left(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "predict-thesis").mkdir()  # somebody else's
+    killed = Running("predict", home / "tiny.toml", home / "many")
+    while not (plans := list(tmp_path.glob("*/*/plan.json"))):
+        assert killed.is_running()
+        time.sleep(0.01)
+    killed.send(signal.SIGKILL)
+    assert killed.finish().status == -signal.SIGKILL
     spec = json.loads(plans[0].read_text())["spec"]
     assert spec["patches"] == "none"
     assert plans[0].exists()
-    image = next((home / "images" / "test").rglob("*.png"))
-    subprocess.run([*command, str(image)], env=environment, check=True, capture_output=True)
-    assert os.listdir(scratch) == ["predict-thesis"]
+    done("predict", home / "tiny.toml", next((home / "images" / "test").rglob("*.png")))
+    assert os.listdir(tmp_path) == ["predict-thesis"]
 
 
 def test_many_images_go_by_blocks_and_are_scored_as_each_alone(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     answer = done("predict", home / "tiny.toml", home / "many")
     many = lines(answer)
     files = sorted((home / "many").rglob("*.png"))
@@ -94,6 +90,5 @@ def test_json_is_json_whatever_timm_prints(home, tmp_path):
     image = next((home / "images" / "test").rglob("*.png"))
     for verb in ("extract", "train"):
         done(verb, home / "tiny.toml", *changed)
-    command = [sys.executable, "-m", "pipeline", "predict", str(home / "tiny.toml"), str(image), "--format", "json"]
-    answer = subprocess.run([*command, *changed], capture_output=True, text=True, check=True)
-    assert str(image) in json.dumps(json.loads(answer.stdout))
+    answer = done("predict", home / "tiny.toml", image, "--format", "json", *changed)
+    assert str(image) in json.dumps(json.loads(answer.out))

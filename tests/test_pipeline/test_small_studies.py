@@ -30,12 +30,10 @@ def scored(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-FAST = 'score.scores=["knn+energy"]'
+FAST = ['score.scores=["knn+energy"]', "train.expert=adapter"]
 
 
-@pytest.mark.parametrize(
-    ("classes", "images", "experts", "asked"), [(4, 8, 2, []), (2, 3, 2, [FAST]), (3, 5, 1, [FAST])]
-)
+@pytest.mark.parametrize(("classes", "images", "experts", "asked"), [(4, 8, 2, []), (2, 3, 2, FAST), (3, 5, 1, FAST)])
 def test_a_small_study_has_its_table_and_predicts(tmp_path, classes, images, experts, asked):
     study = [*small(tmp_path, classes, images, experts), *settings(*asked)]
     for verb in ("extract", "train"):

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from cache import FeatureCache
 from stages.config import BackboneConfig
 from stages.networks.weights.loading import build_model
-from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
+from tests.test_pipeline.command import Running, done, pipeline, refused, settings, snapshot
 from tests.test_pipeline.tiny import STUDY, draw
 
 VARIANT = """
@@ -226,8 +226,10 @@ def test_caches_are_shared_by_studies(home, tmp_path):
 
 
 def test_same_seed_same_table(home, tmp_path):
-    answer = done("run", home / "tiny.toml", *settings(f"work={tmp_path / 'again'}"))
-    assert "train pretrained default seed 0: done" in answer.out
+    again = [home / "tiny.toml", *settings(f"work={tmp_path / 'again'}")]
+    done("extract", *again)
+    assert "train pretrained default seed 0: done" in done("train", *again).out
+    done("score", *again)
     for name in ("table.csv", "summary.csv", "id.json", "thresholds.json"):
         assert (tmp_path / "again" / "scores" / name).read_bytes() == (home / "work" / "scores" / name).read_bytes()
 
@@ -262,7 +264,8 @@ def test_weights_that_change_under_their_name(home, tmp_path):
 
 def test_variants_and_seeds(home, tmp_path):
     work = tmp_path / "work"
-    done("run", home / "variant.toml", *settings(f"work={work}", "seeds=[0, 1]"))
+    for verb in ("extract", "train", "score"):
+        done(verb, home / "variant.toml", *settings(f"work={work}", "seeds=[0, 1]"))
     rows = table_of(work)
     own = {(row["variant"], row["seed"]) for row in rows if row["features"] == "mofe"}
     assert own == {("default", "0"), ("default", "1"), ("dense", "0"), ("dense", "1")}
@@ -302,7 +305,8 @@ def test_variants_and_seeds(home, tmp_path):
 
 def test_validation_set(home, tmp_path):
     work = tmp_path / "work"
-    out = done("run", home / "validation.toml", *settings(f"work={work}")).out
+    given = settings(f"work={work}", "train.expert=adapter")
+    out = "".join(done(verb, home / "validation.toml", *given).out for verb in ("extract", "train", "score"))
     assert "probe with strength" in out
     assert "id-val, halved into select and calibrate" in out
     thresholds = json.loads((work / "scores" / "thresholds.json").read_text())
@@ -313,8 +317,9 @@ def test_validation_set(home, tmp_path):
 def test_class_without_enough_rows_is_cross_fitted(home, tmp_path):
     draw(tmp_path / "few", "sklearn:digits[0-2]/train", 9)
     arguments = settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")
-    few = settings(f"sets.train.images={tmp_path / 'few'}")
-    assert "selects, 3 folds of the rest calibrate" in done("run", home / "tiny.toml", *arguments, *few).out
+    few = settings(f"sets.train.images={tmp_path / 'few'}", "train.expert=adapter")
+    done("extract", home / "tiny.toml", *arguments, *few)
+    assert "selects, 3 folds of the rest calibrate" in done("train", home / "tiny.toml", *arguments, *few).out
     shutil.rmtree(tmp_path / "few" / "digit 0")
     (tmp_path / "few" / "digit 0").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "few" / "digit 0" / "only.png")
@@ -324,40 +329,75 @@ def test_class_without_enough_rows_is_cross_fitted(home, tmp_path):
 # -------------------------------------------------------------------------------------------------------- fine-tune
 
 
-def test_finetune_in_verbs(home, caches, tmp_path):
-    work = tmp_path / "work"
-    shutil.copytree(home / "work", work)
-    study = [home / "finetune.toml", *settings(f"work={work}", f"cache.root={caches}")]
-    for verb in ("extract", "train", "score"):
-        line = refused(verb, *study, "--backbone", "finetuned")
-        assert line == "there is no finetuned backbone yet: run make finetune"
-    assert refused("predict", *study, tmp_path, "--backbone", "finetuned") == line
-    assert "finetune seed 0: would run" in done("run", *study, "--dry-run").out
-    assert "finetune seed 0: done, epoch 0 kept" in done("finetune", *study).out
-    assert done("verify", *study).out.count(": whole, ") == 4  # those of the pre-trained backbone; no others yet
-    assert "finetuned-seed-0 features are not extracted yet" in refused("score", *study)
-    assert "run make extract" in refused("train", *study, "--backbone", "finetuned")
-    out = done("extract", *study).out.splitlines()
-    assert [line.split(";")[0] for line in out] == [
+class Tuned(NamedTuple):
+    """What a study said whose backbone was fine-tuned, and experts trained together with it, verb by verb.
+
+    Attributes:
+        study: arguments that name it. Everybody's: give another work folder to what changes it.
+        refused: by verb, and what had been done before.
+        done: by verb.
+    """
+
+    study: list[object]
+    work: Path
+    refused: dict[tuple[str, str], str]
+    done: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def tuned(home, tmp_path_factory):
+    root = tmp_path_factory.mktemp("tuned")
+    for name in ("work", "caches"):
+        shutil.copytree(home / name, root / name)
+    places = settings(f"work={root / 'work'}", f"cache.root={root / 'caches'}")
+    study = [home / "finetune.toml", *places, *settings("finetune.joint=1")]
+    now = ["--backbone", "finetuned"]
+    no = {("nothing", verb): refused(verb, *study, *now) for verb in ("extract", "train", "score")}
+    no["nothing", "predict"] = refused("predict", *study, root, *now)
+    yes = {"plan": done("run", *study, "--dry-run").out, "finetune": done("finetune", *study).out}
+    yes["verify"] = done("verify", *study).out
+    no |= {("finetune", verb): refused(verb, *study, *now) for verb in ("train", "score")}
+    yes["extract"] = done("extract", *study).out
+    no["extract", "score"] = refused("score", *study, *now)
+    yes["train"] = done("train", *study, *now).out
+    yes["score"] = done("score", *study).out
+    return Tuned(study, root / "work", no, yes)
+
+
+@pytest.fixture
+def retuned(tuned, tmp_path):
+    """The same in a work folder of its own, which may be changed."""
+    shutil.copytree(tuned.work, tmp_path / "work")
+    return [*tuned.study, *settings(f"work={tmp_path / 'work'}")]
+
+
+def test_finetune_in_verbs(tuned):
+    for verb in ("extract", "train", "score", "predict"):
+        assert tuned.refused["nothing", verb] == "there is no finetuned backbone yet: run make finetune"
+    assert "finetune seed 0: would run" in tuned.done["plan"]
+    assert "finetune seed 0: done, epoch 0 kept" in tuned.done["finetune"]
+    assert tuned.done["verify"].count(": whole, ") == 4  # those of the pre-trained backbone; no others yet
+    assert "finetuned-seed-0 features are not extracted yet" in tuned.refused["finetune", "score"]
+    assert "run make extract" in tuned.refused["finetune", "train"]
+    assert [line.split(";")[0] for line in tuned.done["extract"].splitlines()] == [
         "extract pretrained: fresh",
         "extract finetuned-seed-0: 4 of 4 sets extracted",
     ]
-    assert "run make train" in refused("score", *study, "--backbone", "finetuned")
-    out = done("train", *study, "--backbone", "finetuned").out
-    assert "train pretrained" not in out
-    assert "train finetuned-seed-0 default seed 0: done" in out
-    done("score", *study)
-    assert {row["backbone"] for row in table_of(work)} == {"pretrained", "finetuned"}
-    assert "finetune seed 0: fresh" in done("finetune", *study).out
+    assert "run make train" in tuned.refused["extract", "score"]
+    assert "train pretrained" not in tuned.done["train"]
+    assert "train finetuned-seed-0 default seed 0: done" in tuned.done["train"]
+    assert {row["backbone"] for row in table_of(tuned.work)} == {"pretrained", "finetuned"}
+    assert "finetune seed 0: fresh" in done("finetune", *tuned.study).out
 
-    # A fine-tune with other settings than those of now is not taken for theirs.
+
+def test_a_fine_tune_with_other_settings_is_not_taken_for_that_of_now(retuned, tmp_path):
     other = settings("finetune.lr=0.001")
-    assert refused("score", *study, *other, "--backbone", "finetuned").endswith("run make finetune")
-    answer = done("score", *study, *other)
+    assert refused("score", *retuned, *other, "--backbone", "finetuned").endswith("run make finetune")
+    answer = done("score", *retuned, *other)
     assert "finetuned-seed-0 is left out: " in answer.err
-    assert {row["backbone"] for row in table_of(work)} == {"pretrained"}
-    (work / "finetune" / "seed-0" / "backbone.safetensors").unlink()
-    assert "finetune seed 0: done" in done("finetune", *study).out
+    assert {row["backbone"] for row in table_of(tmp_path / "work")} == {"pretrained"}
+    (tmp_path / "work" / "finetune" / "seed-0" / "backbone.safetensors").unlink()
+    assert "finetune seed 0: done" in done("finetune", *retuned).out
 
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])
@@ -368,43 +408,41 @@ def test_event_files_that_cannot_be_written_are_refused_before_the_first_stage(h
     assert not (tmp_path / "new").exists()
 
 
-def test_experts_trained_together_with_the_backbone_are_a_variant(home, caches, tmp_path):
-    work = tmp_path / "work"
-    shutil.copytree(home / "work", work)
-    study = [home / "finetune.toml", *settings(f"work={work}", f"cache.root={caches}", "finetune.joint=1")]
-    planned = done("run", *study, "--dry-run").out
-    assert "train finetuned-seed-0 joint seed 0: would run" in planned
-    out = done("run", *study).out
-    assert "train finetuned-seed-0 default seed 0: done, 2 experts" in out
-    assert "train finetuned-seed-0 joint seed 0: done, 2 experts, epoch 0 kept" in out
-    rows = table_of(work)
+def test_experts_trained_together_with_the_backbone_are_a_variant(tuned):
+    assert "train finetuned-seed-0 joint seed 0: would run" in tuned.done["plan"]
+    assert "train finetuned-seed-0 default seed 0: done, 2 experts" in tuned.done["train"]
+    assert "train finetuned-seed-0 joint seed 0: done, 2 experts, epoch 0 kept" in tuned.done["train"]
+    rows = table_of(tuned.work)
     joint, default = ([row for row in rows if row["variant"] == name] for name in ("joint", "default"))
     assert {(row["backbone"], row["features"], row["seed"]) for row in joint} == {("finetuned", "mofe", "0")}
     names = ("head", "routing", "score", "calibrated", "ood", "group")
     of_cache = [row for row in default if row["backbone"] == "finetuned"]
     assert [[row[name] for name in names] for row in joint] == [[row[name] for name in names] for row in of_cache]
     assert [row["auroc"] for row in joint] != [row["auroc"] for row in of_cache]
-    assert "MoFE · joint · 2 experts" in (work / "report" / "index.html").read_text()
-    assert "model      finetuned-seed-0 joint seed 0: 2 experts, " in done("info", *study).out
+    assert "model      finetuned-seed-0 joint seed 0: 2 experts, " in done("info", *tuned.study).out
 
-    # Nothing is done twice; nothing that is gone or of other settings passes for it.
+
+def test_experts_of_a_joint_fine_tune_are_neither_made_twice_nor_taken_for_others(retuned, tmp_path):
+    work = tmp_path / "work"
+    done("run", *retuned)  # what was copied is compared with its digests, once
     before = snapshot(work / "model", work / "finetune", work / "scores")
-    again = done("run", *study).out
+    again = done("run", *retuned).out
     assert "finetune seed 0: fresh" in again
     assert "train finetuned-seed-0 joint seed 0: fresh" in again
     assert snapshot(work / "model", work / "finetune", work / "scores") == before
+    assert "MoFE · joint · 2 experts" in (work / "report" / "index.html").read_text()
     weights = work / "model" / "finetuned" / "joint" / "seed-0" / "mofe.safetensors"
     whole = weights.read_bytes()
     weights.unlink()
-    assert "or not whole: run make train" in refused("score", *study)
-    planned = done("run", *study, "--dry-run").out
+    assert "or not whole: run make train" in refused("score", *retuned)
+    planned = done("run", *retuned, "--dry-run").out
     assert "train finetuned-seed-0 default seed 0: fresh" in planned
     assert "train finetuned-seed-0 joint seed 0: would run" in planned
-    assert "joint seed 0: done" in done("train", *study, "--backbone", "finetuned").out
+    assert "joint seed 0: done" in done("train", *retuned, "--backbone", "finetuned").out
     assert weights.read_bytes() == whole
     for other in ("finetune.joint=2", "train.router_lr=0.001"):
-        assert refused("score", *study, *settings(other), "--backbone", "finetuned").endswith("run make finetune")
-    planned = done("run", *study, *settings("finetune.joint=2"), "--dry-run").out
+        assert refused("score", *retuned, *settings(other), "--backbone", "finetuned").endswith("run make finetune")
+    planned = done("run", *retuned, *settings("finetune.joint=2"), "--dry-run").out
     assert "finetune seed 0: would run" in planned
     assert "extract finetuned-seed-0 train: 96 images, would write" in planned
     assert "train finetuned-seed-0 joint seed 0: would run" in planned
@@ -440,11 +478,12 @@ def test_folder_tar_and_lists_are_the_same_images(home, caches, tmp_path):
     assert [cache.class_names[1] for cache in (one, *others)] == ["digit 1", "digit 1", "1"]
 
 
-def test_ood_sets_need_no_classes_and_have_no_say_in_them(home, caches, tmp_path):
+def test_ood_sets_need_no_classes_and_have_no_say_in_them(tiny, caches, tmp_path):
     """Folders of an OOD set that are called like ID classes: they are what the set's role says."""
     draw(tmp_path / "near", "sklearn:digits[0-2]/test", 4)
-    study = [home / "tiny.toml", *settings(f"work={tmp_path / 'work'}", f"sets.threes.images={tmp_path / 'near'}")]
-    done("run", *study, *settings(f"cache.root={caches}"))
+    given = settings(f"cache.root={caches}", f"sets.threes.images={tmp_path / 'near'}")
+    assert "1 of 4 sets extracted" in done("extract", *tiny, *given).out
+    done("score", *tiny, *given)
     row = next(row for row in table_of(tmp_path / "work") if row["ood"] == "threes")
     assert row["n_ood"] == "12"
     assert 0.2 < float(row["auroc"]) < 0.8  # the same kind of images as the ID test set
@@ -608,13 +647,14 @@ def test_two_runs_on_one_cache(home, tmp_path):
     """The second says who fills it; when that one is killed, it goes on where it was."""
     study = [str(home / "tiny.toml"), *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")]
     study += settings("sets.train.images=sklearn:digits[0-2]", "sets.test.images=sklearn:digits[0-2]")
-    with subprocess.Popen([sys.executable, "-m", "pipeline", "extract", *study], stderr=subprocess.DEVNULL) as first:
-        while not list(tmp_path.glob("caches/train-*/plan.json")):
-            assert first.poll() is None
-            time.sleep(0.01)
-        os.kill(first.pid, signal.SIGSTOP)
-        second = pipeline("extract", *study)
-        first.kill()
+    first = Running("extract", *study)
+    while not list(tmp_path.glob("caches/train-*/plan.json")):
+        assert first.is_running()
+        time.sleep(0.01)
+    first.send(signal.SIGSTOP)
+    second = pipeline("extract", *study)
+    first.send(signal.SIGKILL)
+    assert first.finish().status == -signal.SIGKILL
     assert second.status == 1
     assert f"is being filled by process {first.pid} on " in second.err
     assert "wait for it, or stop it" in second.err
@@ -644,16 +684,15 @@ def test_interrupted_extract_goes_on(home, tmp_path):
     """SIGINT while the second set is being made: 130, one line, and the first set is kept."""
     study = [str(home / "tiny.toml"), *settings(f"work={tmp_path / 'work'}", f"cache.root={tmp_path / 'caches'}")]
     study += settings("sets.train.images=sklearn:digits[0-2]", "sets.test.images=sklearn:digits[1-2]")
-    command = [sys.executable, "-u", "-m", "pipeline", "extract", *study]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("extract test: "):
-                process.send_signal(signal.SIGINT)
-                break
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; what is finished is kept: the same command goes on where it was"
-    assert "Traceback" not in err
+    process = Running("extract", *study)
+    for line in process.err:
+        if line.startswith("extract test: "):
+            process.send(signal.SIGINT)
+            break
+    answer = process.finish()
+    assert answer.status == 130
+    assert answer.err.splitlines()[-1] == "interrupted; what is finished is kept: the same command goes on where it was"
+    assert "Traceback" not in answer.err
     record = json.loads((tmp_path / "work" / "record.json").read_text())
     assert record["stages"]["extract pretrained"]["status"] == "interrupted"
     kept = snapshot(next((tmp_path / "caches").glob("train-*")))

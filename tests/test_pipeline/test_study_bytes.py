@@ -11,18 +11,19 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cache import CacheBuilder, FeatureCache, FeatureSpec, InputSet, InputTable, commit_shard, file_sha256, plan_shards
 from stages.files.documents import read_document, write_document
-from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
+from tests.test_pipeline.command import Running, done, pipeline, refused, settings, snapshot
 from tests.test_pipeline.tiny import ID_SETS
 from tests.test_pipeline.tiny import draw as draw_images
 
@@ -141,8 +142,17 @@ STORED = (
 )
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+SHARES = (0.1, 0.6, 1.0)  # of a file's bytes before the one that changes
+
+
+def pytest_generate_tests(metafunc):
+    """Every file once, each at another share than the one before; with more mutants, at all of them."""
+    if "stored" in metafunc.fixturenames:
+        pairs = [(name, SHARES[(row + turn) % 3]) for turn in range(3) for row, name in enumerate(STORED)]
+        n = max(len(STORED), metafunc.config.getoption("mutants") // 30)
+        metafunc.parametrize(("stored", "share"), pairs[:n])
+
+
 def test_a_changed_byte_is_made_again_or_refused(stored, share, home, expected):
     """Scores by another k and decisions are those of the whole study, or there are none."""
     paths = sorted((home / "work").glob(stored))
@@ -211,12 +221,27 @@ def test_a_report_that_is_up_to_date_is_left_as_it_is(home):
 # ------------------------------------------------------------------------------------------ other bits, other names
 
 
+@contextmanager
+def other_last_bits():
+    """After each step of a training one weight is the next number above what it should be."""
+
+    def next_above(optimizer, *_):
+        weight = optimizer.param_groups[0]["params"][0].data
+        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(torch.inf))
+
+    hook = register_optimizer_step_post_hook(next_above)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def test_a_training_that_ends_in_other_bits_makes_all_that_follows_anew(home, tmp_path):
-    """The same settings by the kernels of an older CPU: other last bits."""
+    """The same settings, and the last bit of a weight is another, as by the kernels of an older CPU."""
     (home / MIXTURE / "heads.json").unlink()
     before = file_sha256(home / MIXTURE / "mofe.safetensors")
-    command = [sys.executable, "-m", "pipeline", "train", str(home / "study.toml")]
-    subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": "default"}, check=True, capture_output=True)
+    with other_last_bits():
+        done("train", home / "study.toml")
     assert file_sha256(home / MIXTURE / "mofe.safetensors") != before
     assert done("score", home / "study.toml", "--dry-run").out.startswith("score: would")
     assert "the scores are of other models" in done("report", home / "study.toml").err
@@ -397,21 +422,23 @@ def test_features_of_a_gpu_are_used_without_one(extracted_on_a_gpu):
 
 def test_the_second_of_two_runs_says_who_is_at_it(home):
     """A training that goes on, in another process, until it is killed."""
-    long = ["train", str(home / "study.toml"), *settings("train.epochs=100000", "train.warmup_epochs=1")]
-    with subprocess.Popen([sys.executable, "-m", "pipeline", *long], stderr=subprocess.PIPE) as other:
-        try:
-            lock, patience = home / "work" / "study.lock", time.monotonic() + 120
-            while not (lock.is_file() and lock.read_bytes()) and time.monotonic() < patience:
-                time.sleep(0.05)
-            for verb in ("train", "score", "run"):
-                answer = pipeline(verb, home / "study.toml")
-                assert answer.status == 1
-                said = answer.err.splitlines()[-1]
-                assert f"study is being trained or scored by process {other.pid} on " in said
-                assert re.search(r" since \d{4}-\d\d-\d\dT\S+; wait for it, or stop it$", said)
-            done("report", home / "study.toml")  # which reads
-        finally:
-            other.send_signal(signal.SIGKILL)
+    long = ["train", home / "study.toml", *settings("train.epochs=100000", "train.warmup_epochs=1")]
+    other = Running(*long)
+    try:
+        lock = home / "work" / "study.lock"
+        while not (lock.is_file() and lock.read_bytes()):
+            assert other.is_running()
+            time.sleep(0.05)
+        for verb in ("train", "score", "run"):
+            answer = pipeline(verb, home / "study.toml")
+            assert answer.status == 1
+            said = answer.err.splitlines()[-1]
+            assert f"study is being trained or scored by process {other.pid} on " in said
+            assert re.search(r" since \d{4}-\d\d-\d\dT\S+; wait for it, or stop it$", said)
+        done("report", home / "study.toml")  # which reads
+    finally:
+        other.send(signal.SIGKILL)
+        other.finish()
     done("train", home / "study.toml")
     done("score", home / "study.toml")
     assert not lock.exists()
