@@ -15,7 +15,7 @@ from cache import FeatureSpec
 from pipeline.backbones import StudyBackbone
 from pipeline.config import RunConfig, SetConfig
 from stages.errors import InputError
-from stages.inputs.arrays import ARRAY_SUFFIXES, ArrayTable, is_pattern, list_arrays
+from stages.inputs.arrays import ARRAY_SUFFIXES, ArrayTable, is_glob, list_arrays
 from stages.inputs.images import Columns, SampleTable, list_images, only_classes
 from stages.inputs.images.names import match_classes, unlike
 
@@ -117,7 +117,7 @@ class Sets:
         Raises:
             InputError: no arrays, or others than the study's.
         """
-        if Path(path).suffix.lower() not in ARRAY_SUFFIXES and not os.path.isdir(path) and not is_pattern(path):
+        if Path(path).suffix.lower() not in ARRAY_SUFFIXES and not os.path.isdir(path) and not is_glob(path):
             raise InputError(
                 f"{path}: this study's sets have features, and nothing here makes such features of an image: give a "
                 f"file of them ({', '.join(ARRAY_SUFFIXES)})"

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import InputError
-from stages.inputs.arrays.columns import ArrayFile, Column, FromBFloat16, Joined
-from stages.inputs.arrays.parts import ARRAY_SUFFIXES, is_pattern, open_parts
+from stages.inputs.arrays.columns import ArrayFile, Column, FromBFloat16, InParts
+from stages.inputs.arrays.parts import ARRAY_SUFFIXES, is_glob, open_parts
 from stages.inputs.arrays.table import (
     ARRAY_SEMANTICS,
     FEATURES,
@@ -48,7 +48,7 @@ __all__ = [
     "FEATURES",
     "KEYS",
     "ArrayTable",
-    "is_pattern",
+    "is_glob",
     "list_arrays",
     "row_bytes",
 ]
@@ -76,7 +76,7 @@ def list_arrays(
     names, left_out = _choose(path, parts[0], columns)
     read = [_columns(part, names, parts[0].paths[0]) for part in parts]
     _check_parts(read, parts)
-    found = read[0] if len(read) == 1 else {key: Joined([part[key] for part in read]) for key in names}
+    found = read[0] if len(read) == 1 else {key: InParts([part[key] for part in read]) for key in names}
     features = {name: found[name] for name in FEATURES if name in found}
     n = features["cls"].shape[0]
     named = _class_list(path, classes, features.get("logits"))

@@ -74,7 +74,7 @@ def block_rows(row_bytes: int) -> int:
     return max(BLOCK_BYTES // max(row_bytes, 1), 1)
 
 
-def reading(path: str) -> AbstractContextManager[None]:
+def reading_arrays(path: str) -> AbstractContextManager[None]:
     """Turn what numpy, zip, Parquet, HDF5 and torch make of a bad file into one line."""
     return errors.reading(path, *_UNREADABLE)
 
@@ -91,7 +91,7 @@ class InPlace:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """See `Column`."""
-        with reading(self.path):
+        with reading_arrays(self.path):
             if self.column_major:
                 mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, "F")
                 return np.array(mapped[start:stop], order="C")
@@ -194,7 +194,7 @@ class Chosen:
         self._column.release()
 
 
-class Joined:
+class InParts:
     """Columns of several files, one after the other; the file of one alone is open."""
 
     def __init__(self, columns: Sequence[Column]) -> None:

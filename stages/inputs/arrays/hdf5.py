@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import list_datasets, read_dataset
-from stages.inputs.arrays.columns import ArrayFile, Column, reading
+from stages.inputs.arrays.columns import ArrayFile, Column, reading_arrays
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class _Dataset:
     dtype: np.dtype[Any]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        with reading(self.path):
+        with reading_arrays(self.path):
             return read_dataset(self.path, self.name, start, stop)
 
     def release(self) -> None:
@@ -28,7 +28,7 @@ class _Dataset:
 
 def open_hdf5(path: str) -> ArrayFile:
     """The datasets of a file, those of groups as ``group/name``; what it takes from other files is none of it."""
-    with reading(path):
+    with reading_arrays(path):
         datasets = list_datasets(path)
     return ArrayFile([path], {name: partial(_column, path, name, *about) for name, about in datasets.items()})
 

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from stages.errors import InputError
-from stages.inputs.arrays.columns import ArrayFile, Blocks, Column, InPlace, Onwards, block_rows, reading
+from stages.inputs.arrays.columns import ArrayFile, Blocks, Column, InPlace, Onwards, block_rows, reading_arrays
 
 
 def open_npz(path: str) -> ArrayFile:
     """The arrays of an archive by their keys; a compressed one is read from front to back."""
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading_arrays(path), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         if len(members) < len(archive.infolist()):
             raise InputError(f"{path}: a key stands in it twice")
@@ -40,14 +40,14 @@ def is_beside(path: str, others: set[str]) -> bool:
 
 
 def _whole_file(path: str, key: str) -> Column:
-    with reading(path), open(path, "rb") as file:
+    with reading_arrays(path), open(path, "rb") as file:
         shape, column_major, dtype = _header(path, key, file)
         _check_length(os.path.getsize(path) - file.tell(), shape, dtype)
         return InPlace(path, file.tell(), shape, dtype, column_major)
 
 
 def _member(path: str, info: zipfile.ZipInfo, key: str) -> Column:
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading_arrays(path), zipfile.ZipFile(path) as archive:
         with archive.open(info) as file:
             shape, column_major, dtype = _header(path, key, cast(BinaryIO, file))
             header = file.tell()
@@ -92,7 +92,7 @@ def _unpacking(
     row = prod(shape[1:]) * dtype.itemsize
 
     def begin() -> Blocks:
-        with reading(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        with reading_arrays(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
             file.read(header)
             left, step = shape[0], block_rows(row)
             while left:

@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.errors import InputError
-from stages.inputs.arrays.columns import ArrayFile, Blocks, Column, Held, Onwards, block_rows, reading
+from stages.inputs.arrays.columns import ArrayFile, Blocks, Column, Held, Onwards, block_rows, reading_arrays
 from stages.inputs.arrow import scalars
 
 
 def open_parquet(path: str) -> ArrayFile:
     """The columns of a table."""
-    with reading(path), pq.ParquetFile(path) as file:
+    with reading_arrays(path), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
     for name in names:
         if names.count(name) > 1:
@@ -26,7 +26,7 @@ def open_parquet(path: str) -> ArrayFile:
 
 
 def _column(path: str, name: str, key: str) -> Column:
-    with reading(path), pq.ParquetFile(path) as file:
+    with reading_arrays(path), pq.ParquetFile(path) as file:
         if key in ("label", "id"):
             return Held(scalars(path, key, file.read(columns=[name])[name]))
         n = file.metadata.num_rows
@@ -55,7 +55,7 @@ def _scanning(path: str, name: str, key: str, shape: tuple[int, ...], dtype: np.
     def begin() -> Blocks:
         start, rows = 0, block_rows(prod(shape) * dtype.itemsize)
         # Without a buffer size a whole row group is read at once.
-        with reading(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        with reading_arrays(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             for batch in file.iter_batches(rows, columns=[name]):
                 array = batch.column(0)
                 for size in shape:

@@ -53,13 +53,13 @@ def open_parts(path: str) -> tuple[list[ArrayFile], tuple[str, ...]]:
     return [_open(part) for part in paths], notes
 
 
-def is_pattern(path: str) -> bool:
+def is_glob(path: str) -> bool:
     """Whether a path stands for the files that it matches."""
     return glob.has_magic(path) and not os.path.exists(path)
 
 
 def _find(path: str) -> tuple[list[str], tuple[str, ...]]:
-    if "\0" not in path and is_pattern(path):
+    if "\0" not in path and is_glob(path):
         found = [file for file in glob.glob(path) if os.path.isfile(file)]
     elif "\0" in path or not os.path.exists(path):
         raise InputError(f"{path!r}: no such file")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from stages.errors import InputError
-from stages.inputs.arrays.columns import ArrayFile, Column, FromBFloat16, Held, InPlace, reading
+from stages.inputs.arrays.columns import ArrayFile, Column, FromBFloat16, Held, InPlace, reading_arrays
 from stages.inputs.images.decode import short
 
 # Types of safetensors that numpy has.
@@ -29,7 +29,7 @@ def open_torch(path: str) -> ArrayFile:
     Raises:
         InputError: it holds anything that only code of its own could make again, or nothing of these.
     """
-    with reading(path):
+    with reading_arrays(path):
         stored = _load(path)
     if isinstance(stored, torch.Tensor):
         stored = {"cls": stored}
@@ -42,7 +42,7 @@ def open_torch(path: str) -> ArrayFile:
 
 def open_safetensors(path: str) -> ArrayFile:
     """The tensors of a file by name."""
-    with reading(path):
+    with reading_arrays(path):
         try:
             with safe_open(path, framework="pt"):  # checks the whole header
                 pass

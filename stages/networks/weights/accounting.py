@@ -105,7 +105,7 @@ def _same(stored: Tensor, computed: Tensor) -> bool:
     return torch.allclose(stored.float(), computed.float().cpu(), rtol=2**-7, atol=1e-6)
 
 
-def shown(names: Iterable[str], most: int = 3) -> str:
+def first_names(names: Iterable[str], most: int = 3) -> str:
     """The first names of several: ``"a, b, c and 4 more"``."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

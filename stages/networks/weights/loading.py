@@ -24,7 +24,7 @@ from stages.config import BackboneConfig
 from stages.config.backbone_names import SISTERS
 from stages.errors import InputError
 from stages.networks.weights import official
-from stages.networks.weights.accounting import Watch, left_over, shown
+from stages.networks.weights.accounting import Watch, first_names, left_over
 from stages.networks.weights.files import read_weights
 from stages.networks.weights.layouts import AVERAGES, find_network
 
@@ -41,7 +41,7 @@ _LONGEST = 300  # letters of a message about a file
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model, and what is to be said of its weights.
 
     Attributes:
@@ -62,7 +62,7 @@ def build_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
     return load_model(config, **kwargs).model
 
 
-def load_model(config: BackboneConfig, **kwargs: Any) -> Loaded:
+def load_model(config: BackboneConfig, **kwargs: Any) -> LoadedModel:
     """The same with what is to be said of its weights.
 
     Raises:
@@ -73,7 +73,7 @@ def load_model(config: BackboneConfig, **kwargs: Any) -> Loaded:
         if config.weights == "embedded":
             model = create_model(config, **kwargs)
             model.load_state_dict(_embedded_state(config))
-            return Loaded(model)
+            return LoadedModel(model)
         if config.weights == "hub":
             return _from_hub(config, kwargs)
         return _from_file(config, kwargs)
@@ -191,14 +191,14 @@ def _nearest(name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def _from_hub(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
+def _from_hub(config: BackboneConfig, kwargs: dict[str, Any]) -> LoadedModel:
     cfg = pretrained_cfg(config.name)
     assert cfg is not None
     shape = model_shape(config, **kwargs)
     try:
         _reach_hub(cfg.hf_hub_id)
         if config.recipe != "official":
-            return Loaded(create_model(config, pretrained=True, **kwargs))
+            return LoadedModel(create_model(config, pretrained=True, **kwargs))
         tensors = timm.models.load_state_dict_from_hf(str(cfg.hf_hub_id))
     except Exception as error:  # the hub client raises whatever its transport raises
         raise InputError(
@@ -210,7 +210,7 @@ def _from_hub(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
     return _from_tensors(tensors, config, shape, kwargs, str(cfg.hf_hub_id))
 
 
-def _from_file(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
+def _from_file(config: BackboneConfig, kwargs: dict[str, Any]) -> LoadedModel:
     path = Path(config.weights)
     shape = model_shape(config, **kwargs)  # a wrong size is said before the file is read
     try:
@@ -222,7 +222,7 @@ def _from_file(config: BackboneConfig, kwargs: dict[str, Any]) -> Loaded:
 
 def _from_tensors(
     tensors: Mapping[str, Tensor], config: BackboneConfig, shape: Any, kwargs: Mapping[str, Any], what: str
-) -> Loaded:
+) -> LoadedModel:
     """The model with the network that a file holds.
 
     Raises:
@@ -234,7 +234,7 @@ def _from_tensors(
         state = found.state
         registers = getattr(shape, "reg_token", None) is not None
         if not registers and (extra := [name for name in state if re.search(_REGISTERS, name)]):
-            raise InputError(f"unexpected tensors {shown(extra)}{_better_name(config.name, extra)}")
+            raise InputError(f"unexpected tensors {first_names(extra)}{_better_name(config.name, extra)}")
         if config.recipe == "official" and "pos_embed" in state:
             side = shape.patch_embed.grid_size[0]
             state["pos_embed"] = official.interpolate_positions(state["pos_embed"], side, registers)
@@ -245,18 +245,18 @@ def _from_tensors(
     used = watch.used(model)
     unused = [name for name in tensors if name not in used]
     if len(used) * 10 < len(shape.state_dict()):
-        raise InputError(f"no network of timm's or transformers' is seen in it, its tensors are {shown(tensors)}")
+        raise InputError(f"no network of timm's or transformers' is seen in it, its tensors are {first_names(tensors)}")
     problems = {
         "missing tensors": watch.missing(model),
         "unexpected tensors": left_over(tensors, unused, found.prefix, model),
     }
     if any(problems.values()):
-        said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems.items() if names)
+        said = "; ".join(f"{problem} {first_names(names)}" for problem, names in problems.items() if names)
         raise InputError(f"{said}{_better_name(config.name, problems['unexpected tensors'])}")
-    notes = [f"backbone.weights: not used of {what}: {shown(unused)}"] if unused else []
+    notes = [f"backbone.weights: not used of {what}: {first_names(unused)}"] if unused else []
     if found.prefix.startswith(AVERAGES):
         notes.append(f"backbone.weights: of {what} the moving average is taken, {found.prefix.partition('.')[0]}")
-    return Loaded(model, tuple(notes))
+    return LoadedModel(model, tuple(notes))
 
 
 def _better_name(name: str, left: list[str]) -> str:

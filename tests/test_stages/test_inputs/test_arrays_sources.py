@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from stages.errors import InputError
 from stages.inputs.arrays import list_arrays
-from stages.inputs.arrays.columns import FromBFloat16, Held, Joined
+from stages.inputs.arrays.columns import FromBFloat16, Held, InParts
 from tests.test_stages.test_inputs.test_arrays import as_hdf5, as_npz, as_parquet, as_torch, imported
 
 CLS = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
@@ -211,7 +211,7 @@ def test_more_parts_than_a_process_may_open(tmp_path):
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
 def test_joined_columns_are_their_concatenation(sizes, data):
     whole = np.arange(2 * sum(sizes)).reshape(-1, 2)
-    joined = Joined([Held(part) for part in np.split(whole, np.cumsum(sizes)[:-1])])
+    joined = InParts([Held(part) for part in np.split(whole, np.cumsum(sizes)[:-1])])
     start, stop = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
     np.testing.assert_array_equal(joined.read(start, stop), whole[start:stop])
     assert joined.shape == whole.shape

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
-from stages.networks.weights.loading import Loaded, load_model
+from stages.networks.weights.loading import LoadedModel, load_model
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, as_dinov3s_files, create
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -22,7 +22,7 @@ def state_of(name: str, **kwargs) -> dict[str, Tensor]:
     return create(name, **kwargs).state_dict()
 
 
-def load(state: dict, folder, name: str = "test_vit", size: int = 160, **kwargs) -> Loaded:
+def load(state: dict, folder, name: str = "test_vit", size: int = 160, **kwargs) -> LoadedModel:
     torch.save(state, folder / "model.pth")
     return load_model(BackboneConfig(name=name, weights=str(folder / "model.pth"), image_size=size), **kwargs)
 
