@@ -15,8 +15,7 @@ from cache import FeatureSpec
 from pipeline.backbones import StudyBackbone
 from pipeline.config import RunConfig, SetConfig
 from pipeline.workspace import Workspace
-from stages.detection.detectors import needs_of
-from stages.detection.subjects import cannot_read_patches
+from stages.detection.frozen import cannot_read_patches
 from stages.errors import InputError
 from stages.finetune import check_finetune
 from stages.id_data.rows import IdData, Labels, check_split
@@ -26,7 +25,7 @@ from stages.mixture.grouping import check_groups
 from stages.mixture.model import cannot_read
 from stages.networks.backbone import Backbone, build_architecture
 from stages.networks.weights.loading import check_source
-from stages.scorers import get_scorer
+from stages.scorers import get_scorer, needs_of
 from stages.scorers.features.gmm import GMMScorer
 from stages.train import resolve_settings
 from stages.training.recipes import resolve_recipe

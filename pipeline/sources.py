@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.backbones import StudyBackbone
 from pipeline.workspace import Workspace
-from stages.detection.subjects import BackboneSource, MixtureFolder, TestSet
+from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
 from stages.files.documents import digest_of
 from stages.finetune import read_finetuned_head
 from stages.train import train_probe
@@ -27,7 +27,7 @@ def sources_to_score(workspace: Workspace, which: str) -> list[BackboneSource]:
 
 def _source_to_score(workspace: Workspace, backbone: StudyBackbone) -> BackboneSource:
     tests = [
-        TestSet(entry.name, _GROUP_OF_ROLE[entry.role], backbone.cache(entry))
+        ScoredSet(entry.name, _GROUP_OF_ROLE[entry.role], backbone.cache(entry))
         for entry in workspace.config.sets_of(*_GROUP_OF_ROLE)
     ]
     return _source(workspace, backbone, workspace.mixtures(backbone), tests)
@@ -39,7 +39,7 @@ def source_to_predict(workspace: Workspace, backbone: StudyBackbone) -> Backbone
 
 
 def _source(
-    workspace: Workspace, backbone: StudyBackbone, mixtures: Sequence[tuple[str, int]], tests: Sequence[TestSet]
+    workspace: Workspace, backbone: StudyBackbone, mixtures: Sequence[tuple[str, int]], tests: Sequence[ScoredSet]
 ) -> BackboneSource:
     workspace.check_caches(backbone, "id-train", "id-val", *(_GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()

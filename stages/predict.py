@@ -9,8 +9,12 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from stages.config import ScoreConfig
 from stages.detection.calibration import threshold_at
-from stages.detection.detectors import NO_HEAD, Detector, DetectorFactory, recommended
-from stages.detection.subjects import BackboneSource, FrozenFeatures, RefinedFeatures
+from stages.detection.detectors import Detector
+from stages.detection.factory import DetectorFactory, recommended
+from stages.detection.frozen import FrozenFeatures
+from stages.detection.refined import RefinedFeatures
+from stages.detection.sources import BackboneSource
+from stages.detection.subject import NO_HEAD
 from stages.errors import InputError
 from stages.id_data.split import Rows
 from stages.progress import NullProgress, Progress

@@ -20,20 +20,13 @@ from scipy.special import softmax
 from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
 from stages.detection.calibration import ThresholdEstimate, threshold_at
-from stages.detection.detectors import (
-    NO_HEAD,
-    Detector,
-    DetectorFactory,
-    SetRows,
-    Subject,
-    SubjectKey,
-    gate_share,
-    gate_weighted,
-    needs_of,
-    score_together,
-)
+from stages.detection.detectors import Detector, gate_share, gate_weighted, score_together
+from stages.detection.factory import DetectorFactory
+from stages.detection.frozen import FrozenFeatures
+from stages.detection.refined import RefinedFeatures
 from stages.detection.selection import SMALLEST
-from stages.detection.subjects import BackboneSource, FrozenFeatures, RefinedFeatures, TestSet
+from stages.detection.sources import BackboneSource, ScoredSet
+from stages.detection.subject import NO_HEAD, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.files.documents import write_contents, write_json
 from stages.id_data.overlap import find_overlaps, first_alike
@@ -43,6 +36,7 @@ from stages.progress import NullProgress, Progress
 from stages.results.method import Method, samples_path
 from stages.results.scored_study import FILES
 from stages.results.table import Evaluator, OODRow, Replicates, summarise, write_table
+from stages.scorers import needs_of
 from stages.scorers.neighbours.store import NeighbourStore
 
 SCORE_SEMANTICS = 4  # raise it when the same caches, models and settings would give another table
@@ -423,7 +417,7 @@ def _write_samples(
 
 
 def _sample_tables(
-    test: TestSet, shown: _Shown, head: str, scores: Mapping[str, Scores], names: NDArray[np.str_]
+    test: ScoredSet, shown: _Shown, head: str, scores: Mapping[str, Scores], names: NDArray[np.str_]
 ) -> Iterator[pa.Table]:
     """Rows of a set for `_write_samples`, some at a time: text takes more memory than what it stands for."""
     rows, unknown = shown.sets[_key(test)], np.full(len(shown.sets[_key(test)]), -1)
@@ -452,7 +446,7 @@ def _place(subject: Subject, head: str) -> str:
     return _words(subject) if head in ("", NO_HEAD) else f"head {head} of {_words(subject)}"
 
 
-def _key(test: TestSet) -> str:
+def _key(test: ScoredSet) -> str:
     return "id" if test.group == "id" else test.name
 
 

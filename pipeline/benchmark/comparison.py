@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import JOINT, ConfigError, RunConfig
-from stages.detection.detectors import NO_HEAD, reads_head
+from stages.detection.subject import NO_HEAD
 from stages.metrics.intervals import Difference, verdicts
 from stages.results.method import BASELINES, FROZEN_SUM, NO_ROUTING, RECOMMENDED, Method
 from stages.results.scored_study import ScoredStudy
 from stages.results.table import HIGHER_IS_BETTER, Evaluator, OODRow, Replicates, difference_columns, over_seeds
+from stages.scorers import reads_head
 
 SHOWN_METRICS = ("fpr95", "auroc")
 # What the recommended score is judged against: the last is the same block as its experts, with nothing routed (E = 1).

@@ -12,7 +12,7 @@ from pipeline.tables import table_lines
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context
-from stages.detection.subjects import BackboneSource
+from stages.detection.sources import BackboneSource
 from stages.errors import InputError
 from stages.files.documents import CONTENTS, has_contents, read_document
 from stages.score import SCORE_SEMANTICS, score

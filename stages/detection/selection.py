@@ -17,7 +17,7 @@ SMALLEST = "the smallest candidate, for no ID class can be left out and be told 
 _MAX_CLASS_GROUPS = 5
 
 
-class Fold(NamedTuple):
+class SearchFold(NamedTuple):
     """ID rows to search in and ID rows to search for; both with ``features`` and ``labels``, ``expert`` or not."""
 
     bank: ScoreInputs
@@ -25,7 +25,7 @@ class Fold(NamedTuple):
 
 
 def choose_k(
-    folds: Sequence[Fold], grid: Sequence[int] = K_GRID, neighbours: NeighbourStore | None = None
+    folds: Sequence[SearchFold], grid: Sequence[int] = K_GRID, neighbours: NeighbourStore | None = None
 ) -> tuple[int, dict[str, Any]]:
     """The k that best tells left-out ID classes from the others.
 
@@ -81,7 +81,7 @@ def _smallest_bank(train: ScoreInputs) -> int:
 
 
 def _pseudo_ood_auroc(
-    fold: Fold, left_out: np.ndarray, candidates: Sequence[int], neighbours: NeighbourStore | None
+    fold: SearchFold, left_out: np.ndarray, candidates: Sequence[int], neighbours: NeighbourStore | None
 ) -> tuple[list[float] | None, int]:
     """AUROC for each candidate, from one search; and how many queries an emptied expert's bank could not answer."""
     bank = fold.bank.take(~np.isin(fold.bank.need("labels", "choosing k"), left_out))

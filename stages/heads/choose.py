@@ -8,7 +8,7 @@ its small deviation, gives an OOD row that moves it an enormous logit. Held-out 
 scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: −0.176 against −0.175).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +141,24 @@ class FittedHeads:
         if not self.judged:
             lines.append(f"head {kind}: strength {self.strength:g}, for no held-out row is there to choose it by")
         return lines
+
+
+WhichHead = Callable[[FittedHeads], LinearHead]  # the head of one model among those that were fitted
+
+
+def final_head(heads: FittedHeads) -> LinearHead:
+    """That of the final model."""
+    return heads.final
+
+
+def fold_head(fold: int) -> WhichHead:
+    """That of a fold's model, by its number."""
+    return lambda heads: heads.folds[fold]
+
+
+def part_head(part: int) -> WhichHead:
+    """That which was fitted without a part, by its number."""
+    return lambda heads: heads.parts[part]
 
 
 FitRows = tuple[Rows2D, NDArray[np.int32]]  # features [N, D] and labels [N]

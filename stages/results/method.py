@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from stages.detection.detectors import NO_HEAD
+from stages.detection.subject import NO_HEAD
 
 HEADS = {  # whose logits a score reads, in the order of the page, and what it says of each; `NO_HEAD` reads none
     "probe": "Linear probe on the backbone's own features.",

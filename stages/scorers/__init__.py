@@ -107,6 +107,20 @@ def scorer_class(name: str) -> "type[Scorer]":
     return SCORERS[name]
 
 
+def needs_of(score: str) -> frozenset[str]:
+    """What a score, or the parts of a sum, need; see `stages.scorers.scorer.Scorer`.
+
+    Raises:
+        InputError: no such score.
+    """
+    return frozenset().union(*(scorer_class(name).needs for name in score.split("+")))
+
+
+def reads_head(score: str) -> bool:
+    """Whether a score, or a part of a sum, reads a head's logits or its weights."""
+    return bool(needs_of(score) & {"logits", "head"})
+
+
 def title_of(score: str) -> str:
     """A score, or a sum of scores, as the field writes it; what nobody knows stays as it is.
 

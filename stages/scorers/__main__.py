@@ -41,11 +41,11 @@ def stated_table(readme: str) -> str:
     return readme.partition(BEGIN)[2].partition(END)[0]
 
 
-def main() -> None:
+def write_scores_table() -> None:
     """Write it anew; what is right is left alone."""
     readme = README.read_text(encoding="utf-8")
     README.write_text(readme.replace(stated_table(readme), scores_table()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write_scores_table()

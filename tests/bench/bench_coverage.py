@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.config import ScoreConfig, TrainConfig
-from stages.detection.subjects import FrozenFeatures
+from stages.detection.frozen import FrozenFeatures
 from tests.test_stages.drawn_studies import OF_FEATURES, OF_MIXTURES, PARAMS, Judged, Key, World, make_study
 
 

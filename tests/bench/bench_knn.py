@@ -16,7 +16,7 @@ from rich.table import Table
 from sklearn.neighbors import NearestNeighbors
 
 from stages.config import ScoreConfig
-from stages.detection.subjects import BackboneSource, TestSet
+from stages.detection.sources import BackboneSource, ScoredSet
 from stages.extract import import_set
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads
@@ -93,7 +93,7 @@ def made_up(folder: Path) -> BackboneSource:
         probe=FittedHeads((head,), head, 1.0, {}),
         finetuned_head=None,
         mixtures=(),
-        tests=tuple(TestSet(name, group, caches[name]) for name, group in groups.items()),
+        tests=tuple(ScoredSet(name, group, caches[name]) for name, group in groups.items()),
         architecture=lambda: None,
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from cache import FeatureSpec
 from pipeline.benchmark.images import LISTED
-from stages.detection.detectors import NO_HEAD
+from stages.detection.subject import NO_HEAD
 from stages.networks.tokens import stored_grid
 from stages.results.method import HEADS, NO_ROUTING, ROUTINGS
 from stages.results.table import OODRow

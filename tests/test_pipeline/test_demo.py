@@ -19,8 +19,8 @@ from cache import FeatureCache
 from pipeline.config import RunOptions, load_config
 from pipeline.sources import sources_to_score
 from pipeline.workspace import Workspace
-from stages.detection.detectors import DetectorFactory
-from stages.detection.subjects import RefinedFeatures
+from stages.detection.factory import DetectorFactory
+from stages.detection.refined import RefinedFeatures
 from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
 from stages.mixture.refine import Routes, refine

@@ -22,7 +22,8 @@ from pipeline.report.page import write_report
 from pipeline.report.study import Evidence, ReportedStudy
 from pipeline.report.wording import METRICS, duration, percent, points, size, verdict
 from stages.detection.calibration import threshold_at
-from stages.detection.subjects import BackboneSource, MixtureFolder, RefinedFeatures
+from stages.detection.refined import RefinedFeatures
+from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.errors import InputError
 from stages.files.documents import digest_of, read_document, write_contents, write_document, write_json, write_text
 from stages.inputs.images import decode_image, list_images

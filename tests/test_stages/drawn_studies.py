@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from stages.config import ScoreConfig, TrainConfig
 from stages.detection.calibration import ThresholdEstimate, threshold_at
-from stages.detection.detectors import DetectorFactory
-from stages.detection.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
+from stages.detection.factory import DetectorFactory
+from stages.detection.frozen import FrozenFeatures
+from stages.detection.refined import RefinedFeatures
+from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.extract import import_set
 from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays

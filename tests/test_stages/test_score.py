@@ -17,8 +17,9 @@ from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache, file_sha256
 from stages.config import ScoreConfig, TrainConfig
-from stages.detection.subjects import BackboneSource, FrozenFeatures, MixtureFolder, RefinedFeatures
-from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+from stages.detection.frozen import FrozenFeatures
+from stages.detection.refined import RefinedFeatures
+from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
 from stages.errors import InputError
 from stages.extract import ExtractOptions, extract_set
 from stages.files.documents import read_document
@@ -611,7 +612,7 @@ def test_images_of_id_train_in_the_other_id_sets_are_named(source, caches, tmp_p
 
 
 def test_a_fine_tuned_backbone_adds_its_own_head(source, probe, tmp_path):
-    head = (probe.final.weight / probe.final.scale, np.zeros(4, np.float32))
+    head = (probe.final.weight / probe.final.standardise.scale, np.zeros(4, np.float32))
     finetuned = replace(source, name="finetuned", seed=3, finetuned_head=head, mixtures=())
     result = score([replace(source, mixtures=()), finetuned], CONFIG, tmp_path)
     assert result.rows[0].method[:3] == ("pretrained", "cls", "none")

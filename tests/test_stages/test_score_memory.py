@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from stages.config import ScoreConfig
-from stages.detection import detectors as detectors_module
-from stages.detection.subjects import BackboneSource
-from stages.detection.subjects import TestSet as ScoredSet  # pytest takes classes called Test… for its own
+from stages.detection import subject as subject_module
+from stages.detection.sources import BackboneSource, ScoredSet
 from stages.extract import import_set
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads
@@ -29,7 +28,7 @@ COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many trainin
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(detectors_module, "_BLOCK", 4096)
+    monkeypatch.setattr(subject_module, "_BLOCK", 4096)
     monkeypatch.setattr(bank_module, "_BANK_BLOCK", 4096)
 
 

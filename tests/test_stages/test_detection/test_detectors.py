@@ -9,21 +9,13 @@ from hypothesis import strategies as st
 
 from stages.config import ScoreConfig
 from stages.detection.calibration import threshold_at
-from stages.detection.detectors import (
-    DetectorFactory,
-    Run,
-    Scales,
-    SetRows,
-    Subject,
-    SubjectKey,
-    reads_head,
-    recommended,
-    score_together,
-)
-from stages.detection.selection import Fold, choose_k
+from stages.detection.detectors import Scales, score_together
+from stages.detection.factory import DetectorFactory, recommended
+from stages.detection.selection import SearchFold, choose_k
+from stages.detection.subject import Run, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
-from stages.scorers import SCORERS, get_scorer
+from stages.scorers import SCORERS, get_scorer, reads_head
 from stages.scorers.logits.energy import EnergyScorer
 
 CLASSES, DIM = 4, 6
@@ -292,7 +284,7 @@ def test_k_is_given_or_chosen_from_bank_and_select_rows_alone(folds):
     assert given.k_record == {"rule": "given"}
     frozen = subject(folds=folds)
     auto = make(frozen, k="auto")
-    expected, record = choose_k([Fold(run.bank.inputs("none"), run.select.inputs("none")) for run in frozen.runs])
+    expected, record = choose_k([SearchFold(run.bank.inputs("none"), run.select.inputs("none")) for run in frozen.runs])
     assert auto.detector("none", "knn").params == {"k": expected}
     assert (auto.k, auto.k_record) == (expected, record)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.detection.selection import BY_LEFT_OUT_CLASSES, K_GRID, SMALLEST, Fold, choose_k
+from stages.detection.selection import BY_LEFT_OUT_CLASSES, K_GRID, SMALLEST, SearchFold, choose_k
 from stages.errors import InputError
 from stages.metrics.ranking import auroc
 from stages.scorers.inputs import ScoreInputs
@@ -17,7 +17,7 @@ from tests.test_stages.test_scorers.drawn import inputs
 
 def test_k_is_chosen_as_the_rule_says():
     """The rule once more, by one scorer for each k and group."""
-    fold = Fold(inputs(n=200, classes=6, noise=0.6), inputs(n=90, classes=6, noise=0.6, seed=1))
+    fold = SearchFold(inputs(n=200, classes=6, noise=0.6), inputs(n=90, classes=6, noise=0.6, seed=1))
     k, record = choose_k([fold], grid=(1, 2, 5, 20, 500))
     expected = {}
     for candidate in (1, 2, 5, 20):  # 500 is more than half of the bank
@@ -37,19 +37,19 @@ def test_k_is_chosen_as_the_rule_says():
 def test_k_among_equals_is_the_smallest_and_outliers_want_a_larger_one():
     clean = inputs(n=100, classes=5)
     apart = ScoreInputs(features=np.eye(5)[clean.labels], labels=clean.labels)  # every k separates perfectly
-    assert choose_k([Fold(apart, apart)], grid=(2, 5, 1))[0] == 1
+    assert choose_k([SearchFold(apart, apart)], grid=(2, 5, 1))[0] == 1
 
     stray = inputs(n=100, classes=5, seed=2)  # a stray row of another class beside each class: only k > 1 sees past it
     features = np.concatenate([stray.features, np.eye(5, 8)[[1, 2, 3, 4, 0]]])
     bank = ScoreInputs(features=features, labels=np.concatenate([stray.labels, np.arange(5)]))
-    assert choose_k([Fold(bank, clean)])[0] > 1
+    assert choose_k([SearchFold(bank, clean)])[0] > 1
 
 
 def test_queries_of_an_expert_that_lost_all_its_classes_are_left_out_and_counted():
     train, queries = inputs(n=120, classes=4, experts=4), inputs(n=40, classes=4, experts=4, seed=1)
     strays = np.arange(40) % 8 == 0  # some of class 0 are routed to expert 1
     queries = ScoreInputs(queries.features, labels=queries.labels, expert=np.where(strays, 1, queries.expert))
-    _, record = choose_k([Fold(train, queries)])
+    _, record = choose_k([SearchFold(train, queries)])
     assert record["queries_without_bank"] == 40  # each query once: when its expert's class is left out
 
 
@@ -57,7 +57,7 @@ def test_a_group_that_has_all_classes_of_an_expert_is_taken_apart():
     """Four classes, two experts: both groups of classes are one expert's, and nothing is left to compare with."""
     train, queries = inputs(n=120, classes=4, experts=2), inputs(n=40, classes=4, experts=2, seed=1)
     assert set(train.labels[train.expert == 0]) == {0, 2}
-    k, record = choose_k([Fold(train, queries)])
+    k, record = choose_k([SearchFold(train, queries)])
     assert record["rule"] == BY_LEFT_OUT_CLASSES
     assert (record["class_groups"], record["k"]) == (4, k)
     assert all(0.5 < area <= 1 for area in record["auroc"].values())
@@ -66,10 +66,10 @@ def test_a_group_that_has_all_classes_of_an_expert_is_taken_apart():
 @pytest.mark.parametrize(
     "fold",
     [
-        Fold(inputs(n=40, classes=1), inputs(n=9, classes=1)),
-        Fold(inputs(n=40, classes=4, experts=4), inputs(n=20, classes=4, experts=4)),  # each expert has one
-        Fold(inputs(), inputs().take(np.array([0, 5]))),  # queries of one class
-        Fold(inputs(), inputs().take(np.zeros(0, dtype=int))),
+        SearchFold(inputs(n=40, classes=1), inputs(n=9, classes=1)),
+        SearchFold(inputs(n=40, classes=4, experts=4), inputs(n=20, classes=4, experts=4)),  # each expert has one
+        SearchFold(inputs(), inputs().take(np.array([0, 5]))),  # queries of one class
+        SearchFold(inputs(), inputs().take(np.zeros(0, dtype=int))),
     ],
 )
 def test_where_no_class_can_be_left_out_k_is_the_smallest_and_the_rule_says_so(fold):
@@ -89,7 +89,9 @@ def test_k_can_be_chosen_however_small_the_data(classes, experts, per_class, hel
         expert = rng.integers(0, min(experts, classes), len(labels)) if routed else labels % experts
         return ScoreInputs(features=features, labels=labels, expert=expert)
 
-    folds = [Fold(drawn(per_class, routed=False), drawn(held_out, routed=True)) for _ in range(1 if one_fold else 3)]
+    folds = [
+        SearchFold(drawn(per_class, routed=False), drawn(held_out, routed=True)) for _ in range(1 if one_fold else 3)
+    ]
     k, record = choose_k(folds)
     smallest = min(np.unique(fold.bank.expert, return_counts=True)[1].min() for fold in folds)
     assert k in K_GRID
@@ -102,8 +104,8 @@ def test_k_can_be_chosen_however_small_the_data(classes, experts, per_class, hel
     ("folds", "says"),
     [
         ([], "needs a fold"),
-        ([Fold(inputs(), ScoreInputs(features=np.ones((3, 8))))], "choosing k needs labels"),
-        ([Fold(ScoreInputs(np.ones((3, 8)), labels=np.array([0, 1, -1])), inputs())], "needs known ID classes"),
+        ([SearchFold(inputs(), ScoreInputs(features=np.ones((3, 8))))], "choosing k needs labels"),
+        ([SearchFold(ScoreInputs(np.ones((3, 8)), labels=np.array([0, 1, -1])), inputs())], "needs known ID classes"),
     ],
 )
 def test_k_that_cannot_be_chosen_is_refused(folds, says):

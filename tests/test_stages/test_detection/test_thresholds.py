@@ -7,8 +7,8 @@ import pytest
 
 from stages.config import ScoreConfig, TrainConfig
 from stages.detection.calibration import threshold_at
-from stages.detection.detectors import DetectorFactory
-from stages.detection.subjects import FrozenFeatures
+from stages.detection.factory import DetectorFactory
+from stages.detection.frozen import FrozenFeatures
 from stages.heads.choose import fit_head
 from stages.predict import Predictor
 from tests.test_stages.drawn_studies import OF_FEATURES, OF_MIXTURES, PARAMS, World, make_study, outside

@@ -1,0 +1,64 @@
+"""All that is on disk of one backbone, for scoring."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache import FeatureCache
+from stages.heads.choose import FittedHeads
+from stages.id_data.rows import IdData
+
+if TYPE_CHECKING:
+    from stages.networks.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """A set to score: its cache, and ``id``, ``near`` or ``far``."""
+
+    name: str
+    group: str
+    cache: FeatureCache
+
+
+@dataclass(frozen=True)
+class MixtureFolder:
+    """A trained mixture on disk."""
+
+    variant: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """All that stage three needs of one backbone.
+
+    Attributes:
+        name: ``pretrained`` or ``finetuned``.
+        seed: of the fine-tune; None for the pre-trained backbone.
+        data: ID features and split.
+        probe: the linear probe.
+        finetuned_head: weight ``[C, D]`` and bias ``[C]`` that were trained with the backbone, if it was.
+        mixtures: trained on its cache.
+        tests: the ID test set and the OOD sets, as this backbone sees them.
+        architecture: gives the untrained network, whose end stored experts are loaded into.
+        network: gives the network that the caches were made with, whose end makes patch tokens; None where there is
+            none to be had.
+        models: digests of all that was trained on its cache, by their bytes.
+    """
+
+    name: str
+    seed: int | None
+    data: IdData
+    probe: FittedHeads
+    finetuned_head: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+    mixtures: tuple[MixtureFolder, ...]
+    tests: tuple[ScoredSet, ...]
+    architecture: "Callable[[], Backbone]"
+    network: "Callable[[], Backbone] | None" = None
+    models: Mapping[str, str | None] = field(default_factory=dict)

@@ -1,0 +1,177 @@
+"""A subject: one choice of features with its heads, as scores and their calibration see it.
+
+It is the backbone's own features, or those of one trained mixture. It has a run for each fold of the split (one where
+rows were simply held out) and a final bank; under cross-fitting also a run for each part of the rows, whose bank has
+all others.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.errors import InputError
+from stages.heads.affine import LinearHead
+from stages.id_data.lazy import Floats, LazyArray, ReadOnce, Rows2D
+from stages.id_data.split import N_PARTS
+from stages.scorers.inputs import LazyRows, ScoreInputs
+
+Head = LinearHead | tuple[LinearHead, ...]
+NO_HEAD = "none"
+_BLOCK = 1 << 15  # rows that are read at once, and that every score sees before the next are read
+
+
+@dataclass(frozen=True, eq=False)
+class SetRows:
+    """Rows of a set as one choice of features sees them; features and logits may be more than memory holds.
+
+    Attributes:
+        features: ``[n, D]``.
+        labels: ``[n]`` class numbers of the study; −1 for OOD rows.
+        logits: ``[n, C]`` for each head.
+        expert: ``[n]`` the expert that each row went to; None without experts.
+        confidence: ``[n]`` the router's probability of its choice, or of its second one where it is that; None without
+            experts.
+        others: ``[n, E]`` each group's log odds of "other"; None where the heads do not see the same features.
+        other: ``[n]`` logit of the expert's "other" beside its trained head's; None where there is none.
+        patches: ``[n, P, D]`` patch tokens after the final norm, read when they are asked for; None where there are
+            none.
+        heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
+    """
+
+    features: Rows2D | ReadOnce
+    labels: NDArray[np.int32]
+    logits: Mapping[str, Rows2D | ReadOnce] = field(default_factory=dict)
+    expert: NDArray[np.int64] | None = None
+    confidence: Floats | None = None
+    others: Floats | None = None
+    other: Floats | None = None
+    patches: LazyRows | None = None
+    heads: dict[str, Head] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def inputs(self, head: str) -> ScoreInputs:
+        """What a scorer may look at."""
+        return ScoreInputs(
+            self.features,
+            self.logits.get(head),
+            self.labels,
+            self.expert,
+            self.others,
+            self.other,
+            self.patches,
+            self.heads.get(head),
+        )
+
+    def take(self, rows: NDArray[np.integer] | slice) -> "SetRows":
+        """The given rows, by number or by slice; features and logits are not read."""
+        small = {
+            name: None if (values := getattr(self, name)) is None else values[rows]
+            for name in ("expert", "confidence", "others", "other", "patches")
+        }
+        logits = {head: values[rows] for head, values in self.logits.items()}
+        return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads)
+
+    def blocks(self) -> Iterator[tuple[slice, "SetRows"]]:
+        """All rows in order, some at a time, each block read once for all who look at it; and which rows they are."""
+        for start in range(0, len(self), _BLOCK):
+            some = slice(start, start + _BLOCK)
+            block = self.take(some)
+            logits = {head: _read_once(values) for head, values in block.logits.items()}
+            yield some, replace(block, features=_read_once(block.features), logits=logits)
+
+    def predictions(self) -> dict[str, NDArray[np.int32]]:
+        """``[n]`` the most probable class by each head."""
+        found = {head: np.empty(len(self), dtype=np.int32) for head in self.logits}
+        for some, block in self.blocks():
+            for head, logits in block.logits.items():
+                found[head][some] = np.asarray(logits).argmax(axis=1)
+        return found
+
+
+def _read_once(rows: Rows2D | ReadOnce) -> Rows2D | ReadOnce:
+    return ReadOnce(rows) if isinstance(rows, LazyArray) else rows
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The model of a fold or of a part: its bank (training rows), the rows that it was selected on, and unseen ones.
+
+    `second` are the calibrate rows once more, through the router's second choice; None where no top-2 row is asked.
+    """
+
+    bank: SetRows
+    select: SetRows
+    calibrate: SetRows
+    second: SetRows | None = None
+
+
+@dataclass(frozen=True)
+class SubjectKey:
+    """The first columns of the table."""
+
+    backbone: str
+    features: str
+    variant: str
+    seed: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One choice of features.
+
+    Attributes:
+        key: its name in the table.
+        heads: heads whose logits its rows carry.
+        runs: one for each fold; they choose k.
+        bank: training rows of the final model.
+        select_rows: rows that the final model's scores may choose their settings by; it was trained on none of them.
+        n_experts: E; 0 without experts.
+        has_others: whether its rows carry each group's log odds of "other".
+        parts: one for each part under cross-fitting; they calibrate, for their banks have all rows but a few. Their
+            select rows are the final model's.
+    """
+
+    key: SubjectKey
+    heads: tuple[str, ...]
+    runs: tuple[Run, ...]
+    bank: SetRows
+    select_rows: SetRows
+    n_experts: int = 0
+    has_others: bool = False
+    parts: tuple[Run, ...] = ()
+
+    @property
+    def calibrating(self) -> tuple[Run, ...]:
+        """Runs whose calibrate rows calibrate the final model."""
+        return self.parts or self.runs
+
+    @property
+    def calibration_part(self) -> NDArray[np.int64]:
+        """``[n]`` the part of each calibration row; those of a single run are dealt to as many."""
+        sizes = [len(run.calibrate) for run in self.calibrating]
+        if len(sizes) == 1:
+            return np.arange(sizes[0]) % N_PARTS
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    @property
+    def calibration_expert(self) -> NDArray[np.int64] | None:
+        """Expert that each calibration row went to; None without experts."""
+        return (
+            np.concatenate([known_route(run.calibrate.expert) for run in self.calibrating]) if self.n_experts else None
+        )
+
+
+def known_route(values: NDArray[Any] | None) -> NDArray[Any]:
+    """Experts, or confidences, of rows.
+
+    Raises:
+        InputError: the rows were not routed.
+    """
+    if values is None:
+        raise InputError("these rows were not routed: calibration over experts needs a mixture's features")
+    return values
