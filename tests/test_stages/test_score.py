@@ -615,7 +615,8 @@ def test_a_fine_tuned_backbone_adds_its_own_head(source, probe, tmp_path):
     head = (probe.final.weight / probe.final.standardise.scale, np.zeros(4, np.float32))
     finetuned = replace(source, name="finetuned", seed=3, finetuned_head=head, mixtures=())
     result = score([replace(source, mixtures=()), finetuned], CONFIG, tmp_path)
-    assert result.rows[0].method[:3] == ("pretrained", "cls", "none")
+    first = result.rows[0]
+    assert (first.backbone, first.features, first.head) == ("pretrained", "cls", "none")
     heads = {(row.backbone, row.head, row.seed) for row in result.rows if row.score == "energy"}
     assert heads == {("pretrained", "probe", None), ("finetuned", "probe", 3), ("finetuned", "finetune", 3)}
     samples = pq.read_table(tmp_path / "samples" / "finetuned-cls-finetune-none-3-none.parquet")
