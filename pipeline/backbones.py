@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec, file_sha256
 from cache.spec import first_difference
@@ -22,16 +22,10 @@ from stages.files.documents import read_document, write_document
 from stages.id_data.rows import IdData, id_data
 from stages.inputs.arrays import ARRAY_SEMANTICS, ArrayTable
 from stages.machine import default_device
-from stages.networks.backbone import (
-    COMPUTE_BATCH,
-    COMPUTE_THREADS,
-    EXTRACTION_SEMANTICS,
-    Backbone,
-    build_architecture,
-    load_backbone,
-    network_of,
-    weights_sha,
-)
+from stages.networks.compute import COMPUTE_BATCH, COMPUTE_THREADS, EXTRACTION_SEMANTICS
+
+if TYPE_CHECKING:  # timm, for those alone who run a network or ask for its shape
+    from stages.networks.backbone import Backbone
 
 _TUNED = "backbone.safetensors"  # of a fine-tune
 
@@ -150,13 +144,15 @@ class StudyBackbone:
         return read_document(self.link_path)
 
     @cached_property
-    def loaded(self) -> Backbone:
+    def loaded(self) -> "Backbone":
         """Its network with weights; built on first use.
 
         Raises:
             InputError: see `stages.networks.backbone.load_backbone`.
             CacheMismatchError: the weights are others, under the same name, than those that filled the caches.
         """
+        from stages.networks.backbone import load_backbone, weights_sha
+
         network = load_backbone(self.backbone_config, self.config.cache.expert_blocks, self.device)
         known = self.known_spec()
         if known is not None and known.weights_sha and known.weights_sha != weights_sha(network.model):
@@ -167,8 +163,10 @@ class StudyBackbone:
         return network
 
     @cached_property
-    def architecture(self) -> Backbone:
+    def architecture(self) -> "Backbone":
         """Its network without weights; built on first use."""
+        from stages.networks.backbone import build_architecture
+
         return build_architecture(self.start, self.config.cache.expert_blocks)
 
     def known_spec(self) -> FeatureSpec | None:
@@ -201,6 +199,8 @@ class StudyBackbone:
             if known is not None and known.weights_sha:
                 network = known.backbone, known.weights_sha, known.expert_blocks, known.image_size
             else:
+                from stages.networks.backbone import network_of
+
                 network = network_of(self.loaded)
         origin = str(config.sets[0].origin)
         specs = {name: table.spec(origin, dtype, network) for name, table in tables.items()}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from stages.context import Ranks
 from stages.errors import InputError, PeerLostError, StageError
 from stages.machine import usable_cores
 
@@ -43,6 +44,15 @@ def started() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
     return started() == 1 or os.environ.get("RANK") == "0"
+
+
+def ranks() -> Ranks:
+    """This process among those that have joined (`together`); one of one where it runs alone."""
+    if started() == 1:
+        return Ranks()
+    from stages.training.distributed import current  # and torch
+
+    return current()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from cache import CacheError, FeatureSpec, Lock
 from pipeline.backbones import StudyBackbone, backbones_of
 from pipeline.config import JOINT, RunConfig, RunOptions
+from pipeline.processes import ranks
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
 from pipeline.sets import Sets
@@ -19,7 +20,6 @@ from stages.finetune import finetune_identity, finetune_is_fresh
 from stages.id_data.rows import IdData
 from stages.progress import NullProgress, Progress
 from stages.train import joint_identity, mixture_identity, mixture_is_fresh, resolve_settings
-from stages.training.distributed import current
 from stages.training.objectives import MixturePlan
 
 _SECONDS_TO_READ = 1 << 30  # bytes: what is less is read before anybody wonders
@@ -54,7 +54,7 @@ class Workspace:
         self.config = config
         self.options = options
         self.on_trained = on_trained
-        self.ranks = current()
+        self.ranks = ranks()
         self.progress: Progress = TqdmProgress() if self.ranks.first else NullProgress()
         self.record = RunRecord(config.work / "record.json", config, writes=self.ranks.first)
         self.sets = Sets(config)
@@ -65,10 +65,9 @@ class Workspace:
         """All of them, the pre-trained one first."""
         return [self.pretrained, *self.finetuned]
 
-    def context(self, backbone: StudyBackbone | None = None) -> Context:
-        """Who listens and takes part; with a backbone, also where its networks run."""
-        device = {} if backbone is None else {"device": backbone.device}
-        return Context(progress=self.progress, ranks=self.ranks, **device)
+    def context(self) -> Context:
+        """Who listens and takes part."""
+        return Context(progress=self.progress, ranks=self.ranks)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -31,7 +31,8 @@ from stages.extraction.reader import Reader, ReadImage
 from stages.extraction.writer import Writer
 from stages.inputs.images import ImageReader
 from stages.machine import usable_cores
-from stages.networks.backbone import COMPUTE_THREADS, Backbone, load_backbone
+from stages.networks.backbone import Backbone, load_backbone
+from stages.networks.compute import COMPUTE_THREADS
 
 _GPU_PASSES = 2  # one computes while the other's images are on their way
 

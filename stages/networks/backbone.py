@@ -25,20 +25,12 @@ from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.inputs.images import MAX_PIXELS, ImageError
 from stages.machine import keep_freed_memory
+from stages.networks.compute import COMPUTE_BATCH, COMPUTE_THREADS, EXTRACTION_SEMANTICS
 from stages.networks.end_check import reproduces, runs_on
 from stages.networks.ends import BackboneEnd, ConvolutionalEnd, ResidualEnd, TransformerEnd
 from stages.networks.surgery import compile_parts, find_cut, restore_forward
 from stages.networks.tokens import Tokens, reduce_patches, square_grid, stored_grid
 from stages.networks.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
-
-# The meaning of a cached row. Raise it when the same image and weights would give other features.
-EXTRACTION_SEMANTICS = 2
-
-# Every forward pass of an extraction has exactly this many images, by kind of device, the last one padded: with one
-# shape, one memory format, one precision and one thread a pass the kernels, and so the bits, do not depend on the sizes
-# of shards, on cores or on workers.
-COMPUTE_BATCH = {"cpu": 16, "cuda": 128}
-COMPUTE_THREADS = 1
 
 _AUTOCAST = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
