@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from stages.scorers.inputs import ScoreInputs
 from stages.scorers.scorer import Scorer
 
 Array = Any  # what numpy makes an array of: arrays, nested lists, tensors of torch on any device
-Rows = ScoreInputs | Mapping[str, Array] | Array
+_Rows = ScoreInputs | Mapping[str, Array] | Array
+_Scores = Mapping[str, Mapping[str, Any]] | Sequence[str] | str
 _KNOWN = {"features", "logits", "labels"}
 
 
@@ -49,15 +50,13 @@ class Comparison:
 
 
 def compare_scores(
-    train: Rows,
-    test: Rows,
-    ood: Mapping[str, Rows] | Rows,
-    scores: Sequence[str] | str = ("knn",),
+    train: _Rows,
+    test: _Rows,
+    ood: Mapping[str, _Rows] | _Rows,
+    scores: _Scores = ("knn",),
     *,
-    held_out: Rows | None = None,
+    held_out: _Rows | None = None,
     head: tuple[Array, Array] | None = None,
-    class_names: Sequence[str] | None = None,
-    params: Mapping[str, Mapping[str, Any]] | None = None,
     profile: Profile = "paper",
 ) -> Comparison:
     """Fit scores on ID training rows, and tell ID test rows from OOD rows with each.
@@ -67,14 +66,15 @@ def compare_scores(
     lists or tensors, on any device and of any float type.
 
     Args:
-        train: ID training rows; many scores need their labels.
+        train: ID training rows; many scores need their labels. A mapping may have ``class_names`` as well, those of the
+            C classes in the order of logits and head; needed where labels are names and there are any.
         test: ID test rows.
         ood: OOD rows by the name of their set; rows alone are one set, ``"ood"``.
-        scores: names of `stages.scorers.SCORERS`, or sums such as ``"knn+energy"``; or one of them.
+        scores: names of `stages.scorers.SCORERS`, or sums such as ``"knn+energy"``; or one of them; or a mapping of
+            them to their settings as `Comparison.rows` has them, those of a sum by part:
+            ``{"knn": {"k": 10}, "knn+energy": {"knn": {"k": 10}}}``.
         held_out: ID rows of neither; sums are standardised on them, and some scores choose a setting by them.
         head: weight [C, D] and bias [C] of a linear head; it gives the logits where rows have none.
-        class_names: of the C classes, in the order of logits and head; needed where labels are names and there are any.
-        params: settings by score, such as ``{"knn": {"k": 10}}``.
         profile: whose defaults, where implementations differ.
 
     Raises:
@@ -86,8 +86,9 @@ def compare_scores(
     >>> found.rows[0]["score"], found.rows[0]["auroc"], found.scores["knn"]["far"].shape
     ('knn', 1.0, (50,))
     """
-    scores = [scores] if isinstance(scores, str) else list(scores)
+    asked = _settings_by_part(scores)
     classifier = None if head is None else _head(head)
+    train, class_names = _without_class_names(train)
     given = {"train": train, "test": test} | ({} if held_out is None else {"held_out": held_out})
     read = {who: _read(who, rows) for who, rows in given.items()}
     oods = {name: _read(f"ood {name!r}", rows) for name, rows in _ood_sets(ood).items()}
@@ -96,25 +97,56 @@ def compare_scores(
     fitting, test_rows, *others = (number.inputs(who, rows) for who, rows in read.items())
     select = others[0] if others else None
     sets = {"id": test_rows} | {name: number.inputs(name, rows, of_id=False) for name, rows in oods.items()}
-    unknown = (params or {}).keys() - {part for score in scores for part in score.split("+")}
-    if unknown:
-        raise InputError(f"params.{min(unknown)}: no score that is asked for has this name")
 
-    fitted: dict[str, Scorer] = {}
-    for part in dict.fromkeys(part for score in scores for part in score.split("+")):
-        fitted[part] = get_scorer(part, profile, **(params or {}).get(part, {})).fit(fitting, select)
-    raw = {part: {name: scorer.score(x) for name, x in sets.items()} for part, scorer in fitted.items()}
-    rows, found = [], {}
-    for score in scores:
-        parts = score.split("+")
-        found[score] = raw[score] if len(parts) == 1 else _sums(score, [fitted[part] for part in parts], raw, select)
-        settings = {part: fitted[part].params() for part in parts}
-        about = {"score": score, "params": settings[score] if len(parts) == 1 else settings}
-        rows += _metrics(about, found[score])
-    notes = [f"{part}: {remark}" for part, scorer in fitted.items() for remark in scorer.remarks()]
-    sums = [score for score in scores if "+" in score]
+    fitted: dict[str, _Fitted] = {}  # by name and settings: one in a sum as well is fitted and scored once
+    by_score: dict[str, list[_Fitted]] = {}
+    for score, parts in asked.items():
+        for part, settings in parts.items():
+            key = f"{part} {sorted(settings.items())}"
+            if key not in fitted:
+                fitted[key] = _Fitted.of(get_scorer(part, profile, **settings).fit(fitting, select), sets)
+            by_score.setdefault(score, []).append(fitted[key])
+    found = {
+        score: _sums(score, parts, select) if len(parts) > 1 else parts[0].scores for score, parts in by_score.items()
+    }
+    rows = [row for score, parts in by_score.items() for row in _metrics(score, parts, found[score])]
+    notes = [f"{each.scorer.name}: {remark}" for each in fitted.values() for remark in each.scorer.remarks()]
+    sums = [score for score, parts in by_score.items() if len(parts) > 1]
     notes += [f"{score}: {said}" for score in sums if select is not None and (said := Standardiser.remark(len(select)))]
-    return Comparison(rows, found, notes)
+    return Comparison(rows, found, list(dict.fromkeys(notes)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A fitted score and what it says of each set, [n] each."""
+
+    scorer: Scorer
+    scores: dict[str, NDArray[np.float32]]
+
+    @classmethod
+    def of(cls, scorer: Scorer, sets: Mapping[str, ScoreInputs]) -> Self:
+        return cls(scorer, {name: scorer.score(x) for name, x in sets.items()})
+
+
+def _settings_by_part(scores: _Scores) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Settings of each part of each score that is asked for."""
+    names = [scores] if isinstance(scores, str) else scores
+    given: Mapping[str, Mapping[str, Any]] = names if isinstance(names, Mapping) else {name: {} for name in names}
+    found = {}
+    for score, settings in given.items():
+        parts = score.split("+")
+        by_part = {score: settings} if len(parts) == 1 else settings
+        if unknown := by_part.keys() - set(parts):
+            raise InputError(f"{score}: settings of {min(unknown)!r} given, which is none of its parts")
+        found[score] = {part: by_part.get(part, {}) for part in parts}
+    return found
+
+
+def _without_class_names(train: Any) -> tuple[Any, Sequence[str] | None]:
+    """Training rows, and the names of the classes that came with them."""
+    if not isinstance(train, Mapping):
+        return train, None
+    return {name: rows for name, rows in train.items() if name != "class_names"}, train.get("class_names")
 
 
 def _ood_sets(ood: Any) -> dict[str, Any]:
@@ -244,18 +276,18 @@ def _are_names(labels: NDArray[Any]) -> bool:
     return labels.dtype.kind in "US" or any(isinstance(label, str | bytes) for label in labels.tolist())
 
 
-def _sums(
-    score: str, parts: Sequence[Scorer], raw: Mapping[str, dict[str, NDArray[np.float32]]], select: ScoreInputs | None
-) -> dict[str, NDArray[np.float32]]:
+def _sums(score: str, parts: Sequence[_Fitted], select: ScoreInputs | None) -> dict[str, NDArray[np.float32]]:
     """Scores of each set, each part in standard deviations of the held-out rows."""
     if select is None:
         raise InputError(f"{score}: a sum is standardised on held-out ID rows: give held_out")
-    scales = [Standardiser.fit(part.score(select)) for part in parts]
-    names = raw[parts[0].name]
-    return {name: sum_scores([raw[part.name][name] for part in parts], scales) for name in names}
+    scales = [Standardiser.fit(part.scorer.score(select)) for part in parts]
+    return {name: sum_scores([part.scores[name] for part in parts], scales) for name in parts[0].scores}
 
 
-def _metrics(about: dict[str, Any], scores: Mapping[str, NDArray[np.float32]]) -> list[dict[str, Any]]:
+def _metrics(score: str, parts: Sequence[_Fitted], scores: Mapping[str, NDArray[np.float32]]) -> list[dict[str, Any]]:
+    """A row an OOD set, and their mean where there are several."""
+    settings = {part.scorer.name: part.scorer.params() for part in parts}
+    about = {"score": score, "params": settings if len(parts) > 1 else settings[score]}
     of_set = {name: asdict(ood_metrics(scores["id"], other)) for name, other in scores.items() if name != "id"}
     rows = [about | {"ood": name} | metrics for name, metrics in of_set.items()]
     if len(rows) > 1:

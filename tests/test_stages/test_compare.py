@@ -32,13 +32,14 @@ def mine():
 
 
 def test_scores_are_those_of_the_fitted_objects(mine):
-    scores = ["knn", "mahalanobis", "energy", "vim", "react", "knn+energy"]
-    found = compare_scores(**mine, scores=scores, params={"knn": {"k": 3}})
+    scores = {name: {} for name in ("knn", "mahalanobis", "energy", "vim", "react")} | {"knn": {"k": 3}}
+    found = compare_scores(**mine, scores=scores | {"knn+energy": {"knn": {"k": 3}}})
+    assert {row["score"]: row["params"] for row in found.rows}["knn+energy"]["knn"] == {"k": 3}
     head = LinearHead(*mine["head"])
     train, test, held_out = (ScoreInputs(**mine[name], head=head) for name in ("train", "test", "held_out"))
     near = ScoreInputs(features=mine["ood"]["near"], head=head)
-    for name in scores[:-1]:
-        scorer = get_scorer(name, **({"k": 3} if name == "knn" else {})).fit(train, held_out)
+    for name, settings in scores.items():
+        scorer = get_scorer(name, **settings).fit(train, held_out)
         np.testing.assert_array_equal(found.scores[name]["id"], scorer.score(test))
         np.testing.assert_array_equal(found.scores[name]["near"], scorer.score(near))
     energy = energy_score(head.logits(mine["test"]["features"]))
@@ -48,6 +49,14 @@ def test_scores_are_those_of_the_fitted_objects(mine):
     scales = [Standardiser.fit(part) for part in parts[0]]
     total = sum(scale.apply(part) for scale, part in zip(scales, parts[1], strict=True))
     np.testing.assert_allclose(found.scores["knn+energy"]["id"], total, rtol=1e-5, atol=1e-6)
+
+
+def test_one_score_may_be_asked_for_with_two_settings(mine):
+    found = compare_scores(**mine, scores={"knn": {"k": 1}, "knn+energy": {"knn": {"k": 9}}})
+    assert {row["score"]: row["params"] for row in found.rows} == {
+        "knn": {"k": 1},
+        "knn+energy": {"knn": {"k": 9}, "energy": {"temperature": 1.0}},
+    }
 
 
 def test_rows_are_the_metrics_of_the_scores(mine):
@@ -89,8 +98,8 @@ def test_every_score_of_features_and_logits_runs(mine):
         ({"ood": {}}, "compare_scores needs an OOD set to tell ID rows from, none given"),
         ({"ood": {"id": np.ones((2, 12))}}, "an OOD set is called 'id', a word of the result's own"),
         ({"scores": ["knnn"]}, "no score is called 'knnn'; did you mean 'knn'"),
-        ({"params": {"knn": {"q": 1}}}, r"knn\.q: unknown setting"),
-        ({"params": {"energy": {"temperature": 1.0}}}, r"params\.energy: no score that is asked for has this name"),
+        ({"scores": {"knn": {"q": 1}}}, r"knn\.q: unknown setting"),
+        ({"scores": {"knn+msp": {"energy": {"temperature": 1.0}}}}, r"knn\+msp: .*'energy'"),
         ({"scores": ["knn+energy"], "held_out": None}, r"knn\+energy: a sum is standardised on held-out ID rows: give"),
         ({"scores": ["energy"], "head": None}, "energy needs logits, which these rows do not have"),
         (
@@ -124,7 +133,6 @@ def test_every_score_of_features_and_logits_runs(mine):
             {"test": {"features": np.ones((1, 12)), "labels": ["a"]}},
             "test: labels are names, those of train are not: give",
         ),
-        ({"class_names": ["a", "b"]}, "class_names has 2 names for 3 classes"),
         ({"head": np.ones((3, 12))}, "head is a ndarray, must be a pair: weight"),
         ({"head": (np.ones((3, 12)), np.ones(4))}, r"head has weight \[3, 12\] and bias \[4\], must be \[C, D\] and"),
     ],
@@ -145,7 +153,8 @@ def test_labels_may_be_names(mine):
     scores = ["mahalanobis", "ssd", "kl-matching"]
     numbers = compare_scores(**mine, scores=scores)
     of_id = {name: named(mine[name]) for name in ("train", "held_out", "test")}
-    names = compare_scores(**mine | of_id, scores=scores, class_names=NAMES)
+    knowing = mine | of_id | {"train": of_id["train"] | {"class_names": NAMES}}
+    names = compare_scores(**knowing, scores=scores)
     for score in scores:
         for part, values in numbers.scores[score].items():
             np.testing.assert_array_equal(names.scores[score][part], values)
@@ -153,11 +162,13 @@ def test_labels_may_be_names(mine):
     np.testing.assert_allclose(alone.scores["mahalanobis"]["far"], numbers.scores["mahalanobis"]["far"], rtol=1e-4)
     with pytest.raises(InputError, match="train: labels are names: give class_names, the names of the 3 classes"):
         compare_scores(**mine | of_id)
+    with pytest.raises(InputError, match="class_names has 2 names for 3 classes"):
+        compare_scores(**mine | {"train": mine["train"] | {"class_names": ["a", "b"]}})
     wrong = of_id["test"] | {"labels": ["Dog"] * 90}
     with pytest.raises(
         InputError, match=r"test: labels that train or class_names do not have: 'Dog' \(train has 'dog', "
     ):
-        compare_scores(**mine | of_id | {"test": wrong}, class_names=NAMES)
+        compare_scores(**knowing | {"test": wrong})
 
 
 @pytest.mark.parametrize("as_rows", [lambda x: x, lambda x: {"features": x}, lambda x: ScoreInputs(features=x)])
