@@ -18,27 +18,28 @@ from stages.inputs.images.names import listed
 from stages.scorers.neighbours.bank import FeatureBank
 
 NEIGHBOURS = 5
-MOST_ROWS = 10_000  # drawn where there are more: the figure is then good to half a per cent
+MOST_ROWS = 10_000  # the figure is then good to half a per cent
 SAME_SHARE = 1 / 3
 # A third of three images is one, which says nothing, and a small folder may well hold a picture two or three times; ten
 # equal rows that are a third of all are no accident. Weights that say nothing are told from ten images on.
 LEAST_SAME = 10
 
 
-def check_features(cache: FeatureCache, by_class: bool) -> list[str]:
+def check_features(cache: FeatureCache, by_class: bool, most_rows: int = MOST_ROWS) -> list[str]:
     """Look at the class embeddings of a cache.
 
     Args:
         cache: sealed; labels need not be known.
         by_class: whether its labels are classes that features must tell apart, as those of id-train.
+        most_rows: drawn where there are more.
 
     Returns:
         With `by_class` and at least two classes, a line with the leave-one-out 5-NN accuracy of ``cls`` beside chance
         (the share of the largest class); and a line that begins with "warning:" for each thing that looks wrong.
     """
     rows = np.arange(cache.n_rows)
-    if len(rows) > MOST_ROWS:
-        rows = np.sort(np.random.default_rng(0).choice(rows, MOST_ROWS, replace=False))
+    if len(rows) > most_rows:
+        rows = np.sort(np.random.default_rng(0).choice(rows, most_rows, replace=False))
     features, name, lines = cache.read("cls", rows), cache.manifest.dataset, list[str]()
     same = _most_identical(features)
     if same >= max(LEAST_SAME, SAME_SHARE * len(rows)):

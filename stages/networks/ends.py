@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from stages.networks.surgery import Cut, children_before, without
 from stages.networks.tokens import Tokens, square_grid
 
+_EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token")  # parameters of a transformer before its blocks
+
 
 class TransformerEnd(nn.Module):
     """The last blocks of a transformer with its final norm and pooling: tap tokens to ``cls [B, D]``."""
@@ -26,7 +28,7 @@ class TransformerEnd(nn.Module):
             self.register_buffer(f"block_{name}", block_kwargs[name].cpu().clone(), persistent=False)
         tail: Any = without(model, children_before(model, "blocks"))
         tail.blocks = tail.blocks[-blocks:]
-        for parameter in ("pos_embed", "cls_token", "reg_token", "dist_token"):
+        for parameter in _EMBEDDINGS:
             if getattr(tail, parameter, None) is not None:
                 setattr(tail, parameter, None)
         self.tail = tail

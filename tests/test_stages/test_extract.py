@@ -407,7 +407,7 @@ def test_a_worker_with_other_weights_is_refused(images, backbone, tmp_path):
     def elsewhere(fn, tasks):
         return (fn(replace(task, spec=replace(task.spec, weights_sha="0a1b"))) for task in tasks)
 
-    with pytest.raises(StageError, match="a worker reads other weights than this process under embedded"):
+    with pytest.raises(StageError, match=r"other weights .* embedded"):
         extract(images, tmp_path, backbone, mapper=elsewhere)
 
 

@@ -8,7 +8,6 @@ from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from cache import CacheBuilder, InputSet, InputTable, commit_shard, plan_shards, sha256
-from stages import sanity
 from stages.inputs.images import list_images
 from stages.sanity import check_features, find_same_bytes, leave_one_out_accuracy, same_bytes_notes
 from tests.test_cache.toy import make_spec
@@ -84,11 +83,10 @@ def test_a_third_of_a_few_images_says_nothing(tmp_path, copies, others, told):
     ] * told
 
 
-def test_of_many_rows_some_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(sanity, "MOST_ROWS", 100)
+def test_of_many_rows_some_are_drawn(tmp_path):
     labels = np.arange(300) % 3
     features = np.eye(6)[labels] + np.arange(300)[:, None] * 1e-3
-    (line,) = check_features(sealed(tmp_path / "pets", features, labels), by_class=True)
+    (line,) = check_features(sealed(tmp_path / "pets", features, labels), by_class=True, most_rows=100)
     assert "100.0 % on 100 of 300 rows" in line
 
 

@@ -108,27 +108,27 @@ def test_identity_is_of_the_bytes_the_names_and_the_rows(caches, data):
 
 
 def test_rows_without_a_label_are_refused(cache_of):
-    with pytest.raises(InputError, match=r"2 of 4 images \(the first: '0001.png'\) have no label: give a folder"):
+    with pytest.raises(InputError, match=r"2 of 4 images .*'0001\.png'.* no label"):
         id_data(cache_of("train", [0, -1, 1, -1], ("ant", "bee")), None, 0.2)
 
 
 def test_one_class_is_refused(cache_of):
-    with pytest.raises(InputError, match="'train' has 1 class with images: at least 2 are needed"):
+    with pytest.raises(InputError, match="'train' has 1 class"):
         id_data(cache_of("train", [1] * 9, ("ant", "bee")), None, 0.2)
 
 
 def test_class_of_one_image_is_refused_by_name(cache_of):
-    with pytest.raises(InputError, match=r"class 'cat' has 1 image\(s\), too few to hold some out \(1 such class"):
+    with pytest.raises(InputError, match=r"class 'cat' has 1 image\(s\).*\(1 such class"):
         id_data(cache_of("train", [0, 1] * 20 + [2], ("ant", "bee", "cat")), None, 0.2)
 
 
 def test_labels_that_id_train_does_not_have_are_refused(cache_of):
     with pytest.raises(
         InputError,
-        match=r"'test': 1 of 3 images \(the first: '0001.png'\) have classes that id-train does not have: 'newt'",
+        match=r"'test': 1 of 3 images .*'0001\.png'.*: 'newt'",
     ):
         labels_in(cache_of("test", [0, 1, 0], ("ant", "newt")), ("ant", "bee"))
-    with pytest.raises(InputError, match=r"'flat': 2 of 2 images \(the first: '0000.png'\) have no label"):
+    with pytest.raises(InputError, match=r"'flat': 2 of 2 images .*'0000\.png'.* no label"):
         labels_in(cache_of("flat", [-1, -1], ()), ("ant", "bee"))
 
 

@@ -254,7 +254,7 @@ def test_pickled_objects_are_never_loaded(tmp_path):
     torch.save({"cls": torch.ones(2, 2), "more": Bomb()}, tmp_path / "f.pt")
     torch.save({"cls": np.ones((2, 2))}, tmp_path / "g.pt")
     for path in tmp_path.iterdir():
-        with pytest.raises(InputError, match="holds pickled Python objects, which may run code and are never loaded"):
+        with pytest.raises(InputError, match="holds pickled Python objects"):
             list_arrays(str(path))
 
 
@@ -266,7 +266,7 @@ def test_files_that_are_none(rows, tmp_path):
     with pytest.raises(InputError, match=r"no\.npz': no such file"):
         list_arrays(str(tmp_path / "no.npz"))
     (tmp_path / "f.txt").touch()
-    with pytest.raises(InputError, match=r"f\.txt: not a file of features; give one that ends in \.npz, \.npy, "):
+    with pytest.raises(InputError, match=r"f\.txt: .* \.npz, \.npy, "):
         list_arrays(str(tmp_path / "f.txt"))
 
 
@@ -293,7 +293,7 @@ def test_lists_of_different_lengths_in_parquet(tmp_path):
     with pytest.raises(InputError, match=r"f\.parquet: cls has empty values in rows 0 to 1"):
         imported(list_arrays(str(path)), tmp_path)
     pq.write_table(pa.table({"cls": pa.array([["a"]])}), path)
-    with pytest.raises(InputError, match=r"f\.parquet: cls is string, must be a list of float16, float32 or float64"):
+    with pytest.raises(InputError, match=r"f\.parquet: cls is string, .* float16, float32 or float64"):
         list_arrays(str(path))
 
 

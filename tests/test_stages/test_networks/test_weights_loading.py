@@ -50,7 +50,7 @@ def test_embedded_weights_are_those_trained_on_imagenet():
 
 
 def test_embedded_weights_exist_for_one_model_only():
-    with pytest.raises(InputError, match='"embedded" weights exist for tf_efficientnet_lite0 only, not for resnet18'):
+    with pytest.raises(InputError, match=r'backbone\.weights: "embedded" .*tf_efficientnet_lite0 .*resnet18'):
         build_model(BackboneConfig(name="resnet18", weights="embedded"))
 
 
@@ -122,13 +122,13 @@ class Malicious:
 @pytest.mark.parametrize("writer", [torch.save, lambda it, path: path.write_bytes(pickle.dumps(it))])
 def test_pth_file_with_code_is_refused_and_never_run(tmp_path, wrap, writer):
     writer(wrap(Malicious(tmp_path / "harm")), tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"weights\.pth does not hold .*: convert it to \.safetensors"):
+    with pytest.raises(InputError, match=r"weights\.pth .* \.safetensors"):
         build_model(BackboneConfig(name="test_resnet", weights=str(tmp_path / "weights.pth")))
     assert not (tmp_path / "harm").exists()
 
 
 def test_missing_file_says_what_may_be_given(tmp_path):
-    with pytest.raises(InputError, match=r'no file .*/gone.pth: give "hub", "embedded" or a .safetensors or .pth file'):
+    with pytest.raises(InputError, match=r'backbone\.weights: .*/gone\.pth: give "hub", "embedded"'):
         build_model(BackboneConfig(name="test_resnet", weights=str(tmp_path / "gone.pth")))
 
 
@@ -146,24 +146,24 @@ def test_unreachable_hub_says_how_to_go_on(name):
 
 @pytest.mark.usefixtures("hub_unreachable")
 def test_model_without_published_weights_is_said_so():
-    with pytest.raises(InputError, match="the hub has no weights for test_vit4: give a local file"):
+    with pytest.raises(InputError, match=r"backbone\.weights: .* test_vit4"):
         load_backbone(BackboneConfig(name="test_vit4", weights="hub"))
 
 
 def test_unknown_model_names_its_neighbours():
-    with pytest.raises(InputError, match="no model 'small_patch14_dinov2': did you mean vit_small_patch14_dinov2"):
+    with pytest.raises(InputError, match=r"backbone\.name: .* 'small_patch14_dinov2': .* vit_small_patch14_dinov2"):
         build_architecture(BackboneConfig(name="small_patch14_dinov2"))
-    with pytest.raises(InputError, match=r"timm has no model 'dinosaur': see timm\.list_models"):
+    with pytest.raises(InputError, match=r"backbone\.name: .* 'dinosaur': .*timm\.list_models"):
         build_architecture(BackboneConfig(name="dinosaur"))
 
 
 @pytest.mark.parametrize("build", [build_architecture, load_backbone])
 def test_unknown_pretrained_tag_names_the_known(build):
-    with pytest.raises(InputError, match=r"no weights 'resnet10t.nobodys': did you mean resnet10t.c3_in1k"):
+    with pytest.raises(InputError, match=r"backbone\.name: .* 'resnet10t\.nobodys': .* resnet10t\.c3_in1k"):
         build(BackboneConfig(name="resnet10t.nobodys"))
 
 
 def test_image_size_off_the_patch_grid_names_the_next_sizes(tmp_path):
     config = stored(tmp_path / "model.safetensors", DINOV2, **SMALL)
-    with pytest.raises(InputError, match=r"60 is no multiple of the patch size 14 of .*: give 56 or 70"):
+    with pytest.raises(InputError, match=r"backbone\.image_size: 60 .* 14 .* 56 or 70"):
         build_model(config.model_copy(update={"image_size": 60}), **SMALL)
