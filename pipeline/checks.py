@@ -27,8 +27,7 @@ from stages.networks.backbone import Backbone, build_architecture
 from stages.networks.weights.loading import check_source
 from stages.scorers import get_scorer, needs_of
 from stages.scorers.features.gmm import GMMScorer
-from stages.train import resolve_settings
-from stages.training.recipes import resolve_recipe
+from stages.training.recipes import resolve_recipe, resolve_settings
 from stages.training.tensorboard import require_tensorboard
 
 _Network = Callable[[], Backbone]  # the backbone, with weights or without

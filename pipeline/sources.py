@@ -46,7 +46,7 @@ def _source(
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed)) for variant, seed in mixtures
     ]
-    probe = train_probe(data, backbone.probe_folder)
+    probe = train_probe(data, backbone.probe_folder, workspace.context())
     documents = [backbone.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]
     documents += [] if backbone.seed is None else [backbone.finetune_folder / "finetune.json"]
     config = workspace.config

@@ -155,7 +155,7 @@ class Study:
 
     def training_cost(self, variant: str) -> float:
         """What a mixture takes to train, in tokens that its epochs read; the caches must be there."""
-        from stages.train import resolve_settings
+        from stages.training.recipes import resolve_settings
 
         data = self.workspace.pretrained.id_data()
         height, width = data.train.spec.grid

@@ -19,8 +19,8 @@ from stages.files.documents import read_document
 from stages.finetune import finetune_identity, finetune_is_fresh
 from stages.id_data.rows import IdData
 from stages.progress import NullProgress, Progress
-from stages.train import joint_identity, mixture_identity, mixture_is_fresh, resolve_settings
-from stages.training.objectives import MixturePlan
+from stages.train import joint_identity, mixture_identity, mixture_is_fresh
+from stages.training.recipes import MixturePlan, resolve_settings
 
 _SECONDS_TO_READ = 1 << 30  # bytes: what is less is read before anybody wonders
 

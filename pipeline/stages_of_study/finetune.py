@@ -1,6 +1,7 @@
 """Stage two, the other half: one fine-tuned backbone, with `joint` together with experts."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -12,7 +13,7 @@ from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.files.documents import read_document
-from stages.finetune import finetune
+from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import IdData
 
 
@@ -72,14 +73,11 @@ class Finetune(Stage):
         (train,), val = config.sets_of("id-train"), config.sets_of("id-val")
         done = finetune(
             self.workspace.pretrained.start,
-            self._data,
-            sets.table(train),
-            sets.table(val[0] if val else train),
+            TuningImages(self._data, sets.table(train), sets.table(val[0] if val else train)),
             config.finetune,
             backbone.seed,
             backbone.finetune_folder,
-            backbone.device,
-            context.progress,
+            replace(context, device=backbone.device),
             self.workspace.joint_plan(self._data),
         )
         about: dict[str, Any] = read_document(backbone.finetune_folder / "finetune.json") or {}

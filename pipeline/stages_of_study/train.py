@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -70,7 +71,7 @@ class Train(Stage):
 
     def run(self, context: Context) -> Done:
         """Fit what is not fresh."""
-        probe = train_probe(self._data, self.backbone.probe_folder)
+        probe = train_probe(self._data, self.backbone.probe_folder, context)
         lines: Lines = [f"{self.name}: probe with strength {probe.strength:g} ({self._data.split.rule})"]
         lines += [f"{self.name}: {note}" for note in probe.notes("probe")]
         fresh = True
@@ -88,14 +89,13 @@ class Train(Stage):
     def _train_mixture(self, variant: str, seed: int, context: Context) -> bool:
         """Train and finish one mixture, or only finish that which was trained together with the backbone."""
         backbone, folder = self.backbone, self.backbone.mixture_folder(variant, seed)
+        context = replace(context, device=backbone.device)
         if variant == JOINT:
             return finish_joint(
-                self._data, backbone.finetune_folder, lambda: backbone.architecture.end(), folder, context.progress
+                self._data, backbone.finetune_folder, lambda: backbone.architecture.end(), folder, context
             )
         config = self.workspace.config.variant_configs()[variant]
-        return train_mofe(
-            self._data, config, lambda: backbone.loaded.end(), seed, folder, context.progress, backbone.device
-        )
+        return train_mofe(self._data, config, lambda: backbone.loaded.end(), seed, folder, context)
 
     def _line(self, variant: str, seed: int, done: bool) -> str:
         folder = self.backbone.mixture_folder(variant, seed)

@@ -4,7 +4,8 @@
 α → 0 leaves λ at 0 or 1 (no mixing), α = 1 is uniform, a larger α moves λ towards ½.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ def class_alpha(
 
 def running_accuracy(
     previous: NDArray[np.float64] | None,
-    correct: NDArray[np.integer],
+    correct: NDArray[np.number],
     count: NDArray[np.integer],
     momentum: float = 0.7,
 ) -> NDArray[np.float64]:
@@ -56,6 +57,45 @@ def running_accuracy(
     """
     now = (correct + 1) / (count + 2)
     return now if previous is None else momentum * previous + (1 - momentum) * now
+
+
+class Strength(Protocol):
+    """How strongly rows may be mixed, as settings of a training have it."""
+
+    @property
+    def alpha_min(self) -> float:
+        """α of the easiest class."""
+
+    @property
+    def alpha_max(self) -> float:
+        """α of the hardest."""
+
+    @property
+    def alpha_power(self) -> float:
+        """p: above 1 the hardest classes alone are mixed more."""
+
+
+def next_alpha(history: Sequence[Mapping[str, Any]], n_classes: int, strength: Strength) -> NDArray[np.float64]:
+    """α per class ``[C]`` of the epoch after those of a history, by its last ``accuracy``; α_min before the first."""
+    known = np.asarray(history[-1]["accuracy"]) if history else np.zeros(n_classes)
+    return class_alpha(known, strength.alpha_min, strength.alpha_max, strength.alpha_power)
+
+
+def next_accuracy(
+    history: Sequence[Mapping[str, Any]], correct: NDArray[np.number], count: NDArray[np.integer]
+) -> list[float]:
+    """Running accuracy per class ``[C]`` after one more epoch: the ``accuracy`` of its record.
+
+    Rounded as the record has it: a resumed run reads it there, and must go on with the same numbers.
+
+    Args:
+        history: records of the epochs before.
+        correct: ``[C]`` held-out rows of each class that were classified right.
+        count: ``[C]`` of all.
+    """
+    before = np.asarray(history[-1]["accuracy"]) if history else None
+    accuracy: list[float] = np.round(running_accuracy(before, correct, count), 6).tolist()
+    return accuracy
 
 
 def mixing_weight(alpha: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.float64]:

@@ -40,19 +40,18 @@ def load_checkpoint(path: Path, device: str = "cpu", say: Callable[[str], None] 
     return None
 
 
-_TRAIN_PER_STORE = 30  # seconds of training for each second of storing a checkpoint
-_MOST_LOST = 60  # seconds of training after which an epoch that goes on is stored as well
-
-
 class Checkpoints:
     """Stores where a training is in one file, so seldom that this takes at most a few per cent of its time.
 
-    Attributes:
+    Args:
         path: the file; its folder is made.
+        train_per_store: seconds of training for each second of storing a checkpoint.
+        most_lost: seconds of training after which an epoch that goes on is stored as well.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, train_per_store: float = 30, most_lost: float = 60) -> None:
         self.path = path
+        self._train_per_store, self._most_lost = train_per_store, most_lost
         self._prepared: io.BytesIO | None = None
         self._taken = 0.0  # seconds, for what is prepared
         self._stored = time.monotonic()
@@ -66,7 +65,7 @@ class Checkpoints:
     @property
     def overdue(self) -> bool:
         """Whether a kill would lose so much that the end of the epoch should not be waited for."""
-        return self.due and time.monotonic() >= self._stored + _MOST_LOST
+        return self.due and time.monotonic() >= self._stored + self._most_lost
 
     def save(self, state: dict[str, Any]) -> None:
         """Store a state of tensors and plain values in place of the one before."""
@@ -90,4 +89,4 @@ class Checkpoints:
         write_file(self.path, self._prepared.getbuffer())
         self._prepared = None
         self._stored = time.monotonic()
-        self._next = self._stored + _TRAIN_PER_STORE * (self._taken + self._stored - started)
+        self._next = self._stored + self._train_per_store * (self._taken + self._stored - started)

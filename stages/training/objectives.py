@@ -13,7 +13,6 @@ In a joint run experts and router alone teach the n blocks before the tap; the b
 detached tokens, so that what is cached of it, ``cls`` and its head, belongs to the blocks as they have become.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,10 +22,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.config import RouterInput
 from stages.id_data.rows import Labels
 from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.networks.backbone import Backbone
+from stages.training.optim import is_of_end, parameters_by_rate
+from stages.training.recipes import MixturePlan
 
 
 class Mixed(NamedTuple):
@@ -121,27 +121,6 @@ class LinearObjective(nn.Module):
         return []
 
 
-@dataclass(frozen=True)
-class MixturePlan:
-    """A mixture that is to be trained together with the blocks before it.
-
-    Attributes:
-        experts, grouping: how classes are grouped, by the features to start from.
-        router_input: what the router reads.
-        lr, head_lr, router_lr: of the experts' ends, their heads, and the router.
-        label_smoothing, other_weight: as in stage two on cached features.
-    """
-
-    experts: int
-    grouping: str
-    router_input: RouterInput
-    lr: float
-    head_lr: float
-    router_lr: float
-    label_smoothing: float
-    other_weight: float
-
-
 class JointObjective(nn.Module):
     """The loss of the mixture of feature experts from images, and that of the backbone's own head beside it.
 
@@ -216,26 +195,15 @@ class JointObjective(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The backbone's classifier, the experts' heads and the router."""
-        heads = [p for name, p in self.mixture.named_parameters() if not _is_of_end(name)]
+        heads = [p for name, p in self.mixture.named_parameters() if not is_of_end(name)]
         return [*self.model.get_classifier().parameters(), *heads]
 
     def parameter_groups(self, weight_decay: float, lr: float) -> list[dict[str, Any]]:
         """Ends, heads and router by their learning rates; biases and norms without weight decay."""
-        found: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.mixture.named_parameters():
-            own = self._plan.router_lr if name.startswith("router.") else self._plan.head_lr
-            if _is_of_end(name):
-                own = self._plan.lr
-            found.setdefault((own / lr, parameter.ndim > 1), []).append(parameter)
         return [
-            {"params": parameters, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0}
-            for (scale, decays), parameters in found.items()
+            {"params": parameters, "lr_scale": own / lr, "weight_decay": weight_decay if decays else 0.0}
+            for (own, decays), parameters in parameters_by_rate(self.mixture, self._plan).items()
         ]
-
-
-def _is_of_end(name: str) -> bool:
-    """Whether a parameter of the mixture belongs to an expert's end, and not to a head or the router."""
-    return ".end." in name
 
 
 def smooth(targets: Tensor, smoothing: float) -> Tensor:

@@ -27,8 +27,9 @@ from torch import nn
 import pipeline.__main__  # noqa: F401  the process is set up as the command line sets it up
 from cache import FeatureCache
 from stages.config import BackboneConfig, FinetuneConfig
+from stages.context import Context
 from stages.extract import extract_set
-from stages.finetune import finetune
+from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import IdData, id_data
 from stages.inputs.images import list_images
 from stages.networks.backbone import build_architecture, load_backbone
@@ -171,7 +172,7 @@ def tune(subject: Subject, folder: Path, batches: int, progress: NullProgress, *
     data, images = subject.data(folder, batches), list_images(str(folder / "train.csv"))
     config = FinetuneConfig(batch_size=subject.batch, preset="small").model_copy(update=settings)
     with tempfile.TemporaryDirectory() as result:
-        finetune(subject.config(folder), data, images, images, config, 0, Path(result), progress=progress)
+        finetune(subject.config(folder), TuningImages(data, images, images), config, 0, Path(result), Context(progress))
 
 
 def peak(number: int, folder: Path, how: str) -> float:

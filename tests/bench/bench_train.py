@@ -12,7 +12,7 @@ Ours and the limit in turn; medians. Nothing here is a test.
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from stages.inputs.images import list_images
 from stages.mixture.config import MixtureConfig
 from stages.mixture.model import build_mixture
 from stages.networks.backbone import Backbone, build_architecture, load_backbone
-from stages.train import resolve_settings, train_mixture
+from stages.train import start_mixture, train_mixture
+from stages.training.checkpoint import Checkpoints
+from stages.training.recipes import resolve_settings
 from tests.bench.timing import RUNS, in_turn, rates, row
 
 LITE0 = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=224)
@@ -67,8 +69,8 @@ class Subject:
                 end.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].cls)))
             return end
 
-        one = self.data.split.select[:1]  # judging takes no time
-        train_mixture(self.data, self.rows, one, self.groups(experts), settings, make_end, 0, path)
+        mixture = start_mixture(self.data, self.rows, self.groups(experts), settings, make_end, 0)
+        train_mixture(mixture, self.data, self.rows, settings, 0, Checkpoints(path))
 
     def tidy(self) -> None:
         """Remove what `train` left."""
@@ -114,7 +116,8 @@ def cached(name: str, backbone: Backbone, n_rows: int, scratch: Path) -> Subject
     cache = extract_set("bench", images, backbone.feature_spec("float16", "full"), scratch, lambda: backbone)
     data = id_data(cache, None, 0.2)
     rows = np.random.default_rng(0).permutation(data.split.final_train)[:n_rows]
-    return Subject(name, backbone, data, np.sort(rows), scratch)
+    folds = tuple(replace(fold, select=fold.select[:1]) for fold in data.split.folds)  # judging takes no time
+    return Subject(name, backbone, replace(data, split=replace(data.split, folds=folds)), np.sort(rows), scratch)
 
 
 def epochs(subject: Subject, experts: int) -> tuple[float, float]:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from stages.config import TrainConfig
-from stages.context import Ranks
+from stages.context import Context, Ranks
 from stages.files.tensors import read_tensors
 from stages.progress import NullProgress
-from stages.train import resolve_settings, train_mixture, train_mofe
+from stages.train import start_mixture, train_mixture, train_mofe
 from stages.training import distributed
+from stages.training.checkpoint import Checkpoints
+from stages.training.recipes import resolve_settings
 
 
 def _as_rank(rank, world, port, results, work):
@@ -66,13 +68,14 @@ def weights(trained) -> dict[str, np.ndarray]:
 def fit(data, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
 
-    def fit(name, **settings):
+    def fit(name, ranks=Ranks(), **settings):
         fold = data.split.folds[0]
         chosen = resolve_settings(TrainConfig(experts=2, **{"epochs": 2} | settings), 4)
         rows = fold.train[: 8 * settings["batch_size"]] if "batch_size" in settings else fold.train
         groups = [0] * 4 if chosen.expert == "dense" else (0, 0, 1, 1)
-        checkpoint = folder / f"{name}.checkpoint"
-        return train_mixture(data, rows, fold.select, groups, chosen, backbone.end, 0, checkpoint)
+        mixture = start_mixture(data, rows, groups, chosen, backbone.end, 0)
+        checkpoints = Checkpoints(folder / f"{name}.checkpoint")
+        return train_mixture(mixture, data, rows, chosen, 0, checkpoints, Context(ranks=ranks))
 
     return fit
 
@@ -123,7 +126,7 @@ def test_two_processes_train_what_one_trains(name, settings, fit):
     alone = fit(f"{name}-alone", **settings)
 
     def work(ranks):
-        trained = fit(name, **settings)
+        trained = fit(name, ranks, **settings)
         return weights(trained), trained.history, trained.best_epoch
 
     (first, history, best_epoch), (second, other_history, _) = together(work)
@@ -147,18 +150,17 @@ def test_stopped_together_they_go_on_together_or_alone(fit, data, backbone, tmp_
             if fields.get("epoch") == 1:
                 os._exit(9)  # rank 0 dies in its second epoch, and the other, left alone, with it
 
-    def run(progress=None):
-        fold, chosen = data.split.folds[0], resolve_settings(TrainConfig(experts=2, epochs=2), 4)
-        checkpoint = tmp_path / "mine.checkpoint"
-        groups = (0, 0, 1, 1)
-        return train_mixture(data, fold.train, fold.select, groups, chosen, backbone.end, 0, checkpoint, progress)
+    def run(context=Context()):
+        rows, chosen = data.split.folds[0].train, resolve_settings(TrainConfig(experts=2, epochs=2), 4)
+        mixture = start_mixture(data, rows, (0, 0, 1, 1), chosen, backbone.end, 0)
+        return train_mixture(mixture, data, rows, chosen, 0, Checkpoints(tmp_path / "mine.checkpoint"), context)
 
-    processes, _ = start(lambda _: run(Stops()))
+    processes, _ = start(lambda ranks: run(Context(Stops(), ranks=ranks)))
     for process in processes:
         process.join(timeout=60)
         process.kill()
     assert processes[0].exitcode == 9
-    for resumed in (*together(lambda _: weights(run())), weights(run())):
+    for resumed in (*together(lambda ranks: weights(run(Context(ranks=ranks)))), weights(run())):
         for key, expected in whole.items():
             np.testing.assert_allclose(resumed[key], expected, atol=1e-4)
 
@@ -168,7 +170,8 @@ def test_one_folder_is_written_by_one_of_them(data, backbone, tmp_path):
     config = TrainConfig(experts=2, epochs=1, expert="adapter")
 
     def work(ranks):
-        return [train_mofe(data, config, backbone.end, seed=0, folder=tmp_path / "two") for _ in range(2)]
+        context = Context(ranks=ranks)
+        return [train_mofe(data, config, backbone.end, 0, tmp_path / "two", context) for _ in range(2)]
 
     assert together(work) == [[True, False]] * 2
     assert train_mofe(data, config, backbone.end, seed=0, folder=tmp_path / "one")
@@ -187,7 +190,7 @@ def test_all_of_them_refuse_what_one_would(fit):
 
     def work(ranks):
         try:
-            fit("refused", epochs=1, lr=1e30)
+            fit("refused", ranks, epochs=1, lr=1e30)
         except Exception as error:
             return [str(error)]
         return []

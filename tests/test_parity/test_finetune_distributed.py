@@ -1,12 +1,15 @@
 """Two processes that fine-tune one backbone have the loss curve of one alone: real ones, joined by Gloo."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stages.training import checkpoint as checkpoint_module
+from stages import finetune as finetune_module
+from stages.context import Context
+from stages.training.checkpoint import Checkpoints
 from tests.test_parity.test_distributed import together
 from tests.test_stages.small_vit import metrics, tune
 
@@ -27,7 +30,10 @@ EVERYTHING = {
 )
 def test_two_processes_have_the_loss_curve_of_one(vit, vit_data, few_images, tmp_path, settings):
     def work(ranks):
-        return [tune(vit, vit_data, few_images, tmp_path / "two", **settings) for _ in range(2)]
+        return [
+            tune(vit, vit_data, few_images, tmp_path / "two", context=Context(ranks=ranks), **settings)
+            for _ in range(2)
+        ]
 
     assert together(work) == [[True, False]] * 2  # both train, one writes, and then it is fresh for both
     assert tune(vit, vit_data, few_images, tmp_path / "one", **settings)
@@ -46,14 +52,16 @@ def test_two_processes_have_the_loss_curve_of_one(vit, vit_data, few_images, tmp
 @pytest.mark.parametrize("most_lost", [60, 0], ids=["stored at the end", "stored at every step"])
 def test_both_refuse_what_one_cannot_load(vit, vit_data, few_images, tmp_path, monkeypatch, most_lost):
     """The one that finds it must not leave the other waiting for its gradients, nor the one that stores."""
-    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", most_lost)
-    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    stored = partial(Checkpoints, train_per_store=0, most_lost=most_lost)
+    monkeypatch.setattr(finetune_module, "Checkpoints", stored)
     contents = list(few_images.contents)
     contents[int(vit_data.split.folds[0].train[0])] = b"no image"
 
+    images = replace(few_images, contents=tuple(contents))
+
     def work(ranks):
         try:
-            tune(vit, vit_data, replace(few_images, contents=tuple(contents)), tmp_path)
+            tune(vit, vit_data, images, tmp_path, context=Context(ranks=ranks))
         except Exception as error:
             return [type(error).__name__, str(error)]
         return []

@@ -32,7 +32,7 @@ from stages.mixture.mixup import class_alpha
 from stages.progress import NullProgress
 from stages.results.method import ROUTINGS
 from stages.results.table import Evaluator, read_summary, summarise, write_table
-from stages.train import EpochRecord
+from stages.training.cached import EpochRecord
 from tests.conftest import SOURCES
 from tests.test_pipeline.browser import CHROMIUM, opened
 from tests.test_pipeline.command import done, refused, settings

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from stages.config import BackboneConfig
+from stages.context import Context
 from stages.progress import NullProgress
 from tests.conftest import first_of_each_class
 from tests.test_stages.small_vit import NAME, cached, tune
@@ -27,4 +28,4 @@ if __name__ == "__main__":
     weights, caches, result = sys.argv[1:]
     config, images = BackboneConfig(name=NAME, weights=weights, image_size=32), first_of_each_class(12)
     data = cached(config, images, Path(caches))
-    tune(config, data, images, Path(result), progress=Tells(), mixup=0.8, ema=0.9, beta="dynamic", workers=1)
+    tune(config, data, images, Path(result), context=Context(Tells()), mixup=0.8, ema=0.9, beta="dynamic", workers=1)

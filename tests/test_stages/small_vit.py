@@ -7,12 +7,12 @@ from typing import Any
 from safetensors.torch import save_file
 
 from stages.config import BackboneConfig, FinetuneConfig
+from stages.context import Context
 from stages.extract import extract_set
-from stages.finetune import finetune
+from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import IdData, id_data
 from stages.inputs.images import SampleTable
 from stages.networks.backbone import load_backbone
-from stages.progress import Progress
 from tests.test_stages.drawn import create
 
 NAME = "test_vit"
@@ -48,10 +48,10 @@ def tune(
     images: SampleTable,
     folder: Path,
     seed: int = 0,
-    progress: Progress | None = None,
+    context: Context = Context(),
     mixture=None,
     **settings,
 ) -> bool:
     """Fine-tune it with the small settings and some others."""
     asked = SMALL.model_copy(update=settings)
-    return finetune(config, data, images, images, asked, seed, folder, progress=progress, mixture=mixture)
+    return finetune(config, TuningImages(data, images, images), asked, seed, folder, context, mixture)

@@ -14,15 +14,18 @@ from safetensors.torch import load_file
 
 from stages import finetune as finetune_module
 from stages.config import BackboneConfig, FinetuneConfig
+from stages.context import Context
 from stages.errors import InputError, StageError
 from stages.extract import extract_set
 from stages.files.documents import write_document
-from stages.finetune import finetune, read_finetuned_head
+from stages.finetune import TuningImages, finetune, read_finetuned_head
 from stages.id_data.rows import id_data
 from stages.inputs.images import decode_image
 from stages.networks.backbone import load_backbone
 from stages.progress import NullProgress
-from stages.training.augment import ImageSet, generators_kept, transforms
+from stages.training.augment import generators_kept, transforms
+from stages.training.images import ImageTrainer
+from stages.training.loading import ImageSet
 from stages.training.recipes import resolve_recipe
 from tests.test_stages.small_vit import metrics
 from tests.test_stages.stops import StopsIn
@@ -41,9 +44,9 @@ def small(few):
 def tune(small, few_images, tmp_path_factory):
     """Fine-tune into a new folder, or the one given."""
 
-    def tune(config=TWO, data=small, images=few_images, seed=0, folder=None, progress=None):
+    def tune(config=TWO, data=small, images=few_images, seed=0, folder=None, context=Context()):
         folder = folder or tmp_path_factory.mktemp("finetune")
-        return folder, finetune(EMBEDDED, data, images, images, config, seed, folder, progress=progress)
+        return folder, finetune(EMBEDDED, TuningImages(data, images, images), config, seed, folder, context)
 
     return tune
 
@@ -74,11 +77,11 @@ def test_it_learns(tuned):
 def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(tune, monkeypatch):
     losses, heads = iter([0.4, 0.4, 0.9]), []
 
-    def judged(tuning):
-        heads.append(tuning.objective.model.get_classifier().weight.detach().clone().numpy())
+    def judged(trainer):
+        heads.append(trainer.objective.model.get_classifier().weight.detach().clone().numpy())
         return {"select_loss": next(losses), "select_accuracy": 0.5}, np.zeros(4, dtype=int)
 
-    monkeypatch.setattr(finetune_module._Tuning, "_judge", judged)
+    monkeypatch.setattr(ImageTrainer, "judge_held_out", judged)
     folder, _ = tune(TWO.model_copy(update={"epochs": 3}))
     np.testing.assert_array_equal(read_finetuned_head(folder)[0], heads[0])
     assert not np.array_equal(heads[0], heads[1])
@@ -145,7 +148,7 @@ def test_same_seed_same_bits_other_seed_others(tune, tuned):
 
 def test_stopped_and_resumed_is_the_run_that_was_not_stopped(tune, tuned, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        tune(folder=tmp_path, progress=StopsIn(1))
+        tune(folder=tmp_path, context=Context(StopsIn(1)))
     (checkpoint,) = tmp_path.glob("*.checkpoint")
     trained = []
 
@@ -153,7 +156,7 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(tune, tuned, tmp_pa
         def advance(self, n=1, **fields):
             trained.append(fields.get("epoch"))
 
-    tune(folder=tmp_path, progress=Counts())
+    tune(folder=tmp_path, context=Context(Counts()))
     assert 0 not in trained  # the first epoch was not done again
     assert files(tmp_path) == files(tuned)
     assert not checkpoint.exists()
@@ -171,7 +174,7 @@ def test_every_augmentation_is_drawn_from_the_seed(tune, tmp_path, recipe):
     np.random.seed(7)
     torch.manual_seed(7)
     with pytest.raises(KeyboardInterrupt):
-        tune(config, folder=tmp_path, progress=StopsIn(1))
+        tune(config, folder=tmp_path, context=Context(StopsIn(1)))
     tune(config, folder=tmp_path)
     assert files(tmp_path) == files(whole)
 
@@ -203,10 +206,10 @@ def test_the_callers_random_numbers_are_left_alone(tune):
 
     seed()
     expected = drawn()
-    for progress in (None, StopsIn(0)):
+    for progress in (NullProgress(), StopsIn(0)):
         seed()
         with suppress(KeyboardInterrupt):
-            tune(TWO.model_copy(update={"epochs": 1}), progress=progress)
+            tune(TWO.model_copy(update={"epochs": 1}), context=Context(progress))
         assert drawn() == expected
 
 
@@ -238,7 +241,7 @@ def test_a_fresh_folder_is_left_alone(tune, tuned):
 
 def test_nothing_of_other_settings_is_gone_on_from(tune, tuned, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        tune(TWO.model_copy(update={"lr": 1e-5}), folder=tmp_path, progress=StopsIn(1))
+        tune(TWO.model_copy(update={"lr": 1e-5}), folder=tmp_path, context=Context(StopsIn(1)))
     write_document(tmp_path / "finetune.json", {"identity": "of other settings"})
     tune(folder=tmp_path)
     assert files(tmp_path) == files(tuned)

@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import h5py
@@ -20,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cache import FeatureCache
 from stages import train as train_module
 from stages.config import BackboneConfig, TrainConfig
+from stages.context import Context
 from stages.errors import InputError, StageError
 from stages.extract import extract_set
 from stages.files.documents import read_document, write_document
@@ -30,9 +32,12 @@ from stages.mixture.refine import load_refined, refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
-from stages.train import mixture_identity, mixture_is_fresh, resolve_settings, train_mixture, train_mofe, train_probe
-from stages.training import checkpoint as checkpoint_module
+from stages.train import mixture_identity, mixture_is_fresh, start_mixture, train_mixture, train_mofe, train_probe
+from stages.training import finish as finish_module
+from stages.training.cached import CachedTrainer
 from stages.training.checkpoint import Checkpoints
+from stages.training.optim import parameters_by_rate
+from stages.training.recipes import resolve_settings
 from tests.test_stages.drawn import create
 from tests.test_stages.stops import StopsAt, StopsIn
 
@@ -44,12 +49,16 @@ def fit(data, backbone, tmp_path_factory):
     """Train one mixture without its heads, on `data` and for two epochs unless told otherwise."""
     numbers, folder = count(), tmp_path_factory.mktemp("fit")
 
+    def new():
+        return folder / f"{next(numbers)}.checkpoint"
+
     def fit(data=data, groups=(0, 0, 1, 1), seed=0, progress=None, checkpoint=None, rows=None, **settings):
         fold = data.split.folds[0]
         rows = fold.train if rows is None else rows
         chosen = resolve_settings(TwoEpochs(**settings), data.n_classes)
-        checkpoint = checkpoint or folder / f"{next(numbers)}.checkpoint"
-        return train_mixture(data, rows, fold.select, groups, chosen, backbone.end, seed, checkpoint, progress)
+        store = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint or new())
+        mixture = start_mixture(data, rows, groups, chosen, backbone.end, seed)
+        return train_mixture(mixture, data, rows, chosen, seed, store, Context(progress or NullProgress()))
 
     return fit
 
@@ -89,15 +98,14 @@ def test_it_learns(fit, data):
 
 
 def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(fit, monkeypatch):
-    evaluate, after = train_module._Training.evaluate, []
+    judge, after = CachedTrainer.judge_held_out, []
 
-    def judged(training, select, accuracy, record):
-        running = evaluate(training, select, accuracy, record)
+    def judged(trainer, record):
+        judge(trainer, record)
         record.select_loss = [0.9, 0.4, 0.4][record.epoch]
-        after.append({name: tensor.numpy().tobytes() for name, tensor in training.average.state_dict().items()})
-        return running
+        after.append({name: tensor.numpy().tobytes() for name, tensor in trainer.judged.state_dict().items()})
 
-    monkeypatch.setattr(train_module._Training, "evaluate", judged)
+    monkeypatch.setattr(CachedTrainer, "judge_held_out", judged)
     trained = fit(epochs=3)
     assert trained.best_epoch == 1
     assert bits(trained) == after[1] != after[2]
@@ -183,26 +191,24 @@ def test_storing_checkpoints_does_not_slow_the_training(seconds, expected, fit, 
         epochs.append(len(state["history"]))
         save(store, state)
 
-    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", seconds)
-    whole = fit(epochs=4, expert="frozen")
+    whole, store = fit(epochs=4, expert="frozen"), partial(Checkpoints, tmp_path / "mine.checkpoint", seconds)
     monkeypatch.setattr(Checkpoints, "save", spied)
     with pytest.raises(KeyboardInterrupt):
-        fit(epochs=4, expert="frozen", checkpoint=tmp_path / "mine.checkpoint", progress=StopsIn(3))
+        fit(epochs=4, expert="frozen", checkpoint=store(), progress=StopsIn(3))
     assert epochs == expected[:-1]
-    assert bits(fit(epochs=4, expert="frozen", checkpoint=tmp_path / "mine.checkpoint")) == bits(whole)
+    assert bits(fit(epochs=4, expert="frozen", checkpoint=store())) == bits(whole)
     assert epochs[-1] == 4
 
 
-def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(fit, data, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)  # every epoch takes long
-    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(fit, data, tmp_path):
+    store = partial(Checkpoints, tmp_path / "mine.checkpoint", train_per_store=0, most_lost=0)  # every epoch takes long
     settings = {"batch_size": 16, "expert": "adapter"}
-    n_rows, checkpoint, whole = len(data.split.folds[0].train), tmp_path / "mine.checkpoint", fit(**settings)
+    n_rows, whole = len(data.split.folds[0].train), fit(**settings)
     for stop in (3 * n_rows // 2, 7 * n_rows // 4):  # twice in the second epoch, the second time in a resumed run
         with pytest.raises(KeyboardInterrupt):
-            fit(checkpoint=checkpoint, progress=StopsAt(stop), **settings)
+            fit(checkpoint=store(), progress=StopsAt(stop), **settings)
     counted = StopsAt(None)
-    resumed = fit(checkpoint=checkpoint, progress=counted, **settings)
+    resumed = fit(checkpoint=store(), progress=counted, **settings)
     assert counted.done == 2 * n_rows
     assert counted.learned <= n_rows // 4 + 16
     assert resumed.history == whole.history
@@ -237,7 +243,7 @@ def test_what_is_kept_is_the_moving_average_of_the_weights(fit):
     settings = resolve_settings(TrainConfig(), 4)
 
     def parameters(mixture):
-        return [p.detach().numpy() for g in train_module._parameter_groups(mixture, settings) for p in g["params"]]
+        return [p.detach().numpy() for own in parameters_by_rate(mixture, settings).values() for p in own]
 
     start = fit(epochs=1, ema=0.9, expert="adapter", lr=1e-30, head_lr=1e-30, router_lr=1e-30)
     average = [p.astype(np.float64) for p in parameters(start.mixture)]
@@ -284,14 +290,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(fit):
 
 
 def test_patience_ends_the_run_and_a_resumed_one(fit, monkeypatch, tmp_path):
-    evaluate = train_module._Training.evaluate
+    judge = CachedTrainer.judge_held_out
 
-    def judged(training, select, accuracy, record):
-        running = evaluate(training, select, accuracy, record)
+    def judged(trainer, record):
+        judge(trainer, record)
         record.select_loss = [0.9, 0.4, 0.5, 0.4, 0.1][record.epoch]
-        return running
 
-    monkeypatch.setattr(train_module._Training, "evaluate", judged)
+    monkeypatch.setattr(CachedTrainer, "judge_held_out", judged)
     checkpoint = tmp_path / "mine.checkpoint"
     for _ in range(2):
         trained = fit(epochs=5, patience=2, expert="frozen", checkpoint=checkpoint)
@@ -390,9 +395,9 @@ def few_of(few_images, tmp_path):
 
         def train_one(**settings):
             chosen = resolve_settings(config.model_copy(update=settings), 4)
-            rows, checkpoint = data.split.final_train, tmp_path / f"{backbone.config.name}-{settings}.checkpoint"
-            select = data.split.select
-            return train_mixture(data, rows, select, (0, 0, 1, 1), chosen, backbone.end, 0, checkpoint)
+            rows, path = data.split.final_train, tmp_path / f"{backbone.config.name}-{settings}.checkpoint"
+            mixture = start_mixture(data, rows, (0, 0, 1, 1), chosen, backbone.end, 0)
+            return train_mixture(mixture, data, rows, chosen, 0, Checkpoints(path))
 
         return train_one
 
@@ -634,7 +639,9 @@ def test_nothing_of_other_settings_is_gone_on_from(data, backbone, mixture, tmp_
     folder = shutil.copytree(mixture, tmp_path / "mixture")
     write_document(folder / "mofe.json", {"identity": "of other settings"})
     with pytest.raises(KeyboardInterrupt):
-        train_mofe(data, TWO.model_copy(update={"lr": 1e-4}), backbone.end, seed=0, folder=folder, progress=StopsIn(1))
+        train_mofe(
+            data, TWO.model_copy(update={"lr": 1e-4}), backbone.end, seed=0, folder=folder, context=Context(StopsIn(1))
+        )
     assert len(list(folder.glob("*.checkpoint"))) == 1
     assert train_mofe(data, TWO, backbone.end, seed=0, folder=folder)
     names = [str(path.relative_to(mixture)) for path in mixture.rglob("*") if path.is_file()]
@@ -651,7 +658,7 @@ def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, killed_in, killed)
+    monkeypatch.setattr(finish_module, killed_in, killed)
     with pytest.raises(KeyboardInterrupt):
         train_mofe(data, ONE, backbone.end, seed=1, folder=folder)
     for config, seed in ((TWO, 0), (ONE, 1)):
@@ -684,9 +691,9 @@ def test_small_classes_are_cross_fitted(few, backbone, tmp_path):
     config = TrainConfig(experts=2, epochs=2, batch_size=16)
     folder = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        train_mofe(few, config, backbone.end, seed=0, folder=folder, progress=StopsIn(1, "train fold-2"))
+        train_mofe(few, config, backbone.end, seed=0, folder=folder, context=Context(StopsIn(1, "train fold-2")))
     tasks = StopsIn(9)
-    assert train_mofe(few, config, backbone.end, seed=0, folder=folder, progress=tasks)
+    assert train_mofe(few, config, backbone.end, seed=0, folder=folder, context=Context(tasks))
     assert train_mofe(few, config, backbone.end, seed=0, folder=tmp_path / "whole")
     names = ["mofe.safetensors", "heads.safetensors", "metrics.jsonl"]
     names += [f"fold-{fold}/mofe.safetensors" for fold in range(3)]

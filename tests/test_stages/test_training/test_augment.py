@@ -12,17 +12,14 @@ from timm.data.mixup import Mixup
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.training.augment import (
-    _MIXING,
-    ImageLoader,
-    ImageSet,
+    MIXING,
     Mixer,
     generators_kept,
-    plan_epoch,
     seed_generators,
-    share_of,
     transforms,
-    worker_count,
 )
+from stages.training.batches import plan_epoch, share_of
+from stages.training.loading import ImageLoader, ImageSet, worker_count
 from stages.training.recipes import FinetuneSettings
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
@@ -85,7 +82,7 @@ def test_static_mixing_is_timms(kind):
     images, targets, originals, labels = mixed_in(1, settings)
     mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=4)
     with generators_kept():
-        seed_generators([0, 3, 5, _MIXING])
+        seed_generators([0, 3, 5, MIXING])
         expected, expected_targets = mixup(originals.clone(), labels)
     assert torch.equal(images, expected)
     torch.testing.assert_close(targets, expected_targets)

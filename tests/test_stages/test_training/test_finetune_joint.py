@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import train as train_module
+from stages.context import Context
 from stages.errors import InputError
 from stages.extract import extract_set
 from stages.files.documents import read_document, write_document
@@ -23,7 +23,9 @@ from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.networks.weights.loading import build_model
 from stages.train import finish_joint, joint_identity, mixture_is_fresh
-from stages.training.objectives import JointObjective, Mixed, MixturePlan
+from stages.training import finish as finish_module
+from stages.training.objectives import JointObjective, Mixed
+from stages.training.recipes import MixturePlan
 from tests.test_parity.test_distributed import together
 from tests.test_stages.small_vit import SMALL, cached, metrics, tune
 from tests.test_stages.stops import StopsIn
@@ -66,7 +68,7 @@ def test_it_learns_and_is_judged_by_the_mixture(joint):
 def test_interrupted_it_goes_on_to_the_same_run(vit, vit_data, few_images, joint, tmp_path):
     settings = {"mixture": PLAN, "joint": 2, "epochs": 3, "mixup": 0.8}
     with pytest.raises(KeyboardInterrupt):
-        tune(vit, vit_data, few_images, tmp_path, progress=StopsIn(2), **settings)
+        tune(vit, vit_data, few_images, tmp_path, context=Context(StopsIn(2)), **settings)
     assert len(metrics(tmp_path)) == 2
     assert tune(vit, vit_data, few_images, tmp_path, **settings)
     for name in ("backbone.safetensors", "head.safetensors", "mofe.safetensors", "mofe.json", "metrics.jsonl"):
@@ -144,7 +146,7 @@ def test_two_processes_train_the_mixture_of_one(vit, vit_data, few_images, tmp_p
     settings = {"mixture": PLAN, "joint": 1, "mixup": 0.8, "accumulate": 2, "drop_path": 0.0, "head_epochs": 1}
 
     def work(ranks):
-        return [tune(vit, vit_data, few_images, tmp_path / "two", **settings)]
+        return [tune(vit, vit_data, few_images, tmp_path / "two", context=Context(ranks=ranks), **settings)]
 
     assert together(work) == [[True]] * 2
     assert tune(vit, vit_data, few_images, tmp_path / "one", **settings)
@@ -203,7 +205,7 @@ def test_killed_while_it_is_finished_it_is_not_fresh_and_goes_on(vit, joint, tun
     whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     (tmp_path / "heads.safetensors").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "save_heads", killed)
+        patch.setattr(finish_module, "save_heads", killed)
         with pytest.raises(KeyboardInterrupt):
             finish_joint(tuned_data, joint, end, tmp_path)
     assert not mixture_is_fresh(tmp_path, joint_identity(tuned_data, joint), tuned_data)

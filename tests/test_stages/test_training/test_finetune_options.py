@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import psutil
@@ -16,17 +17,21 @@ from safetensors.torch import load_file
 
 from stages import finetune as finetune_module
 from stages.config import FinetuneConfig
+from stages.context import Context
 from stages.errors import InputError, StageError
 from stages.finetune import read_finetuned_head
 from stages.networks.surgery import freeze_first
 from stages.networks.weights.loading import build_model
-from stages.training import checkpoint as checkpoint_module
-from stages.training.checkpoint import load_checkpoint
+from stages.training.checkpoint import Checkpoints, load_checkpoint
+from stages.training.images import ImageTrainer
 from stages.training.objectives import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
+from stages.training.optim import NetworkSchedule, network_optimiser
 from stages.training.recipes import FinetuneSettings, resolve_recipe
 from tests.test_stages.drawn import create
 from tests.test_stages.small_vit import NAME, metrics, tune
 from tests.test_stages.stops import StopsAt, StopsIn
+
+EVERY_STEP = partial(Checkpoints, train_per_store=0, most_lost=0)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +159,9 @@ def test_more_blocks_than_there_are(vit, vit_data, few_images, tmp_path):
 
 def test_the_head_alone_comes_first(run, vit, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, head_epochs=1, epochs=3, progress=StopsIn(1))
+        run(tmp_path, head_epochs=1, epochs=3, context=Context(StopsIn(1)))
     (path,) = tmp_path.glob("*.checkpoint")
-    state, before = load_checkpoint(path)["tuning"]["objective"], build_model(vit).state_dict()
+    state, before = load_checkpoint(path)["training"]["objective"], build_model(vit).state_dict()
     for name, tensor in before.items():
         assert torch.equal(state[f"model.{name}"], tensor), name
     assert metrics(tmp_path)[0]["lr"] == FinetuneSettings.head_lr
@@ -168,7 +173,7 @@ def test_the_head_alone_comes_first(run, vit, tmp_path):
 def test_layers_learn_the_slower_the_farther_they_are_from_the_head():
     model = create(NAME)
     model.reset_classifier(4)
-    optimiser = finetune_module._optimiser(LinearObjective(model, 0.0), FinetuneSettings(layer_decay=0.5))
+    optimiser = network_optimiser(LinearObjective(model, 0.0), FinetuneSettings(layer_decay=0.5))
     scale = {id(p): group["lr_scale"] for group in optimiser.param_groups for p in group["params"]}
     scales = [scale[id(block.mlp.fc1.weight)] for block in model.blocks]
     np.testing.assert_allclose(np.array(scales[1:]) / scales[:-1], 2)
@@ -203,7 +208,7 @@ def test_no_better_epoch_for_too_long_ends_it(run, monkeypatch):
     losses = iter([0.5, 0.4, 0.6, 0.7, 0.1])
     judged = ({"select_accuracy": 0.5}, np.zeros(4, dtype=int))
     monkeypatch.setattr(
-        finetune_module._Tuning, "_judge", lambda tuning: (judged[0] | {"select_loss": next(losses)}, judged[1])
+        ImageTrainer, "judge_held_out", lambda trainer: (judged[0] | {"select_loss": next(losses)}, judged[1])
     )
     folder = run(epochs=5, patience=2)
     assert [record["epoch"] for record in metrics(folder)] == [0, 1, 2, 3]
@@ -248,21 +253,19 @@ def test_killed_it_goes_on_to_the_same_run(vit, vit_data, run, tmp_path):
 def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(run, vit_data, monkeypatch, tmp_path, accumulate):
     settings = {"mixup": 0.8, "ema": 0.9, "beta": "dynamic", "batch_size": 6, "accumulate": accumulate}
     n_images, whole = len(vit_data.split.folds[0].train), run(**settings)
-    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)  # every epoch takes long
-    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    monkeypatch.setattr(finetune_module, "Checkpoints", EVERY_STEP)
     for stop in (3 * n_images // 2, 7 * n_images // 4):  # twice in the second epoch, the second time in a resumed run
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, progress=StopsAt(stop), **settings)
+            run(tmp_path, context=Context(StopsAt(stop)), **settings)
     counted = StopsAt(None)
-    assert files(run(tmp_path, progress=counted, **settings)) == files(whole)
+    assert files(run(tmp_path, context=Context(counted), **settings)) == files(whole)
     assert counted.done == 2 * n_images
     assert counted.learned <= n_images // 4 + 2 * 6  # what is checked only after the step that follows is done twice
 
 
 def test_weights_whose_loss_is_no_number_are_not_stored(run, monkeypatch, tmp_path):
     """The loss of the first step is a number, what it makes of the weights is useless."""
-    monkeypatch.setattr(checkpoint_module, "_MOST_LOST", 0)
-    monkeypatch.setattr(checkpoint_module, "_TRAIN_PER_STORE", 0)
+    monkeypatch.setattr(finetune_module, "Checkpoints", EVERY_STEP)
     with pytest.raises(StageError, match=r"in epoch 0; no checkpoint was stored yet: lower finetune\.lr"):
         run(tmp_path, lr=1e30, batch_size=6)
 
@@ -280,15 +283,15 @@ def test_images_that_fail_are_all_listed_and_none_is_replaced(vit, vit_data, few
 
 
 def test_diverged_it_keeps_the_last_good_checkpoint_and_says_so(run, tmp_path, monkeypatch):
-    original = finetune_module._Tuning._set_lr
+    original = NetworkSchedule.set
 
-    def jump(tuning, epoch, step):
-        original(tuning, epoch, step)
+    def jump(schedule, epoch, step):
+        original(schedule, epoch, step)
         if epoch == 1:
-            for group in tuning._optimiser.param_groups:
+            for group in schedule.optimiser.param_groups:
                 group["lr"] = 1e30
 
-    monkeypatch.setattr(finetune_module._Tuning, "_set_lr", jump)
+    monkeypatch.setattr(NetworkSchedule, "set", jump)
     with pytest.raises(StageError) as error:
         run(tmp_path)
     (checkpoint,) = tmp_path.glob("*.checkpoint")

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from stages.config import TrainConfig
+from stages.context import Context
 from stages.errors import InputError
 from stages.finetune import finetune_identity
 from stages.train import train_mofe
@@ -36,7 +37,7 @@ def expected(folder):
 def test_a_fine_tune_that_was_interrupted_has_every_step_once(vit, vit_data, few_images, tmp_path):
     settings = {"epochs": 3, "tensorboard": True, "beta": "dynamic"}
     with pytest.raises(KeyboardInterrupt):
-        tune(vit, vit_data, few_images, tmp_path, progress=StopsIn(2), **settings)
+        tune(vit, vit_data, few_images, tmp_path, context=Context(StopsIn(2)), **settings)
     assert events(tmp_path) == expected(tmp_path)  # there while it trains
     assert {step for _, step, _ in events(tmp_path)} == {0, 1}
     assert tune(vit, vit_data, few_images, tmp_path, **settings)

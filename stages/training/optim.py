@@ -1,0 +1,121 @@
+"""What moves weights: groups of parameters with their rates, schedules, and the moving average."""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from stages.mixture.model import MixtureOfFeatureExperts
+from stages.training.recipes import FinetuneSettings, TrainSettings
+
+# ---------------------------------------------------------------------------------------- a mixture, on cached features
+
+
+class Rates(Protocol):
+    """Learning rates of the parts of a mixture: experts' ends, their heads, the router."""
+
+    @property
+    def lr(self) -> float:
+        """Of the ends."""
+
+    @property
+    def head_lr(self) -> float:
+        """Of the heads."""
+
+    @property
+    def router_lr(self) -> float:
+        """Of the router."""
+
+
+def is_of_end(name: str) -> bool:
+    """Whether a parameter of a mixture belongs to an expert's end, and not to a head or the router."""
+    return ".end." in name
+
+
+def parameters_by_rate(mixture: MixtureOfFeatureExperts, rates: Rates) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """Parameters by their learning rate and by whether they decay, which biases and norms do not."""
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in mixture.named_parameters():
+        lr = rates.router_lr if name.startswith("router.") else rates.lr if is_of_end(name) else rates.head_lr
+        found.setdefault((lr, parameter.ndim > 1), []).append(parameter)
+    return found
+
+
+def mixture_optimiser(mixture: MixtureOfFeatureExperts, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW; ``initial_lr`` of each group is what `warm_cosine` is a factor on."""
+    groups = [
+        {"params": parameters, "lr": lr, "initial_lr": lr} | ({} if decays else {"weight_decay": 0.0})
+        for (lr, decays), parameters in parameters_by_rate(mixture, settings).items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
+
+def warm_cosine(settings: TrainSettings, done: float, step: float) -> float:
+    """Linear warm-up, then a cosine to zero; `done` and the length of a step are counted in epochs."""
+    if done < settings.warmup_epochs:
+        return (done + step) / (settings.warmup_epochs + step)
+    return 0.5 * (1 + math.cos(math.pi * (done - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, weights: nn.Module, decay: float, steps: int) -> None:
+    """Draw an average after the weights; young, it forgets faster. Buffers are frozen: none is averaged.
+
+    Args:
+        average: of the same architecture.
+        weights: as they have become.
+        decay: of an average that is old.
+        steps: that were taken before.
+    """
+    own = 1 - min(decay, (1 + steps) / (10 + steps))
+    torch._foreach_lerp_(list(average.parameters()), list(weights.parameters()), own)
+
+
+# ------------------------------------------------------------------------------------------- a whole network, on images
+
+
+def network_optimiser(objective: Any, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """AdamW with the paper's betas; the learning rate falls with the distance of a layer from the head."""
+    model = objective.model
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=settings.weight_decay,
+        no_weight_decay_list=getattr(model, "no_weight_decay", set)(),
+        layer_decay=settings.layer_decay,
+    )
+    groups += objective.parameter_groups(settings.weight_decay, settings.lr)
+    return create_optimizer_v2(groups, opt="adamw", lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99))
+
+
+class NetworkSchedule:
+    """Learning rates of a fine-tune: constant while the head alone is trained, then a warm-up and a cosine to zero.
+
+    Args:
+        optimiser: whose rates are set.
+        settings: of the fine-tune.
+        steps_of_epoch: how many steps an epoch has.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, settings: FinetuneSettings, steps_of_epoch: int) -> None:
+        self.optimiser, self._settings, self._steps_of_epoch = optimiser, settings, steps_of_epoch
+        epochs = settings.epochs - settings.head_epochs
+        self._cosine = CosineLRScheduler(
+            optimiser,
+            t_initial=max(epochs * steps_of_epoch, 2),  # of one step timm would say that it has no effect
+            warmup_t=min(settings.warmup_epochs, epochs - 1) * steps_of_epoch,
+            warmup_lr_init=settings.lr / 10,
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+
+    def set(self, epoch: int, step: int) -> None:
+        """Set the rates of one step of an epoch."""
+        settings = self._settings
+        if epoch < settings.head_epochs:
+            for group in self.optimiser.param_groups:
+                group["lr"] = settings.head_lr
+        else:
+            self._cosine.step_update((epoch - settings.head_epochs) * self._steps_of_epoch + step)
