@@ -55,7 +55,7 @@ def running_accuracy(
         count: ``[C]`` rows of each class.
         momentum: weight of the past.
     """
-    now = (correct + 1) / (count + 2)
+    now = np.asarray((correct + 1) / (count + 2), dtype=np.float64)
     return now if previous is None else momentum * previous + (1 - momentum) * now
 
 

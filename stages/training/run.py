@@ -16,13 +16,11 @@ Record = dict[str, Any]  # a line of metrics.jsonl: plain values, with `epoch` a
 
 
 class Resumable(Protocol):
-    """What can be stored within a run and go on to the same bits.
+    """What can be stored within a run and go on to the same bits."""
 
-    Attributes:
-        judged: the network that held-out rows judge, and whose weights are kept.
-    """
-
-    judged: nn.Module
+    @property
+    def judged(self) -> nn.Module:
+        """The network that held-out rows judge, and whose weights are kept."""
 
     def state(self) -> dict[str, Any]:
         """Weights, their average and the optimiser: all that outlasts an epoch."""
