@@ -95,43 +95,43 @@ def test_every_score_of_features_and_logits_runs(mine):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ood": {}}, "compare_scores needs an OOD set to tell ID rows from, none given"),
-        ({"ood": {"id": np.ones((2, 12))}}, "an OOD set is called 'id', a word of the result's own"),
+        ({"ood": {}}, "needs an OOD set"),
+        ({"ood": {"id": np.ones((2, 12))}}, "OOD set .*'id'"),
         ({"scores": ["knnn"]}, "no score is called 'knnn'; did you mean 'knn'"),
         ({"scores": {"knn": {"q": 1}}}, r"knn\.q: unknown setting"),
         ({"scores": {"knn+msp": {"energy": {"temperature": 1.0}}}}, r"knn\+msp: .*'energy'"),
-        ({"scores": ["knn+energy"], "held_out": None}, r"knn\+energy: a sum is standardised on held-out ID rows: give"),
+        ({"scores": ["knn+energy"], "held_out": None}, r"^knn\+energy: .* give held_out"),
         ({"scores": ["energy"], "head": None}, "energy needs logits, which these rows do not have"),
         (
             {"test": {"features": np.ones((2, 12)), "label": [1, 2]}},
-            "rows have 'label'; known are features, logits and",
+            "^test: .*'label'; .*features, logits and labels",
         ),
         ({"test": {"features": np.ones((2, 12)), "labels": [1]}}, "score inputs need one number of rows"),
-        ({"test": np.full((2, 12), np.nan)}, "2 of 2 scored features hold NaN or inf, row 0 first"),
+        ({"test": np.full((2, 12), np.nan)}, "^2 of 2 scored features .* row 0 "),
         ({"ood": None}, "needs an OOD set"),
         ({"ood": {3: np.ones((2, 12))}}, "an OOD set is called 3, which is no text"),
         (
             {"ood": "near.npy"},
-            "ood 'ood': features is a str of <U8, must be numbers: load the file first, as by numpy.load",
+            "^ood 'ood': features .*<U8.* numpy.load",
         ),
         ({"ood": [np.ones((2, 12)), np.ones((3, 12))]}, "ood 'ood': features is no array: "),
-        ({"ood": np.ones((2, 9))}, "ood 'ood': features have 9 values a row, those of train 12"),
+        ({"ood": np.ones((2, 9))}, "^ood 'ood': features .* 9 .* train 12"),
         ({"test": np.ones(12)}, r"test: features has shape \(12,\), must be \[n, values\]"),
         ({"test": np.ones((0, 12))}, r"test: features has shape \(0, 12\), must be"),
         ({"test": {}}, "test: no rows given: give features"),
-        ({"test": {"labels": [1, 2]}}, "test: labels alone are no rows: give features or logits"),
+        ({"test": {"labels": [1, 2]}}, "^test: labels .* features or logits"),
         ({"test": {"features": np.ones((1, 12)), "labels": [0.5]}}, "test: label of row 0 is 0.5, must be a name"),
         (
             {"test": {"features": np.ones((2, 12)), "labels": [1, 5]}},
-            "test: label of row 1 is 5, the classes are 0 to 2",
+            "^test: .*row 1 is 5, .* 0 to 2",
         ),
         (
             {"test": {"features": np.ones((2, 12)), "labels": [1, 3]}},
-            "labels run from 1 to 3 for 3 classes: subtract 1",
+            "1 to 3 for 3 classes",
         ),
         (
             {"test": {"features": np.ones((1, 12)), "labels": ["a"]}},
-            "test: labels are names, those of train are not: give",
+            "^test: labels are names, .*train",
         ),
         ({"head": np.ones((3, 12))}, "head is a ndarray, must be a pair: weight"),
         ({"head": (np.ones((3, 12)), np.ones(4))}, r"head has weight \[3, 12\] and bias \[4\], must be \[C, D\] and"),
@@ -160,14 +160,12 @@ def test_labels_may_be_names(mine):
             np.testing.assert_array_equal(names.scores[score][part], values)
     alone = compare_scores(of_id["train"], of_id["test"], mine["ood"], "mahalanobis")  # no head: any order will do
     np.testing.assert_allclose(alone.scores["mahalanobis"]["far"], numbers.scores["mahalanobis"]["far"], rtol=1e-4)
-    with pytest.raises(InputError, match="train: labels are names: give class_names, the names of the 3 classes"):
+    with pytest.raises(InputError, match=r"^train: labels are names: .*class_names, .* 3 classes"):
         compare_scores(**mine | of_id)
     with pytest.raises(InputError, match="class_names has 2 names for 3 classes"):
         compare_scores(**mine | {"train": mine["train"] | {"class_names": ["a", "b"]}})
     wrong = of_id["test"] | {"labels": ["Dog"] * 90}
-    with pytest.raises(
-        InputError, match=r"test: labels that train or class_names do not have: 'Dog' \(train has 'dog', "
-    ):
+    with pytest.raises(InputError, match=r"^test: labels .*class_names.*'Dog' .*'dog'"):
         compare_scores(**knowing | {"test": wrong})
 
 

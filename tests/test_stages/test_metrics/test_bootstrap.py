@@ -31,7 +31,7 @@ def test_replicates_against_several_sets_are_those_against_each():
         alone = bootstrap_metrics(ids, oods[index], id_counts, counts[index])
         for name, values in found.items():
             np.testing.assert_array_equal(values, alone[name])
-    with pytest.raises(InputError, match=r"counts of shape \(20, 50\) and \(20, 30\) do not fit 50 ID and 70 OOD"):
+    with pytest.raises(InputError, match=r"\(20, 50\) and \(20, 30\) .* 50 ID and 70 OOD"):
         bootstrap_each(ids, oods, id_counts, counts[::-1])
 
 

@@ -416,7 +416,7 @@ def test_jitter_is_the_smallest_that_gives_full_rank_and_is_said():
     used = GMMScorer(shrinkage="none").fit(flat).params()["jitter_used"]
     assert 0 < used < 1e-6
     assert "jitter_used" not in GMMScorer(jitter=1e-3).fit(flat).params()
-    with pytest.raises(InputError, match="singular, with 0 on its diagonal: give more jitter"):
+    with pytest.raises(InputError, match=r"singular, with 0 .* jitter"):
         GaussianMixture.of([1.0], np.zeros((1, 2)), [[[1.0, 1.0], [1.0, 1.0]]], jitter=0)
 
 
@@ -509,7 +509,7 @@ def test_a_bank_of_patches_is_no_larger_than_asked_and_the_same_every_time():
     np.testing.assert_array_equal(small[0].score(x), small[1].score(x))
     assert PatchKNNScorer().fit(train).params()["bank_images"] == 50
     assert (small[0].score(x) >= PatchKNNScorer().fit(train).score(x)).all()  # fewer patches to be near to
-    with pytest.raises(InputError, match="patch-knn needs patch tokens, these images have none"):
+    with pytest.raises(InputError, match="patch-knn needs patch tokens"):
         PatchKNNScorer().fit(ScoreInputs(patches=np.zeros((3, 0, 5))))
 
 

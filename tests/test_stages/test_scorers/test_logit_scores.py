@@ -332,7 +332,7 @@ def test_rows_whose_class_the_head_does_not_know_fit_no_temperature():
     known = fit_temperature(logits[:3], np.array([0, 1, 1]))
     assert fit_temperature(logits, np.array([0, 1, 1, 2])) == known
     assert fit_temperature(np.concatenate([logits, logits[:1]]), np.array([0, 1, 1, 2, -1])) == known
-    with pytest.raises(InputError, match="needs held-out ID rows with labels, none given"):
+    with pytest.raises(InputError, match="held-out ID rows with labels"):
         fit_temperature(logits, np.array([2, 2, -1, 2]))
 
 
@@ -387,7 +387,7 @@ def test_thresholds_come_from_the_rows_that_the_profile_names():
     assert [vra["alpha"], vra["beta"]] == pytest.approx(np.percentile(select.features, [10, 90]), rel=1e-6)
     with pytest.raises(InputError, match="react needs held-out ID rows to fit on"):
         get_scorer("react", "openood").fit(train)
-    with pytest.raises(InputError, match="temperature-scaling needs held-out ID rows to fit on"):
+    with pytest.raises(InputError, match="temperature-scaling needs held-out ID rows"):
         get_scorer("temperature-scaling").fit(train)
 
 
@@ -395,7 +395,7 @@ def test_vra_zeroes_or_clips_what_is_low():
     head = LinearHead(np.ones((1, 2)), np.zeros(1))
     assert vra_score([[1.0, 9.0]], head, low=2.0, high=5.0).tolist() == [-5]
     assert vra_score([[1.0, 9.0]], head, low=2.0, high=5.0, below="clip").tolist() == [-7]
-    with pytest.raises(InputError, match=r"vra\.low: 96 given, must be at most high = 95"):
+    with pytest.raises(InputError, match=r"vra\.low: 96 .* high = 95"):
         get_scorer("vra", low=96.0)
 
 
@@ -457,9 +457,9 @@ def test_training_rows_that_hold_nan_are_refused(name):
 
 def test_features_of_another_length_than_the_heads_are_refused():
     scorer = get_scorer("react").fit(rows())
-    with pytest.raises(InputError, match=r"features of shape \(2, 7\) given to a head on 20 values"):
+    with pytest.raises(InputError, match=r"\(2, 7\) .* 20 values"):
         scorer.score(ScoreInputs(np.ones((2, 7))))
-    with pytest.raises(InputError, match="as many rows of features as of logits, got 2 and 3"):
+    with pytest.raises(InputError, match=r"features .* logits, got 2 and 3"):
         gradnorm_score(np.ones((2, 4)), np.ones((3, 4)))
 
 

@@ -97,7 +97,7 @@ def test_impossible_settings_are_refused(settings, says):
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest():
-    with pytest.raises(InputError, match=r"energy\.temprature: unknown setting; did you mean 'temperature'\?"):
+    with pytest.raises(InputError, match=r"^energy\.temprature: .*'temperature'"):
         get_scorer("energy", temprature=2.0)
     with pytest.raises(InputError, match=r"mos\.k: unknown setting; known: none"):
         get_scorer("mos", k=2)
@@ -122,7 +122,7 @@ def test_what_cannot_be_fitted_or_scored_is_named():
         scorer.score(ScoreInputs(np.ones((2, 4)), np.ones((2, 3))))
     with pytest.raises(InputError, match=r"experts \[5\], which have no training rows"):
         scorer.score(ScoreInputs(np.ones((2, 4)), np.ones((2, 3)), expert=np.array([0, 5])))
-    with pytest.raises(InputError, match="farthest needs the weights of the linear head"):
+    with pytest.raises(InputError, match="farthest needs the weights"):
         Farthest().fit(ScoreInputs(np.ones((2, 4)), labels=np.zeros(2, int)))
     with pytest.raises(InputError, match="2 heads, one for each expert"):
         ScoreInputs(np.ones((2, 4)), head=train.head)
@@ -155,10 +155,10 @@ def test_a_row_that_is_no_number_is_named_by_its_place_in_the_set(name):
     features = rng.normal(size=(6000, 3))
     features[5000, 1] = features[5001, 0] = np.nan
     scorer = get_scorer(name).fit(train, train)
-    with pytest.raises(InputError, match="2 of 6000 scored features hold NaN or inf, row 5000 first"):
+    with pytest.raises(InputError, match=r"^2 of 6000 scored features .* row 5000 "):
         scorer.score(ScoreInputs(features, head=head))
     scorer.score(ScoreInputs(features[:5000], head=head))
     broken = ScoreInputs(features, labels=np.arange(6000) % 2, head=head)
     if name != "energy":  # which learns of no row
-        with pytest.raises(InputError, match="2 of 6000 ID training features hold NaN or inf, row 5000 first"):
+        with pytest.raises(InputError, match=r"^2 of 6000 ID training features .* row 5000 "):
             get_scorer(name).fit(broken, train)

@@ -38,7 +38,7 @@ def test_ncm_refuses_what_has_no_means():
         NCMScorer().fit(ScoreInputs(features=np.ones((3, 8))))
     with pytest.raises(InputError, match="none given"):
         NCMScorer().fit(inputs().take(np.zeros(60, dtype=bool)))
-    with pytest.raises(InputError, match="1 of 3 ID training features hold NaN or inf, row 1 first"):
+    with pytest.raises(InputError, match=r"^1 of 3 ID training features .* row 1 "):
         NCMScorer().fit(ScoreInputs(features=np.array([[1.0], [np.nan], [2.0]]), labels=np.zeros(3, int)))
     with pytest.raises(InputError, match=r"experts \[7\], which have no training rows"):
         NCMScorer().fit(inputs(experts=2)).score(ScoreInputs(features=np.ones((1, 8)), expert=np.array([7])))

@@ -45,7 +45,7 @@ def test_knn_refuses_what_it_cannot_search():
     train = inputs(experts=2)
     with pytest.raises(StageError, match="knn is not fitted yet"):
         KNNScorer().score(train)
-    with pytest.raises(InputError, match=r"knn\.k: 0 given, must be greater than or equal to 1"):
+    with pytest.raises(InputError, match=r"^knn\.k: 0 .* 1$"):
         KNNScorer(k=0)
     with pytest.raises(InputError, match="name an expert"):
         KNNScorer(1).fit(train).score(inputs())

@@ -56,7 +56,7 @@ def test_normalised_rows_have_length_1_and_zero_rows_stay():
 
 def test_what_cannot_be_counted_is_refused():
     features, labels = drawn()
-    with pytest.raises(InputError, match=r"200 ID training features, but labels of shape \(3,\)"):
+    with pytest.raises(InputError, match=r"200 .* labels of shape \(3,\)"):
         FeatureMoments().add(features, labels[:3])
     with pytest.raises(InputError, match="have 4 columns, those before 5"):
         FeatureMoments().add(features, labels).add(features[:, :4], labels)
