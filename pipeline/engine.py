@@ -18,7 +18,6 @@ from stages.errors import InputError, StageError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_ANSWER_S = 8  # how long a scheduler and its workers may take to answer
 _PER_WORKER = 2  # items in flight: one that runs and one that waits, so that nobody is idle and memory stays flat
 
 
@@ -36,26 +35,27 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-async def _shake_hands(address: str) -> None:
+async def _shake_hands(address: str, answer_s: float) -> None:
     # A Client that finds something else at its address waits for it without end; this does not.
     from distributed.comm import connect
 
-    async with asyncio.timeout(_ANSWER_S):
-        comm = await connect(address, timeout=_ANSWER_S)
+    async with asyncio.timeout(answer_s):
+        comm = await connect(address, timeout=answer_s)
     await comm.close()
 
 
 class DaskEngine:
     """Local processes, or the workers of a Dask cluster."""
 
-    def __init__(self, address: str | None = None, workers: int = 1) -> None:
+    def __init__(self, address: str | None = None, workers: int = 1, answer_s: float = 8) -> None:
         """Describe an engine; ``with`` starts it.
 
         Args:
             address: of a scheduler (``tcp://host:8786``); ``None`` starts local processes.
             workers: number of local processes, one thread each.
+            answer_s: how long a scheduler and its workers may take to answer.
         """
-        self._address, self._workers = address, workers
+        self._address, self._workers, self._answer_s = address, workers, answer_s
         self._cluster: Any = None
         self._client: Any = None
 
@@ -82,8 +82,8 @@ class DaskEngine:
             self._client.run(_ignore_interrupt)
             return self
         try:
-            asyncio.run(_shake_hands(self._address))
-            self._client = Client(self._address, timeout=_ANSWER_S, set_as_default=False)
+            asyncio.run(_shake_hands(self._address, self._answer_s))
+            self._client = Client(self._address, timeout=self._answer_s, set_as_default=False)
         except (OSError, ValueError, MemoryError) as error:  # memory: a web server's greeting, read as a length
             raise InputError(
                 f"--scheduler {self._address}: no Dask scheduler answers there; "

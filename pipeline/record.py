@@ -24,7 +24,7 @@ from pipeline.config import RunConfig
 from stages.files.documents import read_document, write_document
 
 DISTRIBUTION = "mofe-feature-cache"
-_CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 Status = Literal["running", "done", "failed", "interrupted"]
 
@@ -136,12 +136,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_revision() -> dict[str, Any] | None:
-    """Commit of the checkout that runs and whether tracked files differ from it; ``None`` outside a checkout."""
-    if not (_CHECKOUT / ".git").exists():
+def git_revision(checkout: Path = CHECKOUT) -> dict[str, Any] | None:
+    """Commit of a checkout (that which runs) and whether tracked files differ from it; ``None`` where none is."""
+    if not (checkout / ".git").exists():
         return None
-    commit = _output("git", "-C", str(_CHECKOUT), "rev-parse", "HEAD")
-    changes = _output("git", "-C", str(_CHECKOUT), "status", "--porcelain", "--untracked-files=no")
+    commit = _output("git", "-C", str(checkout), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(checkout), "status", "--porcelain", "--untracked-files=no")
     return None if commit is None else {"commit": commit, "dirty": bool(changes)}
 
 

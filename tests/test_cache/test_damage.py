@@ -43,7 +43,7 @@ def test_every_flipped_bit_and_truncation_is_found(tmp_path, whole, request):
         name = names[mutant % len(names)]
         (path / name).write_bytes(damage(whole[name], rng))
         if name == "manifest.json":
-            with pytest.raises(CacheDamagedError, match="verify --repair puts it back from its copy"):
+            with pytest.raises(CacheDamagedError, match="verify --repair"):
                 FeatureCache.open(path)
         else:
             assert [damage.file for damage in FeatureCache.open(path).verify()] == [name]
@@ -73,7 +73,7 @@ def test_a_manifest_is_put_back_from_its_copy(tmp_path, whole, damaged):
     if damaged is not None:
         (path / "manifest.json").write_bytes(damaged)
     for use in (FeatureCache.open, lambda path: unseal(path, [])):
-        with pytest.raises(CacheDamagedError, match=r"manifest\.json: .*verify --repair puts it back from its copy"):
+        with pytest.raises(CacheDamagedError, match=r"manifest\.json: .*verify --repair.*copy"):
             use(path)
     assert restore_manifest(path)
     assert files(path) == whole
@@ -159,13 +159,13 @@ def test_repair_is_resumed_like_any_run(tmp_path, whole):
 
 def test_repair_without_the_inputs_asks_for_them(tmp_path, whole):
     path = restore(tmp_path / "pets", whole | {"inputs.parquet": b""})
-    with pytest.raises(CacheDamagedError, match="must be listed anew"):
+    with pytest.raises(CacheDamagedError, match=r"inputs\.parquet"):
         unseal(path, ["inputs.parquet"])
-    with pytest.raises(CacheMismatchError, match="made from 23 inputs, 22 are listed now"):
+    with pytest.raises(CacheMismatchError, match="23 inputs, 22"):
         unseal(path, [], inputs=make_inputs(22))
     renamed = make_inputs()
     renamed = InputTable.listing([f"x{id_}" for id_ in renamed.ids], renamed.labels, renamed.sizes, renamed.mtimes_ns)
-    with pytest.raises(CacheMismatchError, match="are not those that are listed now"):
+    with pytest.raises(CacheMismatchError, match="listed now"):
         unseal(path, [], inputs=renamed)
     assert (path / "manifest.json").exists()
     assert not (path / "plan.json").exists()

@@ -445,14 +445,6 @@ def test_one_backbone_of_two(copied, table):
     assert not list((copied / "scores" / "samples").glob("finetuned-*"))
 
 
-def test_report_alone(copied, demo):
-    shutil.rmtree(copied / "report")
-    answer = done("report", DEMO, *settings(f"work={copied}"))
-    assert answer.out.endswith(f"\nreport: {copied / 'report' / 'index.html'}\n")
-    assert "knn+energy" in answer.out  # the table stands before it
-    assert "digits-7-9" in (copied / "report" / "index.html").read_text()
-
-
 # ------------------------------------------------------------------------------------------------------ new images
 
 

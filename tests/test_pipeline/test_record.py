@@ -5,7 +5,6 @@ from importlib import metadata
 
 import pytest
 
-from pipeline import record as record_module
 from pipeline.config import RunConfig
 from pipeline.record import RunRecord, git_revision, hardware, versions
 from stages.files.documents import read_document, write_document
@@ -98,20 +97,19 @@ def test_versions_are_of_what_runs_and_not_of_what_tests():
     assert "pytest" not in found
 
 
-def test_git_revision_and_whether_it_is_changed(tmp_path, monkeypatch):
+def test_git_revision_and_whether_it_is_changed(tmp_path):
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         return subprocess.check_output(["git", "-C", tmp_path, *identity, *arguments], text=True).strip()
 
-    monkeypatch.setattr(record_module, "_CHECKOUT", tmp_path)
-    assert git_revision() is None
+    assert git_revision(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "--quiet", "--message", "a")
-    assert git_revision() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert git_revision(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "a").write_text("2")
-    assert git_revision() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert git_revision(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
 
 
 def test_hardware():

@@ -218,6 +218,14 @@ def test_a_report_that_is_up_to_date_is_left_as_it_is(home):
     assert "epoch" not in page.read_text("utf-8").partition('id="training"')[2].partition("</section>")[0]
 
 
+def test_a_report_that_is_lost_is_made_again_without_the_other_stages(home):
+    shutil.rmtree(home / "work" / "report")
+    page, answer = home / "work" / "report" / "index.html", done("report", home / "study.toml")
+    assert answer.out.endswith(f"\nreport: {page}\n")
+    assert "energy" in answer.out  # the table stands before it
+    assert "near" in page.read_text("utf-8")
+
+
 # ------------------------------------------------------------------------------------------ other bits, other names
 
 
