@@ -7,7 +7,7 @@ of all differences of the page stays at 5 % (`stages.metrics.intervals`).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ import numpy as np
 from pipeline.config import JOINT, ConfigError, RunConfig
 from stages.detection.subject import NO_HEAD
 from stages.metrics.intervals import Difference, verdicts
+from stages.metrics.ranking import METRICS
 from stages.results.method import BASELINES, FROZEN_SUM, NO_ROUTING, RECOMMENDED, Method
 from stages.results.scored_study import ScoredStudy
-from stages.results.table import HIGHER_IS_BETTER, Evaluator, OODRow, Replicates, difference_columns, over_seeds
+from stages.results.table import Evaluator, MethodRun, OODRow, Replicates, difference_columns, over_seeds
 from stages.scorers import reads_head
 
-SHOWN_METRICS = ("fpr95", "auroc")
+COMPARED_COLUMNS = ("fpr95", "auroc")  # metrics, in the order of the page
 # What the recommended score is judged against: the last is the same block as its experts, with nothing routed (E = 1).
 JUDGED_AGAINST = (*BASELINES.values(), replace(RECOMMENDED, variant="dense-1"))
 NAMING = ("features", "head", "variant", "routing", "score", "backbone")  # columns of results.csv that name a method
@@ -136,7 +137,10 @@ class JudgedStudy:
         known = methods_of(self.config)
         pairs = [(RECOMMENDED, other) for other in known if other != RECOMMENDED] + fine_tuned_pairs(self.config)
         return [
-            (*pair, group, metric) for pair in dict.fromkeys(pairs) for group in self.groups for metric in SHOWN_METRICS
+            (*pair, group, metric)
+            for pair in dict.fromkeys(pairs)
+            for group in self.groups
+            for metric in COMPARED_COLUMNS
         ]
 
     def difference(self, method: Method, other: Method, group: str, metric: str) -> Difference:
@@ -162,17 +166,19 @@ class JudgedStudy:
 
     def _averages(self, method: Method, seed: int | None) -> _Averages:
         scores = self.scored.scores(method, seed)
-        name = asdict(method) | {"seed": seed, "params": "", "profile": self.config.score.profile}
         # A study's table averages no oracle rows, lest they be taken for results; here their label says what they are.
-        name["routing"] = "predicted" if method.routing == "oracle" else method.routing
-        rows = self._evaluator.rows(name, scores.pop("id"), scores)
+        shown = replace(method, routing="predicted") if method.routing == "oracle" else method
+        run = MethodRun(shown, seed, "", self.config.score.profile)
+        rows = self._evaluator.rows(run, scores.pop("id"), scores)
         return {row.group: (row, drawn) for row, drawn in rows if row.ood == "average"}
 
 
 def judge(studies: Sequence[JudgedStudy]) -> None:
     """Say of every difference what it is, the false discovery rate held over all of them: they are read together."""
     keys = [(study, key) for study in studies for key in study.compared()]
-    told = verdicts([study.difference(*key) for study, key in keys], [key[-1] in HIGHER_IS_BETTER for _, key in keys])
+    told = verdicts(
+        [study.difference(*key) for study, key in keys], [METRICS[key[-1]].higher_is_better for _, key in keys]
+    )
     for (study, key), says in zip(keys, told, strict=True):
         study.says[key] = says
 
@@ -187,18 +193,16 @@ def result_lines(study: JudgedStudy) -> list[dict[str, Any]]:
             line: dict[str, Any] = {"benchmark": study.config.name, **naming, "group": group}
             seeds = list(study.seeds(method).values())
             line |= {"n_seeds": len(seeds)}
-            for metric in SHOWN_METRICS:
-                values = [getattr(averages[group][0], metric) for averages in seeds]
+            for metric in COMPARED_COLUMNS:
+                rows = [averages[group][0] for averages in seeds]
+                values = [row.metrics[metric] for row in rows]
                 # Over images: they are the same for every seed, so ends are averaged as values are.
-                lo, hi = (
-                    float(np.mean([getattr(averages[group][0], f"{metric}_{end}") for averages in seeds]))
-                    for end in ("lo", "hi")
-                )
+                lo, hi = (float(np.mean([getattr(row.intervals[metric], end) for row in rows])) for end in ("lo", "hi"))
                 line |= {f"{metric}_mean": float(np.mean(values)), f"{metric}_std": deviation(values)}
                 line |= {f"{metric}_lo": lo, f"{metric}_hi": hi}
             line |= {"id_accuracy_mean": float(np.mean(accuracy)) if accuracy else None}
             line |= {"id_accuracy_std": deviation(accuracy)}
-            for metric in SHOWN_METRICS:
+            for metric in COMPARED_COLUMNS:
                 told: Sequence[Any] = [None] * 4
                 if method != RECOMMENDED:
                     found = study.difference(RECOMMENDED, method, group, metric)

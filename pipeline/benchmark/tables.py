@@ -8,14 +8,15 @@ import numpy as np
 from rich.table import Table
 
 from pipeline.benchmark.comparison import (
+    COMPARED_COLUMNS,
     JUDGED_AGAINST,
     NAMING,
-    SHOWN_METRICS,
     JudgedStudy,
     deviation,
     fine_tuned_pairs,
     method_label,
 )
+from stages.metrics.ranking import METRICS
 from stages.results.formats import markdown_table, mean_text
 from stages.results.method import RECOMMENDED, Method
 from stages.results.table import difference_columns
@@ -91,10 +92,10 @@ class ResultTables:
 
     @property
     def _columns(self) -> list[str]:
-        return [_column(group, metric) for group in self._groups for metric in SHOWN_METRICS]
+        return [_column(group, metric) for group in self._groups for metric in COMPARED_COLUMNS]
 
     def _cells(self, method: Method, show: "_Show") -> list[str]:
-        return [show(line, metric) for line in self._lines[method] for metric in SHOWN_METRICS]
+        return [show(line, metric) for line in self._lines[method] for metric in COMPARED_COLUMNS]
 
     def _seeds(self, method: Method) -> str:
         is_random = bool(method.variant) or method.backbone == "finetuned"
@@ -109,7 +110,7 @@ _Show = Callable[[Mapping[str, Any], str], str]  # a cell, of a line and a metri
 
 def fine_tuning_table(study: JudgedStudy) -> TextTable:
     """What fine-tuning the backbone changes, in paired differences."""
-    columns = [(group, metric) for group in study.groups for metric in SHOWN_METRICS]
+    columns = [(group, metric) for group in study.groups for metric in COMPARED_COLUMNS]
     return TextTable(
         f"{study.config.name}: what fine-tuning changes",
         ["", "minus", *(_column(group, metric) for group, metric in columns)],
@@ -126,7 +127,7 @@ def _difference(study: JudgedStudy, method: Method, other: Method, group: str, m
 
 
 def _column(group: str, metric: str) -> str:
-    return f"{group} {'FPR95 ↓' if metric == 'fpr95' else 'AUROC ↑'}"
+    return f"{group} {METRICS[metric].heading}"
 
 
 def router_table(study: JudgedStudy) -> TextTable:

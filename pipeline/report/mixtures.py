@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.report.figures import Points, Series, line_panel, scatter_panel
 from pipeline.report.sections import best, over_seeds
 from pipeline.report.study import ReportedStudy, TrainingLog
-from pipeline.report.wording import COMPARED, score_title
+from pipeline.report.wording import COMPARED_METRICS, score_title
 from stages.mixture.mixup import class_difficulty
 from stages.results.method import NO_HEAD, RECOMMENDED, Method
 from stages.results.scored_study import Line, Samples
@@ -213,12 +213,12 @@ def _sweep(study: ReportedStudy, lines: Sequence[Variant]) -> list[dict[str, Any
     numbers = sorted(by_number)
     colours = {"near": "ood", "far": "far", "all": "method"}
     panels = []
-    for metric in COMPARED:
+    for metric in COMPARED_METRICS:
         series, legend = [], []
         for group in study.scored.ood_groups:
             cells = [study.scored.lines[by_number[number]][("average", group)] for number in numbers]
-            series.append(Series(colours[group], [[100 * cell[f"{metric.column}_mean"] for cell in cells]]))
+            series.append(Series(colours[group], [[100 * cell[f"{metric.name}_mean"] for cell in cells]]))
             legend.append((colours[group], False, f"{group} OOD"))
-        svg = line_panel(f"{metric.name} by number of experts", numbers, series, ("experts", f"{metric.name}, %"))
-        panels.append({"title": f"{metric.name} {metric.arrow} by number of experts", "legend": legend, "svg": svg})
+        svg = line_panel(f"{metric.title} by number of experts", numbers, series, ("experts", f"{metric.title}, %"))
+        panels.append({"title": f"{metric.heading} by number of experts", "legend": legend, "svg": svg})
     return panels

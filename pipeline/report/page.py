@@ -14,13 +14,14 @@ from cache import arrays_sha256, fingerprint
 from pipeline.report import gallery, maps, mixtures, sections
 from pipeline.report.study import ReportedStudy, as_written
 from pipeline.report.wording import (
-    COMPARED,
+    COMPARED_METRICS,
     KINDS,
-    METRICS,
+    SHOWN_METRICS,
     duration,
     method_name,
     percent,
     points,
+    positive_class,
     score_title,
     size,
     verdict,
@@ -133,6 +134,7 @@ def _render(name: str, values: Mapping[str, Any]) -> str:
     environment.filters |= {
         "percent": percent,
         "points": points,
+        "positive_class": positive_class,
         "verdict": verdict,
         "duration": duration,
         "size": size,
@@ -140,8 +142,8 @@ def _render(name: str, values: Mapping[str, Any]) -> str:
         "method_name": method_name,
     }
     names = {
-        "metrics": METRICS,
-        "compared": COMPARED,
+        "metrics": SHOWN_METRICS,
+        "compared": COMPARED_METRICS,
         "baseline": FROZEN_KNN,
         "heads": HEADS,
         "meaning_of_routing": ROUTINGS,

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.report.figures import epoch_panel, histogram_panel, range_panel, roc_panel
 from pipeline.report.study import ReportedStudy
-from pipeline.report.wording import COMPARED, METRICS, method_name, percent
+from pipeline.report.wording import COMPARED_METRICS, SHOWN_METRICS, method_name, percent
 from stages.progress import Progress
 from stages.results.method import FROZEN_KNN, NO_HEAD, Method
 from stages.results.scored_study import Line
@@ -56,7 +56,7 @@ def per_set(study: ReportedStudy) -> dict[str, Any]:
     return {
         "methods": methods,
         "best": {name: best(lines[name, group]) for name, group in study.oods},
-        "scales": {metric.column: _scale(everything, metric.column) for metric in COMPARED},
+        "scales": {metric.name: _scale(everything, metric.name) for metric in COMPARED_METRICS},
     }
 
 
@@ -64,8 +64,7 @@ def best(lines: Iterable[Line | None]) -> dict[str, str]:
     """The best of each metric as it is shown: what looks equal is equally good."""
     known = [line for line in lines if line is not None]
     return {
-        metric.column: percent((max if metric.arrow == "↑" else min)(line[f"{metric.column}_mean"] for line in known))
-        for metric in METRICS
+        metric.name: percent(metric.best([line[f"{metric.name}_mean"] for line in known])) for metric in SHOWN_METRICS
     }
 
 

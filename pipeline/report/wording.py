@@ -2,27 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from stages.metrics.ranking import METRICS, Metric
 from stages.results.method import NO_HEAD, Method
 from stages.scorers import title_of
 
-
-class Metric(NamedTuple):
-    """A column of the page."""
-
-    column: str
-    name: str
-    arrow: str
-    positive: str  # which class FPR95 takes as positive
-
-
-METRICS = (
-    Metric("auroc", "AUROC", "↑", ""),
-    Metric("fpr95", "FPR95", "↓", "ID positive"),
-    Metric("fpr95_ood", "FPR95", "↓", "OOD positive"),
-)
-COMPARED = METRICS[:2]  # those with a paired difference in the summary
+_LEFT_OUT = ("aupr_in", "aupr_out")  # of the page; table.csv has them
+SHOWN_METRICS = tuple(metric for metric in METRICS.values() if metric.name not in _LEFT_OUT)
+COMPARED_METRICS = tuple(metric for metric in SHOWN_METRICS if metric.compared)
 
 KINDS = {
     "end": "Each expert is a copy of the backbone's own end.",
@@ -41,6 +29,11 @@ def method_name(method: Method) -> str:
     """Short name of a method for people."""
     features = {"cls": "Frozen" if method.backbone == "pretrained" else "Fine-tuned", "mofe": "MoFE"}[method.features]
     return f"{features} {score_title(method)}" + (f" ({method.head})" if method.head not in (NO_HEAD, "probe") else "")
+
+
+def positive_class(metric: Metric) -> str:
+    """Which class a metric takes as positive: ``ID positive``; empty where that makes no difference."""
+    return f"{metric.positive} positive" if metric.positive else ""
 
 
 def percent(fraction: float | None) -> str:
@@ -64,7 +57,7 @@ def points(fraction: float) -> str:
 
 def verdict(line: Mapping[str, Any], metric: Metric) -> str:
     """What a line's difference to the frozen kNN says, as `stages.metrics.intervals` has it: better, worse or open."""
-    word = line[f"{metric.column}_minus_knn_says"].split(" ")[0]
+    word = line[f"{metric.name}_minus_knn_says"].split(" ")[0]
     return {"gain": "better", "loss": "worse"}.get(word, "open")
 
 

@@ -5,7 +5,7 @@ else, before any run.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,15 +53,13 @@ class Method:
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Self:
         """The method that a line of a table is about."""
-        return cls(*(line[name] for name in METHOD_COLUMNS))
+        return cls(**{field.name: line[field.name] for field in fields(cls)})
 
     @property
     def column(self) -> str:
         """Its column in the file of samples."""
         return self.score + (" (calibrated)" if self.calibrated else "")
 
-
-METHOD_COLUMNS = tuple(Method.__dataclass_fields__)
 
 RECOMMENDED = Method("pretrained", "mofe", "refit", "default", "predicted", "knn+energy")
 FROZEN_KNN = Method("pretrained", "cls", NO_HEAD, "", NO_ROUTING, "knn")  # stands first in every table

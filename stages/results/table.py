@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -14,57 +14,84 @@ from numpy.typing import NDArray
 
 from stages.files.documents import write_text
 from stages.metrics.bootstrap import bootstrap_each, resample_counts
-from stages.metrics.intervals import Difference, SetParts, auroc_interval, fpr95_interval, verdicts
-from stages.metrics.ranking import ood_metrics
+from stages.metrics.intervals import Difference, Interval, SetParts, auroc_interval, fpr95_interval, verdicts
+from stages.metrics.ranking import METRICS, ood_metrics
 from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table, mean_text
-from stages.results.method import BASELINES, METHOD_COLUMNS, Method
+from stages.results.method import BASELINES, Method
 
-METRICS = ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out")
-COMPARED = ("auroc", "fpr95")  # those with a paired difference to each baseline
 GROUPS = ("near", "far", "all")
-HIGHER_IS_BETTER = {"auroc", "aupr_in", "aupr_out"}
+_COMPARED = [metric.name for metric in METRICS.values() if metric.compared]  # with a difference to each baseline
+_INTERVALS: Mapping[str, Callable[[Sequence[SetParts]], Interval]] = {"auroc": auroc_interval, "fpr95": fpr95_interval}
+
+Replicates = Mapping[str, NDArray[np.float64]]  # of compared metrics, [R]; of the same resamples for every method
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """A method with a seed, and with the settings that were in force.
+
+    Attributes:
+        method: all that names it.
+        seed: None where nothing is random.
+        params: settings of the score, as JSON.
+        profile: whose defaults they follow.
+    """
+
+    method: Method
+    seed: int | None
+    params: str
+    profile: str
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """As tables have it."""
+        method = self.method
+        return {
+            "backbone": method.backbone,
+            "features": method.features,
+            "head": method.head,
+            "variant": method.variant,
+            "seed": self.seed,
+            "routing": method.routing,
+            "score": method.score,
+            "params": self.params,
+            "profile": self.profile,
+            "calibrated": method.calibrated,
+        }
 
 
 @dataclass(frozen=True)
 class OODRow:
-    """A row of ``table.csv``; metrics are fractions, see `stages.metrics.ranking`, and intervals 95 %."""
+    """A row of ``table.csv``.
 
-    backbone: str
-    features: str
-    head: str
-    variant: str
-    seed: int | None
-    routing: str
-    score: str
-    params: str
-    profile: str
-    calibrated: bool
+    Attributes:
+        run: what was scored.
+        ood: name of the OOD set, or ``"average"``.
+        group: ``near`` or ``far``; of averages also ``all``.
+        n_id: ID rows.
+        n_ood: OOD rows.
+        metrics: of `stages.metrics.ranking.METRICS`, fractions.
+        intervals: 95 %, of those that are compared.
+    """
+
+    run: MethodRun
     ood: str
     group: str
     n_id: int
     n_ood: int
-    auroc: float
-    fpr95: float
-    fpr95_ood: float
-    aupr_in: float
-    aupr_out: float
-    auroc_lo: float
-    auroc_hi: float
-    fpr95_lo: float
-    fpr95_hi: float
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, Interval]
 
     @property
-    def method(self) -> Method:
-        """All that names it, seed aside."""
-        return Method(*(getattr(self, name) for name in METHOD_COLUMNS))
-
-
-@dataclass(frozen=True, eq=False)
-class Replicates:
-    """Bootstrap replicates of a row's metrics, ``[R]`` each; the same resamples for every method, so they pair."""
-
-    auroc: NDArray[np.float64]
-    fpr95: NDArray[np.float64]
+    def columns(self) -> dict[str, Any]:
+        """As ``table.csv`` has it."""
+        sizes = {"n_id": self.n_id, "n_ood": self.n_ood}
+        ends = {
+            f"{name}_{end}": value
+            for name, own in self.intervals.items()
+            for end, value in zip(own._fields, own, strict=True)
+        }
+        return self.run.columns | {"ood": self.ood, "group": self.group} | sizes | dict(self.metrics) | ends
 
 
 class Evaluator:
@@ -89,12 +116,12 @@ class Evaluator:
         return {name: resample_counts(self._sizes[name], self._replicates, seed) for seed, name in enumerate(names)}
 
     def rows(
-        self, name: dict[str, Any], id_scores: NDArray[np.float32], ood_scores: dict[str, NDArray[np.float32]]
+        self, run: MethodRun, id_scores: NDArray[np.float32], ood_scores: Mapping[str, NDArray[np.float32]]
     ) -> list[tuple[OODRow, Replicates]]:
         """Rows of one detector: each OOD set, then the averages (none for oracle routing, a diagnostic).
 
         Args:
-            name: the columns that name the detector.
+            run: what names the detector.
             id_scores: ``[n_id]``, higher = more OOD.
             ood_scores: ``[n_ood]`` of each OOD set.
         """
@@ -105,32 +132,29 @@ class Evaluator:
         )
         parts = dict(zip(names, SetParts.of_each(id_scores, [ood_scores[ood] for ood in names]), strict=True))
         for (ood, group), drawn in zip(self.oods, resampled, strict=True):
-            metrics = asdict(ood_metrics(id_scores, ood_scores[ood]))
-            replicates = Replicates(drawn["auroc"], drawn["fpr95"])
-            result.append((OODRow(**name, ood=ood, group=group, **metrics, **_intervals([parts[ood]])), replicates))
-        if name["routing"] == "oracle":
+            found = asdict(ood_metrics(id_scores, ood_scores[ood]))
+            metrics = {name: found[name] for name in METRICS}
+            row = OODRow(run, ood, group, found["n_id"], found["n_ood"], metrics, _intervals([parts[ood]]))
+            result.append((row, drawn))
+        if run.method.routing == "oracle":
             return result
-        averages = []
-        for group in GROUPS:
-            members = [pair for pair in result if group in ("all", pair[0].group)]
-            if not members:
-                continue
-            replicates = Replicates(
-                np.mean([drawn.auroc for _, drawn in members], axis=0),
-                np.mean([drawn.fpr95 for _, drawn in members], axis=0),
-            )
-            means: dict[str, Any] = {
-                metric: float(np.mean([getattr(row, metric) for row, _ in members])) for metric in METRICS
-            }
-            sizes: dict[str, Any] = {"n_id": members[0][0].n_id, "n_ood": sum(row.n_ood for row, _ in members)}
-            intervals = _intervals([parts[row.ood] for row, _ in members])
-            averages.append((OODRow(**name, ood="average", group=group, **sizes, **means, **intervals), replicates))
-        return result + averages
+        groups = {name: [pair for pair in result if name in ("all", pair[0].group)] for name in GROUPS}
+        return result + [_average(name, own, parts) for name, own in groups.items() if own]
 
 
-def _intervals(sets: Sequence[SetParts]) -> dict[str, Any]:
-    auroc, fpr95 = auroc_interval(sets), fpr95_interval(sets)
-    return {"auroc_lo": auroc.lo, "auroc_hi": auroc.hi, "fpr95_lo": fpr95.lo, "fpr95_hi": fpr95.hi}
+def _average(
+    group: str, members: Sequence[tuple[OODRow, Replicates]], parts: Mapping[str, SetParts]
+) -> tuple[OODRow, Replicates]:
+    """The unweighted mean of several sets' rows."""
+    first, rows = members[0][0], [row for row, _ in members]
+    metrics = {name: float(np.mean([row.metrics[name] for row in rows])) for name in METRICS}
+    intervals = _intervals([parts[row.ood] for row in rows])
+    average = OODRow(first.run, "average", group, first.n_id, sum(row.n_ood for row in rows), metrics, intervals)
+    return average, {name: np.mean([drawn[name] for _, drawn in members], axis=0) for name in _COMPARED}
+
+
+def _intervals(sets: Sequence[SetParts]) -> dict[str, Interval]:
+    return {name: _INTERVALS[name](sets) for name in _COMPARED}
 
 
 def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]:
@@ -142,28 +166,28 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
     """
     by_cell: dict[tuple[Any, ...], list[tuple[OODRow, Replicates]]] = {}
     for row, drawn in rows:
-        by_cell.setdefault((row.method, row.ood, row.group), []).append((row, drawn))
+        by_cell.setdefault((row.run.method, row.ood, row.group), []).append((row, drawn))
     lines: list[dict[str, Any]] = []
     found: list[tuple[dict[str, Any], str, str, Difference]] = []
     for (method, ood, group), members in by_cell.items():
         first = members[0][0]
         line: dict[str, Any] = asdict(method) | {"ood": ood, "group": group, "n_seeds": len(members)}
         for metric in METRICS:
-            values = [getattr(row, metric) for row, _ in members]
+            values = [row.metrics[metric] for row, _ in members]
             line[f"{metric}_mean"] = float(np.mean(values))
             line[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         for label, baseline in BASELINES.items():
             reference = by_cell.get((baseline, ood, group))
-            for metric in COMPARED:
+            for metric in _COMPARED:
                 column = f"{metric}_minus_{label}"
                 line |= dict.fromkeys(difference_columns(column))
                 if reference is None or method == baseline:
                     continue
                 sides = (over_seeds(members, metric), over_seeds(reference, metric))
-                seeded = any(row.seed is not None for row, _ in (*members, *reference))
+                seeded = any(row.run.seed is not None for row, _ in (*members, *reference))
                 found.append((line, metric, column, Difference.of(*sides, seeded, first.n_id, first.n_ood)))
         lines.append(line)
-    told = verdicts([one for *_, one in found], [metric in HIGHER_IS_BETTER for _, metric, _, _ in found])
+    told = verdicts([one for *_, one in found], [METRICS[metric].higher_is_better for _, metric, _, _ in found])
     for (line, _, column, one), says in zip(found, told, strict=True):
         line |= zip(difference_columns(column), (one.mean, one.lo, one.hi, says), strict=True)
     return lines
@@ -178,17 +202,16 @@ def over_seeds(
     members: Sequence[tuple[OODRow, Replicates]], metric: str
 ) -> tuple[list[float], list[NDArray[np.float64]]]:
     """A metric of each seed, and its bootstrap replicates, as `Difference.of` takes them."""
-    return [getattr(row, metric) for row, _ in members], [getattr(drawn, metric) for _, drawn in members]
+    return [row.metrics[metric] for row, _ in members], [drawn[metric] for _, drawn in members]
 
 
 # ------------------------------------------------------------------------------------------------------- exports
 
 
-def write_table(folder: Path, rows: Sequence[OODRow], summary: Sequence[dict[str, Any]]) -> None:
+def write_table(folder: Path, table: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> None:
     """Write ``table.csv``, ``table.json`` and the summary, see `write_summary`."""
-    table = [asdict(row) for row in rows]
-    write_text(folder / "table.csv", csv_text(table, [field.name for field in fields(OODRow)]))
-    write_text(folder / "table.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "table.csv", csv_text(table, list(table[0])))
+    write_text(folder / "table.json", json.dumps(list(table), indent=1, ensure_ascii=False) + "\n")
     write_summary(folder, summary)
 
 
@@ -217,7 +240,7 @@ def _parse(column: str, text: str) -> Any:
         return int(text)
     if column.endswith("_says"):
         return text or None
-    if column.startswith(METRICS):
+    if column.startswith(tuple(METRICS)):
         return float(text) if text else None
     return csv_cell_text(text)
 
@@ -232,8 +255,8 @@ def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     if summary and "study" in summary[0]:
         header.insert(0, "study")
     naming = (*header, "calibrated")
-    metrics = [(group, metric) for group in GROUPS for metric in ("auroc", "fpr95")]
-    header += [f"{group} {metric.upper()} {'↑' if metric in HIGHER_IS_BETTER else '↓'}" for group, metric in metrics]
+    metrics = [(group, metric) for group in GROUPS for metric in _COMPARED]
+    header += [f"{group} {METRICS[metric].heading}" for group, metric in metrics]
     averages = [line for line in summary if line["ood"] == "average"]
     body = []
     for _, members in groupby(averages, key=lambda line: tuple(line[name] for name in naming)):

@@ -20,7 +20,7 @@ from pipeline.report.maps import _pca, feature_maps
 from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.page import write_report
 from pipeline.report.study import Evidence, ReportedStudy
-from pipeline.report.wording import METRICS, duration, percent, points, size, verdict
+from pipeline.report.wording import SHOWN_METRICS, duration, percent, points, size, verdict
 from stages.detection.calibration import threshold_at
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource, MixtureFolder
@@ -30,8 +30,8 @@ from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
 from stages.mixture.mixup import class_alpha
 from stages.progress import NullProgress
-from stages.results.method import ROUTINGS
-from stages.results.table import Evaluator, read_summary, summarise, write_table
+from stages.results.method import ROUTINGS, Method, samples_path
+from stages.results.table import Evaluator, MethodRun, read_summary, summarise, write_table
 from stages.training.cached import EpochRecord
 from tests.conftest import SOURCES
 from tests.test_pipeline.browser import CHROMIUM, opened
@@ -61,27 +61,25 @@ sets = [
 VARIANTS = {"four": ("train.experts", 4, 2.2), "still": ("train.mixup", "static", 1.5)}
 
 
-def method(backbone, features, head, variant, seed, routing, score, calibrated=False):
-    names = {"backbone": backbone, "features": features, "head": head, "variant": variant, "seed": seed}
-    settings = {"params": "{}", "profile": "paper", "calibrated": calibrated}
-    return names | {"routing": routing, "score": score} | settings
+def run(backbone, features, head, variant, seed, routing, score, calibrated=False):
+    return MethodRun(Method(backbone, features, head, variant, routing, score, calibrated), seed, "{}", "paper")
 
 
 FROZEN = [
-    (method("pretrained", "cls", "probe", "", None, "none", "energy"), 0.6),
-    (method("pretrained", "cls", "none", "", None, "none", "knn"), 1.0),
-    (method("pretrained", "cls", "probe", "", None, "none", "knn+energy"), 1.2),
+    (run("pretrained", "cls", "probe", "", None, "none", "energy"), 0.6),
+    (run("pretrained", "cls", "none", "", None, "none", "knn"), 1.0),
+    (run("pretrained", "cls", "probe", "", None, "none", "knn+energy"), 1.2),
 ]
 
 
 def mixture(seed):
     """Methods of one seed, with how far their OOD scores lie above the ID scores."""
     return [
-        (method("pretrained", "mofe", "none", "default", seed, "predicted", "knn"), 1.4),
-        (method("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy"), 2.0),
-        (method("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy", calibrated=True), 1.9),
-        (method("pretrained", "mofe", "none", "default", seed, "top2", "knn"), 1.5),
-        (method("pretrained", "mofe", "none", "default", seed, "oracle", "knn"), 5.0),
+        (run("pretrained", "mofe", "none", "default", seed, "predicted", "knn"), 1.4),
+        (run("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy"), 2.0),
+        (run("pretrained", "mofe", "refit", "default", seed, "predicted", "knn+energy", calibrated=True), 1.9),
+        (run("pretrained", "mofe", "none", "default", seed, "top2", "knn"), 1.5),
+        (run("pretrained", "mofe", "none", "default", seed, "oracle", "knn"), 5.0),
     ]
 
 
@@ -90,22 +88,21 @@ def make_study(work, seeds=(0,), experts=2, variants=()):
     rng = np.random.default_rng(7)
     methods = FROZEN + [pair for seed in seeds for pair in mixture(seed)]
     for variant, (_, _, distance) in dict(variants).items():
-        methods.append((mixture(0)[1][0] | {"variant": variant}, distance))
+        first = mixture(0)[1][0]
+        methods.append((replace(first, method=replace(first.method, variant=variant)), distance))
     evaluator = Evaluator(OODS, {"id": N_ID, **{name: N_OOD for name, _ in OODS}}, replicates=100)
     rows, thresholds = [], []
     samples = {}
-    for name, distance in methods:
+    for own, distance in methods:
         id_scores = rng.normal(size=N_ID).astype(np.float32)
         ood_scores = {ood: rng.normal(distance, size=N_OOD).astype(np.float32) for ood, _ in OODS}
-        rows += evaluator.rows(name, id_scores, ood_scores)
-        if name["routing"] != "oracle":
-            thresholds += [name | asdict(threshold_at(id_scores, admit)) for admit in (0.95, 0.99)]
-        slug = [name["variant"] or "none", "none" if name["seed"] is None else str(name["seed"]), name["routing"]]
-        file = "-".join([name["backbone"], name["features"], name["head"], *slug])
-        column = name["score"] + (" (calibrated)" if name["calibrated"] else "")
-        samples.setdefault(file, {})[column] = np.concatenate([id_scores, *ood_scores.values()])
+        rows += evaluator.rows(own, id_scores, ood_scores)
+        if own.method.routing != "oracle":
+            thresholds += [own.columns | asdict(threshold_at(id_scores, admit)) for admit in (0.95, 0.99)]
+        file = samples_path(work / "scores", own.method, own.seed)
+        samples.setdefault(file, {})[own.method.column] = np.concatenate([id_scores, *ood_scores.values()])
     scores = work / "scores"
-    write_table(scores, [row for row, _ in rows], summarise(rows))
+    write_table(scores, [row.columns for row, _ in rows], summarise(rows))
     write_json(scores / "thresholds.json", thresholds)
     (scores / "samples").mkdir()
     sets = ["animals"] * N_ID + [name for name, _ in OODS for _ in range(N_OOD)]
@@ -120,8 +117,8 @@ def make_study(work, seeds=(0,), experts=2, variants=()):
         "expert": [(row + (row % 8 == 0)) % experts for row in range(n_all)],
     }
     for file, columns in samples.items():
-        own = about if "-mofe-" in file else about | {"expert": pa.nulls(n_all)}
-        pq.write_table(pa.table({**own, **columns}), scores / "samples" / f"{file}.parquet")
+        own = about if "-mofe-" in file.name else about | {"expert": pa.nulls(n_all)}
+        pq.write_table(pa.table({**own, **columns}), file)
 
     frozen = {"backbone": "pretrained", "features": "cls", "variant": "", "seed": None}
     mofe = [frozen | {"features": "mofe", "variant": "default", "seed": seed} for seed in seeds]
@@ -287,10 +284,10 @@ def test_a_threshold_that_so_few_rows_cannot_give_is_none(page):
 def test_bold_is_the_best_of_each_column_and_nothing_else(page, work):
     averages = [line for line in read_summary(work / "scores") if line["ood"] == "average"]
     rows = page.body("table")
-    columns = [(group, metric) for group in ("near", "far", "all") for metric in METRICS]
+    columns = [(group, metric) for group in ("near", "far", "all") for metric in SHOWN_METRICS]
     for index, (group, metric) in enumerate(columns, start=1):
-        values = [line[f"{metric.column}_mean"] for line in averages if line["group"] == group]
-        best = percent(max(values) if metric.column == "auroc" else min(values))
+        values = [line[f"{metric.name}_mean"] for line in averages if line["group"] == group]
+        best = percent(max(values) if metric.name == "auroc" else min(values))
         assert [row["cells"][index] for row in rows if row["bold"][index]] == [best] * sum(
             percent(value) == best for value in values
         )
@@ -340,7 +337,7 @@ def test_differences_come_with_their_interval_and_whether_it_excludes_0(page, wo
     row = next(row for row in page.body("table") if row["class"] == "recommended")
     lo, hi = sum_of_mixture["auroc_minus_knn_lo"], sum_of_mixture["auroc_minus_knn_hi"]
     assert row["cells"][-2] == f"▲ {points(sum_of_mixture['auroc_minus_knn'])}[{points(lo)}, {points(hi)}]"
-    assert row["cells"][-1].startswith("▼" if verdict(sum_of_mixture, METRICS[1]) == "worse" else "▲")
+    assert row["cells"][-1].startswith("▼" if verdict(sum_of_mixture, SHOWN_METRICS[1]) == "worse" else "▲")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +351,7 @@ def test_differences_come_with_their_interval_and_whether_it_excludes_0(page, wo
     ],
 )
 def test_verdict_is_what_the_difference_says(says, expected):
-    assert verdict({"fpr95_minus_knn_says": says}, METRICS[1]) == expected
+    assert verdict({"fpr95_minus_knn_says": says}, SHOWN_METRICS[1]) == expected
 
 
 def test_every_set_has_histograms_and_a_roc_of_both_methods(page):

@@ -4,7 +4,8 @@ import pytest
 
 from stages.errors import InputError
 from stages.files.documents import write_contents
-from stages.results.scored_study import FILES, check_scores
+from stages.results.scored_study import check_scores
+from stages.results.writer import FILES
 
 
 def test_scores_are_those_that_were_left(tmp_path):

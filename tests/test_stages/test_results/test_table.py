@@ -2,15 +2,17 @@
 
 import csv
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from stages.metrics.ranking import METRICS
+from stages.results.method import FROZEN_KNN
 from stages.results.table import (
     Evaluator,
-    OODRow,
+    MethodRun,
     compact,
     per_cent,
     read_summary,
@@ -21,19 +23,8 @@ from stages.results.table import (
 
 OODS = [("shapes", "near"), ("letters", "near"), ("noise", "far")]
 SIZES = {"id": 300, "shapes": 200, "letters": 50, "noise": 120}
-KNN = {
-    "backbone": "pretrained",
-    "features": "cls",
-    "head": "none",
-    "variant": "",
-    "seed": None,
-    "routing": "none",
-    "score": "knn",
-    "params": '{"k": 5}',
-    "profile": "paper",
-    "calibrated": False,
-}
-MOFE = KNN | {"features": "mofe", "variant": "default", "routing": "predicted", "seed": 0}
+KNN = MethodRun(FROZEN_KNN, None, '{"k": 5}', "paper")
+MOFE = replace(KNN, method=replace(FROZEN_KNN, features="mofe", variant="default", routing="predicted"), seed=0)
 
 
 def draw(shift: float, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -67,10 +58,10 @@ def test_a_row_for_each_ood_set_as_scikit_learn_has_it(rows):
     ]
     for row, _ in rows[:3]:
         truth, scores = np.repeat([0, 1], [row.n_id, row.n_ood]), np.concatenate([ids, oods[row.ood]])
-        assert row.auroc == pytest.approx(roc_auc_score(truth, scores))
-        assert row.fpr95 == pytest.approx(plain_fpr95(ids, oods[row.ood]))
-        assert row.fpr95_ood == pytest.approx(plain_fpr95(-oods[row.ood], -ids))
-        assert asdict(row).items() >= KNN.items()
+        assert row.metrics["auroc"] == pytest.approx(roc_auc_score(truth, scores))
+        assert row.metrics["fpr95"] == pytest.approx(plain_fpr95(ids, oods[row.ood]))
+        assert row.metrics["fpr95_ood"] == pytest.approx(plain_fpr95(-oods[row.ood], -ids))
+        assert row.columns.items() >= KNN.columns.items()
 
 
 def test_averages_are_unweighted_over_sets(rows):
@@ -82,9 +73,9 @@ def test_averages_are_unweighted_over_sets(rows):
     ]
     for average in averages:
         members = [row for row in sets if average.group in (row.group, "all")]
-        for metric in ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out"):
-            plain = sum(getattr(row, metric) for row in members) / len(members)
-            assert getattr(average, metric) == pytest.approx(plain)
+        for metric in METRICS:
+            plain = sum(row.metrics[metric] for row in members) / len(members)
+            assert average.metrics[metric] == pytest.approx(plain)
 
 
 def test_a_group_without_sets_has_no_average():
@@ -97,19 +88,19 @@ def test_a_group_without_sets_has_no_average():
 
 
 def test_oracle_routing_is_a_diagnostic_and_never_in_averages(evaluator):
-    rows = evaluator.rows(MOFE | {"routing": "oracle"}, *draw(1))
+    rows = evaluator.rows(replace(MOFE, method=replace(MOFE.method, routing="oracle")), *draw(1))
     assert [row.ood for row, _ in rows] == ["shapes", "letters", "noise"]
 
 
 def test_intervals_hold_what_they_are_about(rows):
     for row, drawn in rows:
         for metric in ("auroc", "fpr95"):
-            lo, hi = getattr(row, f"{metric}_lo"), getattr(row, f"{metric}_hi")
-            assert lo <= getattr(row, metric) <= hi
+            lo, hi = row.intervals[metric]
+            assert lo <= row.metrics[metric] <= hi
             assert 0 < hi - lo < 0.35
             # Not far from what resampling says, where sets are large and overlap.
-            assert (lo, hi) == pytest.approx(tuple(np.percentile(getattr(drawn, metric), [2.5, 97.5])), abs=0.07)
-    widths = {row.ood: row.auroc_hi - row.auroc_lo for row, _ in rows[:3]}
+            assert (lo, hi) == pytest.approx(tuple(np.percentile(drawn[metric], [2.5, 97.5])), abs=0.07)
+    widths = {row.ood: row.intervals["auroc"].hi - row.intervals["auroc"].lo for row, _ in rows[:3]}
     assert widths["letters"] > widths["shapes"]  # 50 images say less than 200
 
 
@@ -117,7 +108,7 @@ def test_the_same_study_draws_the_same_resamples(evaluator, rows):
     again = Evaluator(OODS, SIZES, replicates=400).rows(KNN, *draw(1.5))
     assert [row for row, _ in again] == [row for row, _ in rows]
     for (_, one), (_, other) in zip(again, rows, strict=True):
-        np.testing.assert_array_equal(one.fpr95, other.fpr95)
+        np.testing.assert_array_equal(one["fpr95"], other["fpr95"])
 
 
 # --------------------------------------------------------------------------------------------------------- summary
@@ -126,8 +117,8 @@ def test_the_same_study_draws_the_same_resamples(evaluator, rows):
 @pytest.fixture(scope="module")
 def study(evaluator, rows):
     """The baseline, the same scores under another name, and a better method with three seeds."""
-    same = evaluator.rows(KNN | {"head": "probe", "score": "energy"}, *draw(1.5))
-    better = [pair for seed in range(3) for pair in evaluator.rows(MOFE | {"seed": seed}, *draw(2 + seed / 10))]
+    same = evaluator.rows(replace(KNN, method=replace(FROZEN_KNN, head="probe", score="energy")), *draw(1.5))
+    better = [pair for seed in range(3) for pair in evaluator.rows(replace(MOFE, seed=seed), *draw(2 + seed / 10))]
     return [*rows, *same, *better]
 
 
@@ -139,7 +130,7 @@ def test_mean_deviation_and_count_over_seeds(study):
     summary = summarise(study)
     assert len(summary) == 3 * 6  # three methods; three sets and three averages
     (line,) = lines_of(summary, features="mofe", ood="noise")
-    values = [row.auroc for row, _ in study if row.features == "mofe" and row.ood == "noise"]
+    values = [row.metrics["auroc"] for row, _ in study if row.run.method.features == "mofe" and row.ood == "noise"]
     assert line["n_seeds"] == len(values) == 3
     assert line["auroc_mean"] == pytest.approx(np.mean(values))
     assert line["auroc_std"] == pytest.approx(np.std(values, ddof=1))
@@ -166,8 +157,8 @@ def test_differences_are_paired(study):
 
 def test_the_interval_of_a_difference_resamples_both_methods_alike_and_seeds_as_well(study):
     average = [(row, drawn) for row, drawn in study if (row.ood, row.group) == ("average", "all")]
-    own = [drawn.fpr95 for row, drawn in average if row.features == "mofe"]
-    (theirs,) = (drawn.fpr95 for row, drawn in average if row.head == "none" and row.features == "cls")
+    own = [drawn["fpr95"] for row, drawn in average if row.run.method.features == "mofe"]
+    (theirs,) = (drawn["fpr95"] for row, drawn in average if row.run.method == FROZEN_KNN)
     (line,) = lines_of(summarise(study), features="mofe", ood="average", group="all")
     paired = np.diff(np.percentile(np.mean(own, axis=0) - theirs, [2.5, 97.5]))
     width = line["fpr95_minus_knn_hi"] - line["fpr95_minus_knn_lo"]
@@ -181,7 +172,7 @@ def test_what_a_difference_says(study):
     assert (line["auroc_minus_knn_says"], line["fpr95_minus_knn_says"]) == ("gain", "gain")
     (same,) = lines_of(summary, score="energy", ood="average", group="all")
     assert same["auroc_minus_knn_says"] == "no difference"
-    one_seed = [pair for pair in study if pair[0].seed in (None, 0)]
+    one_seed = [pair for pair in study if pair[0].run.seed in (None, 0)]
     (line,) = lines_of(summarise(one_seed), features="mofe", ood="average", group="all")
     assert line["auroc_minus_knn_says"] == "gain for this seed"
     (itself,) = lines_of(summary, features="cls", head="none", ood="average", group="all")
@@ -193,20 +184,20 @@ def test_what_a_difference_says(study):
 
 @pytest.fixture
 def written(study, tmp_path):
-    write_table(tmp_path, [row for row, _ in study], summarise(study))
+    write_table(tmp_path, [row.columns for row, _ in study], summarise(study))
     return tmp_path
 
 
 def test_table_files_hold_every_row(study, written):
     rows = [row for row, _ in study]
-    assert [OODRow(**line) for line in json.loads((written / "table.json").read_text())] == rows
+    assert json.loads((written / "table.json").read_text()) == [row.columns for row in rows]
     with (written / "table.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
-        assert line["seed"] == ("" if row.seed is None else str(row.seed))
+        assert line["seed"] == ("" if row.run.seed is None else str(row.run.seed))
         assert line["calibrated"] == "false"
-        assert float(line["fpr95_hi"]) == row.fpr95_hi
+        assert float(line["fpr95_hi"]) == row.intervals["fpr95"].hi
         assert json.loads(line["params"]) == {"k": 5}
 
 
@@ -216,7 +207,7 @@ def test_the_summary_is_read_back_as_it_was(study, written):
 
 def test_writing_twice_gives_the_same_bytes(study, written, tmp_path):
     again = tmp_path / "again"
-    write_table(again, [row for row, _ in study], summarise(study))
+    write_table(again, [row.columns for row, _ in study], summarise(study))
     for file in again.iterdir():
         assert file.read_bytes() == (written / file.name).read_bytes()
 
@@ -236,7 +227,10 @@ def test_the_compact_table_is_for_people(study):
 
 
 def test_calibrated_is_said(study):
-    marked = [(replace(row, calibrated=True), drawn) for row, drawn in study]
+    marked = [
+        (replace(row, run=replace(row.run, method=replace(row.run.method, calibrated=True))), drawn)
+        for row, drawn in study
+    ]
     assert {line[5] for line in compact(summarise(marked))[1]} == {"knn (calibrated)", "energy (calibrated)"}
 
 
@@ -260,6 +254,6 @@ def test_names_that_programs_would_read_otherwise_come_back_as_they_are(study, t
 
 
 def test_a_table_of_oracle_rows_alone_has_no_compact_form(evaluator, tmp_path):
-    rows = evaluator.rows(MOFE | {"routing": "oracle"}, *draw(1))
-    write_table(tmp_path, [row for row, _ in rows], summarise(rows))
+    rows = evaluator.rows(replace(MOFE, method=replace(MOFE.method, routing="oracle")), *draw(1))
+    write_table(tmp_path, [row.columns for row, _ in rows], summarise(rows))
     assert compact(read_summary(tmp_path))[1] == []
