@@ -92,7 +92,9 @@ class _Scoring:
         progress: counts detectors.
     """
 
-    def __init__(self, tests: Sequence[ScoredSet], config: ScoreConfig, writer: ScoresWriter, progress: Progress) -> None:
+    def __init__(
+        self, tests: Sequence[ScoredSet], config: ScoreConfig, writer: ScoresWriter, progress: Progress
+    ) -> None:
         self.writer = writer
         self.remarks = Remarks({key_of(test): test.cache.image_hashes for test in tests})
         self._config = config

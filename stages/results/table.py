@@ -21,6 +21,12 @@ from stages.results.method import BASELINES, Method
 
 GROUPS = ("near", "far", "all")
 _COMPARED = [metric.name for metric in METRICS.values() if metric.compared]  # with a difference to each baseline
+COLUMNS = (  # of table.csv
+    *("backbone", "features", "head", "variant", "seed", "routing", "score", "params", "profile", "calibrated"),
+    *("ood", "group", "n_id", "n_ood"),
+    *METRICS,
+    *(f"{metric}_{end}" for metric in _COMPARED for end in Interval._fields),
+)
 _INTERVALS: Mapping[str, Callable[[Sequence[SetParts]], Interval]] = {"auroc": auroc_interval, "fpr95": fpr95_interval}
 
 Replicates = Mapping[str, NDArray[np.float64]]  # of compared metrics, [R]; of the same resamples for every method
@@ -45,19 +51,8 @@ class MethodRun:
     @property
     def columns(self) -> dict[str, Any]:
         """As tables have it."""
-        method = self.method
-        return {
-            "backbone": method.backbone,
-            "features": method.features,
-            "head": method.head,
-            "variant": method.variant,
-            "seed": self.seed,
-            "routing": method.routing,
-            "score": method.score,
-            "params": self.params,
-            "profile": self.profile,
-            "calibrated": method.calibrated,
-        }
+        own = {"seed": self.seed, "params": self.params, "profile": self.profile}
+        return asdict(self.method) | own
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,8 @@ class OODRow:
             for name, own in self.intervals.items()
             for end, value in zip(own._fields, own, strict=True)
         }
-        return self.run.columns | {"ood": self.ood, "group": self.group} | sizes | dict(self.metrics) | ends
+        found = self.run.columns | {"ood": self.ood, "group": self.group} | sizes | dict(self.metrics) | ends
+        return {column: found[column] for column in COLUMNS}
 
 
 class Evaluator:
@@ -210,7 +206,7 @@ def over_seeds(
 
 def write_table(folder: Path, table: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> None:
     """Write ``table.csv``, ``table.json`` and the summary, see `write_summary`."""
-    write_text(folder / "table.csv", csv_text(table, list(table[0])))
+    write_text(folder / "table.csv", csv_text(table, COLUMNS))
     write_text(folder / "table.json", json.dumps(list(table), indent=1, ensure_ascii=False) + "\n")
     write_summary(folder, summary)
 

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,7 +247,7 @@ def test_a_set_may_have_the_name_of_the_bank(source, tmp_path):
     bank = (tmp_path / "seed-0" / "refined" / "final" / "id-train.safetensors").read_bytes()
     named = score([replace(source, tests=tests, mixtures=mixtures)], config, tmp_path / "scores").rows
     plain = score([source], config, tmp_path / "plain").rows
-    assert [row.auroc for row in named] == [row.auroc for row in plain]
+    assert [row["auroc"] for row in named] == [row["auroc"] for row in plain]
     assert (tmp_path / "seed-0" / "refined" / "final" / "id-train.safetensors").read_bytes() == bank
 
 
@@ -317,7 +317,7 @@ def test_scoring_by_two_experts_again_runs_no_network(source, both, table_of_bot
 
     monkeypatch.setattr(torch.nn.Module, "__call__", forbidden)
     rows = score([source], CONFIG.model_copy(update={"scores": ["knn"], "top2": True}), tmp_path).rows
-    assert [asdict(row) for row in rows] == [row for row in table_of_both if row["score"] == "knn"]
+    assert rows == [row for row in table_of_both if row["score"] == "knn"]
 
 
 def test_what_a_wrong_route_costs_stands_in_id_json(both, folder):
@@ -341,7 +341,7 @@ def test_one_expert_has_no_second(source, data, backbone, tmp_path):
     train_mofe(data, TrainConfig(experts=1, epochs=1), backbone.end, seed=0, folder=path)
     one = replace(source, mixtures=(MixtureFolder("dense", 0, path),))
     rows = score([one], CONFIG.model_copy(update={"scores": ["knn"], "top2": True}), tmp_path / "scores").rows
-    assert {row.routing for row in rows} == {"none", "predicted", "oracle"}
+    assert {row["routing"] for row in rows} == {"none", "predicted", "oracle"}
 
 
 # -------------------------------------------------------------------------------------------------- further scores
@@ -357,15 +357,15 @@ def groups_alone(source, data, backbone, tmp_path_factory):
 
 def test_other_is_the_probability_that_the_routed_expert_gives(source, tmp_path):
     result = score([source], CONFIG.model_copy(update={"scores": ["other", "vim"]}), tmp_path)
-    assert {row.features for row in result.rows if row.score == "other"} == {"mofe"}
-    heads = {row.head for row in result.rows if row.score == "vim" and row.features == "mofe"}
+    assert {row["features"] for row in result.rows if row["score"] == "other"} == {"mofe"}
+    heads = {row["head"] for row in result.rows if row["score"] == "vim" and row["features"] == "mofe"}
     assert heads == {"trained", "refit", "refit-group"}
     trained = load_refined(
         refined_path(source.mixtures[0].path, "final", "sets/far"),
         {"weights": file_sha256(source.mixtures[0].path / "mofe.safetensors"),
          "features": source.tests[2].cache.digest},
     )  # fmt: skip
-    samples = samples_of(tmp_path, asdict(next(row for row in result.rows if row.score == "other")))
+    samples = samples_of(tmp_path, next(row for row in result.rows if row["score"] == "other"))
     expected = softmax(np.c_[trained.logits, trained.other].astype(np.float64), axis=1)[:, -1]
     found = 1 / (1 + np.exp(-samples["other"][samples["set"] == "far"]))  # from log odds
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -382,12 +382,12 @@ def plain_patches(backbone, cache):
 def test_patch_knn_is_the_mean_of_the_farthest_patches(source, backbone, tmp_path):
     config = CONFIG.model_copy(update={"scores": ["patch-knn"], "params": {"patch-knn": {"share": 0.5}}})
     result = score([replace(source, mixtures=())], config, tmp_path)
-    row = next(row for row in result.rows if row.score == "patch-knn")
+    row = next(row for row in result.rows if row["score"] == "patch-knn")
     known = source.data.split.final_train
-    assert (row.features, row.head, json.loads(row.params)["bank_images"]) == ("cls", "none", len(known))
+    assert (row["features"], row["head"], json.loads(row["params"])["bank_images"]) == ("cls", "none", len(known))
     train = plain_patches(backbone, source.data.train)
     bank = np.concatenate([train[i] for i in known])
-    samples = samples_of(tmp_path, asdict(row))
+    samples = samples_of(tmp_path, row)
     for test in source.tests:
         nearest = [np.sort((1 - each @ bank.T).min(axis=1)) for each in plain_patches(backbone, test.cache)]
         expected = [each[-(len(each) // 2) :].mean() for each in nearest]
@@ -418,22 +418,22 @@ def test_patches_are_read_for_patch_knn_alone(source, tmp_path, monkeypatch):
 def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp_path):
     config = CONFIG.model_copy(update={"scores": ["knn", "mos"], "top2": True})
     result = score([groups_alone], config, tmp_path)
-    rows = [row for row in result.rows if row.score == "mos"]
-    naming = {(row.variant, row.head, row.routing, row.calibrated) for row in rows}
+    rows = [row for row in result.rows if row["score"] == "mos"]
+    naming = {(row["variant"], row["head"], row["routing"], row["calibrated"]) for row in rows}
     assert naming == {("mos", "trained", "none", False)}  # every group is asked, nothing is routed
     assert [note for note in result.notes if "threshold" not in note] == [
         'mos: not of variant default: it needs a mixture trained with train.expert = "frozen" and two experts or more'
     ]
     spec, path = groups_alone.data.train.spec, groups_alone.mixtures[1].path
     network = load_mixture(path, groups_alone.architecture().end, spec.cls_dim, spec.tap_dim)
-    samples = samples_of(tmp_path, asdict(rows[0]))
+    samples = samples_of(tmp_path, rows[0])
     for test in groups_alone.tests:
         features = torch.from_numpy(np.float32(test.cache.read("cls")))
         with torch.inference_mode():
             others = torch.stack([expert.head(features).softmax(1)[:, -1] for expert in network.experts])
         found = 1 / (1 + np.exp(-samples["mos"][samples["set"] == test.name]))  # from log odds
         np.testing.assert_allclose(found, others.amin(0), rtol=1e-4)
-    assert next(row.auroc for row in rows if row.ood == "far") > 0.7
+    assert next(row["auroc"] for row in rows if row["ood"] == "far") > 0.7
 
 
 def test_predict_by_mos_needs_groups_without_experts(source, groups_alone):
@@ -521,7 +521,7 @@ def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(source, 
         tests=(source.tests[0], source.tests[2]),
     )
     result = score([crossed], CONFIG.model_copy(update={"top2": True}), tmp_path / "scores")
-    assert {row.routing for row in result.rows} == {"none", "predicted", "top2", "oracle"}
+    assert {row["routing"] for row in result.rows} == {"none", "predicted", "top2", "oracle"}
     thresholds = json.loads((tmp_path / "scores" / "thresholds.json").read_text())
     assert {entry["n"] for entry in thresholds} == {36}  # every row but the select ones, by a model that did not see it
 
@@ -571,8 +571,8 @@ def test_rows_that_a_score_cannot_tell_apart_are_said(source, tmp_path):
     """Relations up to the threshold are none: a row without any scores 0, as others do."""
     config = CONFIG.model_copy(update={"scores": ["knn", "relation"], "params": {"relation": {"threshold": 0.95}}})
     result = score([replace(source, mixtures=())], config, tmp_path)
-    row = next(row for row in result.rows if row.score == "relation")
-    counts = np.unique(samples_of(tmp_path, asdict(row))["relation"], return_counts=True)[1]
+    row = next(row for row in result.rows if row["score"] == "relation")
+    counts = np.unique(samples_of(tmp_path, row)["relation"], return_counts=True)[1]
     tied = counts[counts > 1].sum()
     assert tied > 0.01 * counts.sum()
     assert [note for note in result.notes if "threshold" not in note] == [
@@ -616,8 +616,8 @@ def test_a_fine_tuned_backbone_adds_its_own_head(source, probe, tmp_path):
     finetuned = replace(source, name="finetuned", seed=3, finetuned_head=head, mixtures=())
     result = score([replace(source, mixtures=()), finetuned], CONFIG, tmp_path)
     first = result.rows[0]
-    assert (first.backbone, first.features, first.head) == ("pretrained", "cls", "none")
-    heads = {(row.backbone, row.head, row.seed) for row in result.rows if row.score == "energy"}
+    assert (first["backbone"], first["features"], first["head"]) == ("pretrained", "cls", "none")
+    heads = {(row["backbone"], row["head"], row["seed"]) for row in result.rows if row["score"] == "energy"}
     assert heads == {("pretrained", "probe", None), ("finetuned", "probe", 3), ("finetuned", "finetune", 3)}
     samples = pq.read_table(tmp_path / "samples" / "finetuned-cls-finetune-none-3-none.parquet")
     logits = np.float64(source.tests[0].cache.read("cls")) @ head[0].T
@@ -644,8 +644,10 @@ def test_another_k_opens_no_image_and_no_backbone(source, folder, table, tmp_pat
     again = replace(source, architecture=forbidden)
     rows = score([again], CONFIG.model_copy(update={"k": 1, "temperature": 2.0}), tmp_path).rows
     assert len(rows) == len(table)
-    assert rows[0].params == '{"k": 1}'
-    changed = [row.auroc != before["auroc"] for row, before in zip(rows, table, strict=True) if row.score == "knn"]
+    assert rows[0]["params"] == '{"k": 1}'
+    changed = [
+        row["auroc"] != before["auroc"] for row, before in zip(rows, table, strict=True) if row["score"] == "knn"
+    ]
     assert np.mean(changed) > 0.5
 
 
@@ -655,8 +657,10 @@ def test_another_k_costs_no_search(source, folder, table, tmp_path, monkeypatch)
         closed.setattr(FeatureBank, "search", lambda *_: pytest.fail("a bank was searched again"))
         rows = score([source], CONFIG.model_copy(update={"k": 3}), tmp_path).rows
     plain = score([source], CONFIG.model_copy(update={"k": 3}), tmp_path / "anew").rows
-    assert [asdict(row) for row in rows] == [asdict(row) for row in plain]
-    assert any(row.auroc != before["auroc"] for row, before in zip(rows, table, strict=True) if row.score == "knn")
+    assert rows == plain
+    assert any(
+        row["auroc"] != before["auroc"] for row, before in zip(rows, table, strict=True) if row["score"] == "knn"
+    )
 
 
 def test_distances_of_features_that_are_no_more_go(source, folder, tmp_path):
@@ -671,8 +675,8 @@ def test_distances_of_features_that_are_no_more_go(source, folder, tmp_path):
 
 def test_the_baseline_is_scored_where_nobody_asks_for_it(source, tmp_path):
     rows = score([source], CONFIG.model_copy(update={"scores": ["energy"], "k": "auto"}), tmp_path).rows
-    assert (rows[0].features, rows[0].score) == ("cls", "knn")
-    assert {row.score for row in rows if row.features == "mofe"} == {"energy"}
+    assert (rows[0]["features"], rows[0]["score"]) == ("cls", "knn")
+    assert {row["score"] for row in rows if row["features"] == "mofe"} == {"energy"}
     record = json.loads((tmp_path / "id.json").read_text())["k"]
     assert [entry["features"] for entry in record] == ["cls"]  # no k where no neighbour was sought
     assert record[0]["rule"].startswith("best mean AUROC")
@@ -838,16 +842,16 @@ def test_table_csv_has_the_columns_that_users_script_against(folder):
 def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_path):
     """Each by every head that it reads: finite, and the record says what came of which ID rows, by expert."""
     result = score([source], CONFIG.model_copy(update={"scores": list(SCORERS)}), tmp_path)
-    ran = {name: {row.score for row in result.rows if row.features == name} for name in ("cls", "mofe")}
+    ran = {name: {row["score"] for row in result.rows if row["features"] == name} for name in ("cls", "mofe")}
     assert set(SCORERS) - ran["cls"] == {"mos", "other"}  # of a mixture alone
     assert set(SCORERS) - ran["mofe"] == {"mos", "patch-knn"}
     noted = {note.split(":")[0] for note in result.notes if ": it needs" in note}
     assert {"mos", "patch-knn"} <= noted
     shrunk = "ssd: the covariance is shrunk, for there are fewer than 10 rows a feature"
     assert f"{shrunk}: the backbone's own features, variant default" in result.notes
-    assert np.isfinite([row.auroc for row in result.rows]).all()
+    assert np.isfinite([row["auroc"] for row in result.rows]).all()
 
-    params = {(row.head, row.routing, row.score): json.loads(row.params) for row in result.rows}
+    params = {(row["head"], row["routing"], row["score"]): json.loads(row["params"]) for row in result.rows}
     frozen, routed = params["probe", "none", "react"], params["refit-group", "predicted", "react"]
     fold = data.split.folds[0]
     activations = np.float32(data.train.read("cls"))[fold.train]
@@ -862,8 +866,8 @@ def test_settings_and_profiles_reach_the_scores(source, tmp_path):
     settings = {"gen": {"gamma": 0.5}, "energy": {"temperature": 2.0}}
     config = {"scores": ["knn", "gen", "energy", "kl-matching"], "profile": "pytorch-ood", "params": settings}
     rows = score([alone], CONFIG.model_copy(update=config), tmp_path).rows
-    params = {row.score: json.loads(row.params) for row in rows}
+    params = {row["score"]: json.loads(row["params"]) for row in rows}
     assert params["gen"] == {"gamma": 0.5, "top": None, "floor": 1e-7}
     assert params["energy"] == {"temperature": 2.0}
     assert params["kl-matching"]["rows"] == "train"
-    assert {row.profile for row in rows} == {"pytorch-ood"}
+    assert {row["profile"] for row in rows} == {"pytorch-ood"}
