@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cache import FeatureCache
 from stages.detection.sources import BackboneSource
-from stages.detection.subject import Head, Run, SetRows, Subject, SubjectKey
+from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads, WhichHead, final_head, fold_head, part_head
@@ -88,7 +88,7 @@ class FrozenFeatures:
         train = self._cached(data.train)
         held = train if data.held_out is data.train else self._cached(data.held_out)
         runs = tuple(
-            Run(
+            FoldRows(
                 self._bank(train, fold.train, fold_head(index)),
                 self._rows(held[fold.select], data.held_out_labels[fold.select], fold_head(index)),
                 self._rows(held[fold.calibrate], data.held_out_labels[fold.calibrate], fold_head(index)),
@@ -101,7 +101,7 @@ class FrozenFeatures:
         # Rows that are held out from models are of id-train here.
         select, labels = data.split.select, data.train_labels
         parts = tuple(
-            Run(
+            FoldRows(
                 self._bank(train, data.split.without(part), part_head(index)),
                 self._rows(train[select], labels[select], part_head(index)),
                 self._rows(train[part.rows], labels[part.rows], part_head(index)),

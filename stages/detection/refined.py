@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cache import CacheMismatchError, FeatureCache
 from stages.context import Context
 from stages.detection.sources import BackboneSource, MixtureFolder
-from stages.detection.subject import Head, Run, SetRows, Subject, SubjectKey
+from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.files.documents import read_document
 from stages.heads.choose import WhichHead, final_head, fold_head, load_heads, part_head
@@ -76,7 +76,7 @@ class RefinedFeatures:
             bank = self.bank(name)
             held = bank if data.held_out is data.train else self.refined(name, "id-val", data.held_out)
             runs.append(
-                Run(
+                FoldRows(
                     self._bank_rows(name, bank, fold.train, fold_head(index)),
                     self._rows(held, data.held_out_labels, fold_head(index), fold.select),
                     self._rows(held, data.held_out_labels, fold_head(index), fold.calibrate),
@@ -91,7 +91,7 @@ class RefinedFeatures:
         rows, parts = self._bank_rows("final", final, data.split.final_train, final_head), tuple(self._parts(top2))
         return Subject(key, heads, tuple(runs), rows, select, self.n_experts, has_others, parts)
 
-    def _parts(self, top2: bool) -> Iterator[Run]:
+    def _parts(self, top2: bool) -> Iterator[FoldRows]:
         """Runs that calibrate under cross-fitting: through a fold's experts, with banks of all rows but the part's."""
         data = self.source.data
         split, labels = data.split, data.train_labels
@@ -101,7 +101,7 @@ class RefinedFeatures:
         for index, part in enumerate(split.parts):
             name, routed, left_out = stored[part.fold]
             bank, pick = part_bank(split, part, routed, left_out), part_head(index)
-            yield Run(
+            yield FoldRows(
                 self._bank_of(name, bank.rows, bank.features, bank.expert, pick),
                 self._rows(routed, labels, pick, split.select),
                 self._rows(routed, labels, pick, part.rows),

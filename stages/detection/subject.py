@@ -98,7 +98,7 @@ def _read_once(rows: Rows2D | ReadOnce) -> Rows2D | ReadOnce:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class FoldRows:
     """The model of a fold or of a part: its bank (training rows), the rows that it was selected on, and unseen ones.
 
     `second` are the calibrate rows once more, through the router's second choice; None where no top-2 row is asked.
@@ -138,15 +138,15 @@ class Subject:
 
     key: SubjectKey
     heads: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[FoldRows, ...]
     bank: SetRows
     select_rows: SetRows
     n_experts: int = 0
     has_others: bool = False
-    parts: tuple[Run, ...] = ()
+    parts: tuple[FoldRows, ...] = ()
 
     @property
-    def calibrating(self) -> tuple[Run, ...]:
+    def calibrating(self) -> tuple[FoldRows, ...]:
         """Runs whose calibrate rows calibrate the final model."""
         return self.parts or self.runs
 

@@ -12,7 +12,7 @@ from stages.detection.calibration import threshold_at
 from stages.detection.detectors import Scales, score_together
 from stages.detection.factory import DetectorFactory, recommended
 from stages.detection.selection import SearchFold, choose_k
-from stages.detection.subject import Run, SetRows, Subject, SubjectKey
+from stages.detection.subject import FoldRows, SetRows, Subject, SubjectKey
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.scorers import SCORERS, get_scorer, reads_head
@@ -47,7 +47,7 @@ def draw(n: int, seed: int, experts: int = 0, ood: bool = False, second: bool = 
 
 def subject(experts: int = 0, folds: int = 1, has_others: bool = False) -> Subject:
     runs = tuple(
-        Run(
+        FoldRows(
             draw(80, 10 * fold, experts),
             draw(24, 10 * fold + 1, experts),
             draw(40, 10 * fold + 2, experts),
@@ -352,7 +352,7 @@ def test_no_score_is_stopped_by_little_data(classes, experts, per_class, held_ou
     """Every automatic choice has a fallback: k, dimensions, covariances, temperatures, thresholds, experts' scales."""
     experts = min(experts, classes)
     run = [
-        Run(
+        FoldRows(
             drawn(classes * per_class, classes, experts, seed + fold),
             drawn(held_out * (classes - fold), classes, experts, seed + fold + 10, routed=True),
             drawn(held_out * classes, classes, experts, seed + fold + 20, routed=True),
