@@ -73,7 +73,7 @@ bench-extract bench-cache bench-train bench-finetune bench-knn bench-score bench
 
 stress: $(READY) ## The tests of kills and damage, many times over
 	$(BIN)/python -m pytest tests/test_cache tests/test_stages/test_extract_kills.py tests/test_stages/test_inputs/test_images_corpus.py \
-		--kills 200 --mutants 3000 $(ARGS)
+		tests/test_pipeline/test_study_bytes.py --kills 200 --mutants 3000 $(ARGS)
 
 fmt: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
