@@ -12,7 +12,7 @@
 
 The keys, of n rows: ``cls`` [n, D]; where they are known ``label`` [n] (class names, or class numbers from 0; −1:
 unknown), ``id`` [n] text (the row's number where there is none), ``logits`` [n, C] (column c is class number c, or the
-class that is named), and the tokens that enter the last blocks of the network, as `stages.networks.backbone.Tokens` has
+class that is named), and the tokens that enter the last blocks of the network, as `stages.networks.tokens.Tokens` has
 them: ``tap_cls`` [n, D'], ``registers`` [n, R, D'], ``patches`` [n, P, D'] or [n, h, w, D']. What is called otherwise
 is left out, unless it is named. bfloat16 is read as float32. Nothing in a file is ever run: no pickled objects.
 """
