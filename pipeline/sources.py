@@ -6,8 +6,9 @@ from pipeline.backbones import StudyBackbone
 from pipeline.workspace import Workspace
 from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
 from stages.files.documents import digest_of
-from stages.finetune import read_finetuned_head
-from stages.train import train_probe
+from stages.heads.choose import FittedHeads, load_heads
+from stages.id_data.rows import IdData
+from stages.training.identity import probe_identity, read_finetuned_head
 
 _GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
 
@@ -46,7 +47,7 @@ def _source(
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed)) for variant, seed in mixtures
     ]
-    probe = train_probe(data, backbone.probe_folder, workspace.context())
+    probe = _probe(workspace, backbone, data)
     documents = [backbone.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]
     documents += [] if backbone.seed is None else [backbone.finetune_folder / "finetune.json"]
     config = workspace.config
@@ -62,3 +63,13 @@ def _source(
         network=None if config.backbone is None else lambda: backbone.loaded,
         models={str(path.relative_to(config.work)): digest_of(path) for path in documents},
     )
+
+
+def _probe(workspace: Workspace, backbone: StudyBackbone, data: IdData) -> FittedHeads:
+    """The linear probe; where it is not there, it is fitted in passing."""
+    stored = load_heads(backbone.probe_folder, "probe", probe_identity(data))
+    if stored is not None:
+        return stored["probe"]
+    from stages.train import train_probe  # and all that trains
+
+    return train_probe(data, backbone.probe_folder, workspace.context())

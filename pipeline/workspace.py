@@ -16,10 +16,15 @@ from pipeline.sets import Sets
 from stages.context import Context
 from stages.errors import InputError
 from stages.files.documents import read_document
-from stages.finetune import finetune_identity, finetune_is_fresh
 from stages.id_data.rows import IdData
 from stages.progress import NullProgress, Progress
-from stages.train import joint_identity, mixture_identity, mixture_is_fresh
+from stages.training.identity import (
+    finetune_identity,
+    finetune_is_fresh,
+    joint_identity,
+    mixture_identity,
+    mixture_is_fresh,
+)
 from stages.training.recipes import MixturePlan, resolve_settings
 
 _SECONDS_TO_READ = 1 << 30  # bytes: what is less is read before anybody wonders

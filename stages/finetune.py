@@ -15,27 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.fingerprint import fingerprint
 from stages.config import BackboneConfig, FinetuneConfig
 from stages.context import Context
 from stages.errors import InputError, StageError
-from stages.files.documents import digest_of, read_document, read_whole, write_document, write_text
-from stages.files.tensors import read_tensors, write_tensors
+from stages.files.documents import digest_of, write_document, write_text
+from stages.files.tensors import write_tensors
 from stages.id_data.rows import IdData
 from stages.inputs.images import SampleTable
 from stages.machine import keep_freed_memory
-from stages.mixture.grouping import grouping_content
 from stages.mixture.storage import save_mixture
 from stages.networks.backbone import Backbone, weights_sha
 from stages.networks.surgery import freeze_first
 from stages.networks.weights.loading import model_shape
 from stages.training.augment import generators_kept, transforms
 from stages.training.checkpoint import Checkpoints, load_checkpoint
+from stages.training.identity import finetune_identity, finetune_is_fresh
 from stages.training.images import ImageTrainer, NotFiniteLossError, UnusableImagesError
 from stages.training.loading import ImageLoader, ImageSet, worker_count
 from stages.training.loop import train_epochs
@@ -43,8 +41,6 @@ from stages.training.networks import build_objective, check_joint, checkpoint_gr
 from stages.training.recipes import FinetuneSettings, MixturePlan, resolve_recipe
 from stages.training.run import Record, Run, write_metrics
 from stages.training.tensorboard import require_tensorboard, scalar_log, scalars_of_metrics
-
-FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 
 
 @dataclass(frozen=True)
@@ -227,29 +223,6 @@ def _list_unusable(loader: ImageLoader, folder: Path, writes: bool) -> InputErro
 # --------------------------------------------------------------------------------------------------- what is written
 
 
-def finetune_identity(data: IdData, config: FinetuneConfig, seed: int, mixture: MixturePlan | None = None) -> str:
-    """What a fine-tuned backbone is made of: images and their split, weights to start from, settings and seed."""
-    start = data.train.spec
-    joint = None if mixture is None else asdict(mixture) | {"grouping": grouping_content(mixture.grouping)}
-    return fingerprint(
-        {
-            "data": data.identity,
-            "settings": asdict(resolve_recipe(config, len(data.split.folds[0].train))),
-            "mixture": joint,
-            "seed": seed,
-            "weights": start.weights_sha,
-            "image_size": start.image_size,
-            "semantics": FINETUNE_SEMANTICS,
-        }
-    )
-
-
-def finetune_is_fresh(folder: Path, identity: str) -> bool:
-    """Whether a folder holds the fine-tuned backbone of this identity, with all its files."""
-    about = read_whole(folder / "finetune.json", unread=("metrics.jsonl",))  # which nothing is made of but the report
-    return about is not None and about.get("identity") == identity
-
-
 def _write(
     folder: Path, objective: Any, data: IdData, run: Run, about: dict[str, Any], plan: MixturePlan | None
 ) -> None:
@@ -298,16 +271,3 @@ def _write(
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
     return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-
-
-def read_finetuned_head(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight ``[C, D]`` and bias ``[C]`` of the head that was trained with the backbone.
-
-    Raises:
-        InputError: no whole fine-tune stands there.
-    """
-    about, path = read_document(folder / "finetune.json"), folder / "head.safetensors"
-    tensors = read_tensors(path)
-    if about is None or tensors is None or digest_of(path) != about["files"][path.name]:
-        raise InputError(f"{folder} holds no whole fine-tuned head: run make finetune")
-    return tensors["weight"], tensors["bias"]

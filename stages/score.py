@@ -32,7 +32,6 @@ from stages.results.writer import SampleBlock, ScoresWriter
 from stages.scorers import needs_of
 from stages.scorers.neighbours.store import NeighbourStore
 
-SCORE_SEMANTICS = 4  # raise it when the same caches, models and settings would give another table
 ADMIT = (0.95, 0.99)
 _SAMPLES = 1 << 16  # rows that are written at once
 

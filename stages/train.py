@@ -14,23 +14,21 @@ import torch
 from torch import nn
 
 from cache import FeatureCache
-from cache.fingerprint import fingerprint
 from stages.config import TrainConfig
 from stages.context import Context
-from stages.errors import InputError
-from stages.files.documents import read_document, read_whole
+from stages.files.documents import read_document
 from stages.heads.choose import FittedHeads, fit_heads, load_heads, save_heads
 from stages.id_data.rows import IdData, lazy_rows, read_blocks, read_tokens
 from stages.id_data.split import Rows
 from stages.mixture.config import MixtureConfig
-from stages.mixture.grouping import group_training_classes, grouping_content, numbers_as_in
+from stages.mixture.grouping import group_training_classes, numbers_as_in
 from stages.mixture.model import Expert, MixtureOfFeatureExperts, build_mixture, cannot_read
-from stages.mixture.refine import LEFT_OUT, load_refined, refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks.end_check import runs_on
 from stages.training.cached import CachedTrainer, EpochRecord
 from stages.training.checkpoint import Checkpoints
-from stages.training.finish import TRAIN_SEMANTICS, TrainedRuns, finish
+from stages.training.finish import TrainedRuns, finish
+from stages.training.identity import joint_identity, mixture_identity, mixture_is_fresh, probe_identity
 from stages.training.loop import train_epochs
 from stages.training.recipes import TrainSettings, resolve_settings
 from stages.training.refit import head_rows
@@ -55,7 +53,7 @@ def train_probe(data: IdData, folder: Path, context: Context = Context()) -> Fit
 
 
 def _fitted_probe(data: IdData, folder: Path) -> FittedHeads:
-    identity = fingerprint({"data": data.identity, "semantics": TRAIN_SEMANTICS})
+    identity = probe_identity(data)
     stored = load_heads(folder, "probe", identity)
     if stored is not None:
         return stored["probe"]
@@ -247,27 +245,6 @@ def _checkpoint_path(folder: Path, run: str, identity: str) -> Path:
     return folder / f"{run}-{identity[:8]}.checkpoint"
 
 
-def mixture_identity(data: IdData, settings: TrainSettings, seed: int) -> str:
-    """What a trained mixture is made of: features, split, settings (a grouping file by its content) and seed."""
-    own = asdict(settings) | {"grouping": grouping_content(settings.grouping)}
-    return fingerprint({"data": data.identity, "settings": own, "seed": seed, "semantics": TRAIN_SEMANTICS})
-
-
-def mixture_is_fresh(folder: Path, identity: str, data: IdData) -> bool:
-    """Whether a folder holds the trained mixture of this identity, with all its files, and these as they were left."""
-    description = read_whole(folder / "mofe.json", unread=("metrics.jsonl",))  # which nothing is made of but the report
-    if description is None or description.get("identity") != identity:
-        return False
-    banks = [(run, "id-train", description["bank"].get(run)) for run in data.train_rows()]
-    if data.split.cross_fitted:
-        banks += [(run, LEFT_OUT, description["left_out"].get(run)) for run, _ in data.runs()]
-    return all(_bank_is_whole(refined_path(folder, run, name), digest) for run, name, digest in banks)
-
-
-def _bank_is_whole(path: Path, digest: str | None) -> bool:
-    return load_refined(path, {"files": {path.name: digest}}) is not None
-
-
 # --------------------------------------------------------------------------- a mixture that came with its backbone
 
 
@@ -309,17 +286,3 @@ def finish_joint(
         history = [{"run": "final", **json.loads(line)} for line in epochs]
         finish(data, TrainedRuns({"final": mixture}, history, about), folder, context)
     return True
-
-
-def joint_identity(data: IdData, source: Path) -> str:
-    """What such a variant is made of: features, split, and the fine-tune that left it in `source`.
-
-    Raises:
-        InputError: no fine-tune stands there, or one without experts.
-    """
-    tuned, about = (read_document(source / name) or {} for name in ("finetune.json", "mofe.json"))
-    made_by = tuned.get("identity")
-    if made_by is None or about.get("identity") != made_by:
-        raise InputError(f"{source} holds no backbone with experts that were trained together: run make finetune")
-    joint = {"joint": made_by, "weights": about["files"]}
-    return fingerprint({"data": data.identity, **joint, "semantics": TRAIN_SEMANTICS})

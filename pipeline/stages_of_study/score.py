@@ -15,7 +15,7 @@ from stages.context import Context
 from stages.detection.sources import BackboneSource
 from stages.errors import InputError
 from stages.files.documents import CONTENTS, has_contents, read_document
-from stages.score import SCORE_SEMANTICS, score
+from stages.results.scored_study import SCORE_SEMANTICS
 
 
 class Score(Stage):
@@ -76,6 +76,8 @@ class Score(Stage):
 
     def run(self, context: Context) -> Done:
         """Score everything."""
+        from stages.score import score  # and all detectors, for those alone who have something to score
+
         result = score(self._sources, self.workspace.config.score, self.folder, context.progress, self.identity())
         return Done([*result.notes, *self.found()])
 

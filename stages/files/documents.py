@@ -55,15 +55,21 @@ def read_document(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def read_whole(path: Path, unread: Container[str] = ()) -> dict[str, Any] | None:
-    """Read a document; None where it, or one of the files that it is about, is missing or has other bytes.
+def read_made_of(path: Path, identity: str, unread: Container[str] = ()) -> dict[str, Any] | None:
+    """Read a document of what is fresh: it says this identity, and it and its files are as they were left.
 
     Args:
         path: of the document; its ``files`` stand in the same folder or below.
+        identity: digest of all that its files would be made of now.
         unread: of these it is enough that they are there.
+
+    Returns:
+        None where anything is missing, has other bytes, or is made of something else.
     """
     about = read_document(path)
-    return None if about is None or any(changed_files(path, about, unread)) else about
+    if about is None or about.get("identity") != identity or any(changed_files(path, about, unread)):
+        return None
+    return about
 
 
 def changed_files(
@@ -74,7 +80,7 @@ def changed_files(
     Args:
         path: of the document.
         about: what it says.
-        unread: as in `read_whole`.
+        unread: as in `read_made_of`.
     """
     for name, digest in about.get("files", {}).items():
         file = path.parent / name
@@ -91,8 +97,7 @@ def write_contents(folder: Path, identity: str, names: Iterable[str]) -> None:
 
 def has_contents(folder: Path, identity: str) -> bool:
     """Whether a folder's files are all there, as they were left, and made of this."""
-    contents = read_whole(folder / CONTENTS)
-    return contents is not None and contents["identity"] == identity
+    return read_made_of(folder / CONTENTS, identity) is not None
 
 
 def find_damages(documents: Iterable[Path]) -> Iterator[tuple[Path, str]]:

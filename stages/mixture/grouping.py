@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 
 from stages.errors import InputError
 from stages.id_data.rows import IdData, read_blocks
@@ -60,6 +57,8 @@ def numbers_as_in(groups: Sequence[int], reference: Sequence[int]) -> list[int]:
     >>> numbers_as_in([0, 0, 1, 1, 2], [2, 2, 0, 1, 1])
     [2, 0, 1]
     """
+    from scipy.optimize import linear_sum_assignment  # not before something is trained
+
     n_groups = max(groups) + 1
     shared = np.zeros((n_groups, max(*reference, n_groups) + 1), dtype=np.int64)
     np.add.at(shared, (np.asarray(groups), np.asarray(reference)), 1)
@@ -90,6 +89,9 @@ def group_classes(
     """
     if (given := check_groups(n_groups, method, class_names)) is not None:
         return _renumber(given)
+    from sklearn.cluster import KMeans  # seconds, for those alone who group
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         # Prototypes of fewer than E places make fewer clusters; balanced groups are filled all the same.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -139,6 +141,8 @@ def _balance(points: NDArray[np.floating], centers: NDArray[np.floating]) -> NDA
 
     It ends where a round is not better than the one before: there are finitely many assignments.
     """
+    from scipy.optimize import linear_sum_assignment
+
     n, k = len(points), len(centers)
     seats = np.arange(n) % k  # the first n mod k centres have one seat more
     best, distance = np.full(n, -1), np.inf

@@ -19,6 +19,7 @@ from stages.files.documents import CONTENTS, changed_files, read_document
 from stages.results.method import FROZEN_KNN, Method, samples_path
 from stages.results.table import GROUPS, read_summary
 
+SCORE_SEMANTICS = 4  # raise it when the same caches, models and settings would give another table
 # What a file that is not as this version writes it raises when it is looked into.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _ABOUT_IMAGES = ["set", "id", "label", "prediction", "expert"]  # columns of the samples, beside the scores

@@ -23,11 +23,10 @@ from stages.mixture.refine import (
     training_routes,
 )
 from stages.mixture.storage import run_folder, save_weights
+from stages.training.identity import TRAIN_SEMANTICS
 from stages.training.refit import RefinedRuns, refit_heads
 from stages.training.run import write_metrics
 from stages.training.tensorboard import scalar_log
-
-TRAIN_SEMANTICS = 5  # raise it when the same settings would train another model
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from stages.context import Context
 from stages.errors import InputError, StageError
 from stages.extract import extract_set
 from stages.files.documents import write_document
-from stages.finetune import TuningImages, finetune, read_finetuned_head
+from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import id_data
 from stages.inputs.images import decode_image
 from stages.networks.backbone import load_backbone
 from stages.progress import NullProgress
 from stages.training.augment import generators_kept, transforms
+from stages.training.identity import read_finetuned_head
 from stages.training.images import ImageTrainer
 from stages.training.loading import ImageSet
 from stages.training.recipes import resolve_recipe

@@ -32,10 +32,11 @@ from stages.mixture.refine import load_refined, refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
-from stages.train import mixture_identity, mixture_is_fresh, start_mixture, train_mixture, train_mofe, train_probe
+from stages.train import start_mixture, train_mixture, train_mofe, train_probe
 from stages.training import finish as finish_module
 from stages.training.cached import CachedTrainer
 from stages.training.checkpoint import Checkpoints
+from stages.training.identity import mixture_identity, mixture_is_fresh
 from stages.training.optim import parameters_by_rate
 from stages.training.recipes import resolve_settings
 from tests.test_stages.drawn import create

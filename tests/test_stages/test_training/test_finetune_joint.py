@@ -13,7 +13,6 @@ from stages.context import Context
 from stages.errors import InputError
 from stages.extract import extract_set
 from stages.files.documents import read_document, write_document
-from stages.finetune import finetune_identity, finetune_is_fresh, read_finetuned_head
 from stages.heads.choose import load_heads
 from stages.id_data.rows import read_tokens
 from stages.mixture.config import MixtureConfig
@@ -22,8 +21,15 @@ from stages.mixture.refine import refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.networks.weights.loading import build_model
-from stages.train import finish_joint, joint_identity, mixture_is_fresh
+from stages.train import finish_joint
 from stages.training import finish as finish_module
+from stages.training.identity import (
+    finetune_identity,
+    finetune_is_fresh,
+    joint_identity,
+    mixture_is_fresh,
+    read_finetuned_head,
+)
 from stages.training.objectives import JointObjective, Mixed
 from stages.training.recipes import MixturePlan
 from tests.test_parity.test_distributed import together

@@ -19,10 +19,10 @@ from stages import finetune as finetune_module
 from stages.config import FinetuneConfig
 from stages.context import Context
 from stages.errors import InputError, StageError
-from stages.finetune import read_finetuned_head
 from stages.networks.surgery import freeze_first
 from stages.networks.weights.loading import build_model
 from stages.training.checkpoint import Checkpoints, load_checkpoint
+from stages.training.identity import read_finetuned_head
 from stages.training.images import ImageTrainer
 from stages.training.objectives import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
 from stages.training.optim import NetworkSchedule, network_optimiser

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from stages.config import TrainConfig
 from stages.context import Context
 from stages.errors import InputError
-from stages.finetune import finetune_identity
 from stages.train import train_mofe
+from stages.training.identity import finetune_identity
 from stages.training.tensorboard import EVENT_FILES, require_tensorboard, scalars_of
 from tests.test_stages.small_vit import SMALL, metrics, tune
 from tests.test_stages.stops import StopsIn
