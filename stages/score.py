@@ -16,7 +16,7 @@ from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
 from stages.detection.calibration import ThresholdEstimate, threshold_at
 from stages.detection.detectors import Detector
-from stages.detection.routing import Predictions, RoutedSubject, Scores, key_of, routed_subjects
+from stages.detection.routing import Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST
 from stages.detection.sources import BackboneSource, ScoredSet
 from stages.detection.subject import NO_HEAD, Subject
@@ -95,11 +95,11 @@ class _Scoring:
         self, tests: Sequence[ScoredSet], config: ScoreConfig, writer: ScoresWriter, progress: Progress
     ) -> None:
         self.writer = writer
-        self.remarks = Remarks({key_of(test): test.cache.image_hashes for test in tests})
+        self.remarks = Remarks({set_key(test): test.cache.image_hashes for test in tests})
         self._config = config
         self._progress = progress
         self._oods = [(test.name, test.group) for test in tests if test.group != "id"]
-        sizes = {key_of(test): test.cache.n_rows for test in tests}
+        sizes = {set_key(test): test.cache.n_rows for test in tests}
         self._evaluator = Evaluator(self._oods, sizes, config.bootstrap)
 
     def score(self, subject: RoutedSubject, source: BackboneSource) -> None:
@@ -197,7 +197,7 @@ def _sample_blocks(
     """Every image, some at a time: text takes more memory than what it stands for."""
     names = np.asarray([*source.data.class_names, ""])
     for test in source.tests:
-        key = key_of(test)
+        key = set_key(test)
         rows = routed.rows(routing)[key]
         classes = predicted[key].get(head, np.full(len(rows), -1))
         for start in range(0, len(rows), _SAMPLES):

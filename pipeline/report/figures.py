@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.id_data.lazy import Floats
 from stages.metrics.ranking import fpr95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Floats = NDArray[np.float32]
 
 # Placeholder of each CSS variable: colours that nothing else in a figure has.
 _INK, _GRID = "#010203", "#010204"

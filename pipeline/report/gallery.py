@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.figures import Floats
 from pipeline.report.study import ReportedStudy
 from stages.errors import InputError
+from stages.id_data.lazy import Floats
 from stages.inputs.images import SampleTable, decode_image
 from stages.results.scored_study import Samples
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pipeline.report.figures import Points, scatter_panel
 from pipeline.report.study import ReportedStudy
 from stages.files.documents import read_document
+from stages.id_data.lazy import Floats
 from stages.mixture.refine import load_refined, refined_path
 from stages.progress import Progress
 from stages.scorers.shared.arrays import l2_normalise
 
-Floats = NDArray[np.float32]
 _FITTED = 2000  # rows of id-train that PCA is fitted on
 _SHOWN_ID, _SHOWN_OOD = 300, 600  # dots, of all OOD sets together
 _PERPLEXITY = 30

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.report.figures import Points, Series, line_panel, scatter_panel
-from pipeline.report.sections import best, over_seeds
+from pipeline.report.sections import accuracy_over_seeds, best
 from pipeline.report.study import ReportedStudy, TrainingLog
 from pipeline.report.wording import COMPARED_METRICS, score_title
 from stages.mixture.mixup import class_difficulty
@@ -23,7 +23,7 @@ def routers(study: ReportedStudy) -> list[Line]:
     """Router and ID accuracy over seeds; of the first seed the load: experts of two seeds are not the same ones."""
     names = ("backbone", "variant", "experts")
     lines = []
-    for line in over_seeds(study.scored.id["router"], names):
+    for line in accuracy_over_seeds(study.scored.id["router"], names):
         own = [
             record["id_accuracy"] for record in study.scored.id["router"] if all(record[n] == line[n] for n in names)
         ]

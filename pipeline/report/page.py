@@ -165,7 +165,9 @@ def _sections(study: ReportedStudy, progress: Progress, most_pictures: int) -> d
         "distributions": sections.distributions(study, progress),
         "maps": maps.feature_maps(study, progress),
         "variants": mixtures.variants(study),
-        "accuracy": sections.over_seeds(study.scored.id["accuracy"], ("backbone", "features", "variant", "head")),
+        "accuracy": sections.accuracy_over_seeds(
+            study.scored.id["accuracy"], ("backbone", "features", "variant", "head")
+        ),
         "routers": routers,
         "routings": [name for name in ROUTINGS if any(name in line["id_accuracy"] for line in routers)],
         "oracle": mixtures.oracle(study),

@@ -96,7 +96,7 @@ def distributions(study: ReportedStudy, progress: Progress) -> dict[str, Any]:
     return {"methods": methods, "panels": panels, "seed": scored.first_seed(shown[-1])}
 
 
-def over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
+def accuracy_over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
     """Accuracies as mean and standard deviation over seeds."""
     by_name: dict[tuple[Any, ...], list[Line]] = {}
     for record in records:

@@ -22,7 +22,7 @@ Scores = dict[str, NDArray[np.float32]]  # of each set
 Predictions = dict[str, dict[str, NDArray[np.int32]]]  # class of each row, by set and head
 
 
-def key_of(test: ScoredSet) -> str:
+def set_key(test: ScoredSet) -> str:
     """Name of a set among the rows of a subject: ``"id"`` is the ID test set, whatever it is called."""
     return "id" if test.group == "id" else test.name
 
@@ -115,15 +115,15 @@ def routed_subjects(
     # The frozen kNN is what everything is compared with, asked for or not.
     asked = config.scores if "knn" in config.scores else ["knn", *config.scores]
     first = sorted(asked, key=lambda score: score != "knn")
-    sets = {key_of(test): frozen.rows(test.cache, labels[test.name]) for test in source.tests}
+    sets = {set_key(test): frozen.rows(test.cache, labels[test.name]) for test in source.tests}
     factory = DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first}), neighbours)
     yield RoutedSubject(factory, sets)
     for folder in source.mixtures:
         refined = RefinedFeatures(source, folder, progress)
-        sets = {key_of(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
+        sets = {set_key(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
         id_test = next(test for test in source.tests if test.group == "id")
         oracle = refined.rows(id_test.name, id_test.cache, labels[id_test.name], oracle=True)
         second = None
         if top2 := config.top2 and refined.n_experts > 1:
-            second = {key_of(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
+            second = {set_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
         yield RoutedSubject(DetectorFactory(refined.subject(top2), config, neighbours), sets, oracle, second, refined)
