@@ -39,7 +39,7 @@ from stages.training.loading import ImageLoader, ImageSet, worker_count
 from stages.training.loop import train_epochs
 from stages.training.networks import build_objective, check_joint, checkpoint_gradients, network_options
 from stages.training.recipes import FinetuneSettings, MixturePlan, resolve_recipe
-from stages.training.run import Record, Run, write_metrics
+from stages.training.run import Record, TrainingRun, write_metrics
 from stages.training.tensorboard import require_tensorboard, scalar_log, scalars_of_metrics
 
 
@@ -116,7 +116,7 @@ def finetune(
             f"used: see {data.train.path / 'failures.jsonl'}"
         )
     checkpoints = Checkpoints(folder / f"finetune-{identity[:8]}.checkpoint")
-    run = Run(settings.epochs, settings.patience, checkpoints, context)
+    run = TrainingRun(settings.epochs, settings.patience, checkpoints, context)
     trainer = ImageTrainer(objective, loader, data.n_classes, settings, seed, context)
     with generators_kept():
         run.resume(trainer)
@@ -176,7 +176,7 @@ def _loader(
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def _train(trainer: ImageTrainer, run: Run, folder: Path, tensorboard: bool, context: Context) -> None:
+def _train(trainer: ImageTrainer, run: TrainingRun, folder: Path, tensorboard: bool, context: Context) -> None:
     """Train every epoch that is left, a line of metrics for each; what stops it is said as a user can use it."""
     first = context.ranks.first
     with scalar_log(folder, tensorboard, run.history) if first else nullcontext() as log:
@@ -195,7 +195,7 @@ def _train(trainer: ImageTrainer, run: Run, folder: Path, tensorboard: bool, con
             raise _list_unusable(trainer.loader, folder, first) from None
 
 
-def _diverged(what: str, run: Run, lr: float) -> str:
+def _diverged(what: str, run: TrainingRun, lr: float) -> str:
     path = run.checkpoint
     kept, stored = "no checkpoint was stored yet", load_checkpoint(path)
     if stored is not None:
@@ -224,7 +224,7 @@ def _list_unusable(loader: ImageLoader, folder: Path, writes: bool) -> InputErro
 
 
 def _write(
-    folder: Path, objective: Any, data: IdData, run: Run, about: dict[str, Any], plan: MixturePlan | None
+    folder: Path, objective: Any, data: IdData, run: TrainingRun, about: dict[str, Any], plan: MixturePlan | None
 ) -> None:
     """Write the weights that are kept, all metrics and, last, ``finetune.json``.
 

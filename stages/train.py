@@ -32,7 +32,7 @@ from stages.training.identity import joint_identity, mixture_identity, mixture_i
 from stages.training.loop import train_epochs
 from stages.training.recipes import TrainSettings, resolve_settings
 from stages.training.refit import head_rows
-from stages.training.run import Run
+from stages.training.run import TrainingRun
 from stages.training.tensorboard import require_tensorboard, scalars_of_metrics
 
 # --------------------------------------------------------------------------------------------------------- probe
@@ -197,7 +197,7 @@ def train_mixture(
         InputError: features that are not finite.
         StageError: the loss is not finite.
     """
-    run = Run(settings.epochs, settings.patience, checkpoints, context)
+    run = TrainingRun(settings.epochs, settings.patience, checkpoints, context)
     trainer = CachedTrainer(mixture.to(context.place), data, rows, settings, seed, context)
     run.resume(trainer)
     train_epochs(trainer, run, context, f"train {checkpoints.path.stem.rpartition('-')[0]}, seed {seed}")

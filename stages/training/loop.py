@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.context import Context
 from stages.id_data.split import Rows
-from stages.training.run import Record, Resumable, Run
+from stages.training.run import Record, Resumable, TrainingRun
 
 
 class Planned(Protocol):
@@ -66,12 +66,16 @@ class Trainer(Resumable, Protocol[PlannedBatch]):
 
 
 def train_epochs(
-    trainer: Trainer[Any], run: Run, context: Context, title: str, on_epoch: Callable[[Record], None] | None = None
+    trainer: Trainer[Any],
+    run: TrainingRun,
+    context: Context,
+    title: str,
+    on_epoch: Callable[[Record], None] | None = None,
 ) -> None:
     """Train every epoch that is left.
 
     Args:
-        trainer: where the run was stored (`Run.resume`), or new.
+        trainer: where the run was stored (`TrainingRun.resume`), or new.
         run: remembers, stores and ends.
         context: told of every step.
         title: what is trained, for people.

@@ -32,7 +32,7 @@ class Resumable(Protocol):
         """What the epoch that is begun has counted so far."""
 
 
-class Run:
+class TrainingRun:
     """What a run has to remember.
 
     Attributes:

@@ -14,7 +14,7 @@ from stages.errors import InputError
 
 EVENT_FILES = "events.out.tfevents.*"  # as TensorBoard looks for them
 
-Record = Mapping[str, Any]
+_Record = Mapping[str, Any]
 
 
 def require_tensorboard(key: str) -> None:
@@ -36,7 +36,7 @@ def require_tensorboard(key: str) -> None:
 
 
 @contextmanager
-def scalar_log(folder: Path, asked: bool, history: Iterable[Record] = ()) -> Iterator[Callable[[Record], None]]:
+def scalar_log(folder: Path, asked: bool, history: Iterable[_Record] = ()) -> Iterator[Callable[[_Record], None]]:
     """Write records as scalars; gives what writes one more.
 
     Numbers of a record are scalars by their names, or ``<run>/<name>`` where it names a ``run``; its ``epoch`` is the
@@ -56,7 +56,7 @@ def scalar_log(folder: Path, asked: bool, history: Iterable[Record] = ()) -> Ite
 
     with SummaryWriter(str(folder)) as writer:
 
-        def write(record: Record) -> None:
+        def write(record: _Record) -> None:
             for tag, value in scalars_of(record).items():
                 writer.add_scalar(tag, value, record["epoch"])
             writer.flush()
@@ -66,7 +66,7 @@ def scalar_log(folder: Path, asked: bool, history: Iterable[Record] = ()) -> Ite
         yield write
 
 
-def scalars_of(record: Record) -> dict[str, float]:
+def scalars_of(record: _Record) -> dict[str, float]:
     """The scalars of one record by their tags.
 
     >>> scalars_of({"run": "final", "epoch": 3, "loss": 0.5, "load": [3, 4], "lr": None})

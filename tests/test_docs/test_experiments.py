@@ -8,8 +8,7 @@ import pytest
 
 from pipeline.config import load_config
 from stages.config import FinetuneConfig, TrainConfig
-from stages.train import resolve_settings
-from stages.training.recipes import resolve_recipe
+from stages.training.recipes import resolve_recipe, resolve_settings
 from tests.test_docs.pages import PAGES, page_with, table
 from tests.test_docs.settings import SETTINGS, TABLES, key_of, keys_in
 from tests.test_pipeline.command import done
