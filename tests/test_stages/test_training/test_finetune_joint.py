@@ -34,7 +34,6 @@ from stages.training.objectives import JointObjective, Mixed
 from stages.training.recipes import MixturePlan
 from tests.test_parity.test_distributed import together
 from tests.test_stages.small_vit import SMALL, cached, metrics, tune
-from tests.test_stages.stops import StopsIn
 
 PLAN = MixturePlan(
     experts=2,
@@ -69,16 +68,6 @@ def test_it_learns_and_is_judged_by_the_mixture(joint):
     assert last["loss"] < first["loss"]
     assert last["select_loss"] < first["select_loss"]
     assert 0 <= last["select_accuracy"] <= last["router_accuracy"] <= 1
-
-
-def test_interrupted_it_goes_on_to_the_same_run(vit, vit_data, few_images, joint, tmp_path):
-    settings = {"mixture": PLAN, "joint": 2, "epochs": 3, "mixup": 0.8}
-    with pytest.raises(KeyboardInterrupt):
-        tune(vit, vit_data, few_images, tmp_path, context=Context(StopsIn(2)), **settings)
-    assert len(metrics(tmp_path)) == 2
-    assert tune(vit, vit_data, few_images, tmp_path, **settings)
-    for name in ("backbone.safetensors", "head.safetensors", "mofe.safetensors", "mofe.json", "metrics.jsonl"):
-        assert (tmp_path / name).read_bytes() == (joint / name).read_bytes(), name
 
 
 def test_blocks_before_the_experts_are_trained_and_none_before_them(vit, joint):

@@ -1,0 +1,162 @@
+"""What every trainer promises: the same bits of the same seed, whatever interrupts it; what is fresh is left alone."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.config import TrainConfig
+from stages.context import Context
+from stages.progress import NullProgress
+from stages.train import train_mofe, train_probe
+from stages.training.recipes import MixturePlan
+from tests.test_stages.small_vit import tune
+from tests.test_stages.stops import StopsIn
+
+PLAN = MixturePlan(
+    experts=2,
+    grouping="balanced",
+    router_input="tap_cls",
+    lr=3e-4,
+    head_lr=1e-2,
+    router_lr=1e-2,
+    label_smoothing=0.0,
+    other_weight=0.1,
+)
+EVERY_AUGMENTATION = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "rand_augment": "rand-m9-mstd0.5-inc1"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trainer on a few images; `train` says whether it found anything to do."""
+
+    name: str
+    fixtures: dict[str, Any]
+
+    def train(self, folder: Path, seed: int = 0, context: Context = Context(), lr: float = 1e-3) -> bool:
+        given = self.fixtures
+        few, vit = given["few"], (given["vit"], given["vit_data"], given["few_images"])
+        match self.name:
+            case "probe":
+                before = set(folder.rglob("*"))
+                train_probe(few, folder, context)
+                return set(folder.rglob("*")) != before
+            case "mixture":
+                config = TrainConfig(experts=2, expert="adapter", epochs=2, batch_size=16, lr=lr)
+                return train_mofe(few, config, given["backbone"].end, seed, folder, context)
+            case "fine-tune":
+                return tune(*vit, folder, seed, context, lr=lr, ema=0.9, beta="dynamic", **EVERY_AUGMENTATION)
+            case _:
+                return tune(*vit, folder, seed, context, PLAN, lr=lr, joint=2, mixup=0.8)
+
+
+@pytest.fixture(scope="module", params=["probe", "mixture", "fine-tune", "joint fine-tune"])
+def subject(request):
+    names = ("few", "backbone", "vit", "vit_data", "few_images")
+    return Subject(request.param, {name: request.getfixturevalue(name) for name in names})
+
+
+@pytest.fixture(scope="module")
+def trained(subject, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(subject.name.replace(" ", "-"))
+    started = time.monotonic()
+    assert subject.train(folder)
+    return folder, time.monotonic() - started
+
+
+@pytest.fixture
+def seeded(subject):
+    """Those that draw random numbers, and stop within an epoch."""
+    if subject.name == "probe":
+        pytest.skip("a fit draws nothing and has no epochs")
+    return subject
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_same_seed_same_bits(subject, trained, tmp_path):
+    """Whatever the process has drawn before."""
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    assert subject.train(tmp_path)
+    assert files(tmp_path) == files(trained[0])
+
+
+def test_another_seed_other_bits(seeded, trained, tmp_path):
+    assert seeded.train(tmp_path, seed=1)
+    ours, others = files(tmp_path), files(trained[0])
+    assert ours.keys() == others.keys()
+    assert all(
+        ours[name] != others[name] for name in ours if name.endswith(("mofe.safetensors", "backbone.safetensors"))
+    )
+
+
+def test_what_is_fresh_is_left_alone(subject, trained):
+    folder = trained[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert not subject.train(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_interrupted_it_goes_on_to_the_same_bits(seeded, trained, tmp_path):
+    """In the first epoch, and in the second of the run that went on."""
+    for epoch in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            seeded.train(tmp_path, context=Context(StopsIn(epoch)))
+    assert list(tmp_path.rglob("*.checkpoint"))
+    assert seeded.train(tmp_path)
+    assert files(tmp_path) == files(trained[0])
+
+
+def test_killed_again_and_again_it_ends_as_if_never_killed(subject, trained, tmp_path):
+    """SIGKILL, which nothing can catch, wherever it strikes: inside a step, an evaluation or the writing of a file."""
+    whole, duration = trained
+    rng, struck = np.random.default_rng(0), 0
+    for _ in range(3):
+        child = multiprocessing.get_context("fork").Process(target=subject.train, args=(tmp_path,))
+        child.start()
+        time.sleep(duration * rng.uniform(0.2, 0.6))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        struck += child.exitcode == -signal.SIGKILL
+    assert struck
+    subject.train(tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_nothing_of_other_settings_is_gone_on_from(seeded, trained, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        seeded.train(tmp_path, context=Context(StopsIn(1)), lr=1e-4)
+    assert list(tmp_path.rglob("*.checkpoint"))
+    assert seeded.train(tmp_path)
+    assert files(tmp_path) == files(trained[0])
+
+
+def test_the_callers_random_numbers_are_left_alone(subject, tmp_path):
+    def drawn():
+        return random.random(), np.random.random(), float(torch.rand(1))
+
+    def seed():
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    seed()
+    expected = drawn()
+    for progress in (StopsIn(0), NullProgress()):
+        seed()
+        with suppress(KeyboardInterrupt):
+            subject.train(tmp_path, context=Context(progress))
+        assert drawn() == expected
