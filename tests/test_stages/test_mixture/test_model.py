@@ -1,7 +1,5 @@
 """The mixture: experts that start as the frozen backbone, a router that decides, rows that go where they are sent."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
@@ -9,73 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cache import file_sha256
-from stages.config import BackboneConfig
 from stages.errors import InputError
-from stages.files.documents import read_document, write_document
-from stages.mixture.config import MixtureConfig
-from stages.mixture.model import MixtureOfFeatureExperts, build_mixture, soft_cross_entropy
-from stages.mixture.storage import load_mixture, load_trained_heads, save_mixture
-from stages.networks.backbone import Backbone, load_backbone
+from stages.mixture.model import soft_cross_entropy
 from stages.networks.tokens import Tokens
-from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, dinov2, photos
-
-GROUPS = [1, 0, 1, 2, 0, 1, 1]  # group of each of seven classes
-
-
-@cache
-def lite0(expert_blocks: int = 1) -> Backbone:
-    return load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48), expert_blocks)
-
-
-@cache
-def encoded(source, *arguments) -> Tokens:
-    backbone = source(*arguments)
-    return backbone.encode(photos(backbone, 6)).map(torch.clone)  # ordinary tensors, as a cache gives them
-
-
-def mixture_of(backbone: Backbone, groups=GROUPS, **kwargs) -> MixtureOfFeatureExperts:
-    return build_mixture(MixtureConfig(backbone.dim, backbone.tap_dim, tuple(groups), **kwargs), backbone.end).eval()
-
-
-class MeanEnd(nn.Module):
-    """The smallest end that learns: for tests of what stands around it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(5))
-
-    def forward(self, tokens: Tokens) -> torch.Tensor:
-        return tokens.patches.mean(1) * self.scale
-
-
-def small_tokens(n: int, seed: int = 0) -> Tokens:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return Tokens(draw(n, 5), draw(n, 3), draw(n, 0, 5), draw(n, 4, 5))
-
-
-def small_mixture(groups=GROUPS, seed: int = 0, **kwargs) -> MixtureOfFeatureExperts:
-    mixture = build_mixture(MixtureConfig(5, 3, tuple(groups), **kwargs), MeanEnd)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in mixture.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-    return mixture.eval()
-
+from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, dinov2
+from tests.test_stages.small_mixture import GROUPS, encoded, kinds, lite0, mixture_of, small_mixture, small_tokens
 
 # ------------------------------------------------------------------------------------------------ the start
 
 
 BACKBONES = [(dinov2, DINOV2, 1), (dinov2, DINOV2, 2), (dinov2, DINOV2_REGISTERS, 1), (dinov2, DINOV2_REGISTERS, 2)]
 BACKBONES += [(lite0, 1), (lite0, 2)]
-
-
-KINDS = [{}, {"kind": "adapter"}, {"kind": "frozen"}, {"kind": "dense", "groups": [0] * 7, "copies": 3}]
-kinds = pytest.mark.parametrize("kind", KINDS, ids=["end", "adapter", "frozen", "dense"])
 
 
 @kinds
@@ -381,108 +323,6 @@ def test_soft_cross_entropy_is_torchs_for_hard_targets():
 def test_group_without_a_class_is_refused():
     with pytest.raises(InputError, match=r"train\.grouping: group 1 has no class"):
         small_mixture([0, 2, 0])
-
-
-# ------------------------------------------------------------------------------------------------- save, load
-
-
-NAMES = {f"class {index}": group for index, group in enumerate(GROUPS)}
-
-
-def saved(folder):
-    mixture = small_mixture()
-    mixture.router.standardise([small_tokens(20).tap_cls])
-    save_mixture(folder, mixture, {"groups": NAMES, "seed": 3})
-    return mixture
-
-
-def test_saved_mixture_comes_back_bit_for_bit(tmp_path):
-    mixture, tokens = saved(tmp_path), small_tokens(10)
-    loaded = load_mixture(tmp_path, MeanEnd, 5, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mofe.json", "mofe.safetensors"]
-    about = read_document(tmp_path / "mofe.json")
-    assert about.pop("files") == {"mofe.safetensors": file_sha256(tmp_path / "mofe.safetensors")}
-    assert about == {"groups": NAMES, "seed": 3}
-    assert not loaded.training
-    for ours, theirs in zip(vars(mixture(tokens)).values(), vars(loaded(tokens)).values(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_saved_mixture_of_a_real_backbone_comes_back(tmp_path):
-    backbone, tokens = lite0(), encoded(lite0)
-    save_mixture(tmp_path, mixture_of(backbone), {"groups": NAMES})
-    with torch.inference_mode():
-        features = load_mixture(tmp_path, backbone.end, backbone.dim, backbone.tap_dim)(tokens).features
-    assert (features - tokens.cls).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("router_input", ["tap_cls", "cls"])
-@kinds
-def test_the_stored_model_says_its_kind(tmp_path, kind, router_input):
-    mixture, tokens = small_mixture(**kind, router_input=router_input), small_tokens(10)
-    settings = {"expert": mixture.config.kind, "router_input": router_input, "experts": kind.get("copies", 3)}
-    groups = {name: int(group) for name, group in zip(NAMES, mixture.group, strict=True)}
-    save_mixture(tmp_path, mixture, {"groups": groups, "settings": settings})
-    loaded = load_mixture(tmp_path, MeanEnd, 5, 3)
-    assert (loaded.config.kind, loaded.config.router_input) == (mixture.config.kind, router_input)
-    for ours, theirs in zip(vars(mixture(tokens)).values(), vars(loaded(tokens)).values(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "settings", [[], {"expert": "none"}, {"expert": ["end"]}, {"router_input": 3}, {"experts": 0}, {"experts": 10**9}]
-)
-def test_kinds_that_there_are_not_are_refused(tmp_path, settings):
-    save_mixture(tmp_path, small_mixture(), {"groups": NAMES, "settings": settings})
-    with pytest.raises(InputError, match=r"holds no whole mofe\.json"):
-        load_mixture(tmp_path, MeanEnd, 5, 3)
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("mofe.safetensors", None),
-        ("mofe.safetensors", lambda content: content[:-1]),
-        ("mofe.safetensors", lambda content: content[:20]),
-        ("mofe.safetensors", lambda content: b""),
-        ("mofe.json", None),
-        ("mofe.json", lambda content: content[:-5]),
-        ("mofe.json", lambda content: b"[1, 2]"),
-        ("mofe.json", lambda content: b"\xff\xfe"),
-        ("mofe.json", lambda content: b"[" * 100_000),
-        ("mofe.json", lambda content: b"{}"),
-    ],
-)
-def test_damaged_files_are_refused(tmp_path, file, damage):
-    saved(tmp_path)
-    if damage is None:
-        (tmp_path / file).unlink()
-    else:
-        (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
-    with pytest.raises(InputError, match=r"holds no whole mofe\.json and mofe\.safetensors: run make train"):
-        load_mixture(tmp_path, MeanEnd, 5, 3)
-
-
-@pytest.mark.parametrize(
-    "groups", [None, [0, 1], {}, {"a": "b"}, {"a": -1, "b": 0}, {"a": 0.5, "b": 1}, {"a": 10**12, "b": 0}]
-)
-def test_groups_that_are_none_are_refused(tmp_path, groups):
-    save_mixture(tmp_path, small_mixture(), {"groups": groups})
-    for load in (lambda: load_mixture(tmp_path, MeanEnd, 5, 3), lambda: load_trained_heads(tmp_path)):
-        with pytest.raises(InputError, match=r"holds no whole mofe\.json and mofe\.safetensors: run make train"):
-            load()
-
-
-def test_mixture_of_another_architecture_is_refused(tmp_path):
-    saved(tmp_path)
-    for arguments in ((lambda: nn.Linear(1, 1), 5, 3), (MeanEnd, 6, 3), (MeanEnd, 5, 4)):
-        with pytest.raises(InputError, match="of another architecture: run make train"):
-            load_mixture(tmp_path, *arguments)
-    description = read_document(tmp_path / "mofe.json")
-    description["groups"]["class 0"] = 0
-    write_document(tmp_path / "mofe.json", description)
-    with pytest.raises(InputError, match="of another architecture: run make train"):
-        load_mixture(tmp_path, MeanEnd, 5, 3)
 
 
 def test_groups_may_be_numpys():
