@@ -54,7 +54,7 @@ class Context:
     """
 
     progress: Progress = field(default_factory=NullProgress)
-    device: str = "cpu"
+    device: str = "auto"
     ranks: Ranks = Ranks()
 
     def __post_init__(self) -> None:

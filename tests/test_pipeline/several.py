@@ -7,12 +7,19 @@ import runpy
 import shlex
 import sys
 
-status: object = 0
-for command in sys.argv[1:]:
-    sys.argv = ["pipeline", *shlex.split(command)]
-    try:
-        runpy.run_module("pipeline", run_name="__main__")
-    except SystemExit as ended:
-        status = ended.code
-    print(f"{command.split()[0]}: status {status}", flush=True)
-sys.exit(status)
+
+def run(commands: list[str]) -> object:
+    """The status of the last one."""
+    status: object = 0
+    for command in commands:
+        sys.argv = ["pipeline", *shlex.split(command)]
+        try:
+            runpy.run_module("pipeline", run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+        print(f"{command.split()[0]}: status {status}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
