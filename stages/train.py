@@ -18,8 +18,9 @@ from stages.config import TrainConfig
 from stages.context import Context
 from stages.files.documents import read_document
 from stages.heads.choose import FittedHeads, fit_heads, load_heads, save_heads
-from stages.id_data.rows import IdData, lazy_rows, read_blocks, read_tokens
+from stages.id_data.rows import IdData, lazy_rows, read_blocks
 from stages.id_data.split import Rows
+from stages.id_data.tokens import read_tokens
 from stages.mixture.config import MixtureConfig
 from stages.mixture.grouping import group_training_classes, numbers_as_in
 from stages.mixture.model import Expert, MixtureOfFeatureExperts, build_mixture, cannot_read

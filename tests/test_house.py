@@ -199,6 +199,7 @@ def test_modules_are_imported_by_name_only():
         ("stages.machine", ("torch", "numpy", "pydantic")),
         ("stages.networks.tokens", ("timm", "torchvision", "PIL", "pydantic")),
         ("stages.score", ("timm", "torchvision", "huggingface_hub", "matplotlib")),
+        ("pipeline.stages_of_study.score", ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib")),
         ("pipeline.cli", ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow")),
     ],
 )

@@ -15,7 +15,7 @@ from pipeline.report.figures import Points, scatter_panel
 from pipeline.report.study import ReportedStudy
 from stages.files.documents import read_document
 from stages.id_data.lazy import Floats
-from stages.mixture.refine import load_refined, refined_path
+from stages.mixture.refined import load_refined, refined_path
 from stages.progress import Progress
 from stages.scorers.shared.arrays import l2_normalise
 

@@ -18,8 +18,9 @@ from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads, WhichHead, final_head, fold_head, part_head
 from stages.id_data.lazy import LazyArray
-from stages.id_data.rows import Labels, lazy_rows, read_tokens
+from stages.id_data.rows import Labels, lazy_rows
 from stages.id_data.split import Rows
+from stages.id_data.tokens import read_tokens
 from stages.mixture.refine import REFINE_BATCH
 from stages.networks.ends import BackboneEnd
 

@@ -20,17 +20,8 @@ from stages.id_data.lazy import Floats, LazyArray, RowNumbers, Rows2D
 from stages.id_data.rows import Labels
 from stages.id_data.split import Rows
 from stages.mixture.model import MixtureOfFeatureExperts
-from stages.mixture.refine import (
-    LEFT_OUT,
-    Refined,
-    Routes,
-    load_refined,
-    part_bank,
-    refine,
-    refine_to,
-    refined_identity,
-    refined_path,
-)
+from stages.mixture.refine import refine, refine_to
+from stages.mixture.refined import LEFT_OUT, Refined, Routes, load_refined, part_bank, refined_identity, refined_path
 from stages.mixture.storage import load_mixture, load_trained_heads, run_folder
 from stages.progress import Progress
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cache import FeatureCache
@@ -13,7 +12,6 @@ from stages.errors import InputError
 from stages.id_data.lazy import LazyArray, RowNumbers
 from stages.id_data.split import Fold, Rows, Split, split_rows, split_with_validation_set
 from stages.inputs.images.names import match_classes, unlike
-from stages.networks.tokens import Tokens
 
 Labels = NDArray[np.int32]
 
@@ -208,29 +206,6 @@ def _some(cache: FeatureCache, rows: Rows) -> str:
 def unit(cache: FeatureCache) -> str:
     """What a row is to people: an ``image``, or a ``row`` of arrays that were computed elsewhere."""
     return "row" if cache.spec.origin else "image"
-
-
-ALL_TOKENS = ("cls", "tap_cls", "registers", "patches")
-
-
-def read_tokens(
-    cache: FeatureCache,
-    rows: Rows | slice,
-    device: str | torch.device = "cpu",
-    reads: Sequence[str] = ALL_TOKENS,
-) -> Tokens:
-    """Rows of a cache as float32 `Tokens`; what the cache does not hold, or was not asked for, has length 0."""
-
-    def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(cache.read(name, rows)).to(device).float()
-
-    cls = read("cls")
-    known = [name for name in reads if name in cache.spec.datasets()]
-    tap_cls = read("tap_cls") if "tap_cls" in known else cls[:, :0]
-    absent = tap_cls[:, None][:, :0]
-    registers = read("registers") if "registers" in known else absent
-    patches = read("patches") if "patches" in known else absent
-    return Tokens(cls, tap_cls, registers, patches)
 
 
 def read_blocks(cache: FeatureCache, name: str, rows: Rows) -> Iterator[tuple[Rows, NDArray[np.float32]]]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from cache import FeatureCache
 from stages.context import Context
 from stages.errors import StageError
-from stages.id_data.rows import IdData, Labels, epoch_windows, not_finite, read_tokens, unit
+from stages.id_data.rows import IdData, Labels, epoch_windows, not_finite, unit
 from stages.id_data.split import Rows
+from stages.id_data.tokens import read_tokens
 from stages.mixture.mixup import Mixing, draw_mixing, interpolate, next_accuracy, next_alpha
 from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.mixture.refine import REFINE_BATCH

@@ -12,11 +12,11 @@ from stages.files.documents import digest_of, write_document
 from stages.heads.choose import FittedHeads, save_heads
 from stages.id_data.rows import IdData
 from stages.mixture.model import MixtureOfFeatureExperts
-from stages.mixture.refine import (
+from stages.mixture.refine import refine_to
+from stages.mixture.refined import (
     LEFT_OUT,
     Refined,
     Routes,
-    refine_to,
     refined_digest,
     refined_identity,
     refined_path,

@@ -17,7 +17,7 @@ from stages.files.documents import digest_of, read_document, read_made_of
 from stages.files.tensors import read_tensors
 from stages.id_data.rows import IdData
 from stages.mixture.grouping import grouping_content
-from stages.mixture.refine import LEFT_OUT, load_refined, refined_path
+from stages.mixture.refined import LEFT_OUT, load_refined, refined_path
 from stages.training.recipes import MixturePlan, TrainSettings, resolve_recipe
 
 TRAIN_SEMANTICS = 5  # raise it when the same settings would train another model

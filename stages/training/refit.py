@@ -11,7 +11,7 @@ from stages.id_data.lazy import LazyArray, Rows2D
 from stages.id_data.rows import IdData
 from stages.id_data.split import Rows
 from stages.mixture.model import MixtureOfFeatureExperts
-from stages.mixture.refine import PartBank, Refined, part_bank
+from stages.mixture.refined import PartBank, Refined, part_bank
 
 
 class RefinedRuns(NamedTuple):

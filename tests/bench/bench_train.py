@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from stages.config import BackboneConfig, ExpertKind, TrainConfig
 from stages.extract import extract_set
-from stages.id_data.rows import IdData, id_data, read_tokens
+from stages.id_data.rows import IdData, id_data
 from stages.id_data.split import Rows
+from stages.id_data.tokens import read_tokens
 from stages.inputs.images import list_images
 from stages.mixture.config import MixtureConfig
 from stages.mixture.model import build_mixture

@@ -23,7 +23,8 @@ from stages.detection.factory import DetectorFactory
 from stages.detection.refined import RefinedFeatures
 from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
-from stages.mixture.refine import Routes, refine
+from stages.mixture.refine import refine
+from stages.mixture.refined import Routes
 from stages.progress import NullProgress
 from stages.results.table import compact, read_summary
 from tests.test_docs import pages

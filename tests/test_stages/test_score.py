@@ -24,10 +24,12 @@ from stages.errors import InputError
 from stages.extract import ExtractOptions, extract_set
 from stages.files.documents import read_document
 from stages.heads.choose import load_heads
-from stages.id_data.rows import id_data, read_tokens
+from stages.id_data.rows import id_data
+from stages.id_data.tokens import read_tokens
 from stages.inputs.images import ImageReader, list_images
 from stages.inputs.images.table import FileRange
-from stages.mixture.refine import Routes, load_refined, refine, refined_path
+from stages.mixture.refine import refine
+from stages.mixture.refined import Routes, load_refined, refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks import backbone as backbone_module
 from stages.predict import Predictor

@@ -26,9 +26,10 @@ from stages.errors import InputError, StageError
 from stages.extract import extract_set
 from stages.files.documents import read_document, write_document
 from stages.heads.choose import load_heads
-from stages.id_data.rows import id_data, read_tokens
+from stages.id_data.rows import id_data
+from stages.id_data.tokens import read_tokens
 from stages.mixture.mixup import class_alpha
-from stages.mixture.refine import load_refined, refined_path
+from stages.mixture.refined import load_refined, refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone
 from stages.progress import NullProgress

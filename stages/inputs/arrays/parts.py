@@ -16,8 +16,20 @@ from stages.inputs.arrays.columns import ArrayFile
 from stages.inputs.arrays.hdf5 import open_hdf5
 from stages.inputs.arrays.numpy_files import is_beside, open_npy, open_npz
 from stages.inputs.arrays.parquet import open_parquet
-from stages.inputs.arrays.torch_files import open_safetensors, open_torch
 from stages.inputs.images.kind import describe_left_out
+
+
+def _open_torch(path: str) -> ArrayFile:
+    from stages.inputs.arrays.torch_files import open_torch  # torch is loaded where there is such a file
+
+    return open_torch(path)
+
+
+def _open_safetensors(path: str) -> ArrayFile:
+    from stages.inputs.arrays.torch_files import open_safetensors
+
+    return open_safetensors(path)
+
 
 _OPENERS: dict[str, Callable[[str], ArrayFile]] = {
     ".npz": open_npz,
@@ -25,9 +37,9 @@ _OPENERS: dict[str, Callable[[str], ArrayFile]] = {
     ".parquet": open_parquet,
     ".h5": open_hdf5,
     ".hdf5": open_hdf5,
-    ".pt": open_torch,
-    ".pth": open_torch,
-    ".safetensors": open_safetensors,
+    ".pt": _open_torch,
+    ".pth": _open_torch,
+    ".safetensors": _open_safetensors,
 }
 ARRAY_SUFFIXES = tuple(_OPENERS)
 _EMBEDDINGS, _METADATA = "img_emb", "metadata"  # folders that clip-retrieval makes

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from cache import CacheBuilder, FeatureCache, InputSet, InputTable, commit_shard, plan_shards
 from stages.errors import InputError
 from stages.extract import import_set
-from stages.id_data.rows import epoch_windows, id_data, labels_in, read_blocks, read_tokens
+from stages.id_data.rows import epoch_windows, id_data, labels_in, read_blocks
 from stages.id_data.split import split_rows
+from stages.id_data.tokens import read_tokens
 from stages.inputs.arrays import list_arrays
 from tests.test_cache.toy import features, make_spec
 

@@ -10,12 +10,13 @@ from cache import file_sha256
 from stages.context import Context
 from stages.extract import ExtractOptions, extract_set
 from stages.files.tensors import write_described
-from stages.id_data.rows import read_tokens
+from stages.id_data.tokens import read_tokens
 from stages.inputs.images import list_images
 from stages.mixture import refine as refine_module
 from stages.mixture.config import MixtureConfig
 from stages.mixture.model import build_mixture
-from stages.mixture.refine import Routes, load_refined, refine, refine_to, refined_digest, refined_path
+from stages.mixture.refine import refine, refine_to
+from stages.mixture.refined import Routes, load_refined, refined_digest, refined_path
 from stages.mixture.storage import load_mixture
 
 

@@ -14,10 +14,10 @@ from stages.errors import InputError
 from stages.extract import extract_set
 from stages.files.documents import read_document, write_document
 from stages.heads.choose import load_heads
-from stages.id_data.rows import read_tokens
+from stages.id_data.tokens import read_tokens
 from stages.mixture.config import MixtureConfig
 from stages.mixture.model import build_mixture
-from stages.mixture.refine import refined_path
+from stages.mixture.refined import refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.networks.weights.loading import build_model
