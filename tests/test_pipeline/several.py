@@ -17,7 +17,8 @@ def run(commands: list[str]) -> object:
             runpy.run_module("pipeline", run_name="__main__")
         except SystemExit as ended:
             status = ended.code
-        print(f"{command.split()[0]}: status {status}", flush=True)
+        sys.stdout.write(f"{command.split()[0]}: status {status}\n")  # at once: processes share one pipe
+        sys.stdout.flush()
     return status
 
 

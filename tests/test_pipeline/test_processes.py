@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -106,9 +107,9 @@ def test_two_processes_fine_tune_what_one_does(study, torchrun, alone):
 
 
 def test_under_torchrun_what_fails_in_all_is_said_once(torchrun):
-    statuses = [line for line in torchrun.stdout.splitlines() if ": status " in line]
+    statuses = re.findall(r"[a-z]+: status \d+", torchrun.stdout)
     expected = {"extract: status 2": 2, "train: status 0": 2, "finetune: status 0": 2, "train: status 1": 2}
-    assert {line: statuses.count(line) for line in statuses} == expected
+    assert {status: statuses.count(status) for status in statuses} == expected
     assert torchrun.returncode == 1
     assert torchrun.stderr.count("error: train: the loss is not finite") == 1
     assert "error: torchrun is for train and finetune; extract runs in one process" in torchrun.stderr
