@@ -85,3 +85,18 @@ class Stage(Protocol):
     def found(self) -> Lines:
         """What it says where it is fresh and not run."""
         return self.plan()
+
+
+class BackboneStage(Stage):
+    """A stage that there is one of for every backbone."""
+
+    of_backbone: ClassVar = True
+
+    def __init__(self, workspace: Workspace, backbone: StudyBackbone) -> None:
+        self.workspace = workspace
+        self.backbone = backbone
+
+    @classmethod
+    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
+        """One for each backbone."""
+        return (cls(workspace, backbone) for backbone in backbones)

@@ -1,17 +1,16 @@
 """Stage one: the sealed caches of a backbone's features, one a set."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from cache import FeatureCache, FeatureSpec
-from pipeline.backbones import StudyBackbone
 from pipeline.checks import check_before_extraction
 from pipeline.config import SetConfig
 from pipeline.engine import engine_for
 from pipeline.sets import about_set, unit_of
-from pipeline.stage import Done, Stage
+from pipeline.stage import BackboneStage, Done
 from pipeline.terminal import Lines, show
 from pipeline.workspace import Workspace
 from stages.context import Context
@@ -26,26 +25,16 @@ from stages.progress import Progress
 from stages.sanity import check_features, find_same_bytes, same_bytes_notes
 
 
-class Extract(Stage):
+class Extract(BackboneStage):
     """Fill the caches of all sets with the features of one backbone."""
 
     alone: ClassVar = False  # each cache has a lock of its own
     looks_again: ClassVar = True
-    of_backbone: ClassVar = True
-
-    def __init__(self, workspace: Workspace, backbone: StudyBackbone) -> None:
-        self.workspace = workspace
-        self.backbone = backbone
 
     @classmethod
     def before(cls, workspace: Workspace, planning: bool) -> None:
         """Refuse a study of which any stage is bound to refuse something: this one takes hours."""
         check_before_extraction(workspace, (lambda: workspace.pretrained.architecture) if planning else None)
-
-    @classmethod
-    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
-        """One for each backbone."""
-        return (cls(workspace, backbone) for backbone in backbones)
 
     @property
     def name(self) -> str:

@@ -1,39 +1,26 @@
 """Stage two: the linear probe and the mixtures on a backbone's cached features."""
 
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from cache import CacheError, fingerprint
-from pipeline.backbones import StudyBackbone
 from pipeline.checks import check_before_training
 from pipeline.config import JOINT
-from pipeline.stage import Done, Stage
+from pipeline.stage import BackboneStage, Done
 from pipeline.terminal import Lines
-from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.files.documents import read_document
 from stages.id_data.rows import IdData
 from stages.train import finish_joint, train_mofe, train_probe
 
 
-class Train(Stage):
+class Train(BackboneStage):
     """Fit probe and mixtures on the features of one backbone."""
 
     looks_again: ClassVar = True
-    of_backbone: ClassVar = True
-
-    def __init__(self, workspace: Workspace, backbone: StudyBackbone) -> None:
-        self.workspace = workspace
-        self.backbone = backbone
-
-    @classmethod
-    def of(cls, workspace: Workspace, backbones: Iterable[StudyBackbone], which: str) -> Iterator[Self]:
-        """One for each backbone."""
-        return (cls(workspace, backbone) for backbone in backbones)
 
     @property
     def name(self) -> str:

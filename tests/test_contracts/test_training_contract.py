@@ -18,20 +18,9 @@ from stages.config import TrainConfig
 from stages.context import Context
 from stages.progress import NullProgress
 from stages.train import train_mofe, train_probe
-from stages.training.recipes import MixturePlan
-from tests.test_stages.small_vit import tune
+from tests.test_stages.small_vit import PLAN, tune
 from tests.test_stages.stops import StopsIn
 
-PLAN = MixturePlan(
-    experts=2,
-    grouping="balanced",
-    router_input="tap_cls",
-    lr=3e-4,
-    head_lr=1e-2,
-    router_lr=1e-2,
-    label_smoothing=0.0,
-    other_weight=0.1,
-)
 EVERY_AUGMENTATION = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "rand_augment": "rand-m9-mstd0.5-inc1"}
 
 
@@ -59,7 +48,11 @@ class Subject:
                 return tune(*vit, folder, seed, context, PLAN, lr=lr, joint=2, mixup=0.8)
 
 
-@pytest.fixture(scope="module", params=["probe", "mixture", "fine-tune", "joint fine-tune"])
+SEEDED = ("mixture", "fine-tune", "joint fine-tune")  # a probe draws nothing and has no epochs
+seeded = pytest.mark.parametrize("subject", SEEDED, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=["probe", *SEEDED])
 def subject(request):
     names = ("few", "backbone", "vit", "vit_data", "few_images")
     return Subject(request.param, {name: request.getfixturevalue(name) for name in names})
@@ -71,14 +64,6 @@ def trained(subject, tmp_path_factory):
     started = time.monotonic()
     assert subject.train(folder)
     return folder, time.monotonic() - started
-
-
-@pytest.fixture
-def seeded(subject):
-    """Those that draw random numbers, and stop within an epoch."""
-    if subject.name == "probe":
-        pytest.skip("a fit draws nothing and has no epochs")
-    return subject
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -94,8 +79,9 @@ def test_same_seed_same_bits(subject, trained, tmp_path):
     assert files(tmp_path) == files(trained[0])
 
 
-def test_another_seed_other_bits(seeded, trained, tmp_path):
-    assert seeded.train(tmp_path, seed=1)
+@seeded
+def test_another_seed_other_bits(subject, trained, tmp_path):
+    assert subject.train(tmp_path, seed=1)
     ours, others = files(tmp_path), files(trained[0])
     assert ours.keys() == others.keys()
     assert all(
@@ -110,13 +96,14 @@ def test_what_is_fresh_is_left_alone(subject, trained):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_interrupted_it_goes_on_to_the_same_bits(seeded, trained, tmp_path):
+@seeded
+def test_interrupted_it_goes_on_to_the_same_bits(subject, trained, tmp_path):
     """In the first epoch, and in the second of the run that went on."""
     for epoch in (0, 1):
         with pytest.raises(KeyboardInterrupt):
-            seeded.train(tmp_path, context=Context(StopsIn(epoch)))
+            subject.train(tmp_path, context=Context(StopsIn(epoch)))
     assert list(tmp_path.rglob("*.checkpoint"))
-    assert seeded.train(tmp_path)
+    assert subject.train(tmp_path)
     assert files(tmp_path) == files(trained[0])
 
 
@@ -136,11 +123,12 @@ def test_killed_again_and_again_it_ends_as_if_never_killed(subject, trained, tmp
     assert files(tmp_path) == files(whole)
 
 
-def test_nothing_of_other_settings_is_gone_on_from(seeded, trained, tmp_path):
+@seeded
+def test_nothing_of_other_settings_is_gone_on_from(subject, trained, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        seeded.train(tmp_path, context=Context(StopsIn(1)), lr=1e-4)
+        subject.train(tmp_path, context=Context(StopsIn(1)), lr=1e-4)
     assert list(tmp_path.rglob("*.checkpoint"))
-    assert seeded.train(tmp_path)
+    assert subject.train(tmp_path)
     assert files(tmp_path) == files(trained[0])
 
 

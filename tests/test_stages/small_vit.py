@@ -13,11 +13,22 @@ from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import IdData, id_data
 from stages.inputs.images import SampleTable
 from stages.networks.backbone import load_backbone
+from stages.training.recipes import MixturePlan
 from tests.test_stages.drawn import create
 
 NAME = "test_vit"
 SMALL = FinetuneConfig(
     epochs=2, batch_size=15, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0, drop_path=0.2, workers=0
+)
+PLAN = MixturePlan(
+    experts=2,
+    grouping="balanced",
+    router_input="tap_cls",
+    lr=3e-4,
+    head_lr=1e-2,
+    router_lr=1e-2,
+    label_smoothing=0.0,
+    other_weight=0.1,
 )
 
 

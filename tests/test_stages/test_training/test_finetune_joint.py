@@ -31,20 +31,9 @@ from stages.training.identity import (
     read_finetuned_head,
 )
 from stages.training.objectives import JointObjective, Mixed
-from stages.training.recipes import MixturePlan
 from tests.test_parity.test_distributed import together
-from tests.test_stages.small_vit import SMALL, cached, metrics, tune
+from tests.test_stages.small_vit import PLAN, SMALL, cached, metrics, tune
 
-PLAN = MixturePlan(
-    experts=2,
-    grouping="balanced",
-    router_input="tap_cls",
-    lr=3e-4,
-    head_lr=1e-2,
-    router_lr=1e-2,
-    label_smoothing=0.0,
-    other_weight=0.1,
-)
 GROUPS = (0, 1, 0, 1)
 
 
