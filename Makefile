@@ -14,7 +14,7 @@ VERBS := run predict verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-cache \
-	bench-train bench-finetune bench-knn bench-score bench-fits clean
+	bench-train bench-finetune bench-knn bench-score bench-fits check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -70,6 +70,9 @@ bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-extract bench-cache bench-train bench-finetune bench-knn bench-score bench-fits:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@)
+
+check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers
+	$(BIN)/python -m tests.bench.check_gpu $(ARGS)
 
 stress: $(READY) ## The tests of kills and damage, many times over
 	$(BIN)/python -m pytest tests/test_cache tests/test_stages/test_extract_kills.py tests/test_stages/test_inputs/test_images_corpus.py \

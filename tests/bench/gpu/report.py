@@ -1,0 +1,105 @@
+"""What the check found: a table for the terminal, ``gpu.json``, and a section of Markdown to paste."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.record import git_revision, hardware, versions
+from stages.files.documents import write_json
+from tests.bench.gpu.runner import BAD, Check, Outcome, as_json
+from tests.bench.gpu.step import Value
+
+_COLUMNS = ("step", "verdict", "s", "measured", "value", "held to")
+
+
+class Kept:
+    """``gpu.json``, written anew whenever something was found.
+
+    Args:
+        path: of the file.
+        check: what it is about.
+    """
+
+    def __init__(self, path: Path, check: Check) -> None:
+        self._path, self._check = path, check
+        self._about = {
+            "device": check.plan.device,
+            "sizes": check.plan.sizes,
+            "seconds": check.plan.seconds,
+            "machine": hardware(),
+            "versions": versions(),
+            "git": git_revision(),
+        }
+
+    def write(self) -> None:
+        """Write all that is known."""
+        steps = [as_json(outcome) for outcome in self._check.outcomes]
+        found = {"verdict": verdict(self._check), "gpu": self._check.gpu}
+        write_json(self._path, found | self._about | {"steps": steps})
+
+
+def verdict(check: Check) -> str:
+    """Of the whole: failed by any step, unfinished where one is waiting or out of time, else passed."""
+    found = {outcome.verdict for outcome in check.outcomes}
+    if found & set(BAD):
+        return "failed"
+    return "unfinished" if found & {"waiting", "running", "out of time"} or "passed" not in found else "passed"
+
+
+def table(check: Check) -> Table:
+    """All steps, a line a value."""
+    shown = Table(title=_title(check))
+    for column in _COLUMNS:
+        shown.add_column(column, justify="right" if column in ("s", "value", "held to") else "left")
+    for outcome in check.outcomes:
+        for cells in _lines(outcome):
+            shown.add_row(*cells)
+    return shown
+
+
+def markdown(check: Check) -> str:
+    """The same as a section of `tests/bench/README.md`, with what each step proves."""
+    rows = [f"| {' | '.join(_COLUMNS)} |", "|---|---|---:|---|---:|---:|"]
+    rows += [f"| {' | '.join(cells)} |" for outcome in check.outcomes for cells in _lines(outcome)]
+    proved = [f"- **{outcome.step.name}**: {outcome.step.proves}." for outcome in check.outcomes]
+    return "\n".join([f"{_title(check)}.", "", *rows, "", *proved, ""])
+
+
+def _title(check: Check) -> str:
+    gpu = check.gpu
+    where = (
+        f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, NCCL {gpu['nccl']}"
+        if gpu
+        else check.plan.device
+    )
+    found: dict[str, Any] = versions()
+    names = [name for name in ("torch", "timm", "faiss-gpu", "faiss-cpu") if name in found]
+    return ", ".join([where, f"{hardware()['cores']} cores", *(f"{name} {found[name]}" for name in names)])
+
+
+def _lines(outcome: Outcome) -> Iterator[tuple[str, ...]]:
+    about = (outcome.step.name, outcome.verdict, f"{outcome.seconds:.1f}" if outcome.seconds else "")
+    if outcome.said:
+        yield (*about, outcome.said.replace("|", "/"), "", "")
+        about = ("", "", "")
+    for value in outcome.values:
+        yield (*about, value.what, _number(value.value, value.unit), _limit(value))
+        about = ("", "", "")
+    if about[0]:
+        yield (*about, "", "", "")
+
+
+def _number(value: float, unit: str) -> str:
+    digits = ",.0f" if abs(value) >= 100 or value in (0, 1) else ".1f" if abs(value) >= 10 else ".2g"
+    return f"{value:{digits}} {unit}".rstrip()
+
+
+def _limit(value: Value) -> str:
+    limits = []
+    if value.at_least is not None:
+        limits.append(f"≥ {_number(value.at_least, '')}")
+    if value.at_most is not None:
+        limits.append(f"≤ {_number(value.at_most, '')}")
+    return ", ".join(limits) + ("" if value.holds else " ✗")

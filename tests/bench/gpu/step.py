@@ -1,0 +1,152 @@
+"""What a step of the check is, what it is given, and what it says. Importing it loads nothing heavy.
+
+A step is a function of one `Bench`. It measures with the parts of the product, on ``bench.device`` and in
+``bench.sizes``, and says each number as soon as it has it::
+
+    def train_mixture(bench: Bench) -> None:
+        bench.measure("loss, relative to the CPU's", abs(ours - cpu) / cpu, at_most=1e-3)
+        bench.measure("training", rows / seconds, "rows/s")
+
+A number with a limit is held to it; one without is for people to read. An exception fails the step, `NotRun` does not.
+It becomes part of the check by one line in `tests.bench.gpu.steps`, and its sizes by a line in `Sizes`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class NotRun(Exception):
+    """What a step needs is not there: why."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, as it is listed.
+
+    Attributes:
+        name: short, of the table's first column.
+        proves: what a pass says, in a line.
+        run: ``module:function`` that takes a `Bench`, and what is `given`. Named and not imported: torch is loaded in
+            the process that runs it, and a module that cannot be imported fails its own steps alone.
+        given: arguments of the function, by name.
+        limit_s: seconds after which it is stopped.
+    """
+
+    name: str
+    proves: str
+    run: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+    limit_s: float = 45
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number that was measured.
+
+    Attributes:
+        what: it is of.
+        value: in `unit`.
+        unit: "" for a ratio.
+        at_most, at_least: what it is held to, if anything.
+    """
+
+    what: str
+    value: float
+    unit: str = ""
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within its limits, which no NaN is."""
+        above = self.at_least is None or self.value >= self.at_least
+        return above and (self.at_most is None or self.value <= self.at_most)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is computed: by default what fits into minutes on a GPU; see `TINY`.
+
+    Attributes:
+        image_size, large_image_size: pixels that networks see.
+        vits: names of the networks that stand for DINOv2's ViT-S, B and L.
+        compared: images whose features are compared with the CPU's.
+        jpegs: different files of 500 x 375 pixels.
+        listed: images of an extraction that is timed, of these files over and over; at the large size a quarter.
+        seconds: at least, of each thing that is timed over and over.
+        digits: classes of scikit-learn's digits that mixtures are trained on.
+        trained_rows: of the mixture whose loss is compared with the CPU's.
+        tuned: images of the fine-tune whose loss is compared.
+        timed_tuned: images of an epoch of the one that is timed.
+        tuned_batch: images of a step.
+        bank, queries, dim: of the search.
+        demo: settings of the demo that make it smaller.
+        laps: of the long run.
+    """
+
+    image_size: int = 224
+    large_image_size: int = 518
+    vits: Mapping[str, str] = field(
+        default_factory=lambda: {name: f"vit_{name}_patch14_dinov2" for name in ("small", "base", "large")}
+    )
+    compared: int = 16
+    jpegs: int = 512
+    listed: int = 4096
+    seconds: float = 1.5
+    digits: str = "0-6"
+    trained_rows: int = 384
+    tuned: int = 96
+    timed_tuned: int = 1024
+    tuned_batch: int = 64
+    bank: int = 200_000
+    queries: int = 20_000
+    dim: int = 768
+    demo: tuple[str, ...] = ()
+    laps: int = 12
+
+
+TINY = Sizes(
+    image_size=32,
+    large_image_size=48,
+    vits={"small": "test_vit", "base": "test_vit2", "large": "test_vit3"},
+    compared=4,
+    jpegs=8,
+    listed=16,
+    seconds=0.05,
+    digits="0-1",
+    trained_rows=48,
+    tuned=16,
+    timed_tuned=16,
+    tuned_batch=8,
+    bank=2000,
+    queries=200,
+    dim=32,
+    laps=4,
+)
+
+SIZES: Mapping[Literal["full", "tiny"], Sizes] = {"full": Sizes(), "tiny": TINY}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a step is given.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        sizes: how much to compute.
+        scratch: folder of the whole check, which later steps see too.
+        say: told of each value.
+    """
+
+    device: str
+    sizes: Sizes
+    scratch: Path
+    say: Callable[[Value], None]
+
+    def measure(
+        self, what: str, value: float, unit: str = "", *, at_most: float | None = None, at_least: float | None = None
+    ) -> None:
+        """Say a number, and what it is held to."""
+        self.say(Value(what, float(value), unit, at_most, at_least))

@@ -1,0 +1,158 @@
+"""The check goes on whatever a step does, and keeps what was found."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.bench.gpu.report import Kept, markdown, verdict
+from tests.bench.gpu.runner import BAD, Check, Plan, run_steps
+
+ROOT = Path(__file__).parents[2]
+LISTING = "tests.test_bench.broken_steps:STEPS"
+
+
+def plan(scratch, seconds=60.0, only=()):
+    return Plan(LISTING, "cpu", "tiny", scratch, seconds, only)
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """All of the broken steps, with ``gpu.json`` beside the scratch folder."""
+    scratch = tmp_path_factory.mktemp("check") / "scratch"
+    scratch.mkdir()
+    check = Check(plan(scratch), plan(scratch).outcomes())
+    run_steps(check, Kept(scratch.parent / "gpu.json", check).write)
+    return check
+
+
+@pytest.fixture(scope="module")
+def found(check):
+    return {outcome.step.name: outcome for outcome in check.outcomes}
+
+
+def test_every_step_has_its_verdict(found):
+    assert {name: outcome.verdict for name, outcome in found.items()} == {
+        "first": "passed",
+        "raises": "failed",
+        "hangs": "timed out",
+        "dies": "crashed",
+        "missing": "failed",
+        "lacks": "not run",
+        "outside": "failed",
+        "not a number": "failed",
+        "last": "passed",
+    }
+
+
+def test_what_was_measured_before_the_end_stays(found):
+    assert {name: len(outcome.values) for name, outcome in found.items() if not outcome.values} == {
+        "missing": 0,
+        "lacks": 0,
+    }
+
+
+def test_failures_say_why(found):
+    assert found["raises"].said == "ValueError: the kernel"
+    assert found["raises"].diagnostics[-2:] == ["ValueError: the kernel", "is not there"]
+    assert found["hangs"].said == "it had 1 s to run"
+    assert found["dies"].said == "its process ended with SIGKILL"
+    assert "last words" in found["dies"].diagnostics
+    assert "nowhere" in found["missing"].said
+    assert found["lacks"].said == "faiss has no GPU build here"
+    assert found["outside"].said == "outside its limit: a number"
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_step_that_is_stopped_leaves_no_process(found):
+    (value,) = found["hangs"].values
+    assert not is_running(int(value.value))
+
+
+def test_the_file_says_it_all(check, found):
+    text = (check.plan.scratch.parent / "gpu.json").read_text()
+    about = json.loads(text)
+    assert about["verdict"] == verdict(check) == "failed"
+    assert [step["name"] for step in about["steps"]] == list(found)
+    assert about["steps"][6]["values"] == [
+        {"what": "a number", "value": 3.0, "unit": "rows/s", "at_most": 2, "at_least": None, "holds": False}
+    ]
+    assert {"machine", "versions", "git", "gpu", "device", "sizes"} <= about.keys()
+
+
+def test_the_section_can_be_pasted(check):
+    text = markdown(check)
+    header, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in (header, rule, *rows)} == {7}
+    assert "| first | passed |" in text
+    assert "| a number | 3 rows/s | ≤ 2 ✗ |" in text
+    assert "- **lacks**: what cannot run here is no failure." in text
+
+
+def test_time_that_is_up_leaves_the_rest(tmp_path):
+    check = Check(plan(tmp_path, seconds=0), plan(tmp_path).outcomes())
+    run_steps(check, lambda: None)
+    assert {outcome.verdict for outcome in check.outcomes} == {"out of time"}
+    assert verdict(check) == "unfinished"
+    assert "out of time" not in BAD
+
+
+CHECK = (sys.executable, "-m", "tests.bench.check_gpu")
+
+
+def command(out, *arguments):
+    return [*CHECK, "--device", "cpu", "--listing", LISTING, "--out", str(out), *arguments]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_it_leaves_what_was_found_and_no_process(tmp_path, number):
+    out = tmp_path / "gpu.json"
+    running = subprocess.Popen(command(out, "--only", "first", "hangs"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and '"process"' not in (out.read_text() if out.exists() else ""):
+        time.sleep(0.02)
+    os.kill(running.pid, number)
+    assert running.wait(20) in (130, -number)
+    first, hangs = json.loads(out.read_text())["steps"]
+    assert first["verdict"] == "passed"
+    (process,) = hangs["values"]
+    until = time.monotonic() + 10
+    while time.monotonic() < until and is_running(int(process["value"])):
+        time.sleep(0.02)
+    assert not is_running(int(process["value"]))
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "gpu.json"
+    good = subprocess.run(command(out, "--only", "first"), cwd=ROOT, capture_output=True, text=True)
+    assert good.returncode == 0
+    assert "| first | passed |" in good.stdout
+    assert json.loads(out.read_text())["verdict"] == "passed"
+    bad = subprocess.run(command(out, "--only", "outside"), cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1
+    wrong = subprocess.run(command(out, "--only", "nothing"), cwd=ROOT, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.splitlines()[-1][:29]) == (2, "error: --only: no step 'nothi")
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    bare = [*CHECK, "--out", str(tmp_path / "gpu.json")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(bare, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 3
+    assert run.stderr.splitlines() == [
+        "no GPU answers here: nothing was checked; --device cpu runs the steps on the CPU"
+    ]
+    assert not (tmp_path / "gpu.json").exists()
