@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureCache
 from stages.config import ScoreConfig
-from stages.detection.calibration import threshold_at
+from stages.detection.conformal import threshold_at
 from stages.detection.detectors import Detector
 from stages.detection.factory import DetectorFactory, recommended
 from stages.detection.frozen import FrozenFeatures

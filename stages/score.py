@@ -14,7 +14,7 @@ import numpy as np
 
 from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
-from stages.detection.calibration import ThresholdEstimate, threshold_at
+from stages.detection.conformal import ThresholdEstimate, threshold_at
 from stages.detection.detectors import Detector
 from stages.detection.routing import Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST

@@ -1,21 +1,17 @@
-"""Scores onto one scale, and thresholds: all from the calibration rows, held-out ID that nothing else was fitted on."""
+"""Scores onto one scale, from the calibration rows: held-out ID that nothing else was fitted on."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr
 
 from stages.errors import InputError
 from stages.metrics.ranking import checked_scores
 
 _MAD_TO_STD = 1.4826  # the median absolute deviation of a normal distribution is its σ / 1.4826
 _PSEUDO_ROWS = 10  # an expert with so many calibration rows weighs its own median and MAD as much as everybody's
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -108,77 +104,3 @@ def _check_expert(expert: NDArray[np.integer], n: int, n_experts: int) -> None:
         raise InputError(f"{n} scores, but experts of shape {expert.shape}; one expert a row expected")
     if n and not 0 <= expert.min() <= expert.max() < n_experts:
         raise InputError(f"experts {expert.min()} to {expert.max()} given, there are 0 to {n_experts - 1}")
-
-
-@dataclass(frozen=True)
-class ThresholdEstimate:
-    """A score at or below ``threshold`` is admitted as ID.
-
-    Attributes:
-        threshold: the ⌈(n + 1) · admit⌉-th smallest calibration score; ``None`` where n rows are too few for it.
-        lo: lower end of the 95 % confidence interval of the threshold that admits ``admit`` of all ID;
-            ``None`` where n rows are too few to bound it.
-        hi: upper end, likewise (``admit`` 0.95 needs 72 rows, 0.99 needs 368).
-        n: calibration rows.
-        n_needed: fewest of them that give a threshold: 19 for ``admit`` 0.95, 99 for 0.99.
-        admit: share of ID to admit.
-    """
-
-    threshold: float | None
-    lo: float | None
-    hi: float | None
-    n: int
-    n_needed: int
-    admit: float
-
-    def decide(self, score: float) -> str:
-        """``"ID"`` or ``"OOD"``; ``"unknown"`` without a threshold."""
-        if self.threshold is None:
-            return "unknown"
-        return "ID" if score <= self.threshold else "OOD"
-
-    @property
-    def too_few(self) -> str:
-        """Why there is no threshold; nothing where there is one."""
-        if self.threshold is not None:
-            return ""
-        return f"{self.admit:.0%} of ID needs {self.n_needed} calibration rows, there are {self.n}"
-
-
-def threshold_at(scores: ArrayLike, admit: float = 0.95) -> ThresholdEstimate:
-    """Threshold that admits ``admit`` of new ID rows, from the calibration scores [n] alone.
-
-    A new row is as likely to be in any place among n others, so that the r-th smallest of their scores admits
-    r / (n + 1) of new rows on average, and more where scores are equal: r = ⌈(n + 1) · admit⌉ (Vovk et al.,
-    "Algorithmic Learning in a Random World", 2005). What one threshold admits is a draw of Beta(r, n + 1 − r).
-
-    The interval is that of a quantile by order statistics: how many of n rows lie below the true quantile is
-    Binomial(n, admit), whatever the distribution of the scores. It is conservative (at least 95 %) and needs no model.
-
-    Raises:
-        InputError: no scores, NaN or inf, ``admit`` outside (0, 1).
-
-    >>> threshold_at(range(1, 101), admit=0.9)
-    ThresholdEstimate(threshold=91.0, lo=84.0, hi=96.0, n=100, n_needed=9, admit=0.9)
-    >>> threshold_at(range(20), admit=0.99).threshold is None
-    True
-    """
-    if not 0 < admit < 1:
-        raise InputError(f"admit = {admit} given, must be a share between 0 and 1")
-    ordered = np.sort(checked_scores(scores, "calibration"))
-    n = len(ordered)
-    share = Fraction(str(admit))  # 0.95 as it is written: binary rounding must not move a rank
-    rank = math.ceil((n + 1) * share)
-    # Ranks r from 1: P(rank r lies above the quantile) = P(Binomial < r), so r_lo is the largest with it at most 2.5 %
-    # and r_hi the smallest with P(rank r lies below) = P(Binomial >= r) at most 2.5 %.
-    at_most = bdtr(np.arange(n + 1), n, admit)  # P(Binomial <= r); scipy.stats says it too, after a second of import
-    lower = int(np.searchsorted(at_most, (1 - _LEVEL) / 2))
-    upper = int(np.searchsorted(at_most, (1 + _LEVEL) / 2)) + 1
-    return ThresholdEstimate(
-        threshold=float(ordered[rank - 1]) if rank <= n else None,
-        lo=float(ordered[lower - 1]) if lower >= 1 else None,
-        hi=float(ordered[upper - 1]) if upper <= n else None,
-        n=n,
-        n_needed=math.ceil(share / (1 - share)),
-        admit=admit,
-    )

@@ -116,6 +116,16 @@ class Detector:
         """Whether its score of a row depends on the expert that the row went to."""
         return self.subject.n_experts > 0 and any("others" not in part.scorer.needs for part in self.parts)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether what its calibration scores promise of new ID rows holds exactly, and not nearly.
+
+        It does where the final model, which scores new rows, scored the calibration rows too, and they had no say in
+        it. Of rows that cross-fit another model has seen nearly all, and the scales of a sum or of experts come from
+        calibration rows. By how much that misses is measured in tests/bench/README.md, "Coverage of the thresholds".
+        """
+        return len(self.subject.calibrating) == 1 and self.scales == Scales()
+
     def score_rows(self, rows: SetRows) -> Floats:
         """Score of each row, ``[n]``; higher = more OOD."""
         return score_together([self], rows)[0]

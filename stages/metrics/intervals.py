@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, expit, logit, ndtr, ndtri
 
+from stages.metrics.discoveries import discoveries
 from stages.metrics.ranking import admitting_threshold, checked_scores
 
 LEVEL = 0.95
@@ -262,7 +263,7 @@ def verdicts(differences: Sequence[Difference], higher_is_better: Sequence[bool]
     """
     told = [index for index, difference in enumerate(differences) if not difference.few]
     found = ["too few images"] * len(differences)
-    discovered = _discovered([differences[index].p for index in told])
+    discovered = discoveries([differences[index].p for index in told], 1 - LEVEL)
     for index, real in zip(told, discovered, strict=True):
         difference = differences[index]
         if not real or difference.lo <= 0 <= difference.hi:
@@ -271,10 +272,3 @@ def verdicts(differences: Sequence[Difference], higher_is_better: Sequence[bool]
             word = "gain" if (difference.mean > 0) == higher_is_better[index] else "loss"
             found[index] = f"{word} for this seed" if difference.one_seed else word
     return found
-
-
-def _discovered(p_values: Sequence[float]) -> NDArray[np.bool_]:
-    """Which of several hypotheses Benjamini and Hochberg reject at 5 %: all up to the last p ≤ 5 % · rank / n."""
-    p, n = np.asarray(p_values, dtype=np.float64), len(p_values)
-    below = np.flatnonzero(np.sort(p) <= (1 - LEVEL) * np.arange(1, n + 1) / max(n, 1))
-    return p <= (np.sort(p)[below[-1]] if len(below) else -1.0)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from stages.detection.calibration import ThresholdEstimate
+from stages.detection.conformal import ThresholdEstimate
 from stages.files.documents import write_contents, write_json
 from stages.results.method import Method, samples_path
 from stages.results.table import MethodRun, OODRow, Replicates, summarise, write_table

@@ -21,7 +21,7 @@ from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.page import write_report
 from pipeline.report.study import Evidence, ReportedStudy
 from pipeline.report.wording import SHOWN_METRICS, duration, percent, points, size, verdict
-from stages.detection.calibration import threshold_at
+from stages.detection.conformal import threshold_at
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.errors import InputError

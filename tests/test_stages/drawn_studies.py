@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureCache
 from stages.config import ScoreConfig, TrainConfig
-from stages.detection.calibration import ThresholdEstimate, threshold_at
+from stages.detection.conformal import ThresholdEstimate, threshold_at
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures

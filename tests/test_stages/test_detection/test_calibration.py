@@ -1,11 +1,11 @@
-"""Scores onto one scale, and thresholds with the intervals that they promise."""
+"""Scores onto one scale."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.detection.calibration import ExpertCalibration, Standardiser, sum_scores, threshold_at
+from stages.detection.calibration import ExpertCalibration, Standardiser, sum_scores
 from stages.errors import InputError
 
 
@@ -55,23 +55,3 @@ def test_calibration_of_constants_stays_finite_and_bad_experts_are_refused():
         constant.apply([1.0, 2.0], np.array([0, 2]))
     with pytest.raises(InputError, match="one expert a row"):
         ExpertCalibration.fit([1.0, 2.0], np.array([0]), n_experts=1)
-
-
-def test_threshold_admits_what_it_says_with_an_interval_that_holds():
-    rng = np.random.default_rng(1)
-    truth = 1.6448536  # 95 % quantile of a unit normal
-    held = 0
-    for _ in range(300):
-        scores = rng.normal(size=150)
-        estimate = threshold_at(scores)
-        assert np.sum(scores <= estimate.threshold) == 144  # 0.95 of 151, rounded up
-        assert estimate.lo <= estimate.threshold <= estimate.hi
-        held += estimate.lo <= truth <= estimate.hi
-    assert held / 300 >= 0.93  # 95 % promised; two standard errors are 2.5 %
-
-
-@pytest.mark.parametrize(("admit", "rows"), [(0.95, 72), (0.99, 368)])
-def test_too_few_rows_leave_the_interval_open(admit, rows):
-    assert threshold_at(np.arange(rows), admit).hi == rows - 1
-    assert threshold_at(np.arange(rows - 1), admit).hi is None
-    assert threshold_at([1.0], 0.95).lo is None

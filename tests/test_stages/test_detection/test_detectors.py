@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.config import ScoreConfig
-from stages.detection.calibration import threshold_at
+from stages.detection.conformal import threshold_at
 from stages.detection.detectors import Scales, score_together
 from stages.detection.factory import DetectorFactory, recommended
 from stages.detection.selection import SearchFold, choose_k

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stages.config import ScoreConfig, TrainConfig
-from stages.detection.calibration import threshold_at
+from stages.detection.conformal import threshold_at
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
 from stages.heads.choose import fit_head
