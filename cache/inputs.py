@@ -10,27 +10,17 @@ The rows with status "row" are, in this order, the rows of the cache.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache.errors import CacheDamagedError, CacheInvalidError
 from cache.files import check, check_fields
 from cache.fingerprint import arrays_sha256, canonical_json
 
-_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("mtime_ns", pa.int64(), nullable=False),
-        pa.field("sha256", pa.binary(32), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-    ]
-)
+if TYPE_CHECKING:  # it takes a moment, and who only names what a cache holds needs none of it
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +108,9 @@ class InputTable:
 
     def to_parquet(self) -> bytes:
         """The bytes of ``inputs.parquet``; the same table gives the same bytes with the same pyarrow."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         columns = [
             pa.array(self.ids, pa.string()),
             pa.array(self.labels),
@@ -127,7 +120,7 @@ class InputTable:
             pa.array(np.where(self.failed, "failed", "row"), pa.string()),
         ]
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd", version="2.6")
+        pq.write_table(pa.table(columns, schema=_schema()), sink, compression="zstd", version="2.6")
         return bytes(sink.getvalue())
 
     @classmethod
@@ -138,11 +131,14 @@ class InputTable:
             CacheDamagedError: not Parquet.
             CacheInvalidError: Parquet with other columns or impossible values.
         """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(pa.BufferReader(data)).combine_chunks()
         except (pa.ArrowException, OSError) as error:
             raise CacheDamagedError(f"inputs.parquet cannot be read: {error}") from error
-        check(table.schema.equals(_SCHEMA), f"inputs.parquet has the columns {table.schema.names} or other types")
+        check(table.schema.equals(_schema()), f"inputs.parquet has the columns {table.schema.names} or other types")
         check(all(column.null_count == 0 for column in table.columns), "inputs.parquet has empty cells")
         status = table["status"].to_numpy()
         check(set(status) <= {"row", "failed"}, 'inputs.parquet: status must be "row" or "failed"')
@@ -204,6 +200,22 @@ def failures_from_jsonl(data: bytes) -> list[Failure]:
         return [Failure.from_dict(json.loads(line)) for line in data.splitlines()]
     except (ValueError, RecursionError) as error:
         raise CacheInvalidError(f"failures.jsonl: not JSON: {error}") from error
+
+
+def _schema() -> "pa.Schema":
+    """Of ``inputs.parquet``."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("label", pa.int32(), nullable=False),
+            pa.field("size", pa.int64(), nullable=False),
+            pa.field("mtime_ns", pa.int64(), nullable=False),
+            pa.field("sha256", pa.binary(32), nullable=False),
+            pa.field("status", pa.string(), nullable=False),
+        ]
+    )
 
 
 def _id_bytes(ids: Iterable[str]) -> npt.NDArray[np.uint8]:

@@ -26,9 +26,8 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -37,6 +36,9 @@ from cache.files import arriving, check, write_all
 from cache.fingerprint import pieces_sha256
 from cache.lock import NO_LOCKS
 from cache.spec import FeatureSpec
+
+if TYPE_CHECKING:  # it takes a moment, and who only names what a cache holds needs none of it
+    import h5py
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every item size
 _CHUNK_CACHE = 64 << 20  # bytes: so that a chunk larger than HDF5's own 1 MiB is unpacked once, not at every row
@@ -88,6 +90,8 @@ def write_shard(
     encoded = [id_.encode("utf-8") for id_ in ids]
     columns = [_Column(name, arrays[name], dtype) for name, (_, dtype) in datasets.items()]
     columns.append(_Column("label", labels, np.dtype("<i4")))
+    import h5py
+
     id_type = h5py.string_dtype("utf-8", max(map(len, encoded), default=0) or 1)
     columns.append(_Column("id", np.array(encoded, id_type), id_type))
     columns.append(_Column("image_hash", image_hashes, np.dtype(np.uint8)))
@@ -181,6 +185,8 @@ def _lay_out(columns: Iterable[_Column]) -> tuple[bytes, dict[str, int | None]]:
     copy of the arrays is made, and a full disk is an error of ``write_all`` and not something that HDF5 meets
     while it closes. Without times and in the oldest format the bytes depend on shapes and dtypes alone.
     """
+    import h5py
+
     file = _Skeleton()
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -269,6 +275,8 @@ class ShardReader:
         self._bytes = None
 
     def _read_layout(self) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
+        import h5py
+
         try:
             with _open(self.path) as file:
                 # An empty dataset has no offset; a chunked or compressed one neither, and cannot be mapped.
@@ -283,8 +291,10 @@ class ShardReader:
             raise CacheDamagedError(f"{self.path}: cannot be opened as HDF5: {error}; run verify") from error
 
 
-def _open(path: Path, **options: Any) -> h5py.File:
+def _open(path: Path, **options: Any) -> "h5py.File":
     """A shard to read. HDF5 locks what it opens; where there are no locks it need not, for shards arrive by rename."""
+    import h5py
+
     try:
         return h5py.File(path, "r", **options)
     except OSError as error:
@@ -312,7 +322,7 @@ def list_datasets(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype
     return found
 
 
-def _is_whole(dataset: h5py.Dataset) -> bool:
+def _is_whole(dataset: "h5py.Dataset") -> bool:
     """Whether all values of a dataset stand in its file."""
     if dataset.shape is None or dataset.is_virtual or dataset.external:
         return False
@@ -322,8 +332,10 @@ def _is_whole(dataset: h5py.Dataset) -> bool:
 
 
 def _datasets_below(
-    group: h5py.Group, at: str, above: tuple[int, ...]
+    group: "h5py.Group", at: str, above: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], np.dtype[Any]]]]:
+    import h5py
+
     here = h5py.h5o.get_info(group.id).addr
     if here in above:  # a link back
         return

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cache import FeatureCache
 from stages.config import ScoreConfig
 from stages.detection.conformal import threshold_at
-from stages.detection.detectors import Detector
+from stages.detection.detectors import FittedDetector
 from stages.detection.factory import DetectorFactory, recommended
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
@@ -92,7 +92,7 @@ class Predictor:
         experts = self._refined.mixture().config.reads if self._refined else ("cls",)
         return frozenset(experts).union(*(part.scorer.needs & {"patches"} for part in self.detector.parts))
 
-    def _asked(self, score: str) -> Detector:
+    def _asked(self, score: str) -> FittedDetector:
         heads = self._factory.heads_of(score)
         if not heads:
             raise InputError(f"{score} needs {self._factory.why_not(score)}: ask for another")

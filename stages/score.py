@@ -15,7 +15,7 @@ import numpy as np
 from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
 from stages.detection.conformal import ThresholdEstimate, threshold_at
-from stages.detection.detectors import Detector
+from stages.detection.detectors import FittedDetector
 from stages.detection.routing import Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST
 from stages.detection.sources import BackboneSource, ScoredSet
@@ -108,7 +108,7 @@ class _Scoring:
             self._progress.note(_first_row(subject, self._oods))
         detectors = subject.factory.detectors()
         self._progress.start(len(detectors), "detector", f"score {_slug(subject.factory.subject)}")
-        scored: dict[str, list[tuple[Detector, Scores]]] = {}  # by routing
+        scored: dict[str, list[tuple[FittedDetector, Scores]]] = {}  # by routing
         for detector, routes in zip(detectors, subject.scores(detectors), strict=True):
             for routing, scores in routes.items():
                 self._evaluate(detector, routing, scores)
@@ -123,7 +123,7 @@ class _Scoring:
             classes = predicted.get(routing, predicted[subject.routings[0]])
             self._write_samples(subject, routing, results, classes, source)
 
-    def _evaluate(self, detector: Detector, routing: str, scores: Scores) -> None:
+    def _evaluate(self, detector: FittedDetector, routing: str, scores: Scores) -> None:
         """Rows of the table, and thresholds."""
         key = detector.subject.key
         method = Method(
@@ -136,7 +136,7 @@ class _Scoring:
             if why := estimate.too_few:
                 self.remarks.no_threshold(why, _words(detector.subject))
 
-    def _remark(self, detector: Detector, scores: Scores) -> None:
+    def _remark(self, detector: FittedDetector, scores: Scores) -> None:
         """What there is to say of a detector's fit, and of its scores as rows are routed."""
         for of, head, said in detector.remarks():
             self.remarks.say(of, said, _place(detector.subject, head))
@@ -144,7 +144,7 @@ class _Scoring:
             self.remarks.look_for_ties(detector.score, _place(detector.subject, detector.head), scores)
 
     def _record(
-        self, routed: RoutedSubject, detectors: Sequence[Detector], predicted: Mapping[str, Predictions]
+        self, routed: RoutedSubject, detectors: Sequence[FittedDetector], predicted: Mapping[str, Predictions]
     ) -> None:
         """What ``id.json`` says of a choice of features."""
         subject, record, factory = routed.factory.subject, self.writer.id, routed.factory
@@ -170,7 +170,7 @@ class _Scoring:
         self,
         routed: RoutedSubject,
         routing: str,
-        results: Sequence[tuple[Detector, Scores]],
+        results: Sequence[tuple[FittedDetector, Scores]],
         predicted: Predictions,
         source: BackboneSource,
     ) -> None:
@@ -246,7 +246,7 @@ def _check(sources: Sequence[BackboneSource]) -> None:
                 raise CacheMismatchError(f"{cache.path}: its features are not those of {train.path}: {difference}")
 
 
-def _thresholds(detector: Detector, routing: str) -> list[ThresholdEstimate]:
+def _thresholds(detector: FittedDetector, routing: str) -> list[ThresholdEstimate]:
     if routing == "oracle":
         return []
     scores = detector.top2_calibration_scores if routing == "top2" else detector.calibration_scores

@@ -10,7 +10,7 @@ over calibration rows and new images:
 
 What a threshold flags with these very calibration rows is a draw of Beta(n + 1 − r, r), r its rank: `FalseAlarms`.
 Equal scores only make false alarms rarer. The promise is exact where calibration rows are scored by the model that
-scores new ones, and had no say in it: `stages.detection.detectors.Detector.is_exact`.
+scores new ones, and had no say in it: `stages.detection.detectors.FittedDetector.is_exact`.
 """
 
 import math

@@ -74,7 +74,7 @@ class Scales:
 
 
 @dataclass(frozen=True, eq=False)
-class Detector:
+class FittedDetector:
     """One row of the table without its OOD set.
 
     Attributes:
@@ -164,7 +164,7 @@ class Detector:
         return scores
 
 
-def score_together(detectors: Sequence[Detector], rows: SetRows) -> list[Floats]:
+def score_together(detectors: Sequence[FittedDetector], rows: SetRows) -> list[Floats]:
     """Scores of rows by several detectors, ``[n]`` each; higher = more OOD.
 
     Rows are read once, a block at a time, and a part is computed once however many detectors it is in.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from stages.config import ScoreConfig
-from stages.detection.detectors import Detector, FittedScore, Scales, raw_scores
+from stages.detection.detectors import FittedDetector, FittedScore, Scales, raw_scores
 from stages.detection.selection import SearchFold, choose_k
 from stages.detection.subject import NO_HEAD, Subject, known_route
 from stages.id_data.lazy import Floats
@@ -47,7 +47,7 @@ class DetectorFactory:
             self._k, self.k_record = choose_k(folds, neighbours=self._neighbours)
         return self._k
 
-    def detectors(self) -> list[Detector]:
+    def detectors(self) -> list[FittedDetector]:
         """Every score for every head that it applies to; with experts, raw and calibrated."""
         asked = [(head, score) for score in self.config.scores for head in self.heads_of(score)]
         self._fit(key for head, score in asked for key in _parts_of(head, score))
@@ -97,14 +97,14 @@ class DetectorFactory:
             return _WEIGHTS
         return None
 
-    def detector(self, head: str, score: str, calibrated: bool = False) -> Detector:
+    def detector(self, head: str, score: str, calibrated: bool = False) -> FittedDetector:
         """One fitted detector."""
         keys = _parts_of(head, score)
         self._fit(keys)
         parts = tuple(self._parts[key] for key in keys)
         routed = known_route(self.subject.calibration_expert) if calibrated else None
         scales = Scales.fit([part.calibration for part in parts], routed, self.subject.n_experts)
-        return Detector(self.subject, head, score, calibrated, parts, scales)
+        return FittedDetector(self.subject, head, score, calibrated, parts, scales)
 
     def _fit(self, keys: Iterable[tuple[str, str]]) -> None:
         """Fit what is not fitted yet of (head, score); rows to calibrate on are read once for all of it."""
@@ -145,7 +145,7 @@ def _parts_of(head: str, score: str) -> list[tuple[str, str]]:
     return [(head if reads_head(name) else NO_HEAD, name) for name in score.split("+")]
 
 
-def recommended(factory: DetectorFactory) -> Detector:
+def recommended(factory: DetectorFactory) -> FittedDetector:
     """What `predict` takes where nothing is asked: the sum of kNN and energy; each alone fails somewhere."""
     head = "refit" if "refit" in factory.subject.heads else factory.subject.heads[0]
     return factory.detector(head, "knn+energy")

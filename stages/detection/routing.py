@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from stages.config import ScoreConfig
-from stages.detection.detectors import Detector, gate_share, gate_weighted, score_together
+from stages.detection.detectors import FittedDetector, gate_share, gate_weighted, score_together
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
@@ -52,7 +52,7 @@ class RoutedSubject:
             return ("none",)
         return ("predicted", *(["top2"] if self.second is not None else []), "oracle")
 
-    def scores(self, detectors: Sequence[Detector]) -> list[dict[str, Scores]]:
+    def scores(self, detectors: Sequence[FittedDetector]) -> list[dict[str, Scores]]:
         """Of each detector: scores of each set by each routing that it depends on."""
         routed = [detector for detector in detectors if detector.is_routed]
         plain = _scores(detectors, self.sets)
@@ -85,7 +85,7 @@ class RoutedSubject:
         return {name: rows.predictions() for name, rows in self.rows(routing).items()}
 
 
-def _scores(detectors: Sequence[Detector], sets: Mapping[str, SetRows]) -> list[Scores]:
+def _scores(detectors: Sequence[FittedDetector], sets: Mapping[str, SetRows]) -> list[Scores]:
     """Of each detector: scores of each set, which is read once for all of them."""
     by_set = {name: score_together(detectors, rows) for name, rows in sets.items()}
     return [{name: scores[index] for name, scores in by_set.items()} for index in range(len(detectors))]

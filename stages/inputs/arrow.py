@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.errors import InputError
@@ -20,6 +19,8 @@ def scalars(source: str, name: str, column: Any) -> NDArray[Any]:
     Raises:
         InputError: it holds something else.
     """
+    import pyarrow as pa
+
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -35,4 +36,6 @@ def scalars(source: str, name: str, column: Any) -> NDArray[Any]:
 
 def is_text(kind: Any) -> bool:
     """Whether a type of Arrow is text."""
+    import pyarrow as pa
+
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"

@@ -13,7 +13,7 @@ from stages.config import Profile
 from stages.errors import InputError
 
 if TYPE_CHECKING:
-    from stages.scorers.scorer import Scorer
+    from stages.scorers.scorer import Scorer, ScorerState
 
 
 class Registry(Mapping[str, "type[Scorer]"]):
@@ -128,6 +128,15 @@ def title_of(score: str) -> str:
     ('kNN+energy', 'of another time')
     """
     return "+".join(SCORERS[part].title if part in SCORERS else part for part in score.split("+"))
+
+
+def restored(state: "ScorerState") -> "Scorer":
+    """The fitted score that `Scorer.state` gave the state of.
+
+    Raises:
+        InputError: no such score, or not a state of it.
+    """
+    return scorer_class(state.name).from_state(state)
 
 
 def get_scorer(name: str, profile: Profile = "paper", **params: Any) -> "Scorer":

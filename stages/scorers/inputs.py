@@ -71,6 +71,10 @@ class ScoreInputs:
         """The given rows, by number, by mask or by slice."""
         return ScoreInputs(**{name: array[rows] for name, array in self._arrays().items()}, head=self.head)
 
+    def only(self, *names: str) -> "ScoreInputs":
+        """The same rows, with these of their fields alone."""
+        return ScoreInputs(**{name: getattr(self, name) for name in names})
+
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator["ScoreInputs"]:
         """All rows in order, ``size`` at a time: a fit that walks them needs no more memory for a million rows."""
         return (self.take(slice(start, start + size)) for start in range(0, len(self), size))

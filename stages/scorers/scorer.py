@@ -1,12 +1,13 @@
 """What a score is: the contract that every score is written to, and its routing over experts."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self
+from types import GenericAlias, MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,31 @@ from threadpoolctl import threadpool_limits
 
 from stages.config import Profile
 from stages.errors import InputError, StageError
+from stages.files.packing import pack, unpack
 from stages.id_data.lazy import Floats
 from stages.machine import usable_cores
 from stages.scorers.inputs import ROWS_AT_ONCE, ScoreInputs, naming_rows
 from stages.scorers.settings import check_settings
 from stages.scorers.shared.arrays import labels_within
+
+_NO_EXPERT = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class ScorerState:
+    """A fitted score as it is stored: JSON and arrays, no code.
+
+    Attributes:
+        name: of the score.
+        settings: all of them, by name.
+        learnt: what was learnt of the rows of each expert, by its number; of a model without experts under ``none``.
+        arrays: what `learnt` speaks of, see `stages.files.packing`.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    learnt: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +63,8 @@ class Scorer(ABC):
     """A score with its settings and what it remembers of ID rows; higher = more OOD.
 
     A score is a dataclass: its fields are its settings, ``Annotated[float, Field(gt=0)]`` and the like say what they
-    may be. It writes `learn` and `judge` for one model; this class does the rest. With experts, what is learnt is
+    may be. It writes `learn` and `judge` for one model; this class does the rest. What `learn` says that it returns is
+    what `state` stores and `from_state` reads: a type of `stages.files.packing`. With experts, what is learnt is
     learnt of each expert's rows and classes apart, and each row is judged by what its own expert's rows taught.
 
     Attributes:
@@ -145,7 +167,7 @@ class Scorer(ABC):
                 their columns.
         """
         self._learnt = {}
-        if not self.needs & {"bank", "select", "head"}:
+        if not self._fits:
             return self
         if not len(train):
             raise InputError(f"{self.name} needs ID training rows, none given")
@@ -171,13 +193,11 @@ class Scorer(ABC):
             StageError: not fitted, where it has to be.
             InputError: rows that lack what the score needs, or routed to an expert without training rows.
         """
-        fits = bool(self.needs & {"bank", "select", "head"})
-        if fits and not self._learnt:
-            raise StageError(f"{self.name} is not fitted yet: call fit() with the ID training rows first")
+        self._check_fitted()
         for name in sorted(self.needs - {"bank", "select", "head"}):
             if not x.has(name):
                 raise InputError(f"{self.name} needs {name}, which these rows do not have")
-        if fits:
+        if self._fits:
             self._check_experts(x)
         scores = np.empty(len(x), dtype=np.float32)
         with ExitStack() as stack:
@@ -193,6 +213,49 @@ class Scorer(ABC):
             for _ in run(judge, self._blocks(x)):
                 pass
         return scores
+
+    def state(self) -> ScorerState:
+        """The fitted score as it is stored; `from_state` gives a score that says the same of every row, to the bit.
+
+        Raises:
+            StageError: not fitted, where it has to be.
+        """
+        self._check_fitted()
+        learnt = {
+            _NO_EXPERT if expert is None else str(expert): (each.classes, each.memory)
+            for expert, each in self._learnt.items()
+        }
+        arrays: dict[str, NDArray[Any]] = {}
+        packed = pack(learnt, arrays)
+        return ScorerState(self.name, Scorer.settings(self), packed, arrays)
+
+    @classmethod
+    def from_state(cls, state: ScorerState) -> Self:
+        """The fitted score again.
+
+        Raises:
+            InputError: the state is not one of this score.
+        """
+        check_settings(cls, state.settings)
+        scorer = cls(**state.settings)
+        memory = get_type_hints(cls.learn, include_extras=True)["return"]
+        each = GenericAlias(tuple, (NDArray[np.integer] | None, memory))
+        learnt: dict[str, Any] = unpack(GenericAlias(dict, (str, each)), state.learnt, state.arrays)
+        if bool(learnt) != scorer._fits or (_NO_EXPERT in learnt and len(learnt) > 1):
+            raise InputError(f"{cls.name}: {len(learnt)} models were learnt, which no fit leaves")
+        for name, (classes, known) in learnt.items():
+            if name != _NO_EXPERT and not re.fullmatch(r"0|[1-9]\d{0,8}", name):
+                raise InputError(f"{cls.name}: {name[:20]!r} is no expert's number")
+            scorer._learnt[None if name == _NO_EXPERT else int(name)] = _Learnt(classes, known)
+        return scorer
+
+    @property
+    def _fits(self) -> bool:
+        return bool(self.needs & {"bank", "select", "head"})
+
+    def _check_fitted(self) -> None:
+        if self._fits and not self._learnt:
+            raise StageError(f"{self.name} is not fitted yet: call fit() with the ID training rows first")
 
     def _blocks(self, x: ScoreInputs) -> Iterator["_Block"]:
         for expert, learnt in self._learnt.items() or [(None, None)]:

@@ -8,10 +8,9 @@ of the file into memory, which would kill the process if the file became shorter
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from stages.errors import InputError
 from stages.inputs.images.columns import USUAL, Columns
@@ -19,6 +18,9 @@ from stages.inputs.images.decode import short
 from stages.inputs.images.folder import file_sample
 from stages.inputs.images.names import given_class
 from stages.inputs.images.table import FileRange, Sample, SampleTable, Unusable, make_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _MARKS = ("state.json", "dataset_info.json")  # a Dataset on disk; a DatasetDict has _SPLITS and a folder per split
 _SPLITS = "dataset_dict.json"
@@ -50,6 +52,8 @@ def list_huggingface(source: str, columns: Columns = USUAL) -> SampleTable:
         InputError: The library is missing, the folder holds several splits, its files are damaged, or it is not clear
             which column holds the images or the classes.
     """
+    import pyarrow as pa
+
     folder = os.path.abspath(source)
     if not all(os.path.isfile(os.path.join(folder, name)) for name in _MARKS):
         raise InputError(f"{source}: a dataset of several splits; give {_splits(source, folder)}")
@@ -158,6 +162,8 @@ def _class_name(source: str, row: int, label: int | str | None, names: list[str]
 
 def _rows(path: str, image_column: str, label_column: str | None) -> Iterator[_Row]:
     """Rows of an Arrow file; the images are not touched."""
+    import pyarrow as pa
+
     with pa.memory_map(path) as file:
         damaged = pa.ArrowInvalid(f"{os.path.basename(path)} and its data do not end together")
         if file.read_at(len(_END), max(file.size() - len(_END), 0)) != _END:
@@ -178,8 +184,10 @@ def _rows(path: str, image_column: str, label_column: str | None) -> Iterator[_R
             raise damaged
 
 
-def _spans(stored: pa.BinaryArray, start_of_file: int, file_size: int) -> tuple[list[int], list[int]]:
+def _spans(stored: "pa.BinaryArray", start_of_file: int, file_size: int) -> tuple[list[int], list[int]]:
     """Where in the file each value of a mapped array starts, and how long it is."""
+    import pyarrow as pa
+
     _, offsets, values = stored.buffers()
     if values is None or not values.size:  # nothing but nulls and empty ones
         return [0] * len(stored), [0] * len(stored)

@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages.errors import InputError, reading
 from stages.inputs.arrow import is_text, scalars
@@ -72,6 +70,9 @@ def list_parquet(source: str, root: str | None = None, columns: Columns = USUAL)
         InputError: There is no such column, one is no text (labels: or whole numbers), a row has no path or names a
             file that another row names, or none of the files exists.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with reading(source, OSError, pa.ArrowException), pq.ParquetFile(source) as file:
         names = file.schema_arrow.names
         path_name, label_name = columns.find_path(source, names), columns.find_label(source, names)

@@ -10,8 +10,9 @@ Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 20
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import faiss
 import numpy as np
@@ -36,6 +37,15 @@ _LINKS, _BREADTH, _BREADTH_OF_BUILD = 32, 256, 200  # HNSW's M, efSearch, efCons
 # 4e-4 at 0. Neighbours nearer than this are measured again, from the difference of the two vectors.
 _NEAR = 0.2
 _PAIRS = 1 << 15  # of them at once
+
+
+@dataclass(frozen=True, eq=False)
+class BankParts:
+    """A bank as it is stored: the features as they were given, ``[n, D]``, and how they are searched."""
+
+    features: NDArray[np.floating]
+    device: Literal["auto", "cpu"]
+    index: IndexKind
 
 
 class FeatureBank:
@@ -66,7 +76,7 @@ class FeatureBank:
         self._features = _checked_bank(features)
         if not self._features.size:
             raise InputError(f"a bank of shape {self._features.shape} has no features to compare with")
-        self._device = device
+        self._device: Literal["auto", "cpu"] = device
         self.index = index
         self._is_held = 4 * self._features.size <= held_bytes
         if index != "flat" and not self._is_held:
@@ -120,6 +130,15 @@ class FeatureBank:
             return index
         index.add(self._unit)
         return index
+
+    def parts(self) -> "BankParts":
+        """What it is stored as, see `stages.files.packing`."""
+        return BankParts(np.asarray(self._features), self._device, self.index)
+
+    @classmethod
+    def of_parts(cls, parts: "BankParts") -> Self:
+        """The same bank again; an index is built anew."""
+        return cls(parts.features, parts.device, parts.index)
 
     def prepare(self) -> None:
         """Do now what the first search would do before it: normalise what is held, build an index."""

@@ -180,7 +180,7 @@ class Searched:
 
     bank: FeatureBank
     judged: NDArray[np.floating]
-    recalls: dict[int, float] = field(default_factory=dict)
+    recalls: dict[int, float] = field(init=False, default_factory=dict)
 
     def recall(self, k: int) -> float:
         """To four digits; measured once."""

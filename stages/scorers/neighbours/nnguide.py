@@ -79,7 +79,8 @@ class NNGuideScorer(Scorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> ScoreInputs:
         """The rows themselves: they are read again for each block of rows to score."""
-        return train if self.share == 1 else train.take(seeded_share(len(train), self.share))
+        own = train.only("features", "logits", "head")
+        return own if self.share == 1 else own.take(seeded_share(len(own), self.share))
 
     def judge(self, x: ScoreInputs, memory: ScoreInputs) -> Floats:
         """Negative guided energy, [n]."""

@@ -82,7 +82,7 @@ class RelationScorer(Scorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> ScoreInputs:
         """The rows themselves: they are read again for each block of rows to score."""
-        return train
+        return train.only("features", "logits", "head")
 
     def judge(self, x: ScoreInputs, memory: ScoreInputs) -> Floats:
         """Negative sum of the relations, [n]."""
