@@ -128,9 +128,10 @@ class StudyBackbone:
             weights = {"weights": f"finetune/seed-{self.seed}", "finetune": about.get("files", {}).get(_TUNED)}
         elif backbone.weights not in ("hub", "embedded") and Path(backbone.weights).is_file():
             weights = {"weights": "file", "weights_sha256": self._file_digest(Path(backbone.weights))}
+        unsaid = ["decode"] if backbone.decode == "pil" else []  # as in the links from before there was a choice
         return {
             "backbone": backbone.name,
-            **backbone.model_dump(mode="json", exclude={"name", "weights"}),
+            **backbone.model_dump(mode="json", exclude={"name", "weights", *unsaid}),
             **weights,
             "expert_blocks": self.config.cache.expert_blocks,
         }

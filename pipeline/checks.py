@@ -21,9 +21,11 @@ from stages.finetune import check_finetune
 from stages.id_data.rows import IdData, Labels, check_split
 from stages.inputs.images import SampleTable
 from stages.inputs.images.names import match_classes
+from stages.machine import default_device
 from stages.mixture.grouping import check_groups
 from stages.mixture.model import cannot_read
 from stages.networks.backbone import Backbone, build_architecture
+from stages.networks.preprocessing import check_decode
 from stages.networks.weights.loading import check_source
 from stages.scorers import get_scorer, needs_of
 from stages.scorers.features.gmm import GMMScorer
@@ -92,7 +94,8 @@ def check_study(
         return
     if spec is None:
         check_source(config.backbone)
-        network()  # an image size, or a tap, that it does not have
+        built = network()  # an image size, or a tap, that it does not have
+        check_decode(config.backbone, default_device(), built.data_config)
     check_patches(config, names, spec, to_train, network)
     if spec is None:
         _check_scores(config, len(names), network)

@@ -47,7 +47,8 @@ def cache_lines(cache: FeatureCache) -> list[str]:
 
 def _network_line(spec: FeatureSpec) -> str:
     network = f"{spec.backbone} at {spec.image_size} px, weights {spec.weights_sha[:8]}" if spec.backbone else ""
-    return ", ".join(filter(None, (f"given, {spec.origin}" if spec.origin else "", network)))
+    decoded = f"JPEG decoded by {spec.transform['decode']!r}" if "decode" in spec.transform else ""
+    return ", ".join(filter(None, (f"given, {spec.origin}" if spec.origin else "", network, decoded)))
 
 
 def _left_out_lines(left_out: Mapping[str, int]) -> list[str]:

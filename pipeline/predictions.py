@@ -20,6 +20,7 @@ from stages.extract import ExtractOptions, extract_set, import_set
 from stages.inputs.arrays import ArrayTable
 from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
+from stages.networks.preprocessing import check_decode
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
 from stages.results.formats import csv_text
@@ -50,6 +51,8 @@ def predict_paths(workspace: Workspace, paths: Sequence[str], score_name: str | 
     """
     backbone, progress = next(workspace.existing(which)), workspace.progress
     sources = [_new_source(workspace, path, backbone.spec()) for path in paths]  # a missing path is said before work
+    if not workspace.config.has_features:
+        check_decode(backbone.start, backbone.device)
     if not workspace.config.has_features and (device := backbone.other_device(backbone.spec())):
         progress.note(
             f"predict: the study's features were made on {device}, those of the new images are made on "

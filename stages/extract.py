@@ -39,6 +39,7 @@ from stages.inputs.arrays import ArrayTable
 from stages.inputs.images import SampleTable, list_dataset, list_images
 from stages.machine import default_device
 from stages.networks.backbone import Backbone, load_backbone
+from stages.networks.preprocessing import check_decode
 from stages.progress import NullProgress, Progress
 
 _WITHOUT_BACKBONE: Mapping[str, Any] = {}  # copying arrays depends on no version
@@ -102,6 +103,7 @@ def extract_features(
     if isinstance(backbone, str):
         backbone = BackboneConfig(name=backbone)
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, device=default_device())
+    _check_decode(network)
     spec = network.feature_spec(dtype, patches)
     return extract_set(name, samples, spec, Path(out), lambda: network, options=options)
 
@@ -228,6 +230,7 @@ def repair_set(
     progress = progress or NullProgress()
     _check_inputs(cache, samples, "images", progress)
     loaded = backbone()  # first of all: where there are no weights, the cache stays sealed
+    _check_decode(loaded)
     listing, here = listing_of(samples), made_with()
     with unseal(cache.path, damaged, listing, here) as builder:
         maker = _image_maker(builder, _Images(samples, listing, None), lambda: loaded, None)
@@ -270,10 +273,15 @@ def _image_maker(
 ) -> Maker:
     def make(pending: Sequence[ShardPlan]) -> Iterator[ShardDone]:
         loaded = backbone()
+        _check_decode(loaded)
         tasks = (_task(builder, plan, loaded, images) for plan in pending)
         return mapper(extract_shard, tasks) if mapper else make_shards(tasks, loaded)
 
     return make
+
+
+def _check_decode(backbone: Backbone) -> None:
+    check_decode(backbone.config, backbone.device.type, backbone.data_config)
 
 
 def _task(builder: CacheBuilder, plan: ShardPlan, backbone: Backbone, images: _Images) -> ShardTask:

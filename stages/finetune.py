@@ -115,6 +115,11 @@ def finetune(
             f"finetune: {data.train.manifest.n_failures} images of {images.train.source} take no part, they cannot be "
             f"used: see {data.train.path / 'failures.jsonl'}"
         )
+    if backbone.decode != "pil":
+        context.progress.note(
+            f'finetune: backbone.decode = "{backbone.decode}" is for extraction and predict; images are decoded by '
+            "Pillow in full here, since crops of them are enlarged"
+        )
     checkpoints = Checkpoints(folder / f"finetune-{identity[:8]}.checkpoint")
     run = TrainingRun(settings.epochs, settings.patience, checkpoints, context)
     trainer = ImageTrainer(objective, loader, data.n_classes, settings, seed, context)

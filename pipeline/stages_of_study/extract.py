@@ -82,7 +82,9 @@ class Extract(BackboneStage):
         if spec is not None:
             workspace.sets.check_origins(spec)
         row_bytes = self._row_bytes() if spec is None else spec.row_bytes
-        return [line for entry in workspace.config.sets for line in self._plan_set(entry, spec, row_bytes)]
+        decode = "pil" if workspace.config.backbone is None else workspace.config.backbone.decode
+        how = [] if decode == "pil" else [f"{self.name}: JPEG files are decoded by {decode!r} (backbone.decode)"]
+        return how + [line for entry in workspace.config.sets for line in self._plan_set(entry, spec, row_bytes)]
 
     def _row_bytes(self) -> int:
         """Of features that were never extracted; the network's shape says it."""

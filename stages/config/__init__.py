@@ -45,12 +45,14 @@ class BackboneConfig(StageConfig):
         recipe: how an image and stored position embeddings become the network's input: as its authors do it
             ("official", see `stages.networks.weights.official`) or as timm does ("timm"). None becomes "official" where
             that is known, for DINOv2, since published numbers are of its features; "timm" everywhere else.
+        decode: what makes pixels of JPEG files, see `stages.networks.preprocessing`; of all others Pillow does.
     """
 
     name: Annotated[str, AfterValidator(canonical_name)] = "vit_small_patch14_dinov2.lvd142m"
     weights: str = "hub"
     recipe: Literal["official", "timm"] | None = Field(default=None, validate_default=True)
     image_size: int = Field(default=224, ge=16)
+    decode: Literal["pil", "draft", "cuda"] = "pil"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
     compile: bool = False  # torch.compile: worth its minutes for large sets on a GPU
     mean: Channels | None = None

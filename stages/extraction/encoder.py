@@ -1,4 +1,4 @@
-"""From transformed images to rows of a cache: forward passes that all have one shape."""
+"""From pixels to rows of a cache: forward passes that all have one shape."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ class Encoder:
         """One forward pass; a batch that is not full is padded with its last image.
 
         Args:
-            images: one to ``backbone.batch``, each ``[3, H, W]`` float32.
+            images: one to ``backbone.batch``, each ``[3, H, W]`` uint8, all on the CPU or all on the backbone's device.
 
         Returns:
             ``[n, …]`` for each of the spec's datasets, as it is stored; what does not fit the type is inf.
@@ -36,8 +36,9 @@ class Encoder:
         backbone, spec = self._backbone, self._spec
         padding = [images[-1]] * (backbone.batch - len(images))
         batch = torch.stack([*images, *padding])
-        if backbone.device.type == "cuda":
+        if backbone.device.type == "cuda" and not batch.is_cuda:
             batch = batch.pin_memory().to(backbone.device, non_blocking=True)
+        batch = backbone.preprocessing.normalise(batch)
         tokens = reduce_patches(backbone.encode(batch), backbone.grid, spec.patches)[: len(images)]
         # torch casts four times faster than numpy.
         return {name: getattr(tokens, name).to(getattr(torch, spec.dtype)).cpu().numpy() for name in spec.datasets()}

@@ -1,13 +1,12 @@
-"""From an image's file to what the network takes: the part of stage one that threads do."""
+"""From an image's file to its pixels as the network takes them: the part of stage one that every core does."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
 from cache import sha256
-from stages.inputs.images import ImageError, ImageReader, decode_image
+from stages.inputs.images import ImageError, ImageReader, UndecodedJpeg, decode_image, undecoded_jpeg
+from stages.networks.preprocessing import Preprocessing
 
 
 class ReadImage(NamedTuple):
@@ -15,31 +14,33 @@ class ReadImage(NamedTuple):
 
     Attributes:
         digest: SHA-256 of its bytes; zeros where it could not be opened.
-        content: ``[3, H, W]`` float32, transformed; or why it cannot be used.
+        content: ``[3, H, W]`` uint8, resized and cropped; what a GPU is to decode; or why it cannot be used.
     """
 
     digest: bytes
-    content: Tensor | str
+    content: Tensor | UndecodedJpeg | str
 
 
 class Reader:
-    """Opens, decodes and transforms images; any number of threads may.
+    """Opens, decodes and resizes images; any number of threads may. Picklable.
 
     Args:
         files: bytes of the images.
-        transform: the network's.
+        preprocessing: the network's.
     """
 
-    def __init__(self, files: ImageReader, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, files: ImageReader, preprocessing: Preprocessing) -> None:
         self._files = files
-        self._transform = transform
+        self._preprocessing = preprocessing
 
     def read(self, index: int) -> ReadImage:
         """One image, whatever is wrong with it."""
-        digest = bytes(32)
+        digest, how = bytes(32), self._preprocessing
         try:
             data = self._files.read(index)
             digest = bytes.fromhex(sha256(data))
-            return ReadImage(digest, self._transform(decode_image(data)))
+            if how.decode == "cuda" and (left := undecoded_jpeg(data)) is not None:
+                return ReadImage(digest, left)
+            return ReadImage(digest, how.pixels(decode_image(data, how.least_side)))
         except ImageError as error:
             return ReadImage(digest, str(error))

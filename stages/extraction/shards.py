@@ -2,9 +2,10 @@
 
 ::
 
-    images ── Reader ──> transformed images ── Encoder ──> rows of a shard ── Writer ──> shard on disk
-              threads      a few batches       threads     in the cache's     thread
-                           ahead, no more                  own dtype
+    images ── Reader ──> pixels ── Encoder ──> rows of a shard ── Writer ──> shard on disk
+              threads    a few     threads     in the cache's     thread
+                         batches               own dtype
+                         ahead, no more
 
 The work item is a shard: any process that can read the images makes it, alone, and the same bits come out. For that,
 every forward pass has the same number of images and one thread; the cores are used by passes side by side.
@@ -27,6 +28,7 @@ from cache import FeatureCache, FeatureSpec, InputTable, ShardPlan
 from stages.config import BackboneConfig
 from stages.errors import StageError
 from stages.extraction.encoder import Encoder
+from stages.extraction.gpu_jpeg import decode_left
 from stages.extraction.reader import Reader, ReadImage
 from stages.extraction.writer import Writer
 from stages.inputs.images import ImageReader
@@ -176,7 +178,8 @@ class _Shard:
         self._task = task
         self._encoder = Encoder(backbone, task.spec)
         self._writer = Writer(task.path, task.plan, task.spec, task.inputs)
-        self.reader = Reader(task.reader, backbone.transform)
+        self._backbone = backbone
+        self.reader = Reader(task.reader, backbone.preprocessing)
 
     def take_over(self) -> ShardDone:
         """Copy the rows that an older version of the cache has."""
@@ -189,7 +192,7 @@ class _Shard:
 
     def compute(self, rows: NDArray[np.int64], images: Sequence[Future[ReadImage]]) -> ShardDone:
         """One forward pass of the images that can be used."""
-        read = [image.result() for image in images]
+        read = decode_left([image.result() for image in images], self._backbone.preprocessing, self._backbone.device)
         digests = np.frombuffer(b"".join(image.digest for image in read), np.uint8)
         self._writer.add_digests(rows, digests.reshape(-1, 32))
         used, tensors = [], []

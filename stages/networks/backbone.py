@@ -10,11 +10,10 @@ every expert starts from.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -23,11 +22,11 @@ from cache import FeatureSpec
 from cache.fingerprint import arrays_sha256
 from stages.config import BackboneConfig
 from stages.errors import InputError
-from stages.inputs.images import MAX_PIXELS, ImageError
 from stages.machine import keep_freed_memory
 from stages.networks.compute import COMPUTE_BATCH, COMPUTE_THREADS, EXTRACTION_SEMANTICS
 from stages.networks.end_check import reproduces, runs_on
 from stages.networks.ends import BackboneEnd, ConvolutionalEnd, ResidualEnd, TransformerEnd
+from stages.networks.preprocessing import Preprocessing
 from stages.networks.surgery import compile_parts, find_cut, restore_forward
 from stages.networks.tokens import Tokens, reduce_patches, square_grid, stored_grid
 from stages.networks.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
@@ -51,6 +50,7 @@ class Backbone:
         dim, tap_dim: D and D'.
         batch: images of one forward pass of an extraction.
         precision: what it computes in, "auto" resolved.
+        preprocessing: from a decoded image to what it takes.
         n_registers: R, prefix tokens other than the class token.
         grid: ``(h, w)`` of the patch tokens.
         cut: whether the end could be cut out; if not, `end` gives a `ResidualEnd`.
@@ -86,7 +86,7 @@ class Backbone:
             self._hook = self._place.module.register_forward_pre_hook(self._tap, with_kwargs=True)
         self._block_kwargs: Mapping[str, Any] = {}
         self.data_config = transform_config(model, config)
-        self._transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**self.data_config)
+        self.preprocessing = Preprocessing(self.data_config, config.decode)
         self._describe()
         if config.compile:
             compile_parts(self.model, dynamic=False)  # what a hook sees stays outside
@@ -128,13 +128,9 @@ class Backbone:
             ``[3, H, W]`` float32.
 
         Raises:
-            ImageError: so elongated that resizing its short side would make it larger than any image may be.
+            ImageError: see `Preprocessing.pixels`.
         """
-        short, long = sorted(image.size)
-        side = self.config.image_size / self.data_config["crop_pct"]
-        if side * side * long / short > MAX_PIXELS:
-            raise ImageError(f"too elongated: {image.width} x {image.height} pixels")
-        return self._transform(image)
+        return self.preprocessing.normalise(self.preprocessing.pixels(image))
 
     def transform_notes(self) -> list[str]:
         """What is not as recipe or weights have it, or not known: a line each; wrong features often come from there."""
@@ -237,6 +233,8 @@ class Backbone:
         transform = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
         if self.config.recipe == "official":  # unsaid it is timm's, as in the caches from before there was another
             transform["recipe"] = "official"
+        if self.config.decode != "pil":  # unsaid it is Pillow's, likewise
+            transform["decode"] = self.config.decode
         return FeatureSpec(
             backbone=self.config.name,
             weights_sha=weights_sha(self.model),

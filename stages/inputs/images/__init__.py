@@ -21,7 +21,7 @@ from stages.errors import InputError
 from stages.inputs.images.classes import only_classes
 from stages.inputs.images.columns import USUAL, Columns
 from stages.inputs.images.dataset import list_dataset
-from stages.inputs.images.decode import MAX_PIXELS, ImageError, decode_image, is_overcome
+from stages.inputs.images.decode import MAX_PIXELS, ImageError, UndecodedJpeg, decode_image, is_overcome, undecoded_jpeg
 from stages.inputs.images.embedded import list_embedded
 from stages.inputs.images.folder import find_files, is_image_file, list_file
 from stages.inputs.images.huggingface import is_huggingface, list_huggingface
@@ -39,12 +39,14 @@ __all__ = [
     "ImageError",
     "ImageReader",
     "SampleTable",
+    "UndecodedJpeg",
     "decode_image",
     "describe_left_out",
     "is_overcome",
     "list_dataset",
     "list_images",
     "only_classes",
+    "undecoded_jpeg",
 ]
 
 _TABLES = {".csv": list_csv, ".tsv": list_csv, ".parquet": list_parquet}

@@ -7,17 +7,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError, features
 
 from stages.errors import InputError
+from stages.inputs.images.jpeg import is_plain_jpeg
 from stages.inputs.images.kind import FORMATS, HEAD_BYTES, coding
 from stages.inputs.images.metadata import without_large_metadata
 
 _NEEDS_HEIF = "HEIC or AVIF, which nothing here decodes: pip install 'mofe-feature-cache[heif]'"
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; 0.7 GB as it holds RGB
+_MOST_ELSEWHERE = 1 << 25  # pixels of an image that is decoded on a GPU, beside others
 
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,7 +40,19 @@ class ImageError(InputError):
     """One image cannot be used; the message is a short reason that does not depend on place or time."""
 
 
-def decode_image(data: bytes) -> Image.Image:
+class UndecodedJpeg(NamedTuple):
+    """A JPEG file that something else than Pillow may decode.
+
+    Attributes:
+        data: its bytes.
+        orientation: EXIF's, which says how it is turned upright.
+    """
+
+    data: bytes
+    orientation: int
+
+
+def decode_image(data: bytes, least_side: int = 0) -> Image.Image:
     """Decode an image file.
 
     EXIF orientation is applied, transparency laid over white, 16-bit gray scaled (not clipped), the first frame of an
@@ -47,9 +62,11 @@ def decode_image(data: bytes) -> Image.Image:
 
     Args:
         data: The bytes of the file; its name plays no part.
+        least_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as small as leaves its short side that many
+            pixels; 0 decodes it in full.
 
     Returns:
-        The image in mode RGB, as large as it is shown.
+        The image in mode RGB, as large as it is shown, but for `least_side`.
 
     Raises:
         ImageError: Not an image, truncated, damaged, too large or without any pixel.
@@ -57,16 +74,34 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty file")
     try:
-        return _decode(data)
+        return _decode(data, least_side)
     except ImageError:
+        if least_side:  # what is wrong is that of the whole image
+            return decode_image(data)
         if (lighter := without_large_metadata(data)) is None:
             raise
-        return _decode(lighter)
+        return _decode(lighter, 0)
 
 
-def _decode(data: bytes) -> Image.Image:
+def undecoded_jpeg(data: bytes) -> UndecodedJpeg | None:
+    """A file that every JPEG decoder reads as Pillow does, to rounding; None for all others.
+
+    Args:
+        data: The bytes of the file; damaged ones too.
+    """
+    if not is_plain_jpeg(data):
+        return None
+    try:
+        with _reasons(), _opened(data) as image:
+            plain = image.format == "JPEG" and image.width * image.height <= _MOST_ELSEWHERE
+            return UndecodedJpeg(data, _orientation(image)) if plain else None
+    except ImageError:
+        return None
+
+
+def _decode(data: bytes, least_side: int) -> Image.Image:
     with _reasons(), _opened(data) as image:
-        return _seen(image)
+        return _seen(image, least_side)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -103,9 +138,11 @@ def as_seen(image: Image.Image) -> Image.Image:
         return _seen(image)
 
 
-def _seen(image: Image.Image) -> Image.Image:
+def _seen(image: Image.Image, least_side: int = 0) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:  # before anything is decoded
         raise Image.DecompressionBombError
+    if least_side:
+        image.draft(None, (least_side, least_side))  # does nothing but for JPEG
     image.load()
     rgb = _to_rgb(image)
     turn = _UPRIGHT.get(_orientation(image))
