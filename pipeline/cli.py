@@ -15,11 +15,12 @@ import click
 
 from pipeline.benchmark.choice import Choice
 from pipeline.config import RunConfig, RunOptions
+from pipeline.deciding import Deciding
 from pipeline.options import (
     CHOICE,
     DEBUG,
+    DECIDING,
     DECIDING_BACKBONE,
-    DECIDING_SCORE,
     DRY_RUN,
     EXPERIMENT,
     FORMAT,
@@ -220,14 +221,12 @@ def results(data: Path, work: Path, choice: Choice, page: Path | None, asked: As
 @EXPERIMENT
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @DECIDING_BACKBONE
-@DECIDING_SCORE
+@DECIDING
 @FORMAT
-def predict(
-    experiment: Experiment, paths: tuple[str, ...], backbone: str, score_name: str | None, form: "Format"
-) -> None:
-    """Score new images: score, threshold, decision, class, expert, the nearest training images."""
+def predict(experiment: Experiment, paths: tuple[str, ...], backbone: str, deciding: Deciding, form: "Format") -> None:
+    """Score new images: score, p-value, threshold, decision, class, expert, the nearest training images."""
     with _study(experiment.config("predict", backbone), RunOptions()) as study:
-        show(study.predict(paths, score_name, form, backbone))
+        show(study.predict(paths, deciding, form, backbone))
 
 
 @verbs.command()

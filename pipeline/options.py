@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,8 +18,12 @@ from pipeline.config import (
     folder_name,
     load_config,
 )
+from pipeline.deciding import Deciding
 from stages.config import nearest
 from stages.scorers import SCORERS, unknown_part
+
+if TYPE_CHECKING:
+    from stages.predict import Per
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
@@ -225,8 +229,35 @@ DECIDING_BACKBONE = click.option(
     show_default=True,
     help="Whose detector decides; finetuned: that of the first seed.",
 )
-DECIDING_SCORE = click.option(
-    "--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy."
+
+
+def _deciding(score_name: str | None, per: "Per", fdr: float | None) -> Deciding:
+    if fdr is not None and per != "all":
+        raise click.UsageError(
+            f"--fdr is promised with p-values of all calibration rows, not with those per {per}: give one"
+        )
+    return Deciding(score_name, per, fdr)
+
+
+DECIDING = gathered(
+    "deciding",
+    _deciding,
+    click.option(
+        "--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy."
+    ),
+    click.option(
+        "--per",
+        type=click.Choice(["all", "class", "expert"]),
+        default="all",
+        show_default=True,
+        help="Whose false alarms are promised: of all ID images, or of those of each predicted class or expert.",
+    ),
+    click.option(
+        "--fdr",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        metavar="SHARE",
+        help="Judge the images together: at most this share of those flagged is ID, on average.",
+    ),
 )
 FORMAT = click.option(
     "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."

@@ -13,13 +13,16 @@ from typing import Any, Literal, NamedTuple
 
 from cache import CacheError, FeatureCache, FeatureSpec, Lock
 from pipeline.backbones import StudyBackbone
+from pipeline.deciding import Deciding
 from pipeline.sources import source_to_predict
 from pipeline.workspace import Workspace
+from stages.detection.conformal import BatchPromise
 from stages.errors import InputError
 from stages.extract import ExtractOptions, extract_set, import_set
 from stages.inputs.arrays import ArrayTable
 from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
+from stages.metrics.discoveries import discoveries
 from stages.networks.preprocessing import check_decode
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
@@ -39,13 +42,13 @@ class UnusableImage(NamedTuple):
     reason: str
 
 
-def predict_paths(workspace: Workspace, paths: Sequence[str], score_name: str | None, form: Format, which: str) -> str:
+def predict_paths(workspace: Workspace, paths: Sequence[str], deciding: Deciding, form: Format, which: str) -> str:
     """Score new images with the fitted detector of the study; of fine-tuned backbones, with the first's.
 
     Args:
         workspace: the study.
         paths: images, folders, tars or lists; features, where the study's sets have such.
-        score_name: which score decides; by default the detector's own choice.
+        deciding: which score decides, and what is promised.
         form: of the text.
         which: kind of the backbone.
     """
@@ -58,8 +61,35 @@ def predict_paths(workspace: Workspace, paths: Sequence[str], score_name: str | 
             f"predict: the study's features were made on {device}, those of the new images are made on "
             f"{backbone.device}: they are equal to a tolerance, not to the bit"
         )
-    predictor = Predictor(source_to_predict(workspace, backbone), workspace.config.score, score_name, progress)
-    return predict_sources(predictor, backbone, paths, sources, form, progress)
+    source, config = source_to_predict(workspace, backbone), workspace.config.score
+    predictor = Predictor(source, config, deciding.score_name, progress, deciding.per)
+    predictions, unusable = predict_sources(predictor, backbone, paths, sources, progress)
+    batch = None if deciding.fdr is None else BatchPromise.of(predictor.threshold.n, len(predictions), deciding.fdr)
+    if batch is not None:
+        predictions = _flagged(predictions, batch)
+    for line in _promises(predictor, predictions, batch):
+        print(line, file=sys.stderr)
+    return _json(predictor, predictions, unusable, batch) if form == "json" else _csv(predictions)
+
+
+def _flagged(predictions: Sequence[Prediction], batch: BatchPromise) -> list[Prediction]:
+    """The images judged together."""
+    flags = discoveries([prediction.p_value for prediction in predictions], batch.fdr)
+    return [replace(prediction, flagged=bool(flag)) for prediction, flag in zip(predictions, flags, strict=True)]
+
+
+def _promises(predictor: Predictor, predictions: Sequence[Prediction], batch: BatchPromise | None) -> Iterator[str]:
+    """What is promised of the decisions, or why nothing is."""
+    if batch is not None:
+        flagged = sum(prediction.flagged is True for prediction in predictions)
+        yield f"{flagged} of {batch.images} images flagged: of such at most {batch.fdr:.0%} are ID, on average"
+    if batch is not None and batch.too_few:
+        yield batch.too_few
+    if why := predictor.threshold.too_few:
+        yield f"no threshold, so no decision: {why}"
+    elif predictor.threshold.false_alarms is not None:
+        nearly = "" if predictor.detector.is_exact else " (nearly: its scores are cross-fitted or put on a scale)"
+        yield f"the threshold: {predictor.threshold.false_alarms.words(predictor.threshold.n)}{nearly}"
 
 
 def _new_source(workspace: Workspace, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
@@ -77,17 +107,15 @@ def predict_sources(
     backbone: StudyBackbone,
     paths: Sequence[str],
     sources: Sequence[SampleTable | ArrayTable],
-    form: Format,
     progress: Progress,
-) -> str:
-    """Score what no cache knows; images that cannot be used are listed on standard error, and in JSON.
+) -> tuple[list[Prediction], list[UnusableImage]]:
+    """Score what no cache knows; images that cannot be used are listed on standard error, and are given back.
 
     Args:
         predictor: of the study.
         backbone: whose features it reads.
         paths: as they were given.
         sources: the images of each path, or its features.
-        form: of the text.
         progress: counts images, where they are many.
 
     Raises:
@@ -114,9 +142,7 @@ def predict_sources(
         print(f"{image.path}: cannot be used: {image.reason}", file=sys.stderr)
     if not predictions:
         raise InputError("none of the given images can be used")
-    if why := predictor.threshold.too_few:
-        print(f"no threshold, so no decision: {why}", file=sys.stderr)
-    return _json(predictor, predictions, unusable) if form == "json" else _csv(predictions)
+    return predictions, unusable
 
 
 def _caches(
@@ -160,16 +186,25 @@ def _csv(predictions: Sequence[Prediction]) -> str:
         line: dict[str, Any] = {column: getattr(prediction, column) for column in _COLUMNS}
         for (name, distance), neighbour in zip(pairs, prediction.nearest, strict=False):
             line |= {name: neighbour.id, distance: neighbour.distance}
-        lines.append(line)
-    return csv_text(lines, [*_COLUMNS, *(column for pair in pairs for column in pair)]).rstrip("\n")
+        lines.append(line | {"p_value": prediction.p_value, "flagged": prediction.flagged})
+    flagged = ["flagged"] if predictions[0].flagged is not None else []
+    columns = [*_COLUMNS, *(column for pair in pairs for column in pair), "p_value", *flagged]
+    return csv_text([{column: line.get(column) for column in columns} for line in lines], columns).rstrip("\n")
 
 
-def _json(predictor: Predictor, predictions: Sequence[Prediction], unusable: Sequence[UnusableImage]) -> str:
+def _json(
+    predictor: Predictor,
+    predictions: Sequence[Prediction],
+    unusable: Sequence[UnusableImage],
+    batch: BatchPromise | None,
+) -> str:
     detector = predictor.detector
     about = {"head": detector.head, "score": detector.score, "params": detector.params}
     document = {
         "detector": asdict(detector.subject.key) | about,
         "threshold": asdict(predictor.threshold),
+        "promise": {"per": predictor.per, "exact": detector.is_exact},
+        "batch": None if batch is None else asdict(batch),
         "images": [asdict(prediction) for prediction in predictions],
         "unusable": [image._asdict() for image in unusable],
     }

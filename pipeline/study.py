@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pipeline.config import RunConfig, RunOptions
+from pipeline.deciding import Deciding
 from pipeline.stages_of_study import STAGES
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
@@ -110,12 +111,12 @@ class Study:
         return evidence_of(self.workspace)
 
     def predict(
-        self, paths: Sequence[str], score_name: str | None = None, form: "Format" = "csv", which: str = "pretrained"
+        self, paths: Sequence[str], deciding: Deciding, form: "Format" = "csv", which: str = "pretrained"
     ) -> Lines:
         """Score new images with the fitted detector of the study; of fine-tuned backbones, with the first's."""
         from pipeline.predictions import predict_paths
 
-        return [predict_paths(self.workspace, paths, score_name, form, which)]
+        return [predict_paths(self.workspace, paths, deciding, form, which)]
 
     def verify(self, repair: bool = False) -> Lines:
         """Compare every byte of caches, models and scores with what is said of them; make damaged shards again."""

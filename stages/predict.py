@@ -2,25 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureCache
 from stages.config import ScoreConfig
-from stages.detection.conformal import threshold_at
+from stages.detection.conformal import ThresholdEstimate, conformal_p_values, threshold_at
 from stages.detection.detectors import FittedDetector
 from stages.detection.factory import DetectorFactory, recommended
 from stages.detection.frozen import FrozenFeatures
+from stages.detection.mondrian import GroupedCalibration
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource
-from stages.detection.subject import NO_HEAD
+from stages.detection.subject import NO_HEAD, known_route
 from stages.errors import InputError
 from stages.id_data.split import Rows
 from stages.progress import NullProgress, Progress
 from stages.scorers.neighbours.bank import FeatureBank
 
 N_NEAREST = 3
+Per = Literal["all", "class", "expert"]  # whose ID images false alarms are promised for
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Prediction:
     Attributes:
         path: as it was given.
         score: higher = more OOD.
+        p_value: at most α for at most a share α of new ID images (`stages.detection.conformal`); small = OOD.
         threshold: a score at or below it is admitted as ID; None where the calibration rows are too few for it.
         threshold_lo: lower end of its 95 % confidence interval; None where they are too few for that.
         threshold_hi: upper end, likewise.
@@ -46,10 +50,13 @@ class Prediction:
         expert: that the image was routed to; None without experts.
         nearest: the nearest of the training images that its score may look at, the routed expert's where there are
             experts; ascending by distance.
+        flagged: whether it is OOD among the images that were asked about together, at a false discovery rate; None
+            where none was asked.
     """
 
     path: str
     score: float
+    p_value: float
     threshold: float | None
     threshold_lo: float | None
     threshold_hi: float | None
@@ -57,6 +64,7 @@ class Prediction:
     prediction: str
     expert: int | None
     nearest: tuple[Neighbour, ...]
+    flagged: bool | None = None
 
 
 class Predictor:
@@ -67,13 +75,20 @@ class Predictor:
         config: scores, k, temperature.
         score: name; None takes the recommended one.
         progress: of what has to be refined first.
+        per: whose ID images are promised how many false alarms: all together, or those of each predicted class or of
+            each expert, which then have p-values and thresholds of their own.
 
     Raises:
-        InputError: an unknown score.
+        InputError: an unknown score, or experts where there are none.
     """
 
     def __init__(
-        self, source: BackboneSource, config: ScoreConfig, score: str | None = None, progress: Progress | None = None
+        self,
+        source: BackboneSource,
+        config: ScoreConfig,
+        score: str | None = None,
+        progress: Progress | None = None,
+        per: Per = "all",
     ) -> None:
         self._refined: RefinedFeatures | None = None
         self._frozen = FrozenFeatures(source)
@@ -83,8 +98,10 @@ class Predictor:
         self._bank_ids = source.data.train.ids[source.data.split.final_train]
         self._banks: dict[int | None, tuple[FeatureBank, Rows]] = {}
         self.detector = recommended(self._factory) if score is None else self._asked(score)
-        self.threshold = threshold_at(self.detector.calibration_scores)
+        self._calibration = self.detector.calibration_scores
+        self.threshold = threshold_at(self._calibration)
         self._class_names = source.data.class_names
+        self.per, self._groups = per, self._grouped(per)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -100,6 +117,18 @@ class Predictor:
         best = "refit" if self._refined else "probe"
         return self._factory.detector(best if heads == (NO_HEAD,) or best in heads else heads[0], score)
 
+    def _grouped(self, per: Per) -> GroupedCalibration | None:
+        """Calibration scores by predicted class or expert; groups come to the calibration rows as to new ones."""
+        subject = self.detector.subject
+        if per == "all":
+            return None
+        if per == "class":
+            found = [run.calibrate.predictions()[self.detector.head] for run in subject.calibrating]
+            return GroupedCalibration(self._calibration, np.concatenate(found), len(self._class_names))
+        if (expert := subject.calibration_expert) is None:
+            raise InputError("a promise per expert needs a mixture of experts: ask for one per class, or for all")
+        return GroupedCalibration(self._calibration, expert, subject.n_experts)
+
     def predict(self, paths: Sequence[str], cache: FeatureCache) -> list[Prediction]:
         """Decisions for the rows of a cache of new images."""
         labels = np.full(cache.n_rows, -1, dtype=np.int32)
@@ -111,11 +140,12 @@ class Predictor:
         predicted = rows.predictions()[self.detector.head]
         experts = [None] * len(rows) if rows.expert is None else rows.expert.tolist()
         nearest = self._nearest(np.asarray(rows.features), experts)
-        admits = self.threshold
+        p_values, admitting = self._judged(scores, predicted, rows.expert)
         return [
             Prediction(
                 path=path,
                 score=float(scores[index]),
+                p_value=float(p_values[index]),
                 threshold=admits.threshold,
                 threshold_lo=admits.lo,
                 threshold_hi=admits.hi,
@@ -124,8 +154,18 @@ class Predictor:
                 expert=experts[index],
                 nearest=nearest[index],
             )
-            for index, path in enumerate(paths)
+            for index, (path, admits) in enumerate(zip(paths, admitting, strict=True))
         ]
+
+    def _judged(
+        self, scores: NDArray[np.float32], predicted: NDArray[np.int32], expert: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float64], list[ThresholdEstimate]]:
+        """``[n]`` p-value of each score, and the threshold for it: of all calibration rows, or of its group's."""
+        if self._groups is None:
+            return conformal_p_values(scores, self._calibration), [self.threshold] * len(scores)
+        group = predicted if self.per == "class" else known_route(expert)
+        thresholds = {own: self._groups.threshold(own) for own in np.unique(group).tolist()}
+        return self._groups.p_values(scores, group), [thresholds[own] for own in group.tolist()]
 
     def _nearest(self, features: NDArray[np.float32], experts: Sequence[int | None]) -> list[tuple[Neighbour, ...]]:
         found: list[tuple[Neighbour, ...]] = [()] * len(features)

@@ -1,6 +1,6 @@
 """Sections about scores: the table, every OOD set, distributions, training, thresholds, cost."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,12 @@ import numpy as np
 from pipeline.report.figures import epoch_panel, histogram_panel, range_panel, roc_panel
 from pipeline.report.study import ReportedStudy
 from pipeline.report.wording import COMPARED_METRICS, SHOWN_METRICS, method_name, percent
+from stages.detection.conformal import BatchPromise, FalseAlarms, rows_for_threshold
 from stages.progress import Progress
 from stages.results.method import FROZEN_KNN, NO_HEAD, Method
 from stages.results.scored_study import Line
+
+_BATCH, _FDR = 100, 0.05  # images judged together, for which the page says what calibration rows can do
 
 
 def table(study: ReportedStudy) -> dict[str, Any]:
@@ -135,11 +138,26 @@ def training(study: ReportedStudy, progress: Progress) -> list[dict[str, Any]]:
 
 
 def thresholds(study: ReportedStudy) -> dict[str, Any]:
-    """Thresholds of the first seed by method and share of ID admitted."""
+    """Thresholds of the first seed by method and share of ID admitted, and what they promise."""
     by_method = study.scored.first_thresholds
     admits = sorted({line["admit"] for line in study.scored.thresholds})
     shown = [method for method in (FROZEN_KNN, study.recommended) if method in by_method]
-    return {"admits": admits, "shown": dict.fromkeys(shown), "all": by_method}
+    rows = sorted({line["n"] for method in shown for line in by_method[method].values()})
+    promises = [promise for n in rows for promise in _promises(n, admits)]
+    return {"admits": admits, "shown": dict.fromkeys(shown), "all": by_method, "promises": promises}
+
+
+def _promises(n: int, admits: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """What n calibration rows promise: of what, and the promise or why there is none."""
+    for admit in admits:
+        alarms = FalseAlarms.of(n, admit)
+        none = f"none: it needs {rows_for_threshold(admit)} calibration rows, there are {n}"
+        yield f"Threshold for {100 * admit:g} % of ID", none if alarms is None else alarms.words(n)
+    batch = BatchPromise.of(n, _BATCH, _FDR)
+    yield (
+        f"A batch of {_BATCH}, false discovery rate {100 * _FDR:g} %",
+        batch.too_few or f"with these {n} rows one image can be flagged by itself",
+    )
 
 
 def cost(study: ReportedStudy) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import gzip
 import re
 from collections import Counter
 
+import pytest
 import timm
 import torch
 
 from cache import FeatureSpec
 from pipeline.benchmark.images import LISTED
+from stages.detection.conformal import FalseAlarms
 from stages.detection.subject import NO_HEAD
 from stages.networks.tokens import stored_grid
 from stages.results.method import HEADS, NO_ROUTING, ROUTINGS
@@ -94,6 +96,11 @@ def test_what_thresholds_admit_is_what_the_simulation_found():
     many = [cell for n, cells in admitted.items() if n >= 20 for cell in cells]
     said = f"{min(many, key=float)} to {max(many, key=float)} % of new rows from 20 rows a class on, "
     assert said + f"up to {max(admitted[5], key=float)} % with 5" in " ".join(PAGES["stages/METHOD.md"].text.split())
+
+
+@pytest.mark.parametrize("page", ["README.md", "pipeline/EXPERIMENTS.md"])
+def test_the_promise_of_a_threshold_is_computed(page):
+    assert FalseAlarms.of(77, 0.95).words(77) in " ".join(PAGES[page].text.split())
 
 
 def first_cells(mark: str) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 
 from cache import FeatureCache
 from stages.scorers.logits.energy import energy_score
@@ -182,6 +183,30 @@ def test_new_rows_are_scored_from_a_file(study, plain):
     near = csv.DictReader(io.StringIO(done("predict", *study, plain / "near.npz").out))
     assert np.median([float(row["score"]) for row in rows]) < np.median([float(row["score"]) for row in near])
     assert rows[0]["path"].startswith(str(plain / "test.npz"))
+
+
+def test_new_rows_are_judged_together_at_a_false_discovery_rate(study, plain):
+    given = (plain / "near.npz", "--score", "knn", "--fdr", "0.5")
+    answer = done("predict", *study, *given, "--format", "json")
+    document = json.loads(answer.out)
+    assert document["batch"] == {"fdr": 0.5, "images": 24, "n": 16, "fewest": 3, "n_needed": 47}
+    assert document["promise"] == {"per": "all", "exact": True}
+    images = document["images"]
+    adjusted = false_discovery_control([image["p_value"] for image in images])
+    assert [image["flagged"] for image in images] == (adjusted <= 0.5).tolist()
+    assert any(image["flagged"] for image in images)
+    n = sum(image["flagged"] for image in images)
+    assert f"{n} of 24 images flagged: of such at most 50% are ID, on average" in answer.err
+    assert "needs 47 calibration rows to flag 1 of 24 images, with 16 it flags 3 or more or none" in answer.err
+    rows = list(csv.DictReader(io.StringIO(done("predict", *study, *given).out)))
+    assert [row["flagged"] == "true" for row in rows] == [image["flagged"] for image in images]
+    assert [float(row["p_value"]) for row in rows] == [image["p_value"] for image in images]
+
+
+def test_what_cannot_be_promised_is_refused(study, plain):
+    near = plain / "near.npz"
+    assert refused("predict", *study, near, "--fdr", "0.1", "--per", "class").endswith("per class: give one")
+    assert "0<x<1" in refused("predict", *study, near, "--fdr", "5")
 
 
 def test_images_cannot_be_scored(study, tmp_path):

@@ -21,7 +21,7 @@ from pipeline.report.mixtures import _accuracy_before
 from pipeline.report.page import write_report
 from pipeline.report.study import Evidence, ReportedStudy
 from pipeline.report.wording import SHOWN_METRICS, duration, percent, points, size, verdict
-from stages.detection.conformal import threshold_at
+from stages.detection.conformal import FalseAlarms, threshold_at
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.errors import InputError
@@ -279,6 +279,14 @@ def test_a_threshold_that_so_few_rows_cannot_give_is_none(page):
     for row in page.body("thresholds"):
         assert "none: needs 99 rows" in " ".join(row["cells"])
         assert "none: needs 19 rows" not in " ".join(row["cells"])
+
+
+def test_the_page_says_what_80_rows_promise(page):
+    promises = page.text[page.text.index("Promises") :]
+    said = " ".join(promises.split())
+    assert FalseAlarms.of(80, 0.95).words(80) in said
+    assert "none: it needs 99 calibration rows, there are 80" in said
+    assert "to flag 1 of 100 images, with 80 it flags 25 or more or none" in said
 
 
 def test_bold_is_the_best_of_each_column_and_nothing_else(page, work):

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from cache import CacheMismatchError, FeatureCache, file_sha256
 from stages.config import ScoreConfig, TrainConfig
+from stages.detection.conformal import FalseAlarms
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
@@ -493,6 +494,8 @@ def test_thresholds_are_ranks_among_the_calibration_rows(source, frozen, folder)
             assert entry["n_needed"] == {0.95: 19, 0.99: 99}[admit]
             expected = ranked(scores, admit)
             assert entry["threshold"] == (None if expected is None else pytest.approx(expected, abs=1e-4))
+            alarms = FalseAlarms.of(len(scores), admit)
+            assert entry["false_alarms"] == (None if alarms is None else asdict(alarms))
 
 
 def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder):

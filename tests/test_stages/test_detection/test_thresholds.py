@@ -9,6 +9,7 @@ from stages.config import ScoreConfig, TrainConfig
 from stages.detection.conformal import threshold_at
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
+from stages.errors import InputError
 from stages.heads.choose import fit_head
 from stages.predict import Predictor
 from tests.test_stages.drawn_studies import OF_FEATURES, OF_MIXTURES, PARAMS, World, make_study, outside
@@ -106,6 +107,41 @@ def test_equal_scores_are_admitted_together():
     scores = np.repeat([1.0, 2.0, 3.0], [10, 25, 5])
     assert threshold_at(scores, 0.5).threshold == 2
     assert threshold_at(np.zeros(30)).decide(0.0) == "ID"
+
+
+def test_what_new_images_are_told_is_what_the_calibration_rows_say(study):
+    """Of 100 rows a class nothing is cross-fitted, and what a score that is no sum promises is exact."""
+    own = study(100)
+    predictor = Predictor(own.source, ScoreConfig(k=3), "knn")
+    assert predictor.detector.is_exact
+    assert not Predictor(own.source, ScoreConfig(k=3), "knn+energy").detector.is_exact
+    calibration = predictor.detector.calibration_scores
+    answers = predictor.predict(own.fresh.ids.tolist(), own.fresh)
+    assert [each.decision == "OOD" for each in answers] == [each.p_value <= 0.05 for each in answers]
+    for each in answers[::100]:
+        assert each.p_value == (1 + (calibration >= np.float32(each.score)).sum()) / (len(calibration) + 1)
+
+
+def test_and_within_predicted_classes(tmp_path):
+    """Of each class about as many images are flagged as of all, where without groups hard classes meet more alarms."""
+    own = make_study(World(0, classes=4), 400, tmp_path)
+    plain, grouped = (Predictor(own.source, ScoreConfig(k=3), "knn", per=per) for per in ("all", "class"))
+    (run,) = grouped.detector.subject.calibrating
+    classes = run.calibrate.predictions()[grouped.detector.head]
+    shares = {}
+    for name, predictor in (("plain", plain), ("grouped", grouped)):
+        answers = predictor.predict(own.fresh.ids.tolist(), own.fresh)
+        predicted = np.array([int(each.prediction) for each in answers])
+        small = np.array([each.p_value <= 0.2 for each in answers])
+        shares[name] = [small[predicted == group].mean() for group in range(4)]
+    assert np.ptp(shares["grouped"]) < np.ptp(shares["plain"])
+    group = next(group for group in range(4) if (classes == group).sum() >= 19)
+    one = next(each for each in answers if int(each.prediction) == group)
+    rows = grouped.detector.calibration_scores[classes == group]
+    assert one.p_value == (1 + (rows >= np.float32(one.score)).sum()) / (len(rows) + 1)
+    assert one.threshold == threshold_at(rows).threshold
+    with pytest.raises(InputError, match="per expert needs a mixture"):
+        Predictor(own.source, ScoreConfig(k=3), "knn", per="expert")
 
 
 def test_without_a_threshold_nothing_is_decided(tmp_path):
