@@ -18,6 +18,7 @@ from cache.spec import first_difference
 from pipeline.config import RunConfig, SetConfig
 from stages.config import BackboneConfig
 from stages.errors import InputError
+from stages.extraction.begun import as_begun
 from stages.files.documents import read_document, write_document
 from stages.id_data.rows import IdData, id_data
 from stages.inputs.arrays import ARRAY_SEMANTICS, ArrayTable
@@ -128,7 +129,8 @@ class StudyBackbone:
             weights = {"weights": f"finetune/seed-{self.seed}", "finetune": about.get("files", {}).get(_TUNED)}
         elif backbone.weights not in ("hub", "embedded") and Path(backbone.weights).is_file():
             weights = {"weights": "file", "weights_sha256": self._file_digest(Path(backbone.weights))}
-        unsaid = ["decode"] if backbone.decode == "pil" else []  # as in the links from before there was a choice
+        # As in the links from before there was a choice.
+        unsaid = [key for key, plain in (("decode", "pil"), ("batch", "auto")) if getattr(backbone, key) == plain]
         return {
             "backbone": backbone.name,
             **backbone.model_dump(mode="json", exclude={"name", "weights", *unsaid}),
@@ -183,7 +185,9 @@ class StudyBackbone:
         known = self.known_spec()
         if known is None and self.config.has_features:
             raise InputError("the sets' features are not in caches yet, or with other settings: run make extract")
-        return known or self.loaded.feature_spec(cache.dtype, cache.patches)
+        if known is not None:
+            return known
+        return as_begun(self.loaded.feature_spec(cache.dtype, cache.patches), cache.root, self.loaded.batches)
 
     def given_spec(self, tables: Mapping[str, ArrayTable]) -> FeatureSpec:
         """What the features of a study are whose sets came as arrays, by name; only the first rows are read.

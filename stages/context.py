@@ -39,7 +39,7 @@ class Ranks:
         """Sum the gradients over all processes."""
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 holds: a plain value or tensors on the CPU; only rank 0's argument counts."""
+        """What rank 0 holds: a plain value; only rank 0's argument counts."""
         return value
 
 

@@ -32,6 +32,7 @@ from cache import (
     unseal,
 )
 from stages.config import BackboneConfig
+from stages.extraction.begun import as_begun
 from stages.extraction.changes import Changes, ImagesOfNow, compare_versions, listing_of, without_damage
 from stages.extraction.fill import Maker, Work, begin_version, fill, made_with
 from stages.extraction.shards import Mapper, ShardDone, ShardTask, extract_shard, make_shards
@@ -104,7 +105,7 @@ def extract_features(
         backbone = BackboneConfig(name=backbone)
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, device=default_device())
     _check_decode(network)
-    spec = network.feature_spec(dtype, patches)
+    spec = as_begun(network.feature_spec(dtype, patches), Path(out), network.batches)
     return extract_set(name, samples, spec, Path(out), lambda: network, options=options)
 
 

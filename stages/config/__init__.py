@@ -55,6 +55,7 @@ class BackboneConfig(StageConfig):
     decode: Literal["pil", "draft", "cuda"] = "pil"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
     compile: bool = False  # torch.compile: worth its minutes for large sets on a GPU
+    batch: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"  # images of a forward pass of an extraction
     mean: Channels | None = None
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None

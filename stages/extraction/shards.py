@@ -33,10 +33,11 @@ from stages.extraction.reader import Reader, ReadImage
 from stages.extraction.writer import Writer
 from stages.inputs.images import ImageReader
 from stages.machine import usable_cores
-from stages.networks.backbone import Backbone, load_backbone
+from stages.networks.backbone import Backbone, load_backbone, weights_sha
 from stages.networks.compute import COMPUTE_THREADS
+from stages.networks.repeatable import repeatable
 
-_GPU_PASSES = 2  # one computes while the other's images are on their way
+_GPU_PASSES = 3  # one computes while another's images are on their way, and a third's features
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,9 @@ def extract_shard(task: ShardTask) -> ShardDone:
 
 
 @lru_cache(maxsize=1)
-def _backbone_of_process(config: BackboneConfig, expert_blocks: int, device: str, weights_sha: str) -> Backbone:
+def _backbone_of_process(config: BackboneConfig, expert_blocks: int, device: str, expected_sha: str) -> Backbone:
     backbone = load_backbone(config, expert_blocks, device)
-    found = backbone.feature_spec("float32", "none").weights_sha
-    if found != weights_sha:
+    if weights_sha(backbone.model) != expected_sha:
         raise StageError(f"a worker reads other weights than this process under {config.weights}: copy them there")
     return backbone
 
@@ -117,7 +117,9 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) 
     """
     batches: deque[tuple[Future[ShardDone], _Shard | None]] = deque()  # with the shard that is complete by then
     written: Future[None] | None = None
+    encoder: Encoder | None = None
     with ExitStack() as stack:
+        stack.enter_context(repeatable(backbone.device))
         threads = stack.enter_context(_one_thread_a_pass())
         n_passes = threads if backbone.device.type == "cpu" else _GPU_PASSES
         writer = stack.enter_context(ThreadPoolExecutor(1))
@@ -136,9 +138,11 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) 
                     yield report
 
         for task in tasks:
-            shard = _Shard(task, backbone)
+            if encoder is None or encoder.spec != task.spec:
+                encoder = Encoder(backbone, task.spec)
+            shard = _Shard(task, encoder, Reader(task.reader, backbone.preprocessing))
             todo = np.flatnonzero(task.older_rows < 0)
-            groups = [todo[start : start + backbone.batch] for start in range(0, len(todo), backbone.batch)]
+            groups = [todo[start : start + encoder.batch] for start in range(0, len(todo), encoder.batch)]
             batches.append((passes.submit(shard.take_over), None if groups else shard))
             yield from finish(n_passes + ahead if groups else 0)
             for group in groups:
@@ -174,12 +178,11 @@ def _pool(n: int, prepare: Callable[[], None] | None = None) -> Iterator[ThreadP
 class _Shard:
     """A shard that fills in memory; its batches may come at the same time and in any order."""
 
-    def __init__(self, task: ShardTask, backbone: Backbone) -> None:
+    def __init__(self, task: ShardTask, encoder: Encoder, reader: Reader) -> None:
         self._task = task
-        self._encoder = Encoder(backbone, task.spec)
+        self._encoder = encoder
         self._writer = Writer(task.path, task.plan, task.spec, task.inputs)
-        self._backbone = backbone
-        self.reader = Reader(task.reader, backbone.preprocessing)
+        self.reader = reader
 
     def take_over(self) -> ShardDone:
         """Copy the rows that an older version of the cache has."""
@@ -192,7 +195,9 @@ class _Shard:
 
     def compute(self, rows: NDArray[np.int64], images: Sequence[Future[ReadImage]]) -> ShardDone:
         """One forward pass of the images that can be used."""
-        read = decode_left([image.result() for image in images], self._backbone.preprocessing, self._backbone.device)
+        read = decode_left(
+            [image.result() for image in images], self._encoder.backbone.preprocessing, self._encoder.backbone.device
+        )
         digests = np.frombuffer(b"".join(image.digest for image in read), np.uint8)
         self._writer.add_digests(rows, digests.reshape(-1, 32))
         used, tensors = [], []

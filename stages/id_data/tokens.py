@@ -1,8 +1,9 @@
 """Rows of a cache as the tokens that networks read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from cache import FeatureCache
 from stages.id_data.split import Rows
@@ -18,14 +19,20 @@ def read_tokens(
     reads: Sequence[str] = ALL_TOKENS,
 ) -> Tokens:
     """Rows of a cache as float32 `Tokens`; what the cache does not hold, or was not asked for, has length 0."""
+    return as_tokens({name: stored.to(device) for name, stored in stored_tokens(cache, rows, reads).items()})
 
-    def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(cache.read(name, rows)).to(device).float()
 
-    cls = read("cls")
+def stored_tokens(cache: FeatureCache, rows: Rows | slice, reads: Sequence[str] = ALL_TOKENS) -> dict[str, Tensor]:
+    """Rows of a cache on the host, in the type that they are stored in: what `as_tokens` makes tokens of, anywhere."""
     known = [name for name in reads if name in cache.spec.datasets()]
-    tap_cls = read("tap_cls") if "tap_cls" in known else cls[:, :0]
+    return {name: torch.from_numpy(cache.read(name, rows)) for name in dict.fromkeys(("cls", *known))}
+
+
+def as_tokens(stored: Mapping[str, Tensor]) -> Tokens:
+    """Float32 `Tokens` of what `stored_tokens` gave, wherever that is now; other names are passed over."""
+    cls = stored["cls"].float()
+    tap_cls = stored["tap_cls"].float() if "tap_cls" in stored else cls[:, :0]
     absent = tap_cls[:, None][:, :0]
-    registers = read("registers") if "registers" in known else absent
-    patches = read("patches") if "patches" in known else absent
+    registers = stored["registers"].float() if "registers" in stored else absent
+    patches = stored["patches"].float() if "patches" in stored else absent
     return Tokens(cls, tap_cls, registers, patches)

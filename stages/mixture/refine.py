@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from stages.context import Context
 from stages.errors import StageError
 from stages.files.rows import RowFormat, described_rows
 from stages.id_data.rows import unit
-from stages.id_data.tokens import read_tokens
+from stages.id_data.tokens import as_tokens, stored_tokens
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refined import Refined, Routes, load_refined
+from stages.networks.repeatable import repeatable
 from stages.networks.tokens import Tokens
+from stages.networks.transfer import Tensors, sent_ahead
 from stages.progress import Progress
 
 REFINE_BATCH = 64
@@ -85,14 +88,20 @@ def _batches(
 ) -> Iterator[Refined]:
     mixture.eval()
     device, n, rows, expert = mixture.group.device, routes.count(cache), routes.rows, routes.expert
+    batches = [slice(start, min(start + REFINE_BATCH, n)) for start in range(0, n, REFINE_BATCH)]
+
+    def read(batch: slice) -> Tensors:
+        stored = stored_tokens(cache, batch if rows is None else rows[batch])
+        forced = {} if expert is None else {"forced": torch.from_numpy(np.ascontiguousarray(expert[batch]))}
+        return stored | forced
+
     progress.start(n, unit(cache), f"refine {cache.manifest.dataset}")
-    for start in range(0, n, REFINE_BATCH):
-        batch = slice(start, min(start + REFINE_BATCH, n))
-        tokens = read_tokens(cache, batch if rows is None else rows[batch], device)
+    columns_of = sent_ahead((partial(read, batch) for batch in batches), device)
+    for batch, stored in zip(batches, columns_of, strict=True):
+        tokens = as_tokens(stored)
         gate, _ = mixture.route(tokens)
         chosen = gate.argmax(1)
-        if expert is not None:
-            forced = torch.from_numpy(np.ascontiguousarray(expert[batch])).to(device)
+        if (forced := stored.get("forced")) is not None:
             chosen = torch.where(forced >= 0, forced, chosen)
         out = mixture(tokens, chosen)
         columns = (out.features, out.logits, out.other, out.expert, gate, out.class_probability.argmax(1))
@@ -107,8 +116,7 @@ def _placed(mixture: MixtureOfFeatureExperts, device: str) -> Iterator[None]:
     before = mixture.group.device
     mixture.to(device)
     try:
-        # By torch's default convolutions on a GPU round their inputs to the 10 bits of TF32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with repeatable(device):
             yield
     finally:
         mixture.to(before)

@@ -11,6 +11,7 @@ every expert starts from.
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,10 +24,12 @@ from cache.fingerprint import arrays_sha256
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.machine import keep_freed_memory
+from stages.networks.batch import CHOICES, batch_of_gpu
 from stages.networks.compute import COMPUTE_BATCH, COMPUTE_THREADS, EXTRACTION_SEMANTICS
 from stages.networks.end_check import reproduces, runs_on
 from stages.networks.ends import BackboneEnd, ConvolutionalEnd, ResidualEnd, TransformerEnd
 from stages.networks.preprocessing import Preprocessing
+from stages.networks.repeatable import repeatable
 from stages.networks.surgery import compile_parts, find_cut, restore_forward
 from stages.networks.tokens import Tokens, reduce_patches, square_grid, stored_grid
 from stages.networks.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
@@ -48,7 +51,6 @@ class Backbone:
 
     Attributes:
         dim, tap_dim: D and D'.
-        batch: images of one forward pass of an extraction.
         precision: what it computes in, "auto" resolved.
         preprocessing: from a decoded image to what it takes.
         n_registers: R, prefix tokens other than the class token.
@@ -70,7 +72,6 @@ class Backbone:
         self.expert_blocks = expert_blocks
         self.weights_notes = tuple(weights_notes)
         self.device = torch.device(device)
-        self.batch = COMPUTE_BATCH.get(self.device.type, COMPUTE_BATCH["cuda"])
         self.precision = config.precision
         if config.precision == "auto":
             self.precision = "float32" if self.device.type == "cpu" else "float16"
@@ -87,8 +88,10 @@ class Backbone:
         self._block_kwargs: Mapping[str, Any] = {}
         self.data_config = transform_config(model, config)
         self.preprocessing = Preprocessing(self.data_config, config.decode)
-        self._describe()
+        with repeatable(self.device):
+            self._describe()
         if config.compile:
+            self.batches  # noqa: B018  # by passes of other sizes, none of which is compiled
             compile_parts(self.model, dynamic=False)  # what a hook sees stays outside
 
     def _describe(self) -> None:
@@ -117,6 +120,22 @@ class Backbone:
             return reproduces(self._cut_end().to(self.device), tokens)
         except Exception:  # a family whose parts do not run by themselves fails in its own way
             return False
+
+    @property
+    def batch(self) -> int:
+        """Images of one forward pass of an extraction, as chosen now; caches that are there say what it was then."""
+        return self.batches[0]
+
+    @cached_property
+    def batches(self) -> tuple[int, ...]:
+        """`batch`, and on a GPU what its memory may have chosen at another time instead."""
+        if self.config.batch != "auto":
+            return (self.config.batch,)
+        if self.device.type == "cpu":
+            return (COMPUTE_BATCH["cpu"],)
+        with repeatable(self.device):
+            chosen = batch_of_gpu(self.encode, self.config.image_size, self.device)
+        return chosen, *(n for n in reversed(CHOICES) if n != chosen)
 
     def transform(self, image: Image.Image) -> Tensor:
         """The transform that the weights carry, or that the experiment asks for.
@@ -254,6 +273,7 @@ class Backbone:
                 "threads": COMPUTE_THREADS,
                 "memory_format": "channels_last" if self.convolutional else "contiguous",
                 "compiled": self.config.compile,
+                **({} if self.device.type == "cpu" else {"tf32": False}),  # see `repeatable`
             },
             semantics=EXTRACTION_SEMANTICS,
         )

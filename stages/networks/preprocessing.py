@@ -20,6 +20,7 @@ from torch import Tensor
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.inputs.images import MAX_PIXELS, ImageError
+from stages.networks.transfer import to_device
 
 DRAFT_GAP = 2  # as Pillow's own thumbnails have it
 _ON_GPU = ("bilinear", "bicubic")  # interpolations of tensors
@@ -75,7 +76,7 @@ class Preprocessing:
             The same shape in float32 on the same device, contiguous.
         """
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        return scaled.sub_(self._mean.to(pixels.device)).div_(self._std.to(pixels.device))
+        return scaled.sub_(to_device(self._mean, pixels.device)).div_(to_device(self._std, pixels.device))
 
 
 def check_decode(config: BackboneConfig, device: str, data_config: Mapping[str, Any] | None = None) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.mixture.mixup import mixing_weight
+from stages.networks.transfer import to_device
 from stages.networks.weights.loading import transform_config
 from stages.training.batches import Share
 from stages.training.recipes import FinetuneSettings
@@ -123,7 +124,7 @@ class Mixer:
             _, targets[paired] = self._static(images[paired], labels[paired])  # the images in place
             return images, targets
         weights = self._mix_rows(images[paired], share.place[paired], epoch, batch, alpha)
-        lam = torch.from_numpy(weights).float().to(targets.device)[:, None]
+        lam = to_device(torch.from_numpy(weights).float(), targets.device)[:, None]
         targets[paired] = lam * targets[paired] + (1 - lam) * targets[paired].flip(0)
         return images, targets
 

@@ -2,25 +2,29 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cache import FeatureCache
 from stages.context import Context
 from stages.errors import StageError
-from stages.id_data.rows import IdData, Labels, epoch_windows, not_finite, unit
+from stages.id_data.rows import IdData, epoch_windows, not_finite, unit
 from stages.id_data.split import Rows
-from stages.id_data.tokens import read_tokens
-from stages.mixture.mixup import Mixing, draw_mixing, interpolate, next_accuracy, next_alpha
+from stages.id_data.tokens import as_tokens, read_tokens, stored_tokens
+from stages.mixture.mixup import interpolate, next_accuracy, next_alpha
 from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.mixture.refine import REFINE_BATCH
+from stages.networks.repeatable import Backward
 from stages.networks.tokens import Tokens
+from stages.networks.transfer import Fetched, Tensors, sent_ahead
+from stages.training.expert_rows import Draw, PlacedRows, draw_rows
 from stages.training.loop import Step
 from stages.training.optim import follow, mixture_optimiser, warm_cosine
 from stages.training.recipes import TrainSettings
@@ -61,16 +65,18 @@ class CachedBatch(NamedTuple):
     length: float
 
 
-class _Part(NamedTuple):
-    """What one expert learns from a batch, rows counted in the batch; all but `inside` is this process's share."""
+class DrawnBatch(NamedTuple):
+    """A batch on the device where it is learnt from.
 
-    expert: int
-    inside: NDArray[np.int64]  # rows of its group, of all processes
-    mixing: Mixing  # of all of them
-    own: NDArray[np.int64]  # rows of its group
-    partners: NDArray[np.int64]  # what each of `own` is mixed with
-    lam: NDArray[np.float32]  # their λ
-    other: NDArray[np.int64]  # rows of other groups
+    Attributes:
+        batch: its rows.
+        draw: what each expert learns from them.
+        columns: their tokens as they are stored, and what is sent of the draw.
+    """
+
+    batch: CachedBatch
+    draw: Draw
+    columns: Tensors
 
 
 @dataclass
@@ -78,7 +84,7 @@ class _Sums:
     """What an epoch has counted so far.
 
     Attributes:
-        mixing: ``[C]`` sum of min(λ, 1 − λ).
+        mixing: ``[C]`` sum of min(λ, 1 − λ), on the host, where λ is drawn.
         load: ``[E]`` rows that each expert has learned from as its own.
         expert_loss, router_loss: sums over rows.
     """
@@ -124,17 +130,20 @@ class CachedTrainer:
         self.judged = copy.deepcopy(mixture).requires_grad_(False).eval() if settings.ema else mixture
         self._rows, self._progress, self._ranks = rows, context.progress, context.ranks
         self._device = mixture.group.device
+        self._group = mixture.group.cpu().numpy()
+        self._backward = Backward(mixture.parameters())
         self._optimiser = mixture_optimiser(mixture, settings)
         gpu = self._device.type == "cuda"
         mixed = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
         # GPUs older than bfloat16 have float16, whose small gradients need a scale.
-        half = torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported() else torch.float16
+        half = torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         self._autocast = torch.autocast(self._device.type, dtype=half, enabled=mixed)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=mixed and half is torch.float16)
         self._steps = 0  # in all epochs
         self._epoch, self._history = 0, list[Record]()
         self._alpha = np.zeros(data.n_classes)
         self._rng = np.random.default_rng(seed)
+        self._drawn: dict[str, Any] = {}  # where it was when what the last step learnt from was drawn
         self._sums = _Sums(torch.zeros(0), [])
 
     # ------------------------------------------------------------------------------------------- what is stored
@@ -159,13 +168,12 @@ class CachedTrainer:
 
     def counted(self) -> dict[str, Any]:
         """The sums of the epoch, and where its random numbers are."""
-        return vars(self._sums) | {"drawn": self._rng.bit_generator.state}
+        return vars(self._sums) | {"drawn": self._drawn}
 
     def go_on(self, counted: Mapping[str, Any]) -> None:
         """Go on from what was `counted`."""
-        sums = {name: counted[name] for name in vars(self._sums)}
-        self._sums = _Sums(**sums | {"mixing": counted["mixing"].to(self._device)})
-        self._rng.bit_generator.state = counted["drawn"]
+        self._sums = _Sums(**{name: counted[name] for name in vars(self._sums)})
+        self._rng.bit_generator.state = self._drawn = counted["drawn"]
 
     # ------------------------------------------------------------------------------------------- an epoch
 
@@ -174,7 +182,7 @@ class CachedTrainer:
         data, settings = self.data, self.settings
         self._epoch, self._history = epoch, list(history)
         self._alpha = next_alpha(history, data.n_classes, settings)
-        self._sums = _Sums(torch.zeros(data.n_classes, device=self._device), [0] * self.mixture.n_experts)
+        self._sums = _Sums(torch.zeros(data.n_classes), [0] * self.mixture.n_experts)
         self._rng = np.random.default_rng((self.seed, epoch))
         stored, reads = data.train.spec.datasets(), self.mixture.config.reads
         row_bytes = sum(math.prod(stored[name][0]) * stored[name][1].itemsize for name in reads if name in stored)
@@ -192,29 +200,41 @@ class CachedTrainer:
             for number, batch in enumerate(batches)
         ]
 
-    def load(self, batches: Sequence[CachedBatch]) -> Iterator[CachedBatch]:
-        """The batches: a step reads its tokens itself, once it is drawn which of them this process computes."""
-        return iter(batches)
+    def load(self, batches: Sequence[CachedBatch]) -> Iterator[DrawnBatch]:
+        """The batches, drawn in this order, with their tokens; for a GPU the next are read while it computes."""
+        data, reads, share = self.data, self.mixture.config.reads, self._ranks.share
+        drawn: deque[tuple[CachedBatch, Draw]] = deque()
 
-    def step(self, batch: CachedBatch) -> Step:
-        """Learn from one batch; nothing is learned where a loss is not finite."""
-        mixture, optimiser = self.mixture, self._optimiser
-        losses = self._losses(batch.rows)
+        def jobs() -> Iterator[Callable[[], Tensors]]:
+            for batch in batches:
+                labels = data.train_labels[batch.rows]
+                others = self.settings.other_weight > 0
+                draw = draw_rows(labels, self._group, self._alpha, share, others, self._rng)
+                drawn.append((batch, draw))
+                rows, columns = batch.rows[draw.needed], draw.columns(labels)
+                yield partial(lambda rows, columns: stored_tokens(data.train, rows, reads) | columns, rows, columns)
+
+        for columns in sent_ahead(jobs(), self._device):
+            yield DrawnBatch(*drawn.popleft(), columns)
+
+    def step(self, loaded: DrawnBatch) -> Step:
+        """Learn from one batch. Whether its loss was a number is looked at a step later: `count` then ends the run."""
+        mixture, optimiser, batch = self.mixture, self._optimiser, loaded.batch
+        self._drawn = loaded.draw.state
+        self._count_draw(batch.rows, loaded.draw)
         optimiser.zero_grad(set_to_none=True)
-        self._scaler.scale(losses.sum() / len(batch.rows)).backward()
+        losses = self._backward(lambda: self._forward(loaded))
         self._ranks.add_gradients(list(mixture.parameters()))
-        step = Step(batch.rows, self._ranks.add(losses.detach().double()))
-        if self.is_good(step):
-            for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * warm_cosine(self.settings, batch.done, batch.length)
-            self._scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(mixture.parameters(), self.settings.gradient_clip)
-            self._scaler.step(optimiser)
-            self._scaler.update()
-            if self.judged is not mixture:
-                follow(self.judged, mixture, self.settings.ema, self._steps)
-            self._steps += 1
-        return step
+        for group in optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * warm_cosine(self.settings, batch.done, batch.length)
+        self._scaler.unscale_(optimiser)
+        nn.utils.clip_grad_norm_(mixture.parameters(), self.settings.gradient_clip)
+        self._scaler.step(optimiser)
+        self._scaler.update()
+        if self.judged is not mixture:
+            follow(self.judged, mixture, self.settings.ema, self._steps)
+        self._steps += 1
+        return Step(batch.rows, Fetched(self._ranks.add(losses)))
 
     def is_good(self, step: Step) -> bool:
         """Whether both losses are numbers."""
@@ -239,63 +259,41 @@ class CachedTrainer:
 
     # ------------------------------------------------------------------------------------------- a step
 
-    def _losses(self, rows: Rows) -> Tensor:
-        """``[2]`` the experts' and the router's loss, summed over this process's share of a batch; counts its λ."""
-        mixture, data = self.mixture, self.data
-        labels = data.train_labels[rows]
-        truth = torch.from_numpy(labels).long().to(self._device)
-        parts = self._share(labels)
-        for part in parts:
+    def _count_draw(self, rows: Rows, draw: Draw) -> None:
+        for part in draw.parts:
             self._sums.load[part.expert] += len(part.inside)
-            lam = torch.from_numpy(part.mixing.lam).to(self._device)
-            self._sums.mixing.index_add_(0, truth[part.inside], torch.minimum(lam, 1 - lam))
-        needed = np.unique(np.concatenate([own for part in parts for own in (part.own, part.partners, part.other)]))
-        tokens = read_tokens(data.train, rows[needed], self._device, mixture.config.reads)
-        routed = np.sort(np.concatenate([part.own for part in parts]))
+            lam, labels = torch.from_numpy(part.mixing.lam), self.data.train_labels[rows[part.inside]]
+            self._sums.mixing.index_add_(0, torch.from_numpy(labels).long(), torch.minimum(lam, 1 - lam))
+
+    def _forward(self, loaded: DrawnBatch) -> tuple[Tensor, Tensor]:
+        """What is minimised, and ``[2]`` the experts' and the router's loss over this process's share, summed."""
+        mixture, (parts, routed) = self.mixture, loaded.draw.placed(loaded.columns)
+        tokens, truth = as_tokens(loaded.columns), loaded.columns["truth"]
         with self._autocast:
             expert_loss = torch.zeros((), device=self._device)
             for part in parts:
                 if len(part.own) + len(part.other):
-                    first, second, other = (
-                        tokens[np.searchsorted(needed, own)] for own in (part.own, part.partners, part.other)
-                    )
-                    both, targets = self._mixed(part, first, second, other, truth)
+                    both, targets = self._mixed(part, tokens, truth)
                     _, outputs = mixture.experts[part.expert](both)
                     expert_loss = expert_loss + soft_cross_entropy(outputs, targets)
-            seen = tokens[np.searchsorted(needed, routed)]
-            router_loss = nn.functional.cross_entropy(mixture.class_logits(seen), truth[routed], reduction="sum")
-        return torch.stack([expert_loss, router_loss])
+            logits = mixture.class_logits(tokens[routed])
+            router_loss = nn.functional.cross_entropy(logits, truth[routed], reduction="sum")
+        losses = torch.stack([expert_loss, router_loss])
+        return self._scaler.scale(losses.sum() / len(loaded.batch.rows)), losses.detach().double()
 
-    def _share(self, labels: Labels) -> list[_Part]:
-        """What each expert learns from a batch of rows with these labels, and which of it this process computes."""
-        rng, group = self._rng, self.mixture.group.cpu().numpy()[labels]
-        parts = []
-        for expert in range(self.mixture.n_experts):
-            inside, outside = np.flatnonzero(group == expert), np.flatnonzero(group != expert)
-            if len(inside) == 0:
-                continue
-            outside = rng.permutation(outside)[: len(inside) if self.settings.other_weight else 0]
-            mixing = draw_mixing(self._alpha[labels[inside]], rng)
-            own = np.arange(len(inside) + len(outside))[self._ranks.share]
-            mine, others = own[own < len(inside)], own[own >= len(inside)] - len(inside)
-            drawn = Mixing(mixing.lam[mine], mixing.partner[mine])
-            parts.append(_Part(expert, inside, mixing, inside[mine], inside[drawn.partner], drawn.lam, outside[others]))
-        return parts
-
-    def _mixed(self, part: _Part, first: Tokens, second: Tokens, other: Tokens, truth: Tensor) -> tuple[Tokens, Tensor]:
+    def _mixed(self, part: PlacedRows, tokens: Tokens, truth: Tensor) -> tuple[Tokens, Tensor]:
         """An expert's own rows mixed with their partners, and rows of other groups as they are, with soft targets."""
         mixture, settings = self.mixture, self.settings
-        lam = torch.from_numpy(part.lam).to(self._device)
-        mixed = first.combine(second, lambda x, y: interpolate(x, y, lam))
+        mixed = tokens[part.own].combine(tokens[part.partners], lambda x, y: interpolate(x, y, part.lam))
         own, partners = (
             mixture.class_targets(truth[rows], part.expert, settings.label_smoothing)
             for rows in (part.own, part.partners)
         )
-        targets = interpolate(own, partners, lam)
+        targets = interpolate(own, partners, part.lam)
         if len(part.other) == 0:
             return mixed, targets
         weighted = settings.other_weight * mixture.class_targets(truth[part.other], part.expert)
-        return mixed.concatenate(other), torch.cat([targets, weighted])
+        return mixed.concatenate(tokens[part.other]), torch.cat([targets, weighted])
 
     # ------------------------------------------------------------------------------------------- what it came to
 
@@ -312,7 +310,7 @@ class CachedTrainer:
             lr=self._optimiser.param_groups[0]["lr"],
             load=sums.load,
             alpha=[round(float(a), 6) for a in self._alpha],
-            mixing=np.round(sums.mixing.cpu().numpy() / np.maximum(counts, 1), 6).tolist(),
+            mixing=np.round(sums.mixing.numpy() / np.maximum(counts, 1), 6).tolist(),
         )
         self.judge_held_out(record)
         self._progress.advance(0, accuracy=record.select_accuracy, router=record.router_accuracy)
@@ -325,16 +323,20 @@ class CachedTrainer:
         labels, reads = data.held_out_labels, network.config.reads
         correct = torch.zeros(data.n_classes, dtype=torch.float64, device=self._device)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # right and arrived, arrived, loss
-        for batch in _batches_of(select[self._ranks.share]):
-            tokens = read_tokens(data.held_out, batch, self._device, reads)
-            truth = torch.from_numpy(labels[batch]).long().to(self._device)
+
+        def read(batch: Rows) -> Tensors:
+            return stored_tokens(data.held_out, batch, reads) | {"truth": torch.from_numpy(labels[batch]).long()}
+
+        jobs = (partial(read, batch) for batch in _batches_of(select[self._ranks.share]))
+        for columns in sent_ahead(jobs, self._device):
+            tokens, truth = as_tokens(columns), columns["truth"]
             with self._autocast:
                 out = network(tokens, network.group[truth])
                 loss = nn.functional.cross_entropy(out.logits, truth, reduction="sum")
                 loss = loss + nn.functional.cross_entropy(network.class_logits(tokens), truth, reduction="sum")
             right = out.logits.argmax(1) == truth
             arrived = out.gate.argmax(1) == network.group[truth]
-            correct += torch.bincount(truth[right], minlength=data.n_classes)
+            correct.index_add_(0, truth, right.double())
             sums += torch.stack([(right & arrived).sum(), arrived.sum(), loss])
         self._ranks.add(correct)
         both, arrivals, loss_sum = self._ranks.add(sums).tolist()

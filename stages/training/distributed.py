@@ -38,16 +38,16 @@ class Joined(Ranks):
 
         A parameter that has no gradient anywhere has none afterwards, so that the optimiser passes over it.
         """
-        device = parameters[0].device
-        # A process without a row for an expert has no gradient for it either: flags say who has.
-        flags = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        # A process without a row for an expert has no gradient for it either: flags say who has. They are of the host,
+        # which would have to wait for all that a GPU still computes to read them there.
+        flags = self.add(torch.tensor([float(p.grad is not None) for p in parameters]))
         gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-        *summed, flags = self.add(torch.cat([*gradients, flags])).split([p.numel() for p in parameters] + [len(flags)])
+        summed = self.add(torch.cat(gradients)).split([p.numel() for p in parameters])
         for parameter, gradient, flag in zip(parameters, summed, flags.tolist(), strict=True):
             parameter.grad = gradient.view_as(parameter) if flag else None
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 holds: a plain value or tensors on the CPU; only rank 0's argument counts.
+        """What rank 0 holds: a plain value, which travels between hosts; only rank 0's argument counts.
 
         Raises:
             PeerLostError: another process has ended.
@@ -74,9 +74,10 @@ def current() -> Ranks:
 
 
 def init_from_environment() -> Ranks:
-    """Join the other processes where ``torchrun`` has started several (NCCL on GPUs, Gloo on the CPU).
+    """Join the other processes where ``torchrun`` has started several: NCCL between GPUs, Gloo between hosts.
 
-    Each takes the GPU of its local rank. `leave` ends it.
+    Each takes the GPU of its local rank. What is of the host stays there: NCCL would send plain values by way of GPU
+    memory, and keep a GPU busy with waiting for rank 0. `leave` ends it.
 
     Raises:
         InputError: more processes on this machine than GPUs.
@@ -93,7 +94,7 @@ def init_from_environment() -> Ranks:
         # Who joins again, after `leave`, must not meet what the time before has left in the same store.
         store = distributed.PrefixStore(f"joined {len(_stores)}", store)
         _stores.append(store)
-        backend = "nccl" if gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timedelta(days=2))
     return current()

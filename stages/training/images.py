@@ -1,7 +1,9 @@
 """Training on images: what a whole network learns from batches that are decoded, augmented and mixed."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +12,12 @@ from numpy.typing import NDArray
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from cache import Failure
 from stages.context import Context
 from stages.mixture.mixup import next_accuracy, next_alpha
+from stages.networks.repeatable import Backward
 from stages.networks.surgery import compile_parts
+from stages.networks.transfer import Fetched, Tensors, sent_ahead, to_device
 from stages.training.augment import Mixer, seed_generators
 from stages.training.batches import Batch, Share, plan_epoch, share_of
 from stages.training.loading import ImageLoader, Key, Loaded
@@ -76,7 +81,7 @@ class ImageTrainer:
         self.loader, self.settings, self.seed = loader, settings, seed
         self.n_rows = len(loader.sets[TRAIN])
         self._n_classes, self._progress, self._ranks = n_classes, context.progress, context.ranks
-        self._device = torch.device(context.place)
+        self._device = next(objective.parameters()).device
         self._rows = drop_paths_by_row(objective.model)
         self._average = ModelEmaV3(objective, settings.ema, use_warmup=True) if settings.ema else None
         self.judged: Any = self._average.module if self._average is not None else objective
@@ -84,6 +89,7 @@ class ImageTrainer:
         self._optimiser = network_optimiser(objective, settings)
         self._free = [p for p in objective.parameters() if p.requires_grad]
         heads = {id(parameter) for parameter in objective.head_parameters()}
+        self._backward = Backward(self._free)
         self._behind_heads = [parameter for parameter in self._free if id(parameter) not in heads]
         if settings.checkpointing:
             checkpoint_gradients(objective.model)
@@ -91,7 +97,7 @@ class ImageTrainer:
             compile_parts(objective.model)
         half = settings.precision == "bfloat16"
         if settings.precision == "auto":
-            half = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+            half = self._device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=half)
         self._steps_of_epoch = len(plan_epoch(self.n_rows, settings.batch_size, seed, 0))
         self._schedule = NetworkSchedule(self._optimiser, settings, self._steps_of_epoch)
@@ -160,9 +166,21 @@ class ImageTrainer:
             for batch, own in zip(batches, shares, strict=True)
             for share in own
         ]
-        images = self.loader.batches(asked)
+        images = self._on_device(self.loader.batches(asked))
         for batch, own in zip(batches, shares, strict=True):
             yield LoadedBatch(batch, own, images)
+
+    def _on_device(self, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The same images on the device; on a GPU the next are copied there while it computes."""
+        failures: deque[list[Failure]] = deque()
+
+        def jobs() -> Iterator[Callable[[], Tensors]]:
+            for images, failed in loaded:
+                failures.append(failed)
+                yield partial(dict, images=images)
+
+        for columns in sent_ahead(jobs(), self._device):
+            yield Loaded(columns["images"], failures.popleft())
 
     def step(self, loaded: LoadedBatch) -> Step:
         """Learn from one batch: the sum of its loss, rows that were right, and images that cannot be used."""
@@ -178,24 +196,26 @@ class ImageTrainer:
             if failures or not len(images):
                 continue
             mixed = self._mixed(images, labels, batch, share)
-            self._rows.place, self._rows.n_batch = mixed.place, len(batch.rows)
-            seed_generators([self.seed, self._epoch, number, _DROPPING])
-            with self._autocast:
-                loss, right = self.objective.loss(mixed, drawn)
-            (loss / len(batch.rows)).backward()
-            found[:2] += torch.stack([loss.detach(), right])
+            found[:2] += self._backward(partial(self._forward, mixed, drawn, batch))
         self._ranks.add_gradients(self._free)
         if self.settings.gradient_clip:
             nn.utils.clip_grad_norm_(self._free, self.settings.gradient_clip)
         self._optimiser.step()
         if self._average is not None:
             self._average.update(self.objective, step=self._epoch * self._steps_of_epoch + number + 1)
-        return Step(batch.rows, self._ranks.add(found))
+        return Step(batch.rows, Fetched(self._ranks.add(found)))
+
+    def _forward(self, mixed: Mixed, drawn: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is minimised, and ``[2]`` the sum of the loss and of the rows that are right."""
+        self._rows.place, self._rows.n_batch = mixed.place, len(batch.rows)
+        seed_generators([self.seed, self._epoch, batch.number, _DROPPING])
+        with self._autocast:
+            loss, right = self.objective.loss(mixed, drawn)
+        return loss / len(batch.rows), torch.stack([loss.detach(), right])
 
     def _mixed(self, images: Tensor, labels: NDArray[np.integer], batch: Batch, share: Share) -> Mixed:
         """The images of a share, mixed with each other on the device."""
-        truth = torch.from_numpy(labels[share.place]).long().to(self._device)
-        images = images.to(self._device, non_blocking=True)
+        truth = to_device(torch.from_numpy(labels[share.place]).long(), self._device)
         row_alpha = None if self._alpha is None else self._alpha[labels]
         images, targets = self._mixer(images, truth, share, self._epoch, batch.number, row_alpha)
         return Mixed(images, targets, truth, torch.from_numpy(share.place))
@@ -246,14 +266,14 @@ class ImageTrainer:
         asked: list[list[Key]] = [[(SELECT, int(row), None) for row in batch] for batch in batches]
         sums = torch.zeros(4, dtype=torch.float64, device=self._device)
         correct = torch.zeros(self._n_classes, dtype=torch.float64, device=self._device)
-        for batch, (pixels, failures) in zip(batches, self.loader.batches(asked), strict=True):
+        for batch, (pixels, failures) in zip(batches, self._on_device(self.loader.batches(asked)), strict=True):
             sums[3] += len(failures)
             if failures:
                 continue
-            truth = torch.from_numpy(images.labels[batch]).long().to(self._device)
-            judged = self.judged.judge(pixels.to(self._device, non_blocking=True), truth)
+            truth = to_device(torch.from_numpy(images.labels[batch]).long(), self._device)
+            judged = self.judged.judge(pixels, truth)
             sums[:3] += torch.stack([judged.loss, judged.right.sum(), judged.arrived.sum()])
-            correct += torch.bincount(truth[judged.known], minlength=self._n_classes)
+            correct.index_add_(0, truth, judged.known.double())
         self._ranks.add(correct)
         loss, right, arrived, unusable = self._ranks.add(sums).tolist()
         if unusable:

@@ -7,10 +7,10 @@ What is trained, on which batches and by which loss, is the trainer's: `stages.t
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from torch import Tensor
-
 from stages.context import Context
 from stages.id_data.split import Rows
+from stages.networks.repeatable import repeatable
+from stages.networks.transfer import Fetched
 from stages.training.run import Record, Resumable, TrainingRun
 
 
@@ -26,7 +26,7 @@ class Step(NamedTuple):
     """A step that was taken, and what it found, over all processes; a GPU may still be at work on it."""
 
     rows: Rows  # that were learnt from
-    found: Tensor  # sums over rows, as the trainer has them
+    found: Fetched  # sums over rows, as the trainer has them
 
 
 PlannedBatch = TypeVar("PlannedBatch", bound=Planned)
@@ -81,38 +81,39 @@ def train_epochs(
         title: what is trained, for people.
         on_epoch: told of every record once it is stored.
     """
-    progress = context.progress
-    progress.start(run.epochs * trainer.n_rows, trainer.unit, title)
-    progress.advance(len(run.history) * trainer.n_rows)
-    while not run.ended:
-        epoch = len(run.history)
-        batches = trainer.plan(epoch, run.history)
-        steps = run.begun["steps"]
-        if steps:
-            trainer.go_on(run.begun)
-        progress.advance(sum(len(batch.rows) for batch in batches[:steps]))
+    with repeatable(context.place, trains=True):
+        progress = context.progress
+        progress.start(run.epochs * trainer.n_rows, trainer.unit, title)
+        progress.advance(len(run.history) * trainer.n_rows)
+        while not run.ended:
+            epoch = len(run.history)
+            batches = trainer.plan(epoch, run.history)
+            steps = run.begun["steps"]
+            if steps:
+                trainer.go_on(run.begun)
+            progress.advance(sum(len(batch.rows) for batch in batches[:steps]))
 
-        def count(step: Step, epoch: int = epoch) -> None:
-            loss = trainer.count(step)
-            run.count_step()
-            progress.advance(len(step.rows), epoch=epoch, loss=loss)
+            def count(step: Step, epoch: int = epoch) -> None:
+                loss = trainer.count(step)
+                run.count_step()
+                progress.advance(len(step.rows), epoch=epoch, loss=loss)
 
-        last: Step | None = None
-        for loaded in trainer.load(batches[steps:]):
-            # What a bad step ends is left to all processes together, a step later: this one alone stores.
-            if last is not None and run.overdue and trainer.is_good(last):
-                count(last)
-                last = None
-                run.prepare(trainer)
-            step = trainer.step(loaded)
-            # The step before is looked at while a GPU computes this one: nothing that a bad step spoils is kept.
+            last: Step | None = None
+            for loaded in trainer.load(batches[steps:]):
+                # What a bad step ends is left to all processes together, a step later: this one alone stores.
+                if last is not None and run.overdue and trainer.is_good(last):
+                    count(last)
+                    last = None
+                    run.prepare(trainer)
+                step = trainer.step(loaded)
+                # The step before is looked at while a GPU computes this one: nothing that a bad step spoils is kept.
+                if last is not None:
+                    count(last)
+                last = step
             if last is not None:
                 count(last)
-            last = step
-        if last is not None:
-            count(last)
-        record = trainer.judge()
-        run.end_epoch(record, trainer)
-        if on_epoch is not None:
-            on_epoch(record)
-    progress.close()
+            record = trainer.judge()
+            run.end_epoch(record, trainer)
+            if on_epoch is not None:
+                on_epoch(record)
+        progress.close()

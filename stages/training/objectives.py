@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from stages.id_data.rows import Labels
 from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.networks.backbone import Backbone
+from stages.networks.transfer import to_device
 from stages.training.optim import is_of_end, parameters_by_rate
 from stages.training.recipes import MixturePlan
 
@@ -43,6 +44,18 @@ class Mixed(NamedTuple):
     targets: Tensor
     labels: Tensor
     place: Tensor
+
+
+class DrawnRows(NamedTuple):
+    """Which rows of a whole batch teach which expert.
+
+    Attributes:
+        group: ``[B]`` of each row: it teaches that expert.
+        chosen: ``[E, B]`` out-of-group rows that teach each expert "other".
+    """
+
+    group: NDArray[np.int64]
+    chosen: NDArray[np.bool_]
 
 
 class Judged(NamedTuple):
@@ -150,32 +163,32 @@ class JointObjective(nn.Module):
         freeze_batch_norm(self)
         return self
 
-    def draw(self, labels: Labels, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """``[E, B]``: which out-of-group rows teach each expert "other", as many as it has of its own."""
+    def draw(self, labels: Labels, rng: np.random.Generator) -> DrawnRows:
+        """As many out-of-group rows for each expert as it has of its own."""
         assert self.groups is not None
         group = self.groups[labels]
         chosen = np.zeros((self.mixture.n_experts, len(labels)), dtype=np.bool_)
         for expert in range(self.mixture.n_experts):
             outside = np.flatnonzero(group != expert)
             chosen[expert, rng.permutation(outside)[: (group == expert).sum()]] = self._plan.other_weight > 0
-        return chosen
+        return DrawnRows(group, chosen)
 
-    def loss(self, mixed: Mixed, drawn: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    def loss(self, mixed: Mixed, drawn: DrawnRows) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         mixture, plan = self.mixture, self._plan
         tokens = self._backbone.tokens(mixed.images)
-        chosen = torch.from_numpy(drawn)[:, mixed.place].to(mixed.labels.device)
-        group = mixture.group[mixed.labels]
+        place, device = mixed.place.numpy(), mixed.labels.device
         logits = self.model.get_classifier()(tokens.cls).float()
         loss = soft_cross_entropy(logits, smooth(mixed.targets, self._smoothing))
         loss = loss + soft_cross_entropy(mixture.class_logits(tokens).float(), mixed.targets)
         for expert in range(mixture.n_experts):
-            inside = torch.nonzero(group == expert).flatten()
-            outside = torch.nonzero(chosen[expert]).flatten()
+            # On the host: a GPU that is asked which rows these are stops the host until it has come so far.
+            found = drawn.group[place] == expert, drawn.chosen[expert, place], self.groups == expert
+            inside, outside, classes = (to_device(torch.from_numpy(np.flatnonzero(rows)), device) for rows in found)
             if len(inside) + len(outside) == 0:
                 continue
             # A row's partner is of the same group, so its targets lie within the expert's own outputs.
-            own = mixed.targets[inside][:, mixture.classes_of(expert)]
+            own = mixed.targets[inside][:, classes]
             own = F.pad(own, (0, int(mixture.config.has_other)))
             other = mixture.class_targets(mixed.labels[outside], expert)
             targets = torch.cat([smooth(own, plan.label_smoothing), plan.other_weight * other])
@@ -241,7 +254,7 @@ class DropPathOfRows(nn.Module):
         if not self.training or self.drop_prob == 0:
             return x
         keep = torch.rand(self._rows.n_batch)[self._rows.place] >= self.drop_prob
-        scale = (keep.float() / (1 - self.drop_prob)).to(x.device, x.dtype)
+        scale = to_device((keep.float() / (1 - self.drop_prob)).to(x.dtype), x.device)
         return x * scale.view(-1, *[1] * (x.ndim - 1))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from stages.context import Context
+from stages.errors import StageError
 from stages.files.documents import write_text
 from stages.training.checkpoint import Checkpoints, load_checkpoint
 
@@ -78,9 +79,12 @@ class TrainingRun:
     def resume(self, trainer: Resumable) -> None:
         """Go on from the checkpoint, if there is one."""
         ranks, say, path = self._context.ranks, self._context.progress.note, self._checkpoints.path
-        stored = ranks.agree(load_checkpoint(path, say=say) if ranks.first else None)
-        if stored is None:
+        stored = load_checkpoint(path, say=say) if ranks.first else None
+        if not ranks.agree(stored is not None):
             return
+        stored = load_checkpoint(path) if stored is None else stored  # by each, rather than sent: it may be gigabytes
+        if stored is None:
+            raise StageError(f"{path} is read by one process and not by another: all need the folder that it is in")
         if stored.keys() != {"training", "best", "history", "begun"}:
             say(f"{path} is of another version and counts as none: this training starts anew")
             return

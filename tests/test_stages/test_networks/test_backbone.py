@@ -13,6 +13,7 @@ from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.inputs.images import ImageError
 from stages.networks.backbone import Backbone, build_architecture, load_backbone, weights_sha
+from stages.networks.batch import CHOICES
 from stages.networks.ends import ConvolutionalEnd, TransformerEnd
 from tests.test_stages.drawn import DINOV2, DINOV2_REGISTERS, create, dinov2, photos
 from tests.test_stages.test_networks.networks import EMBEDDED, SMALL, untrained
@@ -208,7 +209,8 @@ def test_a_lower_precision_gives_nearly_the_same_features_and_another_fingerprin
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU answers here")
 def test_on_a_gpu_autocast_gives_nearly_the_same_features(backbone):
     gpu = load_backbone(EMBEDDED, device="cuda")
-    assert (gpu.precision, gpu.batch) == ("float16", 128)
+    assert gpu.precision == "float16"
+    assert gpu.batch in CHOICES
     images = photos(backbone)
     exact, near = backbone.encode(images).cls, gpu.encode(images.cuda()).cls.cpu()
     assert F.cosine_similarity(near, exact).min() > 0.99

@@ -120,7 +120,7 @@ def test_experts_and_router_teach_the_blocks_before_them(vit, vit_data, checkpoi
 def test_other_rows_are_as_many_as_an_expert_has_and_none_of_its_own(vit, vit_data):
     objective = objective_of(vit)
     labels = np.array([0, 0, 1, 2, 3, 1, 1])  # groups 0, 0, 1, 0, 1, 1, 1
-    chosen = objective.draw(labels, np.random.default_rng(0))
+    chosen = objective.draw(labels, np.random.default_rng(0)).chosen
     own = np.array(GROUPS)[labels] == np.arange(2)[:, None]
     assert not (chosen & own).any()
     assert chosen.sum(1).tolist() == [3, 3]

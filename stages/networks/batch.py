@@ -1,0 +1,65 @@
+"""How many images a forward pass of an extraction has on a GPU: as many as its memory holds, by a short trial.
+
+The number is part of what features are (`cache.FeatureSpec.compute`): kernels, and so the last bits, depend on it. It
+is chosen once, before the first cache of a network, and from then on the caches say it.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+CHOICES = (8, 16, 32, 64, 128, 256)  # more images compute no faster, and the first of them wait for the last
+_TRIED = (8, 16)
+_SHARE = 0.25  # of the free memory: other workers, and what torch cannot put together again, take some as well
+_MOST_INPUT = 256 << 20  # bytes of the images of a pass; each of a few threads holds as many in pinned memory
+_COPIES = 3  # of them on the GPU
+
+
+def choose_batch(peak: Callable[[int], int], free: int, image_bytes: int) -> int:
+    """The largest of `CHOICES` that fits; the smallest where none does.
+
+    Args:
+        peak: bytes of memory that a pass of so many images takes at its height.
+        free: bytes that there are.
+        image_bytes: of one transformed image.
+
+    >>> choose_batch(lambda n: 2**30 + n * 2**24, free=80 * 2**30, image_bytes=3 * 4 * 224**2)
+    256
+    >>> choose_batch(lambda n: 2**30 + n * 2**24, free=8 * 2**30, image_bytes=3 * 4 * 224**2)
+    32
+    """
+    few, many = (peak(n) for n in _TRIED)
+    each = max(many - few, 0) / (_TRIED[1] - _TRIED[0])
+    fixed = max(few - each * _TRIED[0], 0)
+    fits = [
+        n
+        for n in CHOICES
+        if fixed + n * (each + _COPIES * image_bytes) <= _SHARE * free and n * image_bytes <= _MOST_INPUT
+    ]
+    return max(fits, default=CHOICES[0])
+
+
+def batch_of_gpu(encode: Callable[[torch.Tensor], object], image_size: int, device: torch.device) -> int:
+    """The same for a network on a GPU, which is run on a few empty images.
+
+    Args:
+        encode: one forward pass of ``[n, 3, H, W]``.
+        image_size: H and W.
+        device: the GPU.
+    """
+    shape = (3, image_size, image_size)
+
+    def peak(n: int) -> int:
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        encode(torch.zeros(n, *shape, device=device))
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    try:
+        peak(_TRIED[0])  # workspaces that stay come with the first
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return choose_batch(peak, free + unused, 4 * 3 * image_size**2)
+    except torch.cuda.OutOfMemoryError:
+        return CHOICES[0]

@@ -1,0 +1,66 @@
+"""A batch that memory has chosen once: caches say it, whoever goes on with them, and every worker computes by it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stages.extraction.begun import as_begun
+from stages.networks.batch import CHOICES, choose_batch
+from tests.test_stages.test_extraction.digits import extract, files, write_images
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def of_batch(spec, batch):
+    return replace(spec, compute={**spec.compute, "batch": batch})
+
+
+def test_caches_that_are_there_decide(images, backbone, tmp_path):
+    spec = backbone.feature_spec("float16", "none")
+    chosen = of_batch(spec, 64)
+    assert as_begun(chosen, tmp_path / "none", (64, 8, 4)) == chosen
+    extract(images, tmp_path, backbone, spec=of_batch(spec, 4))
+    assert as_begun(chosen, tmp_path, (64, 8, 4)) == of_batch(spec, 4)
+    assert as_begun(chosen, tmp_path, (64,)) == chosen  # whoever has set it means it
+    assert as_begun(of_batch(spec, 4), tmp_path, (4, 64, 8)) == of_batch(spec, 4)
+    other = replace(chosen, patches="full", grid=backbone.grid)
+    assert as_begun(other, tmp_path, (64, 8, 4)) == other  # of other features
+
+
+def test_passes_have_the_images_that_the_spec_says(images, backbone, tmp_path, monkeypatch):
+    """In this process and in a worker, whatever the network would choose there."""
+    encode, sizes = backbone.encode, set()
+    monkeypatch.setattr(type(backbone), "encode", lambda self, batch: sizes.add(len(batch)) or encode(batch))
+    spec = of_batch(backbone.feature_spec("float16", "full"), 4)
+    here = extract(images, tmp_path / "here", backbone, spec=spec)
+    assert sizes == {4}
+    elsewhere = extract(images, tmp_path / "elsewhere", backbone, spec=spec, mapper=lambda fn, tasks: map(fn, tasks))
+    assert sizes == {4}
+    assert files(here.path) == files(elsewhere.path)
+    of_16 = extract(images, tmp_path / "16", backbone)
+    np.testing.assert_allclose(here.read("cls").astype(float), of_16.read("cls").astype(float), atol=2e-2, rtol=2e-2)
+
+
+def test_a_setting_says_how_many(backbone):
+    assert backbone.batches == (16,)
+    assert backbone.feature_spec("float16", "none").compute["batch"] == 16
+    assert "tf32" not in backbone.feature_spec("float16", "none").compute  # of a CPU there is nothing to say
+
+
+def test_the_largest_batch_that_memory_holds_is_chosen():
+    def needs(each, fixed=0):
+        return lambda n: fixed + n * each
+
+    image = 3 * 4 * 224**2
+    chosen = [choose_batch(needs(10 * MIB, 100 * MIB), gib << 30, image) for gib in (1, 2, 4, 8, 16, 32, 80)]
+    assert chosen == sorted(chosen)
+    assert set(chosen) <= set(CHOICES)
+    assert (chosen[0], chosen[-1]) == (8, 256)
+    assert choose_batch(needs(1), 80 << 30, 3 * 4 * 518**2) == 64  # of large images the host would hold too many
+    assert choose_batch(needs(80 << 30), 1 << 30, image) == CHOICES[0]  # which a pass then says
