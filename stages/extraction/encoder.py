@@ -44,6 +44,15 @@ class Encoder:
             self._computes.wait_stream(torch.cuda.current_stream(self._device))  # which has brought the weights there
         self._own = threading.local()
 
+    def compile(self) -> None:
+        """Let torch.compile do what the spec asks of it, alone: it must not happen beside passes of other threads.
+
+        While torch traces in one thread, what is compiled already runs as it was written in all others, to other bits.
+        """
+        if self.spec.compute["compiled"]:
+            side = self.backbone.config.image_size
+            self.encode([torch.zeros(3, side, side, dtype=torch.uint8)])
+
     def encode(self, images: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
         """One forward pass; a batch that is not full is padded with its last image.
 

@@ -140,6 +140,7 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) 
         for task in tasks:
             if encoder is None or encoder.spec != task.spec:
                 encoder = Encoder(backbone, task.spec)
+                passes.submit(encoder.compile).result()
             shard = _Shard(task, encoder, Reader(task.reader, backbone.preprocessing))
             todo = np.flatnonzero(task.older_rows < 0)
             groups = [todo[start : start + encoder.batch] for start in range(0, len(todo), encoder.batch)]

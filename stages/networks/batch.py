@@ -11,8 +11,8 @@ import torch
 CHOICES = (8, 16, 32, 64, 128, 256)  # more images compute no faster, and the first of them wait for the last
 _TRIED = (8, 16)
 _SHARE = 0.25  # of the free memory: other workers, and what torch cannot put together again, take some as well
-_MOST_INPUT = 256 << 20  # bytes of the images of a pass; each of a few threads holds as many in pinned memory
-_COPIES = 3  # of them on the GPU
+_MOST_INPUT = 256 << 20  # bytes of the images of a pass: so large ones keep a GPU busy with fewer
+_COPIES = 2  # of them beside those that the pass is given: on their way, as pixels and as numbers
 
 
 def choose_batch(peak: Callable[[int], int], free: int, image_bytes: int) -> int:

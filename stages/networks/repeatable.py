@@ -98,11 +98,11 @@ class Backward:
         """
         loss, found = forward()
         if loss.device.type != "cuda" or self._insists is False:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return found
         torch.use_deterministic_algorithms(True)
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._insists = True
             return found
         except RuntimeError as error:

@@ -19,6 +19,9 @@ from stages.context import Ranks
 from stages.errors import InputError, PeerLostError
 
 
+JOINED_BY = "cpu:gloo,cuda:nccl"  # what carries what, where there are GPUs
+
+
 @dataclass(frozen=True)
 class Joined(Ranks):
     """This process among several that have joined."""
@@ -94,7 +97,7 @@ def init_from_environment() -> Ranks:
         # Who joins again, after `leave`, must not meet what the time before has left in the same store.
         store = distributed.PrefixStore(f"joined {len(_stores)}", store)
         _stores.append(store)
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        backend = JOINED_BY if gpu else "gloo"
         group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timedelta(days=2))
     return current()

@@ -66,10 +66,8 @@ class Draw(NamedTuple):
         n_routed = sum(len(part.own) for part in self.parts)
         *places, routed = columns["places"].split([*sizes, n_routed])
         lams = columns["lam"].split([len(part.lam) for part in self.parts])
-        return [
-            PlacedRows(part.expert, *places[3 * number : 3 * number + 3], lam=lam)
-            for number, (part, lam) in enumerate(zip(self.parts, lams, strict=True))
-        ], routed
+        ways = zip(self.parts, places[::3], places[1::3], places[2::3], lams, strict=True)
+        return [PlacedRows(part.expert, own, partners, other, lam) for part, own, partners, other, lam in ways], routed
 
 
 def draw_rows(
