@@ -18,7 +18,6 @@ from torch import Tensor, distributed, nn
 from stages.context import Ranks
 from stages.errors import InputError, PeerLostError
 
-
 JOINED_BY = "cpu:gloo,cuda:nccl"  # what carries what, where there are GPUs
 
 
