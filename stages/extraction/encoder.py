@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cache import FeatureSpec
 from stages.errors import StageError
 from stages.networks.backbone import Backbone
 from stages.networks.tokens import reduce_patches
+from stages.networks.transfer import stream_of
 
 
 class Encoder:
@@ -39,10 +41,10 @@ class Encoder:
         self.spec = spec
         self.batch: int = spec.compute["batch"]
         self._device = next(backbone.model.parameters()).device  # with its number: threads have a current one each
-        self._computes = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._computes = stream_of(self._device, "pass") if self._device.type == "cuda" else None
         if self._computes is not None:
             self._computes.wait_stream(torch.cuda.current_stream(self._device))  # which has brought the weights there
-        self._own = threading.local()
+        self._own, self._lanes = threading.local(), count()
 
     def compile(self) -> None:
         """Let torch.compile do what the spec asks of it, alone: it must not happen beside passes of other threads.
@@ -107,7 +109,8 @@ class Encoder:
     def _lane(self) -> "_Lane":
         """This thread's memory and stream."""
         if not hasattr(self._own, "lane"):
-            self._own.lane = _Lane(self.batch, self.spec, self._device)
+            stream = stream_of(self._device, f"lane {next(self._lanes)}")
+            self._own.lane = _Lane(self.batch, self.spec, stream)
         lane: _Lane = self._own.lane
         return lane
 
@@ -121,22 +124,22 @@ class _Lane:
         stored: when it has copied last.
     """
 
-    def __init__(self, n: int, spec: FeatureSpec, device: torch.device) -> None:
+    def __init__(self, n: int, spec: FeatureSpec, stream: torch.cuda.Stream) -> None:
         dtype = getattr(torch, spec.dtype)
         self.rows = {
             name: torch.empty((n, *row), dtype=dtype, pin_memory=True) for name, (row, _) in spec.datasets().items()
         }
-        self.stream = torch.cuda.Stream(device)
+        self.stream = stream
         self.stored = torch.cuda.Event(blocking=True)  # the core is left to those that decode
-        self._n, self._device = n, device
+        self._n = n
         self._images: Tensor | None = None  # [B, 3, H, W] in pinned memory
 
     def bring(self, images: list[Tensor]) -> tuple[Tensor, torch.cuda.Event]:
         """The images as one batch on the GPU, and when it is there."""
         if images[0].is_cuda:  # they were decoded there, on this thread's current stream
-            return torch.stack(images), torch.cuda.current_stream(self._device).record_event()
+            return torch.stack(images), torch.cuda.current_stream(images[0].device).record_event()
         if self._images is None:
             self._images = torch.empty((self._n, *images[0].shape), dtype=images[0].dtype, pin_memory=True)
         torch.stack(images, out=self._images)
         with torch.cuda.stream(self.stream):
-            return self._images.to(self._device, non_blocking=True), self.stream.record_event()
+            return self._images.to(self.stream.device, non_blocking=True), self.stream.record_event()

@@ -63,3 +63,5 @@ def batch_of_gpu(encode: Callable[[torch.Tensor], object], image_size: int, devi
         return choose_batch(peak, free + unused, 4 * 3 * image_size**2)
     except torch.cuda.OutOfMemoryError:
         return CHOICES[0]
+    finally:
+        torch.cuda.empty_cache()  # passes have streams of their own, which do not take what this one has left

@@ -8,11 +8,18 @@ copied, and all is there at once.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]  # tensors by their names, the same rows of each or not
+
+
+@cache
+def stream_of(device: torch.device, use: str) -> torch.cuda.Stream:
+    """A stream of this process, the same for one use: what torch has cached of a GPU's memory belongs to a stream."""
+    return torch.cuda.Stream(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -58,7 +65,7 @@ class Sender:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream_of(device, "send") if device.type == "cuda" else None
 
     def send(self, tensors: Mapping[str, Tensor]) -> Sent:
         """Begin to copy them."""
