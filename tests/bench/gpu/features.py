@@ -13,7 +13,7 @@ from stages.config import BackboneConfig
 from stages.inputs.images import decode_image
 from stages.networks.tokens import Tokens
 from tests.bench.gpu.step import Bench
-from tests.bench.gpu.subjects import LITE0, at_size, dinov2, extracted, jpegs, network, placed
+from tests.bench.gpu.subjects import extracted, jpegs, named_network, network, placed
 
 # ‖a − b‖ / ‖b‖ of features against float32 on the CPU. One rounding is 6e-8, 5e-4 and 4e-3; a network makes many, which
 # add up like a random walk. float32 is held so tight that TF32, whose roundings are float16's, does not pass for it.
@@ -21,26 +21,17 @@ TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16":
 COMPARED = ("cls", "tap_cls", "patches")
 
 
-def lite0(bench: Bench) -> None:
-    """EfficientNet-Lite0 with its real weights."""
-    compare(bench, at_size(LITE0, bench.sizes.image_size))
-
-
-def vit(bench: Bench, size: str) -> None:
-    """A DINOv2 with seeded weights."""
-    compare(bench, dinov2(bench, size))
-
-
-def compare(bench: Bench, config: BackboneConfig) -> None:
+def compare(bench: Bench, name: str) -> None:
     """Extract on the device in every precision and hold features to those of a float32 forward pass on the CPU."""
+    config = named_network(bench, name)
     folder, model = jpegs(bench, bench.sizes.compared), network(config)
     exact = on_cpu(copy.deepcopy(model), config, [path.read_bytes() for path in sorted(folder.iterdir())])
     for precision, tolerance in TOLERANCES.items():
         backbone = placed(copy.deepcopy(model), config, bench.device, precision=precision)
         cache = extracted(bench, backbone, folder, f"{config.name}-{precision}", "float32")
-        for name in COMPARED:
-            error = relative_error(cache.read(name), getattr(exact, name).numpy())
-            bench.measure(f"{precision}: {name}, ‖a − b‖ / ‖b‖", error, at_most=tolerance)
+        for dataset in COMPARED:
+            error = relative_error(cache.read(dataset), getattr(exact, dataset).numpy())
+            bench.measure(f"{precision}: {dataset}, ‖a − b‖ / ‖b‖", error, at_most=tolerance)
 
 
 def on_cpu(model: nn.Module, config: BackboneConfig, files: list[bytes]) -> Tokens:
@@ -58,7 +49,7 @@ def relative_error(found: NDArray[np.floating], exact: NDArray[np.floating]) -> 
 def same_bytes(bench: Bench) -> None:
     """Extract twice, with a network that is built and placed anew, and count features that are not the same bits."""
     folder = jpegs(bench, 2 * bench.sizes.compared)
-    for config in (at_size(LITE0, bench.sizes.image_size), dinov2(bench, "small")):
+    for config in (named_network(bench, name) for name in ("conv", "small")):
         for precision in ("float32", "float16"):
             first, second = (
                 extracted(

@@ -192,6 +192,7 @@ class _Worker:
             self._process = subprocess.Popen(
                 [*_COMMAND, plan.listing, plan.device, plan.sizes, str(plan.scratch)],
                 cwd=ROOT,
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if plan.device == "cpu" else {}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+LITE0 = "tf_efficientnet_lite0"  # whose weights come with a package
+
 
 class NotRun(Exception):
     """What a step needs is not there: why."""
@@ -71,7 +73,8 @@ class Sizes:
 
     Attributes:
         image_size, large_image_size: pixels that networks see.
-        vits: names of the networks that stand for DINOv2's ViT-S, B and L.
+        networks: names of those that stand for EfficientNet-Lite0 where its own weights need not be seen ("conv"), and
+            for DINOv2's ViT-S, B and L.
         compared: images whose features are compared with the CPU's.
         jpegs: different files of 500 x 375 pixels.
         listed: images of an extraction that is timed, of these files over and over; at the large size a quarter.
@@ -82,14 +85,15 @@ class Sizes:
         timed_tuned: images of an epoch of the one that is timed.
         tuned_batch: images of a step.
         bank, queries, dim: of the search.
-        demo: settings of the demo that make it smaller.
+        demo: settings that make the demo smaller, as ``--set`` takes them.
+        tuned_demo: whether it is fine-tuned too.
         laps: of the long run.
     """
 
     image_size: int = 224
     large_image_size: int = 518
-    vits: Mapping[str, str] = field(
-        default_factory=lambda: {name: f"vit_{name}_patch14_dinov2" for name in ("small", "base", "large")}
+    networks: Mapping[str, str] = field(
+        default_factory=lambda: {"conv": LITE0} | {f: f"vit_{f}_patch14_dinov2" for f in ("small", "base", "large")}
     )
     compared: int = 16
     jpegs: int = 512
@@ -104,13 +108,14 @@ class Sizes:
     queries: int = 20_000
     dim: int = 768
     demo: tuple[str, ...] = ()
+    tuned_demo: bool = True
     laps: int = 12
 
 
 TINY = Sizes(
     image_size=32,
     large_image_size=48,
-    vits={"small": "test_vit", "base": "test_vit2", "large": "test_vit3"},
+    networks={"conv": "test_efficientnet", "small": "test_vit", "base": "test_vit2", "large": "test_vit3"},
     compared=4,
     jpegs=8,
     listed=16,
@@ -123,6 +128,15 @@ TINY = Sizes(
     bank=2000,
     queries=200,
     dim=32,
+    demo=(
+        "backbone.image_size=32",
+        "sets.digits-train.images=sklearn:digits[0-2]/train",
+        "sets.digits-test.images=sklearn:digits[0-2]/test",
+        "sets.digits-7-9.images=sklearn:digits[7-7]/test",
+        "train.epochs=1",
+        "score.bootstrap=100",
+    ),
+    tuned_demo=False,
     laps=4,
 )
 

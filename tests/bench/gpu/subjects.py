@@ -16,9 +16,7 @@ from stages.extract import extract_set
 from stages.inputs.images import list_images
 from stages.networks.backbone import Backbone
 from stages.networks.weights.loading import build_model, create_model
-from tests.bench.gpu.step import Bench
-
-LITE0 = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded")
+from tests.bench.gpu.step import LITE0, Bench
 
 
 def jpegs(bench: Bench, n: int) -> Path:
@@ -93,12 +91,8 @@ def rate(bench: Bench, amount: float, function: Callable[[], object]) -> float:
     return n * amount / taken
 
 
-def at_size(config: BackboneConfig, size: int) -> BackboneConfig:
-    """The same at another image size."""
-    return config.model_copy(update={"image_size": size})
-
-
-def dinov2(bench: Bench, size: str, large: bool = False) -> BackboneConfig:
-    """DINOv2's ViT "small", "base" or "large", at one of the image sizes."""
-    pixels = bench.sizes.large_image_size if large else bench.sizes.image_size
-    return BackboneConfig(name=bench.sizes.vits[size], image_size=pixels)
+def named_network(bench: Bench, name: str, large: bool = False) -> BackboneConfig:
+    """EfficientNet-Lite0 ("lite0", or what stands for it: "conv") or DINOv2's ViT "small", "base" or "large"."""
+    size = bench.sizes.large_image_size if large else bench.sizes.image_size
+    model = LITE0 if name == "lite0" else bench.sizes.networks[name]
+    return BackboneConfig(name=model, weights="embedded" if model == LITE0 else "hub", image_size=size)

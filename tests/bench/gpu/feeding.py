@@ -1,0 +1,106 @@
+"""Images a second: the decoder alone, stage one from JPEG files, and the bare forward pass that is its limit."""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.extract import extract_set
+from stages.extraction.reader import Reader
+from stages.inputs.images import list_images
+from stages.machine import usable_cores
+from stages.networks.backbone import Backbone
+from tests.bench.gpu.step import Bench
+from tests.bench.gpu.subjects import jpegs, named_network, network, placed, rate
+
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_numbers = count()
+
+
+def decoder(bench: Bench) -> None:
+    """Read, hash, decode and transform in 1, 2, 4, … threads, and nothing else."""
+    config = named_network(bench, "small")
+    backbone = placed(network(config), config, bench.device)
+    table = list_images(str(jpegs(bench, bench.sizes.jpegs)))
+    reader = Reader(table.reader(), backbone.transform)
+    threads = 1
+    while True:
+        with ThreadPoolExecutor(threads) as pool:
+            n = min(len(table), 64 * threads)
+            decoded = rate(bench, n, lambda pool=pool, n=n: list(pool.map(reader.read, range(n))))  # type: ignore[misc]
+        bench.measure(f"read, hash, decode, transform: {threads} threads", decoded, "images/s")
+        if threads >= usable_cores():
+            break
+        threads = min(2 * threads, usable_cores())
+
+
+def extraction(bench: Bench, name: str, large: bool = False) -> None:
+    """Stage one from JPEG files beside eager forward passes of the same batches in memory."""
+    config = named_network(bench, name, large)
+    n = bench.sizes.listed // (4 if large else 1)
+    folder, model = jpegs(bench, n), network(config)
+    backbone = placed(copy.deepcopy(model), config, bench.device, precision="float16")
+    stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
+    limit = forward_rate(bench, backbone, backbone.encode)
+    bench.measure("bare forward, autocast to float16", limit, "images/s")
+    for patches in ("full", "none"):
+        ours = stage_one(bench, backbone, folder, patches)
+        bench.measure(f"extraction, float16, patches = {patches}", ours, "images/s")
+        bench.measure(f"the same / bare forward, patches = {patches}", ours / limit)
+    for what, dtype in HALVES.items():
+        bare = forward_rate(bench, backbone, in_half(model, dtype, bench.device))
+        bench.measure(f"bare eager, weights in {what}", bare, "images/s")
+
+
+def compiled(bench: Bench, name: str, large: bool = False) -> None:
+    """The bare compiled forward pass."""
+    config = named_network(bench, name, large)
+    model = network(config)
+    backbone = placed(copy.deepcopy(model), config, bench.device)
+    for what, dtype in HALVES.items():
+        started = time.perf_counter()
+        backend = "inductor" if bench.device == "cuda" else "eager"  # without a GPU its logic alone: C++ takes minutes
+        forward = torch.compile(in_half(model, dtype, bench.device), dynamic=False, backend=backend)
+        bare = forward_rate(bench, backbone, forward)
+        bench.measure(f"bare compiled, weights in {what}", bare, "images/s")
+        bench.measure(f"compilation, {what}, at most", time.perf_counter() - started, "s")
+
+
+def stage_one(bench: Bench, backbone: Backbone, folder: Path, patches: str) -> float:
+    """Images a second from the list of files to the sealed cache, which is removed."""
+    samples, spec = list_images(str(folder)), backbone.feature_spec("float16", patches)
+    root = bench.scratch / f"extracted-{next(_numbers)}"
+    start = time.perf_counter()
+    cache = extract_set("bench", samples, spec, root, lambda: backbone)
+    taken = time.perf_counter() - start
+    assert cache.n_rows == len(samples)
+    shutil.rmtree(root)
+    return len(samples) / taken
+
+
+def forward_rate(bench: Bench, backbone: Backbone, forward: Callable[[Tensor], object]) -> float:
+    """Images a second of forward passes on batches in the device's memory, of as many images as an extraction's."""
+    size = backbone.config.image_size
+    batches = [torch.randn(backbone.batch, 3, size, size, device=bench.device) for _ in range(2)]
+    turn = count()
+    with torch.inference_mode():
+        return rate(bench, backbone.batch, lambda: forward(batches[next(turn) % 2]))
+
+
+def in_half(model: nn.Module, dtype: torch.dtype, device: str) -> Callable[[Tensor], Any]:
+    """A network whose very weights are of this type: no autocast, which would cast them in every pass."""
+    half: Any = copy.deepcopy(model).eval().requires_grad_(False).to(device, dtype)
+    layout = torch.contiguous_format if hasattr(half, "patch_embed") else torch.channels_last
+    half.to(memory_format=layout)
+
+    def forward(images: Tensor) -> Any:
+        return half.forward_features(images.to(dtype).contiguous(memory_format=layout))
+
+    return forward
