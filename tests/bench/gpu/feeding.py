@@ -3,8 +3,10 @@
 import copy
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,15 @@ def decoder(bench: Bench) -> None:
     while True:
         with ThreadPoolExecutor(threads) as pool:
             n = min(len(table), 64 * threads)
-            decoded = rate(bench, n, lambda pool=pool, n=n: list(pool.map(reader.read, range(n))))  # type: ignore[misc]
+            decoded = rate(bench, n, partial(_read, pool, reader, n))
         bench.measure(f"read, hash, decode, transform: {threads} threads", decoded, "images/s")
         if threads >= usable_cores():
             break
         threads = min(2 * threads, usable_cores())
+
+
+def _read(pool: ThreadPoolExecutor, reader: Reader, n: int) -> None:
+    deque(pool.map(reader.read, range(n)), maxlen=0)
 
 
 def extraction(bench: Bench, name: str, large: bool = False) -> None:

@@ -1,8 +1,9 @@
 """What the check found: a table for the terminal, ``gpu.json``, and a section of Markdown to paste."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -11,6 +12,7 @@ from stages.files.documents import write_json
 from tests.bench.gpu.runner import BAD, Check, Outcome, as_json
 from tests.bench.gpu.step import Value
 
+_NAMED = ("torch", "torchvision", "timm", "numpy", "h5py", "faiss-gpu", "faiss-cpu")
 _COLUMNS = ("step", "verdict", "s", "measured", "value", "held to")
 
 
@@ -29,7 +31,7 @@ class Kept:
             "sizes": check.plan.sizes,
             "seconds": check.plan.seconds,
             "machine": hardware(),
-            "versions": versions(),
+            "versions": _versions(),
             "git": git_revision(),
         }
 
@@ -74,9 +76,18 @@ def _title(check: Check) -> str:
         if gpu
         else check.plan.device
     )
-    found: dict[str, Any] = versions()
-    names = [name for name in ("torch", "timm", "faiss-gpu", "faiss-cpu") if name in found]
-    return ", ".join([where, f"{hardware()['cores']} cores", *(f"{name} {found[name]}" for name in names)])
+    found = _versions()
+    shown = [f"{name} {found[name]}" for name in _NAMED if name in found]
+    return ", ".join([where, f"{hardware()['cores']} cores", *shown])
+
+
+def _versions() -> dict[str, str]:
+    """Of what the project runs on; of the most important also where a bare checkout runs."""
+    found = versions()
+    for name in _NAMED:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _lines(outcome: Outcome) -> Iterator[tuple[str, ...]]:

@@ -80,6 +80,7 @@ class Sizes:
         listed: images of an extraction that is timed, of these files over and over; at the large size a quarter.
         seconds: at least, of each thing that is timed over and over.
         digits: classes of scikit-learn's digits that mixtures are trained on.
+        timed_epochs: of the mixture that is timed.
         trained_rows: of the mixture whose loss is compared with the CPU's.
         tuned: images of the fine-tune whose loss is compared.
         timed_tuned: images of an epoch of the one that is timed.
@@ -98,9 +99,10 @@ class Sizes:
     compared: int = 16
     jpegs: int = 512
     listed: int = 4096
-    seconds: float = 1.5
+    seconds: float = 1.0
     digits: str = "0-6"
     trained_rows: int = 384
+    timed_epochs: int = 8
     tuned: int = 96
     timed_tuned: int = 1024
     tuned_batch: int = 64
@@ -109,7 +111,7 @@ class Sizes:
     dim: int = 768
     demo: tuple[str, ...] = ()
     tuned_demo: bool = True
-    laps: int = 12
+    laps: int = 9
 
 
 TINY = Sizes(
@@ -122,6 +124,7 @@ TINY = Sizes(
     seconds=0.05,
     digits="0-1",
     trained_rows=48,
+    timed_epochs=1,
     tuned=16,
     timed_tuned=16,
     tuned_batch=8,

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,9 @@ def speed(bench: Bench, subject: Subject) -> None:
         reset_peak(bench)
         context = Context(device=bench.device)
         # Each of several is shown as many rows of other groups as of its own.
-        n_rows = EPOCHS * len(rows) * (1 if experts == 1 else 2)
-        ours = rate(bench, n_rows, lambda e=experts, c=context: subject.train(rows, data, c, experts=e))  # type: ignore[misc]
+        n_rows = bench.sizes.timed_epochs * len(rows) * (1 if experts == 1 else 2)
+        settings = {"experts": experts, "epochs": bench.sizes.timed_epochs}
+        ours = rate(bench, n_rows, partial(subject.train, rows, data, context, **settings))
         bench.measure(f"E = {experts}: epochs", ours, "rows/s")
         bench.measure(f"E = {experts}: epochs / bare", ours / limit)
         say_peak(bench, f"E = {experts}: peak memory")
