@@ -27,17 +27,17 @@ _numbers = count()
 
 
 def decoder(bench: Bench) -> None:
-    """Read, hash, decode and transform in 1, 2, 4, … threads, and nothing else."""
+    """Read, hash, decode and resize in 1, 2, 4, … threads, and nothing else."""
     config = named_network(bench, "small")
     backbone = placed(network(config), config, bench.device)
     table = list_images(str(jpegs(bench, bench.sizes.jpegs)))
-    reader = Reader(table.reader(), backbone.transform)
+    reader = Reader(table.reader(), backbone.preprocessing)
     threads = 1
     while True:
         with ThreadPoolExecutor(threads) as pool:
             n = min(len(table), 64 * threads)
             decoded = rate(bench, n, partial(_read, pool, reader, n))
-        bench.measure(f"read, hash, decode, transform: {threads} threads", decoded, "images/s")
+        bench.measure(f"read, hash, decode, resize: {threads} threads", decoded, "images/s")
         if threads >= usable_cores():
             break
         threads = min(2 * threads, usable_cores())
