@@ -38,7 +38,7 @@ from stages.training.images import ImageTrainer, NotFiniteLossError, UnusableIma
 from stages.training.loading import ImageLoader, ImageSet, worker_count
 from stages.training.loop import train_epochs
 from stages.training.networks import build_objective, check_joint, checkpoint_gradients, network_options
-from stages.training.recipes import FinetuneSettings, MixturePlan, resolve_recipe
+from stages.training.recipes import FinetuneSettings, MixturePlan, recorded_settings, resolve_recipe
 from stages.training.run import Record, TrainingRun, write_metrics
 from stages.training.tensorboard import require_tensorboard, scalar_log, scalars_of_metrics
 
@@ -109,7 +109,7 @@ def finetune(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         objective = build_objective(backbone, data, settings, mixture, seed, context)
-    loader = _loader(images, transforms(objective.model, backbone, settings), config, settings, context)
+    loader = _loader(images, transforms(objective.model, backbone, settings), settings, context)
     if data.train.manifest.n_failures:
         context.progress.note(
             f"finetune: {data.train.manifest.n_failures} images of {images.train.source} take no part, they cannot be "
@@ -128,8 +128,13 @@ def finetune(
         _train(trainer, run, folder, config.tensorboard, context)
     if ranks.first:
         objective.load_state_dict(run.best)
-        about = {"identity": identity, "backbone": backbone.model_dump(), "settings": asdict(settings), "seed": seed}
-        _write(folder, objective, data, run, about, mixture)
+        about = {
+            "identity": identity,
+            "backbone": backbone.model_dump(),
+            "settings": recorded_settings(settings),
+            "seed": seed,
+        }
+        _write(folder, objective, data, run, about | {"seed": seed}, mixture)
         for left in folder.glob("*.checkpoint"):  # of runs with other settings, too
             left.unlink()
     ranks.agree(None)  # nobody goes on before the files are there
@@ -164,7 +169,6 @@ def check_finetune(
 def _loader(
     images: TuningImages,
     augment_and_plain: tuple[Any, Any],
-    config: FinetuneConfig,
     settings: FinetuneSettings,
     context: Context,
 ) -> ImageLoader:
@@ -175,7 +179,7 @@ def _loader(
         ImageSet(images.held_out, data.held_out.ids, fold.select, data.held_out_labels, *augment_and_plain),
     )
     n_loads = settings.epochs * sum(map(len, sets)) // world
-    return ImageLoader(sets, worker_count(config.workers, n_loads, world), pin=context.place != "cpu")
+    return ImageLoader(sets, worker_count(settings.workers, n_loads, world), pin=context.place != "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------- training

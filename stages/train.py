@@ -31,7 +31,7 @@ from stages.training.checkpoint import Checkpoints
 from stages.training.finish import TrainedRuns, finish
 from stages.training.identity import joint_identity, mixture_identity, mixture_is_fresh, probe_identity
 from stages.training.loop import train_epochs
-from stages.training.recipes import TrainSettings, resolve_settings
+from stages.training.recipes import TrainSettings, recorded_settings, resolve_settings
 from stages.training.refit import head_rows
 from stages.training.run import TrainingRun
 from stages.training.tensorboard import require_tensorboard, scalars_of_metrics
@@ -131,7 +131,7 @@ def train_mofe(
         trained = train_mixture(mixture, data, rows, settings, seed, checkpoints, context)
         runs[name] = _numbered_as_in(trained, groups["final"])
     if ranks.first:
-        about = {"identity": identity, "settings": asdict(settings), "seed": seed}
+        about = {"identity": identity, "settings": recorded_settings(settings), "seed": seed}
         about |= {"best_epoch": runs["final"].best_epoch}
         history = [{"run": name, **asdict(record)} for name, run in runs.items() for record in run.history]
         mixtures = {name: run.mixture for name, run in runs.items()}

@@ -31,7 +31,8 @@ def problem_lines(error: ValidationError, document: Any, model: type[BaseModel])
         key = _key(loc, document, may_be_absent=kind in ("missing", "extra_forbidden"))
         if kind == "value_error":
             cause = str(problem["ctx"]["error"])
-            lines += [f"{key}: {cause}"] if key else cause.splitlines()
+            whole = isinstance(problem["input"], dict)  # of a table; the cause begins with its key
+            lines += [f"{key}{'.' if whole else ': '}{cause}"] if key else cause.splitlines()
         elif kind == "missing" and isinstance(loc[-1], int):  # a list that is too short
             lines.append(f"{key}: {as_given(problem['input'])} given, must have {loc[-1] + 1} values at least")
         elif kind == "missing":

@@ -177,7 +177,7 @@ class RunConfig(StageConfig):
 
     def _variant(self, variant: VariantConfig) -> TrainConfig:
         changes = {key.removeprefix("train."): value for key, value in variant.set.items()}
-        return TrainConfig.model_validate(self.train.model_dump() | changes)
+        return TrainConfig.model_validate(self.train.model_dump(exclude_unset=True) | changes)
 
     @property
     def has_features(self) -> bool:
@@ -201,8 +201,10 @@ class RunConfig(StageConfig):
                 raise ConfigError(f"sets: {verb} needs a set with role {' or '.join(roles)}; add one under [[sets]]")
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved settings as JSON values."""
-        return self.model_dump(mode="json")
+        """The resolved settings as JSON values; null for what is left to a preset."""
+        trainings = {"train": self.train, "finetune": self.finetune}
+        given = {key: stage.as_given() for key, stage in trainings.items() if stage is not None}
+        return self.model_dump(mode="json") | given
 
     @model_validator(mode="before")
     @classmethod
@@ -248,7 +250,6 @@ class RunConfig(StageConfig):
         if not self.score.scores or _repeated(self.score.scores):
             yield f"score.scores: {as_given(self.score.scores)} given, must be one or more different names"
         yield from self._score_settings_problems()
-        yield from _alpha_problem("train", self.train)
         yield from self._finetune_problems()
         for variant in self.variants:
             yield from self._variant_problems(variant)
@@ -341,13 +342,10 @@ class RunConfig(StageConfig):
             yield f"{at}.{others[0]}: a variant changes [train] alone, its keys begin with 'train.'"
             return
         try:
-            settings = self._variant(variant)
+            self._variant(variant)
         except ValidationError as error:
             document = {key.removeprefix("train."): value for key, value in variant.set.items()}
             yield from (f"{at}.train.{line}" for line in problem_lines(error, document, TrainConfig))
-        else:
-            if settings != self.train:
-                yield from _alpha_problem(f"{at}.train", settings)
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
@@ -360,9 +358,3 @@ def _leaves(table: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]
             yield from _leaves(value, f"{at}{key}.")
         else:
             yield f"{at}{key}", value
-
-
-def _alpha_problem(at: str, train: TrainConfig) -> Iterator[str]:
-    low, high = train.alpha_min, train.alpha_max
-    if train.mixup == "dynamic" and low is not None and high is not None and low >= high:
-        yield f"{at}.alpha_min: {low} given, must be less than alpha_max = {high} for mixup = 'dynamic'"

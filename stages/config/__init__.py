@@ -6,17 +6,19 @@ milliseconds, before torch is imported.
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from stages.config.backbone_names import canonical_name, has_official_recipe
@@ -76,75 +78,139 @@ ExpertKind = Literal["end", "adapter", "frozen", "dense"]  # what an expert is, 
 RouterInput = Literal["tap_cls", "cls"]
 
 
-class TrainConfig(StageConfig):
-    """How the Mixture of Feature Experts is trained; ``None`` means: as the preset has it."""
+class PresetConfig(StageConfig):
+    """Settings of a training: what is not given is as its ``preset`` has it (`stages.training.recipes`).
+
+    Defaults are those of the preset that changes nothing. What a training reads is resolved there; here, a value that
+    was not given (``model_fields_set``) may still become another one.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+    def as_given(self) -> dict[str, Any]:
+        """As JSON values, which give the same settings again; null for what is left to the preset."""
+        of_preset = {key for key, field in type(self).model_fields.items() if field.json_schema_extra == _OF_PRESET}
+        return self.model_dump(mode="json") | dict.fromkeys(of_preset - self.model_fields_set)
+
+
+_OF_PRESET: dict[str, JsonValue] = {"of_preset": True}
+
+
+def of_preset(
+    default: Any, gt: float | None = None, ge: float | None = None, lt: float | None = None, le: float | None = None
+) -> Any:
+    """A setting that presets may have a value for, with its default and its limits."""
+    return Field(default=default, gt=gt, ge=ge, lt=lt, le=le, json_schema_extra=_OF_PRESET)
+
+
+# Dynamic-β Mixup, of features and of images: α of the easiest class, α of the hardest, and the power of a class's
+# difficulty between them, above 1 the hardest alone are mixed more; see stages/mixture/mixup.py.
+_ALPHA_MIN, _ALPHA_MAX, _ALPHA_POWER = of_preset(0.1, ge=0), of_preset(0.8, ge=0), of_preset(1.0, gt=0)
+
+
+def _check_alphas(low: float, high: float, otherwise: str) -> None:
+    if low >= high:
+        raise ValueError(
+            f"alpha_min: {low:g} given, must be below alpha_max = {high:g}: with equal values difficulty cannot "
+            f"matter; that is {otherwise}"
+        )
+
+
+class TrainConfig(PresetConfig):
+    """How the Mixture of Feature Experts is trained."""
+
     experts: PositiveInt | Literal["auto"] = "auto"
-    expert: Literal["auto", ExpertKind] = "auto"  # auto: "end", but "adapter" on features that came without tokens
-    router_input: Literal["auto", RouterInput] = "auto"  # auto: "tap_cls" where there is one
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
     mixup: Literal["dynamic", "static", "none"] = "dynamic"
-    epochs: PositiveInt | None = None
+    epochs: PositiveInt = of_preset(8)  # with these rates the held-out ID loss is lowest after four to seven
+    expert: Literal["auto", ExpertKind] = "auto"  # auto: "end", but "adapter" on features that came without tokens
+    router_input: Literal["auto", RouterInput] = "auto"  # auto: "tap_cls" where there is one
     patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
     preset: Literal["default", "paper"] = "default"
-    batch_size: PositiveInt | None = None
-    lr: float | None = Field(default=None, gt=0)
-    head_lr: float | None = Field(default=None, gt=0)
-    router_lr: float | None = Field(default=None, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    other_weight: float | None = Field(default=None, ge=0)
-    warmup_epochs: float | None = Field(default=None, ge=0)
-    alpha_min: float | None = Field(default=None, ge=0)
-    alpha_max: float | None = Field(default=None, ge=0)
-    alpha_power: float | None = Field(default=None, gt=0)
-    gradient_clip: float | None = Field(default=None, gt=0)
-    ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
+    batch_size: PositiveInt = of_preset(64)
+    lr: float = of_preset(1e-5, gt=0)  # of the experts' ends, which start trained: three times more costs far-OOD
+    head_lr: float = of_preset(1e-2, gt=0)  # new layers; with a tenth they lag, and what they teach the ends is late
+    router_lr: float = of_preset(1e-2, gt=0)
+    weight_decay: float = of_preset(0.05, ge=0)
+    label_smoothing: float = of_preset(0.0, ge=0, lt=1)
+    other_weight: float = of_preset(0.1, ge=0)
+    warmup_epochs: float = of_preset(1.0, ge=0)
+    alpha_min: float = _ALPHA_MIN
+    alpha_max: float = _ALPHA_MAX
+    alpha_power: float = _ALPHA_POWER
+    gradient_clip: float = of_preset(1.0, gt=0)
+    ema: float = of_preset(0.99, ge=0, lt=1)  # decay of the weights' moving average; 0: the weights themselves
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but mixed with bfloat16 on a GPU
     tensorboard: bool = False  # an event file beside metrics.jsonl; needs the extra "tensorboard"
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mixup == "dynamic":
+            _check_alphas(self.alpha_min, self.alpha_max, 'mixup = "static"')
+        return self
 
-class FinetuneConfig(StageConfig):
-    """How the backbone and a linear head are trained; ``None`` means: as the preset has it."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+class FinetuneConfig(PresetConfig):
+    """How the backbone and a linear head are trained.
 
-    epochs: PositiveInt | None = None
+    Batch norm is frozen whatever they say: its statistics stay the pre-trained ones, since small batches would spoil
+    them, and several processes need not agree on any. Its scale and shift are trained.
+
+    Attributes:
+        batch_size: images of one step of the optimiser, over all processes and all of `accumulate` passes.
+        head_epochs: epochs at the start in which the head alone is trained, at the constant rate `head_lr`.
+        warmup_epochs: of the rising learning rate that follows; a cosine to zero ends the run.
+        beta: whether the Beta distribution of the mixing weight depends on the class (dynamic) or not (static).
+        mixup, cutmix: α of the static distribution; above 0: whether images are mixed so at all.
+        freeze: how many first blocks (ViT) or stages (CNN) stay as they are, with all that stands before them.
+        joint: how many blocks or stages before the tap are trained together with the experts; 0: no experts.
+    """
+
+    epochs: PositiveInt = of_preset(10)
     preset: Literal["auto", "small", "paper"] = "auto"
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | None = None  # some of the study's; None: all
     variants: Annotated[tuple[str, ...], Field(strict=False)] | None = None  # trained on its features; None: all
-    batch_size: PositiveInt | None = None
+    batch_size: PositiveInt = of_preset(32)
     accumulate: PositiveInt = 1  # forward and backward passes that a batch is made of: less memory, the same batch
-    lr: float | None = Field(default=None, gt=0)
-    layer_decay: float | None = Field(default=None, gt=0, le=1)
-    weight_decay: float | None = Field(default=None, ge=0)
-    head_epochs: NonNegativeInt = 0  # of the head alone, before the backbone is trained
-    head_lr: float | None = Field(default=None, gt=0)
-    warmup_epochs: int | None = Field(default=None, ge=0)
-    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    rand_augment: str | None = None
-    random_erasing: float | None = Field(default=None, ge=0, le=1)
-    crop_scale: float | None = Field(default=None, gt=0, le=1)  # smallest share of the image that a crop keeps
-    hflip: float | None = Field(default=None, ge=0, le=1)  # 0 for images whose mirror image is another class
+    lr: float = of_preset(3e-4, gt=0)
+    layer_decay: float = of_preset(0.75, gt=0, le=1)
+    weight_decay: float = of_preset(0.05, ge=0)
+    head_epochs: NonNegativeInt = 0
+    head_lr: float = of_preset(1e-3, gt=0)
+    warmup_epochs: int = of_preset(1, ge=0)
+    label_smoothing: float = of_preset(0.1, ge=0, lt=1)
+    rand_augment: str = of_preset("")  # as timm names it; "": none
+    random_erasing: float = of_preset(0.0, ge=0, le=1)
+    crop_scale: float = of_preset(0.5, gt=0, le=1)  # smallest share of the image that a crop keeps
+    hflip: float = of_preset(0.5, ge=0, le=1)  # 0 for images whose mirror image is another class
     beta: Literal["static", "dynamic"] = "static"  # dynamic: harder classes are mixed more (Dynamic-β)
-    mixup: float | None = Field(default=None, ge=0)
-    cutmix: float | None = Field(default=None, ge=0)
-    alpha_min: float | None = Field(default=None, ge=0)
-    alpha_max: float | None = Field(default=None, ge=0)
-    alpha_power: float | None = Field(default=None, gt=0)
-    drop_path: float | None = Field(default=None, ge=0, lt=1)
-    gradient_clip: float | None = Field(default=None, ge=0)  # 0: not clipped
-    ema: float | None = Field(default=None, ge=0, lt=1)  # 0: the weights themselves and not their moving average
+    mixup: float = of_preset(0.0, ge=0)
+    cutmix: float = of_preset(0.0, ge=0)
+    alpha_min: float = _ALPHA_MIN
+    alpha_max: float = _ALPHA_MAX
+    alpha_power: float = _ALPHA_POWER
+    drop_path: float = of_preset(0.0, ge=0, lt=1)
+    gradient_clip: float = of_preset(1.0, ge=0)  # 0: not clipped
+    ema: float = of_preset(0.0, ge=0, lt=1)  # decay of the weights' moving average; 0: the weights themselves
     patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
-    freeze: NonNegativeInt = 0  # first blocks (ViT) or stages (CNN) that stay as they are
-    joint: NonNegativeInt = 0  # blocks or stages before the experts that are trained together with them; 0: no experts
+    freeze: NonNegativeInt = 0
+    joint: NonNegativeInt = 0
     checkpointing: bool = False  # gradient checkpointing: less memory, a third more work
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, but bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile
     workers: NonNegativeInt | Literal["auto"] = "auto"  # processes that decode and augment in the background
     tensorboard: bool = False  # an event file beside metrics.jsonl; needs the extra "tensorboard"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.beta == "dynamic":
+            _check_alphas(self.alpha_min, self.alpha_max, 'beta = "static"')
+        return self
 
 
 TAKEN_NAMES = ("id", "average")  # words of the table's own, which no OOD set may be called

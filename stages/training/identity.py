@@ -18,7 +18,7 @@ from stages.files.tensors import read_tensors
 from stages.id_data.rows import IdData
 from stages.mixture.grouping import grouping_content
 from stages.mixture.refined import LEFT_OUT, load_refined, refined_path
-from stages.training.recipes import MixturePlan, TrainSettings, resolve_recipe
+from stages.training.recipes import MixturePlan, TrainSettings, recorded_settings, resolve_recipe
 
 TRAIN_SEMANTICS = 5  # raise it when the same settings would train another model
 FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
@@ -33,7 +33,7 @@ def probe_identity(data: IdData) -> str:
 
 def mixture_identity(data: IdData, settings: TrainSettings, seed: int) -> str:
     """What a trained mixture is made of: features, split, settings (a grouping file by its content) and seed."""
-    own = asdict(settings) | {"grouping": grouping_content(settings.grouping)}
+    own = recorded_settings(settings) | {"grouping": grouping_content(settings.grouping)}
     return fingerprint({"data": data.identity, "settings": own, "seed": seed, "semantics": TRAIN_SEMANTICS})
 
 
@@ -73,7 +73,7 @@ def finetune_identity(data: IdData, config: FinetuneConfig, seed: int, mixture: 
     return fingerprint(
         {
             "data": data.identity,
-            "settings": asdict(resolve_recipe(config, len(data.split.folds[0].train))),
+            "settings": recorded_settings(resolve_recipe(config, len(data.split.folds[0].train))),
             "mixture": joint,
             "seed": seed,
             "weights": start.weights_sha,

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import load_config
 from stages.config import FinetuneConfig, TrainConfig
-from stages.training.recipes import resolve_recipe, resolve_settings
+from stages.training.recipes import FINETUNE_PRESETS, TRAIN_PRESETS
 from tests.test_docs.pages import PAGES, page_with, table
 from tests.test_docs.settings import SETTINGS, TABLES, key_of, keys_in
 from tests.test_pipeline.command import done
@@ -55,20 +55,14 @@ def read(cell: str) -> object:
 @pytest.mark.parametrize("name", ["train", "finetune"])
 def test_defaults_are_those_of_the_code(name):
     """What a preset does not change has an empty cell there."""
-    if name == "train":
-        default, paper = (resolve_settings(TrainConfig(preset=preset), n_classes=40) for preset in ("default", "paper"))
-        config = TrainConfig()
-    else:
-        default, paper = (resolve_recipe(FinetuneConfig(preset=preset), n_train=1) for preset in ("small", "paper"))
-        config = FinetuneConfig()
+    config, presets = (TrainConfig(), TRAIN_PRESETS) if name == "train" else (FinetuneConfig(), FINETUNE_PRESETS)
     for key, (small, large, _) in rows_of(name).items():
         if key in ("seeds", "variants"):
             continue
-        resolved = getattr(config, key) is None and hasattr(default, key)
-        value = getattr(default if resolved else config, key)
+        value = getattr(config, key)
         assert read(small) == shown(value), key
-        other = getattr(paper, key) if resolved else value
-        assert (read(large) if large else shown(value)) == (shown(other)), key
+        other = presets["paper"].get(key, value)
+        assert (read(large) if large else shown(value)) == shown(other), key
 
 
 @pytest.mark.parametrize(("page", "code"), TOML, ids=[f"{page}-{n}" for n, (page, _) in enumerate(TOML)])

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError, RunConfig, load_config
+from stages.config import TrainConfig
+from stages.training.recipes import resolve_settings
 
 STUDY = """
 name = "toy"
@@ -67,6 +69,23 @@ def test_variants_change_train_and_nothing_else(study, tmp_path):
     assert variants["dense"].experts == 1
     assert variants["dense"].epochs == 3
     assert variants["dense"].grouping == str(tmp_path / "groups.json")
+
+
+def test_a_variants_preset_is_below_what_train_gives_and_not_below_its_defaults(study):
+    variants = load_config(
+        study("\n[[variants]]\nname = 'paper'\nset = { train.preset = 'paper' }\n"), ["train.lr=1e-5"]
+    ).variant_configs()
+    settings = resolve_settings(variants["paper"], 4)
+    assert (settings.lr, settings.epochs) == (1e-5, resolve_settings(TrainConfig(preset="paper"), 4).epochs)
+
+
+def test_what_is_recorded_gives_the_same_study(study):
+    config = load_config(study("[finetune]\njoint = 0\n"), ["train.preset=paper", "train.epochs=8"])
+    said = config.to_dict()
+    assert (said["train"]["epochs"], said["train"]["lr"], said["finetune"]["epochs"]) == (8, None, None)
+    again = RunConfig.model_validate(json.loads(json.dumps(said)))
+    assert again.to_dict() == said
+    assert resolve_settings(again.train, 4) == resolve_settings(config.train, 4)
 
 
 def test_variant_keys_without_quotes_mean_the_same(study):
@@ -293,7 +312,16 @@ def test_override_refused(study, override, message):
         ("[[variants]]\nname = 'k'\nset = {}\nseeds = 0", "toy.toml: variants.k.seeds: 0 given, must be a list"),
         (
             "[train]\nalpha_min = 0.5\nalpha_max = 0.5",
-            "toy.toml: train.alpha_min: 0.5 given, must be less than alpha_max = 0.5 for mixup = 'dynamic'",
+            "toy.toml: train.alpha_min: 0.5 given, must be below alpha_max = 0.5",
+        ),
+        ("[train]\nalpha_max = 0.1", "toy.toml: train.alpha_min: 0.1 given, must be below alpha_max = 0.1"),
+        (
+            '[finetune]\nbeta = "dynamic"\nalpha_min = 0.8',
+            "toy.toml: finetune.alpha_min: 0.8 given, must be below alpha_max = 0.8",
+        ),
+        (
+            "[[variants]]\nname = 'k'\nset = { train.alpha_min = 0.9 }",
+            "toy.toml: variants.k.set.train.alpha_min: 0.9 given, must be below alpha_max = 0.8",
         ),
         ("[backbone]\nmean = [0.5, 0.5]", "toy.toml: backbone.mean: [0.5, 0.5] given, must have 3 values"),
         ("x = [}", "toy.toml: not valid TOML: Invalid value (at line "),

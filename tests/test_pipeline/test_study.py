@@ -575,7 +575,6 @@ def test_refused_before_anything_is_done(setting, said, home, tmp_path):
         ("train.experts=4", "train.experts: 4 experts for 3 classes: give at most 3"),
         ("train.grouping={tmp}/no.json", "train.grouping: {tmp}/no.json cannot be read"),
         ("train.grouping={tmp}/groups.json", "train.grouping: {tmp}/groups.json: 2 classes without a group"),
-        ("train.alpha_min=0.9", "train.alpha_min: 0.9 given, must be below alpha_max = 0.8"),
     ],
 )
 def test_training_settings_that_do_not_fit_the_data(setting, said, tiny, tmp_path):

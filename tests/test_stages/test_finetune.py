@@ -221,11 +221,3 @@ def test_images_that_are_gone_are_named(tune, few_images):
 def test_a_folder_without_a_head_is_said(tmp_path):
     with pytest.raises(InputError, match="holds no whole fine-tuned head: run make finetune"):
         read_finetuned_head(tmp_path)
-
-
-def test_recipes_by_the_number_of_images():
-    small, paper = resolve_recipe(FinetuneConfig(), 49_999), resolve_recipe(FinetuneConfig(), 50_000)
-    assert (small.mixup, small.rand_augment, small.layer_decay) == (0.0, "", 0.75)
-    assert (paper.mixup, paper.cutmix, paper.warmup_epochs) == (0.8, 1.0, 10)
-    assert resolve_recipe(FinetuneConfig(preset="paper", mixup=0.0), 10).mixup == 0.0
-    assert resolve_recipe(FinetuneConfig(preset="small"), 10**6) == small

@@ -57,7 +57,7 @@ def fit(data, backbone, tmp_path_factory):
     def fit(data=data, groups=(0, 0, 1, 1), seed=0, progress=None, checkpoint=None, rows=None, **settings):
         fold = data.split.folds[0]
         rows = fold.train if rows is None else rows
-        chosen = resolve_settings(TwoEpochs(**settings), data.n_classes)
+        chosen = resolve_settings(TrainConfig(**{"experts": 2, "epochs": 2} | settings), data.n_classes)
         store = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint or new())
         mixture = start_mixture(data, rows, groups, chosen, backbone.end, seed)
         return train_mixture(mixture, data, rows, chosen, seed, store, Context(progress or NullProgress()))
@@ -68,11 +68,6 @@ def fit(data, backbone, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(fit):
     return fit()
-
-
-class TwoEpochs(TrainConfig):
-    experts: int = 2
-    epochs: int = 2
 
 
 def bits(trained) -> dict[str, bytes]:
@@ -539,23 +534,6 @@ def test_one_expert_has_nothing_other(fit, data):
     out = trained.mixture(read_tokens(data.train, np.arange(5)))
     assert torch.isinf(out.other).all()
     assert torch.isfinite(out.logits).all()
-
-
-def test_settings_are_resolved():
-    default = resolve_settings(TrainConfig(), n_classes=100)
-    assert (default.experts, default.lr, default.alpha_min, default.alpha_max) == (4, 1e-5, 0.1, 0.8)
-    paper = resolve_settings(TrainConfig(preset="paper", head_lr=1e-2), n_classes=1000)
-    assert (paper.experts, paper.lr, paper.head_lr, paper.label_smoothing) == (7, 3.5e-5, 1e-2, 0.1)
-    assert paper.alpha_min < paper.alpha_max
-    assert (default.ema, paper.ema, default.expert, default.patience) == (0.99, 0.0, "end", None)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.9, None)])
-def test_equal_alphas_are_not_dynamic(low, high):
-    with pytest.raises(InputError, match=r'train\.alpha_min: 0\.\d given, must be below alpha_max.*mixup = "static"'):
-        resolve_settings(TrainConfig(alpha_min=low, alpha_max=high), 4)
-    static = resolve_settings(TrainConfig(mixup="static", alpha_min=low, alpha_max=high), 4)
-    assert static.alpha_max == static.alpha_min == low
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

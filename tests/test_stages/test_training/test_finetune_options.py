@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from stages import finetune as finetune_module
-from stages.config import FinetuneConfig
 from stages.context import Context
 from stages.errors import InputError, StageError
 from stages.networks.surgery import freeze_first
@@ -26,7 +25,7 @@ from stages.training.identity import read_finetuned_head
 from stages.training.images import ImageTrainer
 from stages.training.objectives import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
 from stages.training.optim import NetworkSchedule, network_optimiser
-from stages.training.recipes import FinetuneSettings, resolve_recipe
+from stages.training.recipes import FinetuneSettings
 from tests.test_stages.drawn import create
 from tests.test_stages.small_vit import NAME, metrics, tune
 from tests.test_stages.stops import StopsAt, StopsIn
@@ -164,7 +163,7 @@ def test_the_head_alone_comes_first(run, vit, tmp_path):
     state, before = load_checkpoint(path)["training"]["objective"], build_model(vit).state_dict()
     for name, tensor in before.items():
         assert torch.equal(state[f"model.{name}"], tensor), name
-    assert metrics(tmp_path)[0]["lr"] == FinetuneSettings.head_lr
+    assert metrics(tmp_path)[0]["lr"] == FinetuneSettings().head_lr
     after = backbone_of(run(tmp_path, head_epochs=1, epochs=3))
     assert not torch.equal(after["blocks.5.mlp.fc1.weight"], before["blocks.5.mlp.fc1.weight"])
     assert metrics(tmp_path)[1]["lr"] < 1e-3  # on the cosine that begins when the backbone is trained
@@ -217,12 +216,12 @@ def test_no_better_epoch_for_too_long_ends_it(run, monkeypatch):
 
 def test_difficulty_makes_harder_classes_mix_more(run):
     folder = run(beta="dynamic", epochs=3)
-    first, *later = metrics(folder)
-    assert set(first["alpha"]) == {FinetuneSettings.alpha_min}  # nothing is known yet, so all are alike
+    (first, *later), settings = metrics(folder), FinetuneSettings()
+    assert set(first["alpha"]) == {settings.alpha_min}  # nothing is known yet, so all are alike
     for before, record in zip([first, *later], later, strict=False):
         order = np.argsort(before["accuracy"])
         assert (np.diff(np.asarray(record["alpha"])[order]) <= 0).all()
-    assert max(later[-1]["alpha"]) == FinetuneSettings.alpha_max
+    assert max(later[-1]["alpha"]) == settings.alpha_max
     assert "alpha" not in metrics(run(epochs=1))[0]
 
 
@@ -298,40 +297,3 @@ def test_diverged_it_keeps_the_last_good_checkpoint_and_says_so(run, tmp_path, m
     assert f"in epoch 1; the checkpoint of epoch 0, the last good one, is kept in {checkpoint}" in str(error.value)
     assert [record["epoch"] for record in metrics(tmp_path)] == [0]
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(checkpoint)["best"].values())
-
-
-# -------------------------------------------------------------------------------------------------------- the recipes
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"head_epochs": 10}, r"head_epochs: 10 given, must be below epochs = 10"),
-        ({"accumulate": 5, "batch_size": 4}, r"accumulate: 5 passes given for a batch of 4"),
-        ({"beta": "dynamic", "alpha_min": 0.9}, r"alpha_min: 0\.9 given, must be below alpha_max = 0\.8"),
-        ({"freeze": 1, "joint": 1}, r"freeze: joint says already"),
-    ],
-)
-def test_settings_that_contradict_each_other(settings, message):
-    with pytest.raises(InputError, match=message):
-        resolve_recipe(FinetuneConfig(**settings), 100)
-
-
-def test_the_papers_recipe():
-    paper = resolve_recipe(FinetuneConfig(preset="paper"), 10)
-    assert (paper.epochs, paper.warmup_epochs, paper.layer_decay, paper.weight_decay) == (100, 10, 0.75, 0.05)
-    assert (paper.rand_augment, paper.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
-    assert (paper.mixup, paper.cutmix, paper.label_smoothing, paper.beta) == (0.8, 1.0, 0.1, "static")
-
-
-def test_dynamic_turns_mixup_on_where_nothing_mixes():
-    assert not resolve_recipe(FinetuneConfig(), 10).mixes
-    assert resolve_recipe(FinetuneConfig(beta="dynamic"), 10).mixup > 0
-    both = resolve_recipe(FinetuneConfig(beta="dynamic", cutmix=1.0), 10)
-    assert (both.mixup, both.cutmix) == (0.0, 1.0)
-
-
-def test_where_it_works_is_no_part_of_what_it_makes():
-    assert resolve_recipe(FinetuneConfig(workers=3, seeds=[1], variants=["default"]), 10) == resolve_recipe(
-        FinetuneConfig(), 10
-    )
