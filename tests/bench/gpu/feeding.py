@@ -54,6 +54,7 @@ def extraction(bench: Bench, name: str, large: bool = False) -> None:
     folder, model = jpegs(bench, n), network(config)
     backbone = placed(copy.deepcopy(model), config, bench.device, precision="float16")
     stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
+    bench.measure("images of a pass, as memory allows", backbone.batch)
     limit = forward_rate(bench, backbone, backbone.encode)
     bench.measure("bare forward, autocast to float16", limit, "images/s")
     for patches in ("full", "none"):

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from stages.context import Context
-from stages.training.distributed import Joined, init_from_environment, leave
+from stages.training.distributed import JOINED_BY, Joined, init_from_environment, leave
 from tests.bench.gpu.runner import ROOT
 from tests.bench.gpu.step import SIZES, Bench, NotRun
 from tests.bench.gpu.subjects import named_network
@@ -22,7 +22,7 @@ JOIN_S = 180.0  # in which all processes have to be done, where nobody stops the
 
 def one_process(bench: Bench) -> None:
     """What processes do together, by one that has joined nobody; the loss of a training is that of one that has not."""
-    backend = "nccl" if bench.device == "cuda" else "gloo"
+    backend = JOINED_BY if bench.device == "cuda" else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
         ranks = Joined(0, 1)

@@ -56,6 +56,15 @@ STEPS: tuple[Step, ...] = (
         )
         for name in ("conv", "small")
     ),
+    *(
+        Step(
+            f"same training: {NAMES[name]}",
+            "a mixture that is trained again has the same bits, in half precision and in full",
+            f"{HERE}.training:same_bits",
+            {"name": name},
+        )
+        for name in ("small", "conv")
+    ),
     Step("FAISS", "its search on GPUs is the flat one of the CPU; queries a second", f"{HERE}.search:search"),
     *(
         Step(

@@ -78,6 +78,19 @@ def mixture(bench: Bench, name: str) -> None:
     speed(bench, subject)
 
 
+def same_bits(bench: Bench, name: str) -> None:
+    """Train twice, and count weights that are not the same bits."""
+    subject = Subject(bench, named_network(bench, name))
+    rows, context = subject.some_rows, Context(device=bench.device)
+    for precision in LOSS_TOLERANCES:
+        once, again = (
+            subject.train(rows, subject.data, context, experts=2, precision=precision).mixture.state_dict()
+            for _ in range(2)
+        )
+        differ = sum(int((once[name] != again[name]).sum()) for name in once)
+        bench.measure(f"{precision}: weights that differ", differ, at_most=0)
+
+
 def speed(bench: Bench, subject: Subject) -> None:
     """Rows a second that experts get: in epochs, and in bare steps of one expert on tokens in memory."""
     data = one_held_out(subject.data)
