@@ -34,6 +34,7 @@ from cache import (
 from stages.config import BackboneConfig
 from stages.extraction.begun import as_begun
 from stages.extraction.changes import Changes, ImagesOfNow, compare_versions, listing_of, without_damage
+from stages.extraction.decoding import decoding_processes
 from stages.extraction.fill import Maker, Work, begin_version, fill, made_with
 from stages.extraction.shards import Mapper, ShardDone, ShardTask, extract_shard, make_shards
 from stages.inputs.arrays import ArrayTable
@@ -276,7 +277,11 @@ def _image_maker(
         loaded = backbone()
         _check_decode(loaded)
         tasks = (_task(builder, plan, loaded, images) for plan in pending)
-        return mapper(extract_shard, tasks) if mapper else make_shards(tasks, loaded)
+        if mapper:
+            return mapper(extract_shard, tasks)
+        n_images = sum(map(len, pending))
+        processes = decoding_processes(loaded.device.type, loaded.config.decode, images.samples.contents, n_images)
+        return make_shards(tasks, loaded, processes=processes)
 
     return make
 

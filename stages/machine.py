@@ -7,6 +7,8 @@ import ctypes
 import os
 import sys
 from functools import cache
+from multiprocessing import parent_process
+from threading import Thread
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 
@@ -23,6 +25,18 @@ def default_device() -> str:
     import torch  # not before somebody runs a network
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is killed, and cannot end it itself."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 @cache

@@ -3,9 +3,9 @@
 ::
 
     images ── Reader ──> pixels ── Encoder ──> rows of a shard ── Writer ──> shard on disk
-              threads    a few     threads     in the cache's     thread
-                         batches               own dtype
-                         ahead, no more
+            threads or   a few     threads     in the cache's     thread
+            processes   batches                own dtype
+                        ahead, no more
 
 The work item is a shard: any process that can read the images makes it, alone, and the same bits come out. For that,
 every forward pass has the same number of images and one thread; the cores are used by passes side by side.
@@ -14,7 +14,7 @@ every forward pass has the same number of images and one thread; the cores are u
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -27,8 +27,9 @@ from torch import Tensor
 from cache import FeatureCache, FeatureSpec, InputTable, ShardPlan
 from stages.config import BackboneConfig
 from stages.errors import StageError
+from stages.extraction.decoding import Decoders, DecodingProcesses, DecodingThreads
 from stages.extraction.encoder import Encoder
-from stages.extraction.gpu_jpeg import decode_left
+from stages.extraction.gpu_jpeg import DecodedImage, decode_left
 from stages.extraction.reader import Reader, ReadImage
 from stages.extraction.writer import Writer
 from stages.inputs.images import ImageReader
@@ -104,7 +105,9 @@ def _older_version(path: str, identity: str) -> FeatureCache:
     return cache
 
 
-def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) -> Iterator[ShardDone]:
+def make_shards(
+    tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2, processes: int = 0
+) -> Iterator[ShardDone]:
     """Make shards one after the other, reporting after every batch; all are on disk when this is exhausted.
 
     While a shard is written batches that were begun go on, but no more: a kill costs at most one shard and these.
@@ -114,6 +117,7 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) 
         tasks: in the order in which they are begun.
         backbone: makes their features.
         ahead: batches that are decoded while all passes compute.
+        processes: that decode, see `decoding_processes`; 0: threads of this one.
     """
     batches: deque[tuple[Future[ShardDone], _Shard | None]] = deque()  # with the shard that is complete by then
     written: Future[None] | None = None
@@ -124,7 +128,6 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) 
         n_passes = threads if backbone.device.type == "cpu" else _GPU_PASSES
         writer = stack.enter_context(ThreadPoolExecutor(1))
         passes = stack.enter_context(_pool(n_passes, lambda: torch.set_num_threads(COMPUTE_THREADS)))
-        decoders = stack.enter_context(_pool(max(2, usable_cores())))
 
         def finish(most: int) -> Iterator[ShardDone]:
             nonlocal written
@@ -141,18 +144,26 @@ def make_shards(tasks: Iterable[ShardTask], backbone: Backbone, ahead: int = 2) 
             if encoder is None or encoder.spec != task.spec:
                 encoder = Encoder(backbone, task.spec)
                 passes.submit(encoder.compile).result()
+                decoders = stack.enter_context(_decoders(processes, encoder, n_passes + ahead + 1))
             shard = _Shard(task, encoder, Reader(task.reader, backbone.preprocessing))
             todo = np.flatnonzero(task.older_rows < 0)
             groups = [todo[start : start + encoder.batch] for start in range(0, len(todo), encoder.batch)]
             batches.append((passes.submit(shard.take_over), None if groups else shard))
             yield from finish(n_passes + ahead if groups else 0)
             for group in groups:
-                images = [decoders.submit(shard.reader.read, int(index)) for index in group]
+                images = decoders.begin(shard.reader, group.tolist())
                 batches.append((passes.submit(shard.compute, group, images), shard if group is groups[-1] else None))
                 yield from finish(n_passes + ahead)
         yield from finish(0)
         if written is not None:
             written.result()
+
+
+def _decoders(processes: int, encoder: Encoder, at_once: int) -> Decoders:
+    """Those that give an encoder its images, that many batches at once."""
+    if processes:
+        return DecodingProcesses(processes, encoder.backbone.preprocessing, encoder.batch, at_once)
+    return DecodingThreads(max(2, usable_cores()))
 
 
 @contextmanager
@@ -194,11 +205,13 @@ class _Shard:
             self._writer.add_digests(at, older.image_hashes[rows])
         return ShardDone(len(at), 0)
 
-    def compute(self, rows: NDArray[np.int64], images: Sequence[Future[ReadImage]]) -> ShardDone:
-        """One forward pass of the images that can be used."""
-        read = decode_left(
-            [image.result() for image in images], self._encoder.backbone.preprocessing, self._encoder.backbone.device
-        )
+    def compute(self, rows: NDArray[np.int64], images: AbstractContextManager[list[ReadImage]]) -> ShardDone:
+        """One forward pass of the images that can be used; their memory is free when it returns."""
+        with images as read:
+            backbone = self._encoder.backbone
+            return self._compute(rows, decode_left(read, backbone.preprocessing, backbone.device))
+
+    def _compute(self, rows: NDArray[np.int64], read: Sequence[DecodedImage]) -> ShardDone:
         digests = np.frombuffer(b"".join(image.digest for image in read), np.uint8)
         self._writer.add_digests(rows, digests.reshape(-1, 32))
         used, tensors = [], []

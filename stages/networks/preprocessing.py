@@ -35,10 +35,12 @@ class Preprocessing:
 
     Attributes:
         decode: the same.
+        shape: ``(3, H, W)`` of pixels.
     """
 
     def __init__(self, data_config: Mapping[str, Any], decode: str) -> None:
         self.decode = decode
+        self.shape: tuple[int, int, int] = tuple(data_config["input_size"])
         self._side: float = data_config["input_size"][-1] / data_config["crop_pct"]
         self._pixels: Callable[[Any], Tensor] = timm.data.create_transform(**data_config, normalize=False)
         self._mean, self._std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))

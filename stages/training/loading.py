@@ -1,9 +1,7 @@
 """Images to train on and to judge by: decoded and augmented, in this process or in others in the background."""
 
-import os
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +15,7 @@ from stages.errors import InputError
 from stages.id_data.rows import Labels
 from stages.id_data.split import Rows
 from stages.inputs.images import ImageError, SampleTable, decode_image
-from stages.machine import usable_cores
+from stages.machine import end_with_parent, usable_cores
 from stages.training.augment import seed_generators
 
 _WORTH_WORKERS = 4096  # images: with fewer to load in all, starting processes takes longer than they save
@@ -101,7 +99,7 @@ class ImageLoader:
             context = get_context("forkserver")
             context.set_forkserver_preload(["stages.training.loading"])
             how = {"multiprocessing_context": context, "persistent_workers": True, "prefetch_factor": _AHEAD}
-            how |= {"worker_init_fn": _end_with_parent}
+            how |= {"worker_init_fn": _begin_worker}
         self._loader = DataLoader(
             _Images(sets), batch_sampler=self._asked, num_workers=workers, collate_fn=_collate, pin_memory=pin, **how
         )
@@ -121,16 +119,8 @@ class ImageLoader:
         return found
 
 
-def _end_with_parent(worker: int) -> None:
-    """Let a worker end when the process that trains is killed: torch looks at the server's number instead of its."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(0)
-
-    Thread(target=wait, daemon=True).start()
+def _begin_worker(worker: int) -> None:
+    end_with_parent()  # torch looks at the server's number instead of the training process's
 
 
 class _Asked:

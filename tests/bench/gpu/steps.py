@@ -94,4 +94,19 @@ STEPS: tuple[Step, ...] = (
         )
         for name, large in (("small", False), ("small", True))
     ),
+    Step(
+        "decoding: failures",
+        'with decode = "cuda" the same files cannot be used, for the same reasons, as by Pillow',
+        "tests.bench.gpu.decoding:failures",
+    ),
+    Step(
+        "decoding: features",
+        'with decode = "cuda" features are those by Pillow but for a few values of a pixel',
+        "tests.bench.gpu.decoding:changes",
+    ),
+    Step(
+        "decoding: speed",
+        "images a second from JPEG files, by nvJPEG and by all cores",
+        "tests.bench.gpu.decoding:speed",
+    ),
 )

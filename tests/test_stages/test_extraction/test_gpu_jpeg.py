@@ -19,7 +19,6 @@ from stages.networks.preprocessing import Preprocessing
 from tests.test_stages.jpegs import damaged, encode, odd, photo, plain, turned
 from tests.test_stages.test_networks.test_preprocessing import CENTRE
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
 CPU = torch.device("cpu")
 DEVICES = [
     CPU,

@@ -1,0 +1,91 @@
+"""Who decodes: threads or processes, the same images, digests and reasons; when processes are worth it."""
+
+import os
+import signal
+from typing import NamedTuple
+
+import pytest
+
+from stages.errors import StageError
+from stages.extraction.decoding import DecodingProcesses, DecodingThreads, decoding_processes
+from stages.extraction.reader import Reader
+from stages.extraction.shards import make_shards
+from stages.inputs.images import ImageReader, list_images
+from stages.inputs.images.table import FileRange
+from tests.test_stages.test_extraction.digits import BROKEN, extract, files, write_images
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def contents(decoders, reader, batches):
+    """What is decoded of each image: digest, and pixels or the reason."""
+    found = []
+    with decoders:
+        begun = [decoders.begin(reader, rows) for rows in batches[:2]]
+        for rows in [*batches[2:], None, None]:
+            with begun.pop(0) as read:
+                found += [(digest, c if isinstance(c, str) else c.tolist()) for digest, c in read]
+            if rows is not None:
+                begun.append(decoders.begin(reader, rows))
+    return found
+
+
+def test_processes_decode_as_threads_do(images, backbone):
+    """Forty images in batches of 9, more of them than are in memory at once."""
+    samples = list_images(str(images))
+    reader, batches = Reader(samples.reader(), backbone.preprocessing), []
+    for start in range(0, len(samples), 9):
+        batches.append(list(range(start, min(start + 9, len(samples)))))
+    threads = contents(DecodingThreads(3), reader, batches)
+    processes = contents(DecodingProcesses(2, backbone.preprocessing, 9, ahead=2), reader, batches)
+    assert processes == threads
+    assert sum(isinstance(content, str) for _, content in threads) == len(BROKEN)
+
+
+def test_a_cache_has_the_same_bytes_whoever_decodes(images, backbone, tmp_path):
+    def by_processes(_, tasks):
+        return make_shards(tasks, backbone, processes=2)
+
+    threads = extract(images, tmp_path / "threads", backbone)
+    assert files(extract(images, tmp_path / "processes", backbone, mapper=by_processes).path) == files(threads.path)
+
+
+class Deadly(NamedTuple):
+    """Bytes that cost the process that reads them its life, as a system without memory does."""
+
+    def read(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_said(backbone):
+    reader = Reader(ImageReader([Deadly()]), backbone.preprocessing)
+    with (
+        DecodingProcesses(1, backbone.preprocessing, 8, ahead=1) as decoders,
+        pytest.raises(StageError, match="a process that decodes images has ended"),
+        decoders.begin(reader, [0]),
+    ):
+        pass
+
+
+FILES = [FileRange("a.jpg"), FileRange("b.tar", 512, 100)]
+
+
+@pytest.mark.parametrize(
+    ("device", "decode", "what", "n_images"),
+    [
+        ("cpu", "pil", FILES, 10**6),  # threads take what the network leaves
+        ("cuda", "cuda", FILES, 10**6),  # there is nothing to decode
+        ("cuda", "pil", FILES, 1000),  # they would start for longer than they help
+        ("cuda", "pil", [*FILES, b"P5 1 1 255 0"], 10**6),  # the bytes themselves would travel
+    ],
+)
+def test_threads_decode_where_processes_do_not_pay(device, decode, what, n_images):
+    assert decoding_processes(device, decode, what, n_images) == 0
+
+
+def test_a_gpu_is_fed_by_a_process_for_each_core():
+    assert decoding_processes("cuda", "pil", FILES, 10**5) == len(os.sched_getaffinity(0))
+    assert decoding_processes("cuda", "draft", FILES, 10**5) > 0
