@@ -22,8 +22,9 @@ What an expert is made of. All but the heads and the router start so that the fe
 MOS: Huang and Li, "MOS: Towards Scaling Out-of-distribution Detection for Large Semantic Space", CVPR 2021.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ from torch.nn import functional as F
 
 from stages.errors import InputError
 from stages.mixture.config import MixtureConfig
+from stages.networks.stacked import Stacked
 from stages.networks.tokens import Tokens
+from stages.networks.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,20 @@ class MixtureOutput:
     def load(self) -> Tensor:
         """``[E]`` rows that each expert got."""
         return torch.bincount(self.expert, minlength=self.gate.shape[1])
+
+
+class Refinement(NamedTuple):
+    """What experts make of rows that are in the order of their experts.
+
+    Attributes:
+        rows: which of them.
+        features: ``[n, D]``.
+        outputs: ``[n, O]`` of the expert's head, O of the longest here; a shorter one ends in very negative ones.
+    """
+
+    rows: slice
+    features: Tensor
+    outputs: Tensor
 
 
 class Adapter(nn.Module):
@@ -99,9 +116,13 @@ class DenseEnd(nn.Module):
         self.ends = nn.ModuleList(ends)
         drawn = torch.rand(len(ends), config.dim, generator=torch.Generator().manual_seed(0)) + 0.5
         self.register_buffer("share", drawn / drawn.sum(0))  # (copies, D)
+        self.stacked = Stacked(ends, reads_patches=True)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Tap tokens to refined ``cls``, ``[B, D]``."""
+        copies = range(len(self.ends))
+        if self.stacked.is_used([len(tokens)] * len(copies), lambda: tokens[:1]):
+            return (self.share[:, None] * self.stacked(copies, tokens, shared=True)).sum(0)
         return sum(share * end(tokens) for share, end in zip(self.share, self.ends, strict=True))
 
 
@@ -183,10 +204,14 @@ class MixtureOfFeatureExperts(nn.Module):
         config: its shape.
         router: of the same.
         experts: one a group.
+
+    Attributes:
+        stacked: the experts as one network, which a GPU computes sooner than one after another.
     """
 
     group: Tensor
     column: Tensor
+    n_outputs: Tensor
 
     def __init__(self, config: MixtureConfig, router: Router, experts: Sequence[Expert]) -> None:
         super().__init__()
@@ -198,6 +223,9 @@ class MixtureOfFeatureExperts(nn.Module):
         # The output of its expert's head that stands for each class.
         column = [sum(g == groups[c] for g in groups[:c]) for c in range(len(groups))]
         self.register_buffer("column", torch.as_tensor(column), persistent=False)  # (C,)
+        n_outputs = [config.n_outputs(number) for number in range(config.n_experts)]
+        self.register_buffer("n_outputs", torch.as_tensor(n_outputs), persistent=False)  # (E,)
+        self.stacked = Stacked(experts, "patches" in config.reads)
 
     @property
     def n_experts(self) -> int:
@@ -213,6 +241,8 @@ class MixtureOfFeatureExperts(nn.Module):
         self.experts = nn.ModuleList(self.experts[expert] for expert in np.argsort(number))
         self.config = replace(self.config, groups=tuple(number[group] for group in self.config.groups))
         self.group = torch.as_tensor(np.asarray(number), device=self.group.device)[self.group]
+        self.n_outputs = self.n_outputs[torch.as_tensor(np.argsort(number), device=self.group.device)]
+        self.stacked = Stacked([*self.experts], "patches" in self.config.reads)
 
     def class_logits(self, tokens: Tokens) -> Tensor:
         """The router's logits ``[B, C]``."""
@@ -233,27 +263,92 @@ class MixtureOfFeatureExperts(nn.Module):
         """
         gate, probability = self.route(tokens)
         chosen = gate.argmax(1) if expert is None else expert
+        order = chosen.argsort(stable=True)
+        counts = (chosen[:, None] == torch.arange(self.n_experts, device=chosen.device)).sum(0)
         features = torch.zeros_like(tokens.cls)
         logits = torch.full_like(probability, -torch.inf)
         other = torch.full_like(probability[:, 0], -torch.inf)
-        for index, module in enumerate(self.experts):
-            rows = torch.nonzero(chosen == index).flatten()
-            if len(rows) == 0:
-                continue
-            refined, outputs = module(tokens[rows])
-            classes = self.classes_of(index)
-            features = features.index_copy(0, rows, refined)
-            logits = logits.index_put((rows[:, None], classes[None]), outputs[:, : len(classes)])
-            if outputs.shape[1] > len(classes):
-                other = other.index_copy(0, rows, outputs[:, -1])
+        for part in self.refine(counts.tolist(), lambda rows: tokens[order[rows]]):
+            rows = order[part.rows]
+            own = chosen[rows]
+            last = self.n_outputs[own][:, None] - 1
+            column = self.column.minimum(last)  # of classes of other groups: any
+            of_classes = part.outputs.gather(1, column).where(self.group == own[:, None], -torch.inf)
+            features = features.index_copy(0, rows, part.features)
+            logits = logits.index_copy(0, rows, of_classes)
+            if self.config.has_other:
+                other = other.index_copy(0, rows, part.outputs.gather(1, last)[:, 0])
         return MixtureOutput(features, logits, other, chosen, gate, probability)
 
-    def class_targets(self, labels: Tensor, expert: int, smoothing: float = 0.0) -> Tensor:
-        """Soft targets ``[B, n_outputs]`` of one expert's head; a class outside its group is "other"."""
-        outputs = self.config.n_outputs(expert)
-        inside = self.group[labels] == expert
-        index = torch.where(inside, self.column[labels], outputs - 1)
-        return F.one_hot(index, outputs).float() * (1 - smoothing) + smoothing / outputs
+    def refine(self, counts: Sequence[int], take: Callable[[Any], Tokens]) -> Iterator[Refinement]:
+        """Run each expert on rows of its own, which stand in the order of the experts.
+
+        One expert after another; on a GPU, where it pays (`stages.networks.stacked.pays`), all at once on rows that are
+        padded to the most that one expert has. An expert without rows is left out either way.
+
+        Args:
+            counts: ``[E]`` rows of each expert.
+            take: gives tokens by numbers of rows, a slice or a tensor; a row is asked for when its expert runs.
+        """
+        if self.stacked.is_used(counts, lambda: take(slice(0, 1))):
+            yield self._refine_at_once(counts, take)
+            return
+        start = 0
+        for number, count in enumerate(counts):
+            if count:
+                rows = slice(start, start + count)
+                yield Refinement(rows, *self.experts[number](take(rows)))
+                start += count
+
+    def _refine_at_once(self, counts: Sequence[int], take: Callable[[Any], Tokens]) -> Refinement:
+        busy = np.flatnonzero(counts)
+        sizes, device = np.asarray(counts)[busy, None], self.group.device
+        place = np.arange(sizes.max())  # among the rows of an expert, whose last one pads
+        rows = np.cumsum(sizes)[:, None] - sizes + np.minimum(place, sizes - 1)
+        given = to_device(torch.from_numpy(np.flatnonzero(place < sizes)), device)
+        numbers = to_device(torch.from_numpy(rows.flatten()), device)
+        tokens = take(numbers).map(lambda x: x.unflatten(0, rows.shape))
+        features, outputs = self.stacked(busy.tolist(), tokens)
+        absent = (
+            torch.arange(outputs.shape[2], device=device) >= self.n_outputs[torch.from_numpy(busy).to(device), None]
+        )
+        outputs = outputs.masked_fill(absent[:, None], torch.finfo(outputs.dtype).min / 2)
+        features, outputs = (each.flatten(0, 1).index_select(0, given) for each in (features, outputs))
+        return Refinement(slice(0, len(given)), features, outputs)
+
+    def class_targets(self, labels: Tensor, expert: int | Tensor, smoothing: float = 0.0) -> Tensor:
+        """Soft targets ``[B, O]`` of an expert's head; a class outside its group is "other".
+
+        Args:
+            labels: ``[B]`` classes.
+            expert: of all rows; or ``[B]`` of each, O being that of the longest head.
+            smoothing: of labels.
+        """
+        if isinstance(expert, int):
+            every = torch.full_like(labels, expert)
+            return self.class_targets(labels, every, smoothing)[:, : self.config.n_outputs(expert)]
+        n_outputs = self.n_outputs[expert]
+        index = torch.where(self.group[labels] == expert, self.column[labels], n_outputs - 1)
+        return self.smooth(F.one_hot(index, self._most_outputs).float(), expert, smoothing)
+
+    def group_targets(self, targets: Tensor, expert: Tensor) -> Tensor:
+        """Targets ``[B, C]`` of rows, each within the group of its ``[B]`` expert, as ``[B, O]`` of that one's head."""
+        class_of = self.group.new_full((self.n_experts, self._most_outputs), -1)
+        class_of = class_of.index_put((self.group, self.column), torch.arange(len(self.group), device=targets.device))[
+            expert
+        ]
+        return targets.gather(1, class_of.clamp(min=0)).where(class_of >= 0, 0)
+
+    def smooth(self, targets: Tensor, expert: Tensor, smoothing: float) -> Tensor:
+        """Label smoothing of targets ``[B, O]`` over the outputs that each row's expert has."""
+        n_outputs = self.n_outputs[expert][:, None]
+        share = (smoothing / n_outputs.double()).to(targets.dtype)
+        has = torch.arange(targets.shape[1], device=targets.device) < n_outputs
+        return targets * (1 - smoothing) + share.where(has, 0)
+
+    @property
+    def _most_outputs(self) -> int:
+        return max(self.config.sizes) + int(self.config.has_other)
 
 
 def build_mixture(config: MixtureConfig, make_end: Callable[[], nn.Module]) -> MixtureOfFeatureExperts:

@@ -267,33 +267,33 @@ class CachedTrainer:
 
     def _forward(self, loaded: DrawnBatch) -> tuple[Tensor, Tensor]:
         """What is minimised, and ``[2]`` the experts' and the router's loss over this process's share, summed."""
-        mixture, (parts, routed) = self.mixture, loaded.draw.placed(loaded.columns)
-        tokens, truth = as_tokens(loaded.columns), loaded.columns["truth"]
+        mixture, tokens, truth = self.mixture, as_tokens(loaded.columns), loaded.columns["truth"]
+        rows = loaded.draw.placed(loaded.columns, mixture.n_experts)
+
+        def mixed(at: Any) -> Tokens:
+            lam = rows.lam[at]
+            return tokens[rows.own[at]].combine(tokens[rows.partners[at]], lambda x, y: interpolate(x, y, lam))
+
         with self._autocast:
+            targets = self._targets(rows, truth)
             expert_loss = torch.zeros((), device=self._device)
-            for part in parts:
-                if len(part.own) + len(part.other):
-                    both, targets = self._mixed(part, tokens, truth)
-                    _, outputs = mixture.experts[part.expert](both)
-                    expert_loss = expert_loss + soft_cross_entropy(outputs, targets)
-            logits = mixture.class_logits(tokens[routed])
-            router_loss = nn.functional.cross_entropy(logits, truth[routed], reduction="sum")
+            for made in mixture.refine(rows.counts, mixed):
+                own = targets[made.rows, : made.outputs.shape[1]]
+                expert_loss = expert_loss + soft_cross_entropy(made.outputs, own)
+            logits = mixture.class_logits(tokens[rows.routed])
+            router_loss = nn.functional.cross_entropy(logits, truth[rows.routed], reduction="sum")
         losses = torch.stack([expert_loss, router_loss])
         return self._scaler.scale(losses.sum() / len(loaded.batch.rows)), losses.detach().double()
 
-    def _mixed(self, part: PlacedRows, tokens: Tokens, truth: Tensor) -> tuple[Tokens, Tensor]:
-        """An expert's own rows mixed with their partners, and rows of other groups as they are, with soft targets."""
+    def _targets(self, rows: PlacedRows, truth: Tensor) -> Tensor:
+        """``[n, O]`` soft targets of the rows that experts learn from, as far as they weigh."""
         mixture, settings = self.mixture, self.settings
-        mixed = tokens[part.own].combine(tokens[part.partners], lambda x, y: interpolate(x, y, part.lam))
         own, partners = (
-            mixture.class_targets(truth[rows], part.expert, settings.label_smoothing)
-            for rows in (part.own, part.partners)
+            mixture.class_targets(truth[numbers], rows.expert, settings.label_smoothing)
+            for numbers in (rows.own, rows.partners)
         )
-        targets = interpolate(own, partners, part.lam)
-        if len(part.other) == 0:
-            return mixed, targets
-        weighted = settings.other_weight * mixture.class_targets(truth[part.other], part.expert)
-        return mixed.concatenate(tokens[part.other]), torch.cat([targets, weighted])
+        other = settings.other_weight * mixture.class_targets(truth[rows.own], rows.expert)
+        return torch.where(rows.is_other[:, None], other, interpolate(own, partners, rows.lam))
 
     # ------------------------------------------------------------------------------------------- what it came to
 

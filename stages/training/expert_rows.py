@@ -24,13 +24,24 @@ class ExpertRows(NamedTuple):
 
 
 class PlacedRows(NamedTuple):
-    """The same on the device where the expert learns, rows counted among those that were read."""
+    """All that experts learn, on the device where they do, in the order of the experts; rows of those that were read.
 
-    expert: int
+    Attributes:
+        counts: ``[E]`` rows of each expert, n in all.
+        own, partners: ``[n]`` rows and what they are mixed with; those of other groups with themselves.
+        lam: ``[n]`` their λ; 1 for those of other groups.
+        expert: ``[n]`` whose they are.
+        is_other: ``[n]`` which are of other groups.
+        routed: rows that the router learns from.
+    """
+
+    counts: list[int]
     own: Tensor
     partners: Tensor
-    other: Tensor
     lam: Tensor
+    expert: Tensor
+    is_other: Tensor
+    routed: Tensor
 
 
 class Draw(NamedTuple):
@@ -47,27 +58,34 @@ class Draw(NamedTuple):
     state: dict[str, Any]
 
     def columns(self, labels: Labels) -> dict[str, Tensor]:
-        """What is sent of it: where its rows stand among `needed`, their λ, and the labels of `needed`.
+        """What is sent of it: where its rows stand among `needed`, whose they are, their λ, and the labels of `needed`.
 
         Args:
             labels: ``[B]`` of the batch.
         """
-        rows = [own for part in self.parts for own in (part.own, part.partners, part.other)]
-        routed = np.sort(np.concatenate([part.own for part in self.parts]))
+        parts = self.parts
+        own = np.concatenate([rows for part in parts for rows in (part.own, part.other)])
+        partners = np.concatenate([rows for part in parts for rows in (part.partners, part.other)])
+        routed = np.sort(np.concatenate([part.own for part in parts]))
+        expert = np.repeat([part.expert for part in parts], [len(part.own) + len(part.other) for part in parts])
+        lam = [lam for part in parts for lam in (part.lam, np.ones(len(part.other), np.float32))]
+        is_other = [np.repeat([False, True], [len(part.own), len(part.other)]) for part in parts]
+        places = np.searchsorted(self.needed, np.concatenate([own, partners, routed]))
         return {
-            "places": torch.from_numpy(np.searchsorted(self.needed, np.concatenate([*rows, routed]))),
-            "lam": torch.from_numpy(np.concatenate([part.lam for part in self.parts])),
+            "places": torch.from_numpy(np.concatenate([places, expert])),
+            "lam": torch.from_numpy(np.concatenate(lam)),
+            "is_other": torch.from_numpy(np.concatenate(is_other)),
             "truth": torch.from_numpy(labels[self.needed]).long(),
         }
 
-    def placed(self, columns: dict[str, Tensor]) -> tuple[list[PlacedRows], Tensor]:
-        """The parts, and the rows that the router learns from, once `columns` are on the device."""
-        sizes = [len(own) for part in self.parts for own in (part.own, part.partners, part.other)]
-        n_routed = sum(len(part.own) for part in self.parts)
-        *places, routed = columns["places"].split([*sizes, n_routed])
-        lams = columns["lam"].split([len(part.lam) for part in self.parts])
-        ways = zip(self.parts, places[::3], places[1::3], places[2::3], lams, strict=True)
-        return [PlacedRows(part.expert, own, partners, other, lam) for part, own, partners, other, lam in ways], routed
+    def placed(self, columns: dict[str, Tensor], n_experts: int) -> PlacedRows:
+        """What `columns` says, once they are on the device."""
+        counts = [0] * n_experts
+        for part in self.parts:
+            counts[part.expert] = len(part.own) + len(part.other)
+        n, n_routed = sum(counts), sum(len(part.own) for part in self.parts)
+        own, partners, routed, expert = columns["places"].split([n, n, n_routed, n])
+        return PlacedRows(counts, own, partners, columns["lam"], expert, columns["is_other"], routed)
 
 
 def draw_rows(

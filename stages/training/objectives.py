@@ -181,19 +181,18 @@ class JointObjective(nn.Module):
         logits = self.model.get_classifier()(tokens.cls).float()
         loss = soft_cross_entropy(logits, smooth(mixed.targets, self._smoothing))
         loss = loss + soft_cross_entropy(mixture.class_logits(tokens).float(), mixed.targets)
-        for expert in range(mixture.n_experts):
-            # On the host: a GPU that is asked which rows these are stops the host until it has come so far.
-            found = drawn.group[place] == expert, drawn.chosen[expert, place], self.groups == expert
-            inside, outside, classes = (to_device(torch.from_numpy(np.flatnonzero(rows)), device) for rows in found)
-            if len(inside) + len(outside) == 0:
-                continue
-            # A row's partner is of the same group, so its targets lie within the expert's own outputs.
-            own = mixed.targets[inside][:, classes]
-            own = F.pad(own, (0, int(mixture.config.has_other)))
-            other = mixture.class_targets(mixed.labels[outside], expert)
-            targets = torch.cat([smooth(own, plan.label_smoothing), plan.other_weight * other])
-            _, outputs = mixture.experts[expert](tokens[torch.cat([inside, outside])])
-            loss = loss + soft_cross_entropy(outputs.float(), targets)
+        # Of each expert its own rows, then those of other groups. On the host: a GPU that is asked which rows these are
+        # stops the host until it has come so far.
+        inside = drawn.group[place] == np.arange(mixture.n_experts)[:, None]
+        learned = np.stack([inside, drawn.chosen[:, place]], axis=1)
+        expert, is_other, row = (to_device(torch.from_numpy(each), device) for each in np.nonzero(learned))
+        # A row's partner is of the same group, so its targets lie within the expert's own outputs.
+        own = mixture.smooth(mixture.group_targets(mixed.targets[row], expert), expert, plan.label_smoothing)
+        other = plan.other_weight * mixture.class_targets(mixed.labels[row], expert)
+        targets = torch.where(is_other[:, None] == 1, other, own)
+        for made in mixture.refine(learned.sum((1, 2)).tolist(), lambda at: tokens[row[at]]):
+            outputs = made.outputs.float()
+            loss = loss + soft_cross_entropy(outputs, targets[made.rows, : outputs.shape[1]])
         return loss, (logits.argmax(1) == mixed.labels).sum()
 
     def judge(self, images: Tensor, labels: Tensor) -> Judged:

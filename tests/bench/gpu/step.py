@@ -81,6 +81,7 @@ class Sizes:
         seconds: at least, of each thing that is timed over and over.
         digits: classes of scikit-learn's digits that mixtures are trained on.
         timed_epochs: of the mixture that is timed.
+        experts, batches: of which experts one after another and at once are timed.
         trained_rows: of the mixture whose loss is compared with the CPU's.
         tuned: images of the fine-tune whose loss is compared.
         timed_tuned: images of an epoch of the one that is timed.
@@ -101,6 +102,8 @@ class Sizes:
     listed: int = 4096
     seconds: float = 1.0
     digits: str = "0-6"
+    experts: tuple[int, ...] = (4, 8, 16)
+    batches: tuple[int, ...] = (64, 256)
     trained_rows: int = 384
     timed_epochs: int = 8
     tuned: int = 96
@@ -123,6 +126,8 @@ TINY = Sizes(
     listed=16,
     seconds=0.05,
     digits="0-1",
+    experts=(3,),
+    batches=(8,),
     trained_rows=48,
     timed_epochs=1,
     tuned=16,

@@ -65,6 +65,16 @@ STEPS: tuple[Step, ...] = (
         )
         for name in ("small", "conv")
     ),
+    *(
+        Step(
+            f"experts: {NAMES[name]}",
+            "experts that are stacked compute what they do one after another; rows a second both ways",
+            f"{HERE}.experts:compare",
+            {"name": name},
+            limit_s=60,
+        )
+        for name in ("conv", "small")
+    ),
     Step("FAISS", "its search on GPUs is the flat one of the CPU; queries a second", f"{HERE}.search:search"),
     *(
         Step(

@@ -40,12 +40,26 @@ def test_an_expert_learns_its_group_mixed_within_it_and_as_many_others():
 def test_what_is_sent_says_what_was_drawn(share):
     draw = drawn(share)
     sent = draw.columns(LABELS)
-    parts, routed = draw.placed(sent)
+    placed = draw.placed(sent, n_experts=3)
     np.testing.assert_array_equal(sent["truth"], LABELS[draw.needed])
-    for rows, placed in zip(draw.parts, parts, strict=True):
-        assert placed.expert == rows.expert
-        for name in ("own", "partners", "other"):
-            np.testing.assert_array_equal(draw.needed[getattr(placed, name)], getattr(rows, name))
-        np.testing.assert_array_equal(placed.lam, rows.lam)
+    assert placed.counts == [len(rows.own) + len(rows.other) for rows in draw.parts]
+    whole = {
+        name: getattr(placed, name).split(placed.counts) for name in ("own", "partners", "lam", "expert", "is_other")
+    }
+    for number, rows in enumerate(draw.parts):
+        one = {name: values[number].numpy() for name, values in whole.items()}
+        n_own, n_other = len(rows.own), len(rows.other)
+        np.testing.assert_array_equal(one["expert"], np.full(n_own + n_other, rows.expert))
+        np.testing.assert_array_equal(one["is_other"], [False] * n_own + [True] * n_other)
+        np.testing.assert_array_equal(draw.needed[one["own"]], [*rows.own, *rows.other])
+        np.testing.assert_array_equal(draw.needed[one["partners"]], [*rows.partners, *rows.other])
+        np.testing.assert_array_equal(one["lam"], [*rows.lam, *np.ones(n_other)])
     own = np.concatenate([rows.own for rows in draw.parts])
-    np.testing.assert_array_equal(draw.needed[routed], np.sort(own))
+    np.testing.assert_array_equal(draw.needed[placed.routed], np.sort(own))
+
+
+def test_an_expert_without_rows_is_counted():
+    draw = drawn(labels=LABELS[LABELS < 4])
+    counts = draw.placed(draw.columns(LABELS[LABELS < 4]), n_experts=3).counts
+    assert counts[2] == 0
+    assert min(counts[:2]) > 0
