@@ -61,6 +61,7 @@ def test_failures_say_why(found):
     assert found["raises"].said == "ValueError: the kernel"
     assert found["raises"].diagnostics[-2:] == ["ValueError: the kernel", "is not there"]
     assert found["hangs"].said == "it had 1 s to run"
+    assert any("in hanging" in line for line in found["hangs"].diagnostics)
     assert found["dies"].said == "its process ended with SIGKILL"
     assert "last words" in found["dies"].diagnostics
     assert "nowhere" in found["missing"].said

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from tests.bench.gpu.worker import TRACEBACK_LINES, named
 ROOT = Path(__file__).resolve().parents[3]
 LEAST_S = 3.0  # a step is not begun with less
 START_S = 120.0  # in which a process has to be up
+_LONGEST = 300  # letters of a line that is kept
 _COMMAND = (sys.executable, "-X", "faulthandler", "-m", "tests.bench.gpu.worker")
 
 
@@ -146,9 +148,15 @@ def _run(worker: "_Worker", outcome: Outcome, until: float, keep: Callable[[], N
         if worker.gpu is None:
             raise NoGpuError
         now = time.monotonic()
-    limit = min(until - now, outcome.step.limit_s)
     worker.ask(outcome.step.name)
-    for kind, what in worker.messages(now + limit):
+    begun = next(worker.messages(min(until, now + START_S)), None)
+    if begun is None:
+        return _stopped(worker, outcome, "to import what it needs", min(START_S, until - now))
+    now = time.monotonic()
+    limit = max(0.0, min(until - now, outcome.step.limit_s))
+    for kind, what in chain([begun], worker.messages(now + limit)):
+        if kind == "begun":
+            continue
         if kind == "value":
             outcome.values.append(Value(**what))
             keep()
@@ -169,6 +177,8 @@ def _run(worker: "_Worker", outcome: Outcome, until: float, keep: Callable[[], N
 def _stopped(worker: "_Worker", outcome: Outcome, what: str, seconds: float) -> bool:
     """The process ended by itself, or its time is up."""
     code = worker.wait(0.5)
+    if code is None:
+        worker.dump()
     worker.kill()
     if code is None:
         outcome.verdict, outcome.said = "timed out", f"it had {seconds:.0f} s {what}"
@@ -233,6 +243,11 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return None
 
+    def dump(self) -> None:
+        """Have it print where it is, and end."""
+        self._process.send_signal(signal.SIGABRT)
+        self.wait(1)
+
     def kill(self) -> None:
         """End it and all that it has started."""
         with suppress(ProcessLookupError):
@@ -243,8 +258,11 @@ class _Worker:
                 stream.close()  # type: ignore[union-attr]
 
     def last_lines(self) -> list[str]:
-        """What it printed last."""
-        return self._log.read_text("utf-8", "replace").splitlines()[-TRACEBACK_LINES:]
+        """What it printed last; of a dump where its main thread was."""
+        before, dumped, stack = self._log.read_text("utf-8", "replace").rpartition("Current thread ")
+        lines = [*before.splitlines()[-10:], *(dumped + stack).splitlines()] if dumped else stack.splitlines()
+        lines = lines[: 10 + TRACEBACK_LINES] if dumped else lines[-TRACEBACK_LINES:]
+        return [line[:_LONGEST] for line in lines]
 
 
 @contextmanager

@@ -44,10 +44,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run_step(step: Step, bench: Bench, say: Callable[[str, Any], None]) -> None:
-    """Run one step and say how it ended: ``done``, ``not run`` or ``failed``."""
+    """Run one step; say ``begun`` once all that it needs is imported, then ``done``, ``not run`` or ``failed``."""
     started = time.monotonic()
     try:
-        named(step.run)(bench, **step.given)
+        function = named(step.run)
+        say("begun", round(time.monotonic() - started, 2))
+        started = time.monotonic()
+        function(bench, **step.given)
     except NotRun as reason:
         say("not run", str(reason))
     except Exception as error:
