@@ -85,6 +85,21 @@ STEPS: tuple[Step, ...] = (
         )
         for name in ("conv", "small")
     ),
+    Step(
+        "decoding: failures",
+        'with decode = "cuda" the same files cannot be used, for the same reasons, as by Pillow',
+        "tests.bench.gpu.decoding:failures",
+    ),
+    Step(
+        "decoding: features",
+        'with decode = "cuda" features are those by Pillow but for a few values of a pixel',
+        "tests.bench.gpu.decoding:changes",
+    ),
+    Step(
+        "decoding: speed",
+        "images a second from JPEG files, by nvJPEG and by all cores",
+        "tests.bench.gpu.decoding:speed",
+    ),
     Step("NCCL: one process", "what processes do together works on this device", f"{HERE}.ranks:one_process"),
     Step("NCCL: two processes", "two GPUs train one mixture as one does", f"{HERE}.ranks:two_processes", limit_s=90),
     Step(
@@ -103,20 +118,5 @@ STEPS: tuple[Step, ...] = (
             limit_s=60,
         )
         for name, large in (("small", False), ("small", True))
-    ),
-    Step(
-        "decoding: failures",
-        'with decode = "cuda" the same files cannot be used, for the same reasons, as by Pillow',
-        "tests.bench.gpu.decoding:failures",
-    ),
-    Step(
-        "decoding: features",
-        'with decode = "cuda" features are those by Pillow but for a few values of a pixel',
-        "tests.bench.gpu.decoding:changes",
-    ),
-    Step(
-        "decoding: speed",
-        "images a second from JPEG files, by nvJPEG and by all cores",
-        "tests.bench.gpu.decoding:speed",
     ),
 )
