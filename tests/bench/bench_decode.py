@@ -84,13 +84,17 @@ def scaling_table(seconds: float) -> Table:
         table.add_column(column, justify="right")
     alone = 0.0
     for what in ("threads", "processes"):
-        rates = []
+        rates, starts = [], []
         for n in counts:
+            start = time.perf_counter()
             with _decoders(what, n) as decoders:
+                with decoders.begin(reader, [0] * (A_WORKER * n)):
+                    starts.append(time.perf_counter() - start)
                 rates.append(rate(decoders, reader, n, each))
         alone = alone or rates[0]
         table.add_row(what, *(f"{found:.0f}" for found in rates))
         table.add_row("of perfect", *(f"{found / (alone * n):.2f}" for found, n in zip(rates, counts, strict=True)))
+        table.add_row("first batch, s", *(f"{seconds:.2f}" for seconds in starts))
     return table
 
 
@@ -100,12 +104,10 @@ def _decoders(what: str, n: int) -> Decoders:
 
 
 def rate(decoders: Decoders, reader: Reader, n: int, seconds: float) -> float:
-    """Images a second that `n` workers give, after one batch that is not counted."""
-    rows = [0] * (A_WORKER * n)
-    with decoders.begin(reader, rows):
-        start, done = time.perf_counter(), 0
-    begun = [decoders.begin(reader, rows) for _ in range(AHEAD)]
+    """Images a second that `n` workers give."""
+    rows, done = [0] * (A_WORKER * n), 0
     start = time.perf_counter()
+    begun = [decoders.begin(reader, rows) for _ in range(AHEAD)]
     while begun:
         with begun.pop(0):
             done += len(rows)
