@@ -25,7 +25,7 @@ from stages.inputs.images.table import FileRange
 from stages.machine import end_with_parent, keep_freed_memory, usable_cores
 from stages.networks.preprocessing import Preprocessing
 
-_WORTH_PROCESSES = 4096  # images: fewer are decoded before processes have started
+_WORTH_PROCESSES = 1 << 15  # images: starting processes takes seconds, in which threads decode some thousands
 _TOGETHER = 8  # images that a process is sent at once
 
 
