@@ -14,7 +14,7 @@ VERBS := run predict verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-train bench-finetune bench-knn bench-score bench-fits check-gpu clean
+	bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -60,7 +60,7 @@ lint: $(READY) ## Check style and types; changes nothing
 	@# What Linux alone has must not be called unguarded.
 	$(BIN)/mypy --platform darwin
 
-bench: bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits ## Measure every stage against its limit (some minutes; not a test)
+bench: bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
 bench-decode: $(READY) ## The decoder alone, by threads and processes (ARGS=--ways, ARGS="--difference SOURCE")
 bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
@@ -69,7 +69,8 @@ bench-finetune: $(READY) ## The end-to-end fine-tune against bare steps; memory 
 bench-score: $(READY) ## All scores and metrics of 100,000 rows
 bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
-bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits:
+bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
+bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers

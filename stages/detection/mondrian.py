@@ -22,8 +22,7 @@ class GroupedCalibration:
     or more stands alone but where others need it, and an image of any other is compared with the rows of all small
     groups. The partition depends on how many rows each group has, the new one among them, and not on which is the new
     one. Within a cell rows are therefore exchangeable: a p-value promises for its cell what one without groups does for
-    all, however groups were merged (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005,
-    section 4.5).
+    all, however groups were merged (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005).
 
     Groups must come to calibration rows as they come to new ones: classes as predicted, never as labelled.
 
