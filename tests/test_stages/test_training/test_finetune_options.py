@@ -63,6 +63,31 @@ def files(folder):
     return [(folder / name).read_bytes() for name in names]
 
 
+class Told(StopsIn):
+    """Stops early, with what was noted."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.notes = []
+
+    def note(self, line):
+        self.notes.append(line)
+
+
+def test_how_images_are_decoded_is_said_where_it_is_not_as_asked(vit, vit_data, few_images, tmp_path):
+    notes = {}
+    for decode in ("pil", "draft"):
+        told, asked = Told(), vit.model_copy(update={"decode": decode})
+        with pytest.raises(KeyboardInterrupt):
+            tune(asked, vit_data, few_images, tmp_path / decode, context=Context(told))
+        notes[decode] = [line for line in told.notes if "decode" in line]
+    assert notes["pil"] == []
+    assert notes["draft"] == [
+        'finetune: backbone.decode = "draft" is for extraction and predict; images are decoded by Pillow in full here, '
+        "since crops of them are enlarged"
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------- how it computes
 
 
