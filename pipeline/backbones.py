@@ -18,7 +18,7 @@ from cache.spec import first_difference
 from pipeline.config import RunConfig, SetConfig
 from stages.config import BackboneConfig
 from stages.errors import InputError
-from stages.extraction.begun import as_begun
+from stages.extraction.begun import chosen_spec
 from stages.files.documents import read_document, write_document
 from stages.id_data.rows import IdData, id_data
 from stages.inputs.arrays import ARRAY_SEMANTICS, ArrayTable
@@ -179,15 +179,19 @@ class StudyBackbone:
             return None
         return FeatureSpec.from_dict(link["spec"])
 
-    def spec(self) -> FeatureSpec:
-        """What its features are; loads the backbone where that is not known yet."""
+    def spec(self, n_images: int = 0) -> FeatureSpec:
+        """What its features are; loads the backbone where that is not known yet.
+
+        Args:
+            n_images: that are to be extracted, where it is not.
+        """
         cache = self.config.cache
         known = self.known_spec()
-        if known is None and self.config.has_features:
-            raise InputError("the sets' features are not in caches yet, or with other settings: run make extract")
         if known is not None:
             return known
-        return as_begun(self.loaded.feature_spec(cache.dtype, cache.patches), cache.root, self.loaded.batches)
+        if self.config.has_features:
+            raise InputError("the sets' features are not in caches yet, or with other settings: run make extract")
+        return chosen_spec(self.loaded, cache.dtype, cache.patches, cache.root, n_images)
 
     def given_spec(self, tables: Mapping[str, ArrayTable]) -> FeatureSpec:
         """What the features of a study are whose sets came as arrays, by name; only the first rows are read.

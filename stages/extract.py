@@ -32,7 +32,7 @@ from cache import (
     unseal,
 )
 from stages.config import BackboneConfig
-from stages.extraction.begun import as_begun
+from stages.extraction.begun import chosen_spec
 from stages.extraction.changes import Changes, ImagesOfNow, compare_versions, listing_of, without_damage
 from stages.extraction.decoding import decoding_processes
 from stages.extraction.fill import Maker, Work, begin_version, fill, made_with
@@ -106,7 +106,7 @@ def extract_features(
         backbone = BackboneConfig(name=backbone)
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, device=default_device())
     _check_decode(network)
-    spec = as_begun(network.feature_spec(dtype, patches), Path(out), network.batches)
+    spec = chosen_spec(network, dtype, patches, Path(out), len(samples))
     return extract_set(name, samples, spec, Path(out), lambda: network, options=options)
 
 

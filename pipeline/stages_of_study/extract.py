@@ -56,7 +56,9 @@ class Extract(BackboneStage):
     @cached_property
     def _spec(self) -> FeatureSpec:
         config, sets = self.workspace.config, self.workspace.sets
-        return sets.spec_of_arrays(self.backbone) if config.has_features else self.backbone.spec()
+        if config.has_features:
+            return sets.spec_of_arrays(self.backbone)
+        return self.backbone.spec(sum(len(sets.table(entry)) for entry in config.sets))
 
     @cached_property
     def _changes(self) -> dict[str, Changes | None]:

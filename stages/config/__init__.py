@@ -56,7 +56,7 @@ class BackboneConfig(StageConfig):
     image_size: int = Field(default=224, ge=16)
     decode: Literal["pil", "draft", "cuda"] = "pil"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
-    compile: bool = False  # torch.compile: worth its minutes for large sets on a GPU
+    compile: bool | Literal["auto"] = False  # torch.compile; auto: on a GPU, where a trial says that it pays
     batch: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"  # images of a forward pass of an extraction
     mean: Channels | None = None
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = None

@@ -1,14 +1,41 @@
-"""Which caches stand under a root already that an extraction would go on with, but for its batch."""
+"""What features an extraction makes: as caches under a root have begun them, or as a GPU chooses now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from cache import FeatureSpec, find_caches
 
+if TYPE_CHECKING:  # timm and torch, for those alone who have a network
+    from stages.networks.backbone import Backbone
 
-def as_begun(spec: FeatureSpec, root: Path, batches: Sequence[int]) -> FeatureSpec:
-    """The spec with the batch that caches of these features have, begun or sealed, of whatever set.
+
+def chosen_spec(
+    backbone: "Backbone", dtype: Literal["float16", "float32"], patches: str, root: Path, n_images: int
+) -> FeatureSpec:
+    """The spec of an extraction, with what is left to a GPU chosen once: by the first cache of a network.
+
+    Args:
+        backbone: the network.
+        dtype: how features are stored.
+        patches: which of them, see `Backbone.feature_spec`.
+        root: folder of all caches.
+        n_images: of the sets that are to be extracted.
+    """
+    spec = backbone.feature_spec(dtype, patches)
+    begun = as_begun(spec, root, backbone.choices)
+    if begun is not None:
+        return begun
+    if backbone.config.compile == "auto" and backbone.device.type != "cpu":
+        from stages.networks.compiling import compiling_pays
+
+        return _with(spec, {"compiled": compiling_pays(backbone, spec.compute["batch"], n_images)})
+    return spec
+
+
+def as_begun(spec: FeatureSpec, root: Path, choices: Sequence[Mapping[str, Any]]) -> FeatureSpec | None:
+    """The spec that caches of these features have, begun or sealed, of whatever set; None where there are none.
 
     A GPU's memory, with more or less of it in use, may give another number of images a pass than the day before. Caches
     that are there decide: sets of a study are compared, so they must have one spec.
@@ -16,10 +43,11 @@ def as_begun(spec: FeatureSpec, root: Path, batches: Sequence[int]) -> FeatureSp
     Args:
         spec: as it would be chosen now.
         root: folder of all caches.
-        batches: `Backbone.batches`: numbers that the choice may have had; the first is the spec's own.
+        choices: see `Backbone.choices`.
     """
-    for batch in batches:
-        candidate = replace(spec, compute={**spec.compute, "batch": batch})
-        if find_caches(root, None, candidate):
-            return candidate
-    return spec
+    candidates = (_with(spec, choice) for choice in choices)
+    return next((candidate for candidate in candidates if find_caches(root, None, candidate)), None)
+
+
+def _with(spec: FeatureSpec, choice: Mapping[str, Any]) -> FeatureSpec:
+    return replace(spec, compute={**spec.compute, **choice})

@@ -52,6 +52,7 @@ class Encoder:
         While torch traces in one thread, what is compiled already runs as it was written in all others, to other bits.
         """
         if self.spec.compute["compiled"]:
+            self.backbone.compile()
             side = self.backbone.config.image_size
             self.encode([torch.zeros(3, side, side, dtype=torch.uint8)])
 

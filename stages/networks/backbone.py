@@ -30,7 +30,7 @@ from stages.networks.end_check import reproduces, runs_on
 from stages.networks.ends import BackboneEnd, ConvolutionalEnd, ResidualEnd, TransformerEnd
 from stages.networks.preprocessing import Preprocessing
 from stages.networks.repeatable import repeatable
-from stages.networks.surgery import compile_parts, find_cut, restore_forward
+from stages.networks.surgery import compile_parts, find_cut, restore_forward, uncompile_parts
 from stages.networks.tokens import Tokens, reduce_patches, square_grid, stored_grid
 from stages.networks.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
 
@@ -55,6 +55,7 @@ class Backbone:
         preprocessing: from a decoded image to what it takes.
         n_registers: R, prefix tokens other than the class token.
         grid: ``(h, w)`` of the patch tokens.
+        compiled: whether torch.compile has replaced forward passes of its parts.
         cut: whether the end could be cut out; if not, `end` gives a `ResidualEnd`.
     """
 
@@ -90,9 +91,9 @@ class Backbone:
         self.preprocessing = Preprocessing(self.data_config, config.decode)
         with repeatable(self.device):
             self._describe()
-        if config.compile:
-            self.batches  # noqa: B018  # by passes of other sizes, none of which is compiled
-            compile_parts(self.model, dynamic=False)  # what a hook sees stays outside
+        self.compiled = False
+        if config.compile is True:
+            self.compile()
 
     def _describe(self) -> None:
         """Measure shapes, and whether the cut-out end reproduces the backbone, on two noise images."""
@@ -121,6 +122,18 @@ class Backbone:
         except Exception:  # a family whose parts do not run by themselves fails in its own way
             return False
 
+    def compile(self) -> None:
+        """Let torch.compile replace the forward passes of its blocks or stages, if it does not yet."""
+        if not self.compiled:
+            self.batches  # noqa: B018  # by passes of other sizes, none of which is to be compiled
+            compile_parts(self.model, dynamic=False)  # what a hook sees stays outside
+            self.compiled = True
+
+    def uncompile(self) -> None:
+        """Take that back."""
+        uncompile_parts(self.model)
+        self.compiled = False
+
     @property
     def batch(self) -> int:
         """Images of one forward pass of an extraction, as chosen now; caches that are there say what it was then."""
@@ -136,6 +149,16 @@ class Backbone:
         with repeatable(self.device):
             chosen = batch_of_gpu(self.encode, self.config.image_size, self.device)
         return chosen, *(n for n in reversed(CHOICES) if n != chosen)
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """What a GPU has chosen for an extraction or may have at another time, as `FeatureSpec.compute` has it.
+
+        The first is what `feature_spec` says; where nothing is left to choose it is the only one.
+        """
+        chooses = self.config.compile == "auto" and self.device.type != "cpu"
+        ways = (False, True) if chooses else (self.config.compile is True,)
+        return [{"batch": batch, "compiled": compiled} for compiled in ways for batch in self.batches]
 
     def transform(self, image: Image.Image) -> Tensor:
         """The transform that the weights carry, or that the experiment asks for.
@@ -272,7 +295,7 @@ class Backbone:
                 "batch": self.batch,
                 "threads": COMPUTE_THREADS,
                 "memory_format": "channels_last" if self.convolutional else "contiguous",
-                "compiled": self.config.compile,
+                "compiled": self.config.compile is True,
                 **({} if self.device.type == "cpu" else {"tf32": False}),  # see `repeatable`
             },
             semantics=EXTRACTION_SEMANTICS,

@@ -128,6 +128,12 @@ def compile_parts(model: nn.Module, dynamic: bool | None = None) -> None:
         part.forward = torch.compile(part.forward, dynamic=dynamic)
 
 
+def uncompile_parts(model: nn.Module) -> None:
+    """Take back what `compile_parts` has done."""
+    for part in _parts(model):
+        part.__dict__.pop("forward", None)
+
+
 def restore_forward(model: nn.Module) -> None:
     """Take hooks and compiled forward passes off a copy: they are the original's."""
     for module in model.modules():

@@ -1,12 +1,18 @@
-"""A batch that memory has chosen once: caches say it, whoever goes on with them, and every worker computes by it."""
+"""What a GPU has chosen once, caches say from then on; whoever goes on with them, and every worker, computes by it."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from stages.extraction.begun import as_begun
+from stages.config import BackboneConfig
+from stages.extraction.begun import as_begun, chosen_spec
+from stages.networks.backbone import Backbone
 from stages.networks.batch import CHOICES, choose_batch
+from stages.networks.compiling import compiling_pays, try_compiling
+from tests.test_stages.drawn import create
 from tests.test_stages.test_extraction.digits import extract, files, write_images
 
 MIB = 1 << 20
@@ -24,13 +30,14 @@ def of_batch(spec, batch):
 def test_caches_that_are_there_decide(images, backbone, tmp_path):
     spec = backbone.feature_spec("float16", "none")
     chosen = of_batch(spec, 64)
-    assert as_begun(chosen, tmp_path / "none", (64, 8, 4)) == chosen
+    choices = [{"batch": batch, "compiled": compiled} for compiled in (False, True) for batch in (64, 8, 4)]
+    assert as_begun(chosen, tmp_path / "none", choices) is None
     extract(images, tmp_path, backbone, spec=of_batch(spec, 4))
-    assert as_begun(chosen, tmp_path, (64, 8, 4)) == of_batch(spec, 4)
-    assert as_begun(chosen, tmp_path, (64,)) == chosen  # whoever has set it means it
-    assert as_begun(of_batch(spec, 4), tmp_path, (4, 64, 8)) == of_batch(spec, 4)
+    assert as_begun(chosen, tmp_path, choices) == of_batch(spec, 4)
+    assert as_begun(chosen, tmp_path, choices[:1]) is None  # whoever has set it means it
     other = replace(chosen, patches="full", grid=backbone.grid)
-    assert as_begun(other, tmp_path, (64, 8, 4)) == other  # of other features
+    assert as_begun(other, tmp_path, choices) is None  # of other features
+    assert chosen_spec(backbone, "float16", "none", tmp_path, 10**9) == spec  # a CPU has nothing to choose
 
 
 def test_passes_have_the_images_that_the_spec_says(images, backbone, tmp_path, monkeypatch):
@@ -47,8 +54,29 @@ def test_passes_have_the_images_that_the_spec_says(images, backbone, tmp_path, m
     np.testing.assert_allclose(here.read("cls").astype(float), of_16.read("cls").astype(float), atol=2e-2, rtol=2e-2)
 
 
+def test_what_torch_is_to_compile_is_said_by_the_spec(images, tmp_path, monkeypatch):
+    """By a backend that writes no code: the parts run compiled, alone at first, and give the same bits."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    name = "test_efficientnet"
+    backbone = Backbone(create(name), BackboneConfig(name=name, image_size=32, compile="auto"))
+    spec = of_batch(backbone.feature_spec("float16", "none"), 4)
+    assert not spec.compute["compiled"]  # on a CPU
+    plain = extract(images, tmp_path, backbone, spec=spec)
+    assert not compiling_pays(backbone, 4, n_images=4)  # so few are not worth a trial
+    assert not backbone.compiled
+    compiled = extract(images, tmp_path, backbone, spec=replace(spec, compute={**spec.compute, "compiled": True}))
+    assert backbone.compiled
+    np.testing.assert_array_equal(plain.read("cls"), compiled.read("cls"))
+    backbone.uncompile()
+    assert not any("forward" in vars(module) for module in backbone.model.modules())
+    trial = try_compiling(backbone, 4)
+    assert backbone.compiled
+    assert min(trial) > 0
+
+
 def test_a_setting_says_how_many(backbone):
     assert backbone.batches == (16,)
+    assert backbone.choices == [{"batch": 16, "compiled": False}]
     assert backbone.feature_spec("float16", "none").compute["batch"] == 16
     assert "tf32" not in backbone.feature_spec("float16", "none").compute  # of a CPU there is nothing to say
 
