@@ -19,7 +19,8 @@ from stages.extraction.reader import Reader
 from stages.inputs.images import list_images
 from stages.machine import usable_cores
 from stages.networks.backbone import Backbone
-from tests.bench.gpu.step import Bench
+from stages.networks.compiling import try_compiling
+from tests.bench.gpu.step import Bench, NotRun
 from tests.bench.gpu.subjects import jpegs, named_network, network, placed, rate
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -78,6 +79,20 @@ def compiled(bench: Bench, name: str, large: bool = False) -> None:
         bare = forward_rate(bench, backbone, forward)
         bench.measure(f"bare compiled, weights in {what}", bare, "images/s")
         bench.measure(f"compilation, {what}, at most", time.perf_counter() - started, "s")
+
+
+def trial(bench: Bench, name: str) -> None:
+    """What `compile = "auto"` finds: passes of an extraction without and with torch.compile, and where it pays."""
+    if bench.device == "cpu":
+        raise NotRun("on a CPU nothing chooses to compile")
+    config = named_network(bench, name)
+    backbone = placed(network(config), config, bench.device, precision="float16")
+    found = try_compiling(backbone, backbone.batch)
+    bench.measure("passes as they are", backbone.batch / found.plain, "images/s")
+    bench.measure("compiled", backbone.batch / found.compiled, "images/s")
+    bench.measure("compiling", found.compiling, "s")
+    if found.plain > found.compiled:
+        bench.measure("pays from", found.compiling / (found.plain - found.compiled) * backbone.batch, "images")
 
 
 def stage_one(bench: Bench, backbone: Backbone, folder: Path, patches: str) -> float:

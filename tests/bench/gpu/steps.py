@@ -119,4 +119,14 @@ STEPS: tuple[Step, ...] = (
         )
         for name, large in (("small", False), ("small", True))
     ),
+    *(
+        Step(
+            f"compile trial: {NAMES[name]}",
+            "what an extraction gains by torch.compile, and from how many images on",
+            f"{HERE}.feeding:trial",
+            {"name": name},
+            limit_s=90,
+        )
+        for name in ("small", "conv")
+    ),
 )
