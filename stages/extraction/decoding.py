@@ -1,8 +1,8 @@
 """Who decodes: threads of this process, or processes that write pixels into memory which this one sees.
 
 Threads share one interpreter: what of reading, decoding and resizing an image holds its lock bounds how many images a
-second they can give, however many cores there are. A GPU takes more (``make bench-decode`` measures both). Processes
-have no such bound; they cost seconds to start, and travel with nothing but files on the disk.
+second they can give: six cores' worth, of sixteen. A GPU takes more (``make bench-decode`` measures both). Processes
+have no such bound. They take seconds to start, in which threads decode, and are given nothing but files on the disk.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from stages.inputs.images.table import FileRange
 from stages.machine import end_with_parent, keep_freed_memory, usable_cores
 from stages.networks.preprocessing import Preprocessing
 
-_WORTH_PROCESSES = 1 << 15  # images: starting processes takes seconds, in which threads decode some thousands
+_WORTH_PROCESSES = 4096  # images: fewer are decoded before processes have started
 _TOGETHER = 8  # images that a process is sent at once
 
 
@@ -85,7 +85,7 @@ class DecodingProcesses:
     """Processes that decode into shared memory.
 
     Args:
-        n: how many.
+        n: how many; until they have started, as many threads decode.
         preprocessing: of the network; does not leave images undecoded.
         batch: images that are begun at once, at most,
         ahead: and how many such batches before the first of them is left.
@@ -101,9 +101,24 @@ class DecodingProcesses:
         for slot in range(ahead):
             self._free.put(slot)
         self._pool = ProcessPoolExecutor(n, context, _begin_process, (memory, shape, preprocessing))
+        self._threads = DecodingThreads(n)
+        self._starter = ThreadPoolExecutor(1)
+        self._started = self._starter.submit(self._start, n)
+
+    def _start(self, n: int) -> None:
+        """Start processes: those that are still missing when all are at work follow then."""
+        waiting = [self._pool.submit(_begun) for _ in range(n)]
+        for begun in waiting:
+            begun.result()
+
+    def started(self) -> bool:
+        """Wait until the processes decode; False: they cannot be started, and threads decode."""
+        return self._started.exception() is None
 
     def begin(self, reader: Reader, rows: Sequence[int]) -> AbstractContextManager[list[ReadImage]]:
         """See `Decoders`; waits while as many batches as were said are not left yet."""
+        if not self._started.done() or not self.started():
+            return self._threads.begin(reader, rows)
         slot = self._free.get()
         parts = [
             self._pool.submit(_decode_into, reader.files(rows[start : start + _TOGETHER]), slot, start)
@@ -122,8 +137,8 @@ class DecodingProcesses:
             ]
         except BrokenProcessPool as error:
             raise StageError(
-                "a process that decodes images has ended (no memory left, or a script that starts this outside of "
-                "`if __name__ == '__main__':`): what is finished is kept, run the same again"
+                "a process that decodes images has ended, perhaps for want of memory: what is finished is kept, "
+                "run the same again"
             ) from error
         finally:
             self._free.put(slot)
@@ -132,7 +147,9 @@ class DecodingProcesses:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._starter.shutdown()
         self._pool.shutdown(cancel_futures=True)
+        self._threads.__exit__(*error)
 
 
 class _Decoded(NamedTuple):
@@ -158,6 +175,10 @@ def _begin_process(memory: Any, shape: Sequence[int], preprocessing: Preprocessi
     keep_freed_memory()
     torch.set_num_threads(1)
     _PROCESS.append(_Process(_as_tensor(memory, shape), preprocessing))
+
+
+def _begun() -> None:
+    """What a process is asked first: it answers once it has begun."""
 
 
 def _decode_into(files: ImageReader, slot: int, start: int) -> list[_Decoded]:

@@ -4,7 +4,7 @@
 224, hash included, by the parts of the extraction; nothing computes beside it. Perfect scaling is the rate of one
 thread, as often as there are of them, up to the cores.
 
-``--ways``: one thread, each way to decode, files of several sizes; on a GPU nvJPEG's too.
+``--ways``: each way to decode by one core, files of several sizes; on a GPU nvJPEG's too.
 
 ``--difference SOURCE``: features of the same images decoded another way, beside those by Pillow in full. Any source of
 labelled images; those that are decoded no other way are not counted.
@@ -88,6 +88,8 @@ def scaling_table(seconds: float) -> Table:
         for n in counts:
             start = time.perf_counter()
             with _decoders(what, n) as decoders:
+                if isinstance(decoders, DecodingProcesses):
+                    decoders.started()
                 with decoders.begin(reader, [0] * (A_WORKER * n)):
                     starts.append(time.perf_counter() - start)
                 rates.append(rate(decoders, reader, n, each))
@@ -129,7 +131,7 @@ def jpeg(width: int, height: int) -> bytes:
 def ways_table(device: str, seconds: float) -> Table:
     """Images a second by the way to decode and the size of the files."""
     rates = dict(ways(device, seconds, 224))
-    table = Table(title=f"images a second, decoded and resized to 224; one thread of {usable_cores()} cores, {device}")
+    table = Table(title=f"images a second of one core, decoded and resized to 224; {device}")
     for column in ("decode", *(f"{width} x {height}" for width, height in SIZES)):
         table.add_column(column, justify="right")
     for decode in dict.fromkeys(decode for decode, _ in rates):
@@ -138,19 +140,19 @@ def ways_table(device: str, seconds: float) -> Table:
 
 
 def ways(device: str, seconds: float, image_size: int) -> Iterator[tuple[tuple[str, tuple[int, int]], float]]:
-    """Images a second of one thread for each way to decode and size of files; by nvJPEG in batches of 128."""
+    """Images a second for each way to decode and size of files: of a core's time, by nvJPEG in batches of 128."""
     names = ("pil", "draft", "cuda") if device == "cuda" else ("pil", "draft")
     for size in SIZES:
         files = ImageReader([jpeg(*size)] * (128 if size == SIZES[0] else 16))
         for decode in names:
             preprocessing = Preprocessing(IMAGENET | {"input_size": (3, image_size, image_size)}, decode)
-            n = len(files) if decode == "cuda" else 1
+            n, clock = (len(files), time.perf_counter) if decode == "cuda" else (1, time.thread_time)
             _decode(files, preprocessing, range(n), device)
-            start, done = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds / (len(SIZES) * len(names)):
+            start, done = clock(), 0
+            while clock() - start < seconds / (len(SIZES) * len(names)):
                 _decode(files, preprocessing, range(n), device)
                 done += n
-            yield (decode, size), done / (time.perf_counter() - start)
+            yield (decode, size), done / (clock() - start)
 
 
 def _decode(files: ImageReader, preprocessing: Preprocessing, rows: Sequence[int], device: str) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ def contents(decoders, reader, batches):
     """What is decoded of each image: digest, and pixels or the reason."""
     found = []
     with decoders:
+        assert isinstance(decoders, DecodingThreads) or decoders.started()
         begun = [decoders.begin(reader, rows) for rows in batches[:2]]
         for rows in [*batches[2:], None, None]:
             with begun.pop(0) as read:
@@ -62,12 +63,22 @@ class Deadly(NamedTuple):
 
 def test_a_process_that_is_killed_is_said(backbone):
     reader = Reader(ImageReader([Deadly()]), backbone.preprocessing)
-    with (
-        DecodingProcesses(1, backbone.preprocessing, 8, ahead=1) as decoders,
-        pytest.raises(StageError, match="a process that decodes images has ended"),
-        decoders.begin(reader, [0]),
-    ):
-        pass
+    with DecodingProcesses(1, backbone.preprocessing, 8, ahead=1) as decoders:
+        assert decoders.started()
+        begun = decoders.begin(reader, [0])
+        with pytest.raises(StageError, match="a process that decodes images has ended"):
+            begun.__enter__()
+
+
+def test_threads_decode_until_processes_have_started(images, backbone):
+    """No more batches are begun than are in memory at once, which would wait for ever if they were there."""
+    samples = list_images(str(images))
+    reader = Reader(samples.reader(), backbone.preprocessing)
+    with DecodingProcesses(1, backbone.preprocessing, 8, ahead=1) as decoders:
+        begun = [decoders.begin(reader, range(8)) for _ in range(3)]
+        for images_of_batch in begun:
+            with images_of_batch as read:
+                assert len(read) == 8
 
 
 FILES = [FileRange("a.jpg"), FileRange("b.tar", 512, 100)]
