@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from math import prod
+from math import isqrt, prod
 from typing import Any, Self
 
 import numpy as np
@@ -163,3 +163,13 @@ def first_difference(cached: Any, asked: Any, name: str = "") -> str | None:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else canonical_json(value).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def square_grid(count: int) -> tuple[int, int]:
+    """``(h, w)`` of patch tokens of which only their number is known: a square, or one row.
+
+    >>> square_grid(16), square_grid(6)
+    ((4, 4), (1, 6))
+    """
+    side = isqrt(count)
+    return (side, side) if side * side == count else (1, count)

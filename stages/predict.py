@@ -11,7 +11,7 @@ from cache import FeatureCache
 from stages.config import ScoreConfig
 from stages.detection.conformal import ThresholdEstimate, conformal_p_values, threshold_at
 from stages.detection.detectors import FittedDetector
-from stages.detection.factory import DetectorFactory, recommended
+from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.mondrian import GroupedCalibration
 from stages.detection.refined import RefinedFeatures
@@ -20,6 +20,7 @@ from stages.detection.subject import NO_HEAD, known_route
 from stages.errors import InputError
 from stages.id_data.split import Rows
 from stages.progress import NullProgress, Progress
+from stages.results.method import FROZEN_SUM, RECOMMENDED
 from stages.scorers.neighbours.bank import FeatureBank
 
 N_NEAREST = 3
@@ -97,7 +98,7 @@ class Predictor:
         self._factory = DetectorFactory((self._refined or self._frozen).subject(), config)
         self._bank_ids = source.data.train.ids[source.data.split.final_train]
         self._banks: dict[int | None, tuple[FeatureBank, Rows]] = {}
-        self.detector = recommended(self._factory) if score is None else self._asked(score)
+        self.detector = self._asked(score or RECOMMENDED.score)
         self._calibration = self.detector.calibration_scores
         self.threshold = threshold_at(self._calibration)
         self._class_names = source.data.class_names
@@ -114,7 +115,7 @@ class Predictor:
         if not heads:
             raise InputError(f"{score} needs {self._factory.why_not(score)}: ask for another")
         # A score on features alone still wants a head: its class is what the image is called.
-        best = "refit" if self._refined else "probe"
+        best = (RECOMMENDED if self._refined else FROZEN_SUM).head
         return self._factory.detector(best if heads == (NO_HEAD,) or best in heads else heads[0], score)
 
     def _grouped(self, per: Per) -> GroupedCalibration | None:

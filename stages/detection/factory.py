@@ -143,9 +143,3 @@ class DetectorFactory:
 def _parts_of(head: str, score: str) -> list[tuple[str, str]]:
     """(head, score) of each summand."""
     return [(head if reads_head(name) else NO_HEAD, name) for name in score.split("+")]
-
-
-def recommended(factory: DetectorFactory) -> FittedDetector:
-    """What `predict` takes where nothing is asked: the sum of kNN and energy; each alone fails somewhere."""
-    head = "refit" if "refit" in factory.subject.heads else factory.subject.heads[0]
-    return factory.detector(head, "knn+energy")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cache import FeatureSpec
 from cache.fingerprint import arrays_sha256
+from cache.spec import square_grid
 from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.machine import keep_freed_memory
@@ -31,7 +32,7 @@ from stages.networks.ends import BackboneEnd, ConvolutionalEnd, ResidualEnd, Tra
 from stages.networks.preprocessing import Preprocessing
 from stages.networks.repeatable import repeatable
 from stages.networks.surgery import compile_parts, find_cut, restore_forward, uncompile_parts
-from stages.networks.tokens import Tokens, reduce_patches, square_grid, stored_grid
+from stages.networks.tokens import Tokens, reduce_patches, stored_grid
 from stages.networks.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
 
 _AUTOCAST = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cache.spec import square_grid
 from stages.networks.surgery import Cut, children_before, without
-from stages.networks.tokens import Tokens, square_grid
+from stages.networks.tokens import Tokens
 
 _EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token")  # parameters of a transformer before its blocks
 

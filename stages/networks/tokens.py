@@ -63,13 +63,3 @@ def stored_grid(grid: tuple[int, int], option: str) -> tuple[int, int]:
         return grid
     side = int(option.removeprefix("pool:"))
     return (side, side)
-
-
-def square_grid(count: int) -> tuple[int, int]:
-    """``(h, w)`` of patch tokens of which only their number is known: a square, or one row.
-
-    >>> square_grid(16), square_grid(6)
-    ((4, 4), (1, 6))
-    """
-    side = round(count**0.5)
-    return (side, side) if side * side == count else (1, count)

@@ -831,6 +831,12 @@ def test_predict_of_nothing_usable_is_empty(source, backbone, tmp_path):
     assert Predictor(source, CONFIG).predict([], empty) == []
 
 
+def test_predict_takes_the_recommended_score_where_nothing_is_asked(source):
+    refined, frozen = (Predictor(replace(source, mixtures=mixtures), CONFIG) for mixtures in (source.mixtures, ()))
+    assert (refined.detector.head, refined.detector.score) == ("refit", "knn+energy")
+    assert (frozen.detector.head, frozen.detector.score) == ("probe", "knn+energy")
+
+
 def test_predict_with_an_unknown_score_names_the_nearest(source):
     with pytest.raises(InputError, match="did you mean 'energy'"):
         Predictor(source, CONFIG, "enrgy")

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isqrt, prod
+from math import prod
 from threading import Lock
 from typing import Any, overload
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureSpec, sha256
+from cache.spec import square_grid
 from stages.config import ARRAY_FEATURES, ARRAY_KEYS
 from stages.errors import InputError
 from stages.inputs.arrays.columns import Chosen, Column, block_rows
@@ -56,8 +57,7 @@ class ArrayTable:
         shape = self.columns["patches"].shape
         if len(shape) == 4:
             return (shape[1], shape[2])
-        side = isqrt(shape[1])
-        return (side, side) if side * side == shape[1] else (1, shape[1])
+        return square_grid(shape[1])
 
     @property
     def has_tokens(self) -> bool:

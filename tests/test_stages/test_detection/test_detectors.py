@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.config import ScoreConfig
 from stages.detection.conformal import threshold_at
 from stages.detection.detectors import Scales, score_together
-from stages.detection.factory import DetectorFactory, recommended
+from stages.detection.factory import DetectorFactory
 from stages.detection.selection import SearchFold, choose_k
 from stages.detection.subject import FoldRows, SetRows, Subject, SubjectKey
 from stages.errors import InputError
@@ -295,11 +295,6 @@ def test_temperature_reaches_the_scorer():
     expected = -10 * np.log(np.exp(test.logits["probe"].astype(np.float64) / 10).sum(1))
     np.testing.assert_allclose(warm.score_rows(test), expected, rtol=1e-5)
     assert warm.params == {"temperature": 10.0}
-
-
-def test_nothing_asked_means_the_sum_on_the_best_head():
-    assert (recommended(make(subject())).head, recommended(make(subject())).score) == ("probe", "knn+energy")
-    assert recommended(make(subject(experts=2))).head == "refit"
 
 
 def test_a_score_is_computed_once_for_all_detectors_that_it_is_part_of(monkeypatch):
