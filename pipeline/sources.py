@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pipeline.backbones import StudyBackbone
 from pipeline.workspace import Workspace
 from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
+from stages.errors import InputError
 from stages.files.documents import digest_of
 from stages.heads.choose import FittedHeads, load_heads
 from stages.id_data.rows import IdData
@@ -13,41 +14,50 @@ from stages.training.identity import probe_identity, read_finetuned_head
 _GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
 
 
-def sources_to_score(workspace: Workspace, which: str) -> list[BackboneSource]:
+def sources_to_score(workspace: Workspace, which: str, fits: bool = True) -> list[BackboneSource]:
     """All that stage three reads; the pre-trained backbone first.
+
+    Args:
+        workspace: the study.
+        which: kind of the backbones.
+        fits: whether a linear probe that is not there is fitted in passing.
 
     Raises:
         InputError: a backbone that was asked for, or a model on its features, is not there or not of now.
     """
-    sources = [_source_to_score(workspace, backbone) for backbone in workspace.existing(which)]
+    sources = [_source_to_score(workspace, backbone, fits) for backbone in workspace.existing(which)]
     if sources[0].name != "pretrained":
         # The frozen kNN of the pre-trained backbone is the baseline of every table.
-        sources.insert(0, _source_to_score(workspace, workspace.pretrained))
+        sources.insert(0, _source_to_score(workspace, workspace.pretrained, fits))
     return sources
 
 
-def _source_to_score(workspace: Workspace, backbone: StudyBackbone) -> BackboneSource:
+def _source_to_score(workspace: Workspace, backbone: StudyBackbone, fits: bool) -> BackboneSource:
     tests = [
         ScoredSet(entry.name, _GROUP_OF_ROLE[entry.role], backbone.cache(entry))
         for entry in workspace.config.sets_of(*_GROUP_OF_ROLE)
     ]
-    return _source(workspace, backbone, workspace.mixtures(backbone), tests)
+    return _source(workspace, backbone, workspace.mixtures(backbone), tests, fits)
 
 
 def source_to_predict(workspace: Workspace, backbone: StudyBackbone) -> BackboneSource:
     """What `predict` needs: ID features and the first mixture; no other need be trained, no set be scored."""
-    return _source(workspace, backbone, workspace.mixtures(backbone)[:1], [])
+    return _source(workspace, backbone, workspace.mixtures(backbone)[:1], [], fits=True)
 
 
 def _source(
-    workspace: Workspace, backbone: StudyBackbone, mixtures: Sequence[tuple[str, int]], tests: Sequence[ScoredSet]
+    workspace: Workspace,
+    backbone: StudyBackbone,
+    mixtures: Sequence[tuple[str, int]],
+    tests: Sequence[ScoredSet],
+    fits: bool,
 ) -> BackboneSource:
     workspace.check_caches(backbone, "id-train", "id-val", *(_GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed)) for variant, seed in mixtures
     ]
-    probe = _probe(workspace, backbone, data)
+    probe = _probe(workspace, backbone, data, fits)
     documents = [backbone.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]
     documents += [] if backbone.seed is None else [backbone.finetune_folder / "finetune.json"]
     config = workspace.config
@@ -65,11 +75,13 @@ def _source(
     )
 
 
-def _probe(workspace: Workspace, backbone: StudyBackbone, data: IdData) -> FittedHeads:
-    """The linear probe; where it is not there, it is fitted in passing."""
+def _probe(workspace: Workspace, backbone: StudyBackbone, data: IdData, fits: bool) -> FittedHeads:
+    """The linear probe; where it is not there, it is fitted or refused."""
     stored = load_heads(backbone.probe_folder, "probe", probe_identity(data))
     if stored is not None:
         return stored["probe"]
+    if not fits:
+        raise InputError(f"{backbone.probe_folder} holds no whole linear probe of these features: run make train")
     from stages.train import train_probe  # and all that trains
 
     return train_probe(data, backbone.probe_folder, workspace.context())

@@ -19,11 +19,18 @@ from stages.results.scored_study import SCORE_SEMANTICS
 
 
 class Score(Stage):
-    """Score the features of all backbones of a kind; ends in the table."""
+    """Score the features of all backbones of a kind; ends in the table.
 
-    def __init__(self, workspace: Workspace, which: str = "all") -> None:
+    Args:
+        workspace: the study.
+        which: kind of the backbones.
+        fits: whether it may fit a linear probe that is not there: not where it is only asked what is fresh.
+    """
+
+    def __init__(self, workspace: Workspace, which: str = "all", fits: bool = True) -> None:
         self.workspace = workspace
         self.which = which
+        self.fits = fits
         self.folder = workspace.config.work / "scores"
 
     @classmethod
@@ -38,6 +45,10 @@ class Score(Stage):
 
     def identity(self) -> str:
         """Digest of settings, features, models and test sets: of all that the scores are made of."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         return fingerprint(
             {
                 "semantics": SCORE_SEMANTICS,
@@ -62,13 +73,13 @@ class Score(Stage):
 
     @cached_property
     def _sources(self) -> list[BackboneSource]:
-        return sources_to_score(self.workspace, self.which)
+        return sources_to_score(self.workspace, self.which, self.fits)
 
     def plan(self) -> Lines:
         """Whether the scores are those of now."""
         try:
             finetuned = all(map(self.workspace.is_finetuned, self.workspace.asked(self.which)))
-            fresh = finetuned and self.is_fresh()
+            fresh = finetuned and Score(self.workspace, self.which, fits=False).is_fresh()
         except (InputError, CacheError):  # what it reads is not there yet
             fresh = False
         what = f"fresh, {self.folder}" if fresh else f"would read caches and models, write {self.folder}"
@@ -93,7 +104,7 @@ def stale_scores(workspace: Workspace) -> str | None:
         return None
     try:
         asked = ["all"] if workspace.config.finetune is None else ["all", "pretrained"]
-        if any(Score(workspace, which).identity() == scored for which in asked):
+        if any(Score(workspace, which, fits=False).identity() == scored for which in asked):
             return None
     except CacheError:
         return None

@@ -226,6 +226,17 @@ def test_a_report_that_is_lost_is_made_again_without_the_other_stages(home):
     assert "near" in page.read_text("utf-8")
 
 
+def test_a_lost_probe_is_fitted_by_those_who_use_it_and_not_by_those_who_only_look(home):
+    probe = home / "work" / "model" / "pretrained" / "probe"
+    before = {path.name: path.read_bytes() for path in probe.iterdir()}
+    shutil.rmtree(probe)
+    assert done("score", home / "study.toml", "--dry-run").out.startswith("score: would")
+    assert "holds no whole linear probe" in done("report", home / "study.toml").err
+    assert not probe.exists()
+    done("score", home / "study.toml")
+    assert {path.name: path.read_bytes() for path in probe.iterdir()} == before
+
+
 # ------------------------------------------------------------------------------------------ other bits, other names
 
 
