@@ -76,10 +76,10 @@ class SetRows:
         logits = {head: values[rows] for head, values in self.logits.items()}
         return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads)
 
-    def blocks(self) -> Iterator[tuple[slice, "SetRows"]]:
-        """All rows in order, some at a time, each block read once for all who look at it; and which rows they are."""
-        for start in range(0, len(self), _BLOCK):
-            some = slice(start, start + _BLOCK)
+    def blocks(self, size: int = _BLOCK) -> Iterator[tuple[slice, "SetRows"]]:
+        """All rows in order, `size` at a time, a block read once for all who look at it; and which rows they are."""
+        for start in range(0, len(self), size):
+            some = slice(start, start + size)
             block = self.take(some)
             logits = {head: _read_once(values) for head, values in block.logits.items()}
             yield some, replace(block, features=_read_once(block.features), logits=logits)

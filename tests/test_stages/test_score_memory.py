@@ -1,14 +1,14 @@
 """Memory of scoring does not follow the rows: features and logits are read, judged and forgotten by blocks."""
 
 import tracemalloc
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
 
 from stages.config import ScoreConfig
-from stages.detection import subject as subject_module
 from stages.detection.sources import BackboneSource, ScoredSet
+from stages.detection.subject import SetRows
 from stages.extract import import_set
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads
@@ -16,9 +16,9 @@ from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
 from stages.score import score
 from stages.scorers import SCORERS
-from stages.scorers.neighbours import bank as bank_module
+from stages.scorers.features import vra
 from stages.scorers.neighbours.bank import FeatureBank
-from stages.scorers.shared import quantiles
+from stages.scorers.shared.quantiles import column_quantiles
 
 DIM, CLASSES = 256, 4
 FEW = 5_000  # more than a block, so that both sizes fill one
@@ -28,8 +28,8 @@ COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many trainin
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(subject_module, "_BLOCK", 4096)
-    monkeypatch.setattr(bank_module, "_BANK_BLOCK", 4096)
+    monkeypatch.setattr(SetRows, "blocks", partialmethod(SetRows.blocks, size=4096))
+    monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, block_rows=4096))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_four_times_the_rows_to_score_take_hardly_more_memory(source_of, tmp_pat
 
 def test_four_times_the_training_rows_take_hardly_more_memory(source_of, tmp_path, monkeypatch):
     monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, held_bytes=0))  # as one of 4 GiB
-    monkeypatch.setattr(quantiles, "_STRIP", 1 << 17)
+    monkeypatch.setattr(vra, "column_quantiles", partial(column_quantiles, strip_size=1 << 17))
     scores = set(SCORERS) - OF_MIXTURES_OR_IMAGES - COMPARES_ALL_PAIRS
     few, many = (peak_of(source_of(n, 500), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
     assert (many - few) / (3 * FEW) < 2 * DIM

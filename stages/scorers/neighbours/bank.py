@@ -29,9 +29,9 @@ IndexKind = Literal["flat", "ivf", "hnsw"]
 # hundred queries it leaves BLAS and takes about eight times as long a query: small rests are then quicker unpadded.
 _BLOCK = 1024
 _SMALL = 128
-_BANK_BLOCK = 1 << 16  # rows of a bank that is not held: read, normalised and searched together
+_BANK_BLOCK = 1 << 16  # rows
 _HELD_BYTES = 4 << 30  # of unit vectors; a larger bank is read anew for every search
-_PROBES = 32  # cells that a query looks into
+_PROBES = 32  # cells
 _LINKS, _BREADTH, _BREADTH_OF_BUILD = 32, 256, 200  # HNSW's M, efSearch, efConstruction
 # 2 − 2·cos cancels for near neighbours: a float32 cosine is good to 1.5e-7, which is 1e-6 in the distance at 0.15 and
 # 4e-4 at 0. Neighbours nearer than this are measured again, from the difference of the two vectors.
@@ -56,6 +56,8 @@ class FeatureBank:
         device: ``"auto"`` takes a GPU where faiss sees one, ``"cpu"`` never.
         index: ``"flat"`` is exact; ``"ivf"`` and ``"hnsw"`` may miss neighbours, see `recall`.
         held_bytes: largest size of the unit vectors that are kept in memory.
+        block_rows: of a bank that is not held, how many are read, normalised and searched together.
+        probes: cells that a query of ``"ivf"`` looks into.
 
     Raises:
         InputError: no rows, not two-dimensional, or NaN or inf in a row; an approximate index of what is not held.
@@ -72,12 +74,15 @@ class FeatureBank:
         device: Literal["auto", "cpu"] = "auto",
         index: IndexKind = "flat",
         held_bytes: int = _HELD_BYTES,
+        block_rows: int = _BANK_BLOCK,
+        probes: int = _PROBES,
     ) -> None:
         self._features = _checked_bank(features)
         if not self._features.size:
             raise InputError(f"a bank of shape {self._features.shape} has no features to compare with")
         self._device: Literal["auto", "cpu"] = device
         self.index = index
+        self._block_rows, self._probes = block_rows, probes
         self._is_held = 4 * self._features.size <= held_bytes
         if index != "flat" and not self._is_held:
             raise InputError(
@@ -96,16 +101,19 @@ class FeatureBank:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the features and what is searched with: equal banks give equal distances."""
-        about = [self.index, self._features.dtype.str, self._features.shape, _PROBES, _LINKS, _BREADTH]
-        blocks = (
-            np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for _, block in _blocks_of(self._features)
-        )
+        about = [self.index, self._features.dtype.str, self._features.shape, self._probes, _LINKS, _BREADTH]
+        blocks = (np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for _, block in self._blocks())
         return pieces_sha256(piece for part in ([canonical_json(about)], blocks) for piece in part)
+
+    def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        """First row and rows of each block."""
+        starts = range(0, len(self), self._block_rows)
+        return ((start, np.asarray(self._features[start : start + self._block_rows])) for start in starts)
 
     @cached_property
     def _unit(self) -> NDArray[np.float32]:
         unit = np.empty(self._features.shape, dtype=np.float32)
-        for start, block in _blocks_of(self._features):
+        for start, block in self._blocks():
             unit[start : start + len(block)] = l2_normalise(block)
         return unit
 
@@ -120,7 +128,7 @@ class FeatureBank:
         elif self.index == "ivf":
             cells = max(1, min(int(4 * len(self) ** 0.5), len(self) // 39))  # faiss wants 39 rows a cell to train on
             index = faiss.IndexIVFFlat(faiss.IndexFlatIP(self.dim), self.dim, cells, faiss.METRIC_INNER_PRODUCT)
-            index.nprobe = _PROBES
+            index.nprobe = self._probes
             index.train(self._unit)
         else:
             index = faiss.IndexHNSWFlat(self.dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -199,7 +207,7 @@ class FeatureBank:
                 distances[block], rows[block] = self._measured(unit[block], cosine, rows[block])
             return distances, rows
         heaps = [faiss.ResultHeap(len(unit[block]), k, keep_max=True) for block in blocks]
-        for start, features in _blocks_of(self._features):
+        for start, features in self._blocks():
             some = l2_normalise(features)
             for block, heap in zip(blocks, heaps, strict=True):
                 cosine, found = _nearest(unit[block], min(k, len(some)), some)
@@ -257,9 +265,3 @@ def _checked_bank(features: ArrayLike | LazyArray) -> Rows2D:
         return checked_features(features, "bank")
     refuse_not_finite(features, "bank")
     return features
-
-
-def _blocks_of(features: Rows2D) -> Iterator[tuple[int, NDArray[np.floating]]]:
-    """First row and rows of each block."""
-    starts = range(0, len(features), _BANK_BLOCK)
-    return ((start, np.asarray(features[start : start + _BANK_BLOCK])) for start in starts)

@@ -69,8 +69,13 @@ def _value_of(ordered: int) -> float:
     return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
 
 
-def column_quantiles(values: Rows2D | ReadOnce, shares: Sequence[float]) -> NDArray[np.float32]:
-    """Quantiles of every column of values [n, D], some columns at a time; [len(shares), D] float32.
+def column_quantiles(
+    values: Rows2D | ReadOnce, shares: Sequence[float], strip_size: int = _STRIP
+) -> NDArray[np.float32]:
+    """Quantiles of every column of values [n, D], as many columns at a time as have `strip_size` values.
+
+    Returns:
+        [len(shares), D] float32.
 
     Raises:
         InputError: no row, NaN or inf.
@@ -82,7 +87,7 @@ def column_quantiles(values: Rows2D | ReadOnce, shares: Sequence[float]) -> NDAr
     if not n:
         raise InputError("a quantile of no value was asked for")
     found = np.empty((len(shares), dim), dtype=np.float32)
-    step = max(1, min(dim, _STRIP // n))
+    step = max(1, min(dim, strip_size // n))
     strip = np.empty((n, step), dtype=np.float32)
     for start in range(0, dim, step):
         width = min(step, dim - start)

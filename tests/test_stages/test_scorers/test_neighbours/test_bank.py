@@ -1,7 +1,6 @@
 """Exact neighbours: against brute force in float64. Blocks and approximate ones: against exact ones."""
 
 import tracemalloc
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import InputError
-from stages.scorers.neighbours import bank as bank_module
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.shared.arrays import l2_normalise
 
@@ -125,34 +123,32 @@ def test_blocks_equal_one_index(n_bank, n_queries, dim, block, tied, seed):
     if tied:
         bank, queries = bank.round(), queries.round()
     k = int(rng.integers(1, n_bank + 1))
-    with patch.object(bank_module, "_BANK_BLOCK", block):
-        distances, rows = FeatureBank(bank, held_bytes=0).search(queries, k)
-        plain, _ = FeatureBank(bank).search(queries, k)
-        np.testing.assert_allclose(distances, plain, atol=1e-6)
-        unit = [np.float64(l2_normalise(array)) for array in (bank, queries)]
-        own = np.maximum(0, 2 - 2 * np.einsum("nd,nkd->nk", unit[1], unit[0][rows]))  # squared, of the row named
-        np.testing.assert_allclose(own, np.float64(distances) ** 2, atol=1e-6)
-        assert all(len(set(found)) == k for found in rows.tolist())
+    distances, rows = FeatureBank(bank, held_bytes=0, block_rows=block).search(queries, k)
+    plain, _ = FeatureBank(bank).search(queries, k)
+    np.testing.assert_allclose(distances, plain, atol=1e-6)
+    unit = [np.float64(l2_normalise(array)) for array in (bank, queries)]
+    own = np.maximum(0, 2 - 2 * np.einsum("nd,nkd->nk", unit[1], unit[0][rows]))  # squared, of the row named
+    np.testing.assert_allclose(own, np.float64(distances) ** 2, atol=1e-6)
+    assert all(len(set(found)) == k for found in rows.tolist())
 
 
-def test_a_bank_is_read_from_its_file_by_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(bank_module, "_BANK_BLOCK", 500)
+def test_a_bank_is_read_from_its_file_by_blocks(tmp_path):
     rng = np.random.default_rng(3)
     bank, queries = np.float16(rng.normal(size=(20_000, 64))), np.float32(rng.normal(size=(50, 64)))
     np.save(tmp_path / "bank.npy", bank)
     plain, _ = FeatureBank(bank).search(queries, k=20)
     tracemalloc.start()
-    distances, _ = FeatureBank(np.load(tmp_path / "bank.npy", mmap_mode="r"), held_bytes=1 << 20).search(queries, k=20)
+    stored = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    distances, _ = FeatureBank(stored, held_bytes=1 << 20, block_rows=500).search(queries, k=20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_allclose(distances, plain, atol=1e-6)
     assert peak < 1 << 20  # the unit vectors would take 5 MB
 
 
-def test_leave_one_out_by_blocks(monkeypatch):
-    monkeypatch.setattr(bank_module, "_BANK_BLOCK", 7)
+def test_leave_one_out_by_blocks():
     rows = np.random.default_rng(2).normal(size=(40, 6))
-    distances, found = FeatureBank(rows, held_bytes=0).search(rows, k=39, exclude_self=True)
+    distances, found = FeatureBank(rows, held_bytes=0, block_rows=7).search(rows, k=39, exclude_self=True)
     assert (found != np.arange(40)[:, None]).all()
     np.testing.assert_allclose(distances, brute_force(rows, rows)[:, 1:], atol=1e-6)
 
@@ -180,11 +176,10 @@ def test_an_approximate_index_says_what_it_finds(index, clusters):
     np.testing.assert_array_equal(FeatureBank(clusters[0], index=index).search(queries, k=10)[0], distances)
 
 
-def test_an_index_that_misses_much_says_so(monkeypatch):
-    monkeypatch.setattr(bank_module, "_PROBES", 2)
+def test_an_index_that_misses_much_says_so():
     rng = np.random.default_rng(5)
     rows, queries = rng.normal(size=(4000, 32)), rng.normal(size=(300, 32))  # without clusters: neighbours lie anywhere
-    assert 0.01 < FeatureBank(rows, index="ivf").recall(queries, k=10) < 0.5
+    assert 0.01 < FeatureBank(rows, index="ivf", probes=2).recall(queries, k=10) < 0.5
     assert FeatureBank(rows).recall(queries, k=10) == 1
 
 
