@@ -102,9 +102,9 @@ def test_a_copy_is_put_back_from_the_manifest(tmp_path, whole, damaged):
 def test_restoring_says_what_it_cannot_do(tmp_path, whole):
     path = restore(tmp_path / "pets", whole | {"manifest.json": b"", "manifest.copy.json": b"{"})
     for use in (FeatureCache.open, restore_manifest):
-        with pytest.raises(CacheDamagedError, match="its copy is damaged, too"):
+        with pytest.raises(CacheDamagedError, match=r"copy .* damaged"):
             use(path)
-    with pytest.raises(CacheNotFoundError, match="no cache stands there"):
+    with pytest.raises(CacheNotFoundError, match="no cache"):
         restore_manifest(tmp_path / "nowhere" / "pets")
     with begin(tmp_path / "begun"), pytest.raises(CacheBusyError):
         restore_manifest(tmp_path / "begun")
@@ -165,7 +165,7 @@ def test_repair_without_the_inputs_asks_for_them(tmp_path, whole):
         unseal(path, [], inputs=make_inputs(22))
     renamed = make_inputs()
     renamed = InputTable.listing([f"x{id_}" for id_ in renamed.ids], renamed.labels, renamed.sizes, renamed.mtimes_ns)
-    with pytest.raises(CacheMismatchError, match="listed now"):
+    with pytest.raises(CacheMismatchError, match="sample ids or labels"):
         unseal(path, [], inputs=renamed)
     assert (path / "manifest.json").exists()
     assert not (path / "plan.json").exists()

@@ -22,5 +22,5 @@ def test_caches_are_found_by_set_and_fingerprint(tmp_path):
     assert paths[1].name.endswith("-2")
     assert find_caches(tmp_path, "pets", spec) == paths
     assert find_caches(tmp_path, "pets", other) == find_caches(tmp_path, "pet", spec) == []
-    with pytest.raises(CacheInvalidError, match="set name"):
+    with pytest.raises(CacheInvalidError, match=r"set name '\.\./pets'"):
         next_cache_path(tmp_path, "../pets", spec)

@@ -53,5 +53,5 @@ def test_work_on_class_embeddings_needs_no_patches(sealed, tmp_path):
         reader.close()
         os.truncate(cache.path / cache.manifest.shards[index].name, reader._layout["patches"][0])
     np.testing.assert_array_equal(cache.read("cls"), expected("cls"))
-    with pytest.raises(CacheDamagedError, match="ends inside 'patches'"):
+    with pytest.raises(CacheDamagedError, match="'patches'"):
         cache.read("patches")

@@ -57,9 +57,9 @@ def test_another_plan_is_refused_with_what_differs(tmp_path):
 def test_begin_refuses_what_is_no_cache_or_sealed(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
-    with pytest.raises(CacheError, match="holds files but no cache"):
+    with pytest.raises(CacheError, match=r"home: .* no cache"):
         begin(tmp_path / "home")
-    with pytest.raises(CacheError, match="sealed already"):
+    with pytest.raises(CacheError, match=r"pets.*: .*sealed"):
         begin(fill(tmp_path / "pets").path)
 
 
@@ -70,7 +70,7 @@ def test_begin_refuses_inputs_that_contradict_themselves(tmp_path):
     ):
         with pytest.raises(CacheInvalidError, match=message):
             begin(tmp_path / "pets", inputs=inputs)
-    with pytest.raises(CacheInvalidError, match="do not cover the 23 inputs"):
+    with pytest.raises(CacheInvalidError, match=r"plans .* 23 inputs"):
         begin(tmp_path / "pets", plans=())
 
 
@@ -79,11 +79,11 @@ def test_commit_refuses_results_that_contradict_the_plan(tmp_path):
     with begin(tmp_path / "pets") as builder:
         plan = builder.pending()[0]
         rows = inputs[plan.start : plan.stop]
-        with pytest.raises(CacheInvalidError, match="failures are listed"):
+        with pytest.raises(CacheInvalidError, match=r"failures .*Katze/000\.png"):
             commit_shard(builder.path, plan, {}, rows, [Failure(rows.ids[0], "why")])
-        with pytest.raises(CacheInvalidError, match="not part of its plan"):
+        with pytest.raises(CacheInvalidError, match=r"ShardPlan.* plan"):
             commit_shard(builder.path, type(plan)(0, 0, 23), {}, inputs, [])
-        with pytest.raises(CacheError, match="6 of 6 shards are missing"):
+        with pytest.raises(CacheError, match="6 of 6 shards"):
             builder.seal()
         assert builder.counts() == (0, 0)
     with pytest.raises(CacheNotFoundError):
@@ -137,7 +137,7 @@ def test_made_with_lists_each_of_the_other_settings_once(tmp_path):
     with begin(tmp_path / "pets", made_with={**a, "resumed_with": [c]}) as builder:
         assert builder.elsewhere is None
         assert builder.plan.made_with == both | {"resumed_with": [b, c]}
-    with pytest.raises(CacheInvalidError, match="resumed_with must be a list of objects"):
+    with pytest.raises(CacheInvalidError, match=r"resumed_with .* list"):
         begin(tmp_path / "other", made_with={**a, "resumed_with": 3})
 
 

@@ -173,7 +173,7 @@ def test_large_values_fit_float32(tmp_path):
 
 def test_arrays_that_do_not_fit_the_spec_are_refused(tmp_path):
     arrays, *rest = shard_arguments(make_spec(), 5)
-    with pytest.raises(CacheInvalidError, match="the spec says"):
+    with pytest.raises(CacheInvalidError, match=r"s\.h5: has \['cls'\]"):
         write_shard(tmp_path / "s.h5", make_spec(), {"cls": arrays["cls"]}, *rest)
     with pytest.raises(CacheInvalidError, match=r"cls is \(5, 5\), must be \(5, 6\)"):
         write_shard(tmp_path / "s.h5", make_spec(), arrays | {"cls": arrays["cls"][:, :5]}, *rest)
@@ -211,5 +211,5 @@ def test_a_truncated_shard_is_damage_and_not_a_crash(tmp_path):
     reader = ShardReader(path)
     reader._layout = reader._read_layout()  # known from before the file was cut
     os.truncate(path, 4096)
-    with pytest.raises(CacheDamagedError, match="ends inside 'patches'"):
+    with pytest.raises(CacheDamagedError, match="'patches'"):
         reader.array("patches")

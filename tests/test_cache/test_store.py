@@ -99,7 +99,7 @@ def test_rows_that_do_not_exist_are_refused(sealed, rows):
 
 
 def test_unknown_dataset_is_refused_with_those_that_exist(sealed):
-    with pytest.raises(CacheError, match="'logits' is not cached; there are cls, tap_cls, registers, patches"):
+    with pytest.raises(CacheError, match=r"'logits' .* cls, tap_cls, registers, patches"):
         sealed.read("logits")
 
 
@@ -148,7 +148,7 @@ def test_open_says_what_does_not_fit(sealed, tmp_path):
     assert FeatureCache.open(sealed.path, make_spec()).n_rows == len(USED)
     with pytest.raises(CacheMismatchError, match="image_size: 28 in the cache, 56 asked"):
         FeatureCache.open(sealed.path, make_spec(image_size=56))
-    with pytest.raises(CacheNotFoundError, match="no cache stands there"):
+    with pytest.raises(CacheNotFoundError, match=r"no cache .*manifest\.json"):
         FeatureCache.open(tmp_path / "nowhere")
     with begin(tmp_path / "begun"), pytest.raises(CacheNotFoundError, match="not finished"):
         FeatureCache.open(tmp_path / "begun")

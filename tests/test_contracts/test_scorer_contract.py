@@ -212,5 +212,5 @@ def test_labels_beyond_the_logits_are_refused_in_one_line(name):
     scorer = get_scorer(name)
     if not scorer.needs & {"bank", "select", "head"} or not scorer.needs & {"logits", "head"}:
         return  # reads no labels, or no logits
-    with pytest.raises(InputError, match=r"class 4, but logits of 4 classes, 0 to 3$"):
+    with pytest.raises(InputError, match=r"class 4, .* 4 classes, 0 to 3$"):
         scorer.fit(beyond, beyond)

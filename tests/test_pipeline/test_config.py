@@ -119,7 +119,7 @@ def test_experts_that_cannot_be_trained_with_the_backbone_are_refused(study, ove
 def test_a_variant_may_not_have_the_name_of_the_jointly_trained_one(study):
     path = study("\n[[variants]]\nname = 'joint'\nset = { train.experts = 2 }\n")
     load_config(path)
-    with pytest.raises(ConfigError, match=r"variants\.joint: this name is taken by the experts that finetune\.joint"):
+    with pytest.raises(ConfigError, match=r"variants\.joint: .* finetune\.joint"):
         load_config(path, ["finetune.joint=1"])
 
 
@@ -359,7 +359,7 @@ def test_file_with_byte_order_mark(tmp_path):
 def test_scoring_needs_test_sets(study):
     config = load_config(study())
     config.require_roles("extract")
-    with pytest.raises(ConfigError, match=r"score needs a set with role id-test; add one"):
+    with pytest.raises(ConfigError, match=r"^sets: score .* id-test"):
         config.require_roles("score")
     test_set = "[[sets]]\nname = 'test'\nrole = 'id-test'\nimages = 'a'"
     load_config(study(test_set)).require_roles("score")

@@ -114,9 +114,7 @@ def test_killed_and_resumed_gives_the_same_bytes(images, sharded, backbone, tmp_
 
 
 def test_too_many_failures_keep_the_work(images, whole, backbone, tmp_path):
-    with pytest.raises(
-        StageError, match=r"digits: 3 of 40 images cannot be used.*--max-failures 0.05.*0/0000-notes\.png"
-    ):
+    with pytest.raises(StageError, match=r"digits: 3 of 40 images .*--max-failures 0\.05.*0/0000-notes\.png"):
         extract(images, tmp_path, backbone, max_failures=0.05)
     assert compare_versions("digits", list_images(str(images)), whole.spec, tmp_path) is None
     samples = list_images(str(images))
@@ -169,7 +167,7 @@ def test_other_images_repair_nothing(images, sharded, backbone, tmp_path):
     cache = FeatureCache.open(shutil.copytree(sharded.path, tmp_path / sharded.path.name))
     (cache.path / "inputs.parquet").unlink()
     (mine / "0/0000-notes.png").unlink()
-    with pytest.raises(CacheMismatchError, match="made from 40 inputs, 39 are listed now"):
+    with pytest.raises(CacheMismatchError, match="40 inputs, 39 "):
         repair_set(cache, ["inputs.parquet"], list_images(str(mine)), lambda: backbone)
 
 

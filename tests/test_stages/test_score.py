@@ -440,7 +440,7 @@ def test_mos_is_of_groups_without_experts_and_the_notes_say_so(groups_alone, tmp
 
 
 def test_predict_by_mos_needs_groups_without_experts(source, groups_alone):
-    with pytest.raises(InputError, match=r'mos needs a mixture trained with train.expert = "frozen"'):
+    with pytest.raises(InputError, match=r'mos .* train\.expert = "frozen"'):
         Predictor(source, CONFIG, "mos")
     cache = source.tests[0].cache
     predictor = Predictor(replace(groups_alone, mixtures=groups_alone.mixtures[1:]), CONFIG, "mos")
@@ -712,7 +712,7 @@ def test_sets_of_other_features_are_refused_by_the_field_that_differs(source, ba
 
 def test_a_mixture_of_another_split_is_refused(source, tmp_path):
     other = replace(source.data, split=replace(source.data.split, rule="another"))
-    with pytest.raises(CacheMismatchError, match="trained on other features or another split: run make train"):
+    with pytest.raises(CacheMismatchError, match=r"features .* split: run make train"):
         score([replace(source, data=other)], CONFIG, tmp_path)
 
 
@@ -722,7 +722,7 @@ def test_an_empty_ood_set_is_refused(source, backbone, tmp_path):
     spec, samples = source.data.train.spec, list_images(str(tmp_path / "images"))
     empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
     tests = (*source.tests[:2], ScoredSet("empty", "far", empty))
-    with pytest.raises(InputError, match=r"set 'empty' has no usable image: see .*failures\.jsonl"):
+    with pytest.raises(InputError, match=r"'empty' .*failures\.jsonl"):
         score([replace(source, tests=tests)], CONFIG, tmp_path / "scores")
 
 
@@ -730,21 +730,21 @@ def test_id_labels_outside_the_classes_are_refused(source, caches, tmp_path):
     tests = (ScoredSet("near", "id", caches["near"]), *source.tests[2:])
     with pytest.raises(
         InputError,
-        match=r"set 'near': 142 of 142 images \(the first: '.*'\) have classes that id-train does not have: '7', '8'",
+        match=r"'near': 142 of 142 images .* id-train .*: '7', '8'",
     ):
         score([replace(source, tests=tests)], CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("kept", [slice(0, 1), slice(1, 3), slice(0, 0)])
 def test_an_id_and_an_ood_set_are_needed(source, tmp_path, kept):
-    with pytest.raises(InputError, match="one set with role id-test and at least one with role near-ood or far-ood"):
+    with pytest.raises(InputError, match=r"id-test .* near-ood or far-ood"):
         score([replace(source, tests=source.tests[kept])], CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["id", "average"])
 def test_an_ood_set_with_a_word_of_the_table_is_refused(source, tmp_path, name):
     tests = (source.tests[0], replace(source.tests[1], name=name))
-    with pytest.raises(InputError, match=f"an OOD set is called '{name}'"):
+    with pytest.raises(InputError, match=f"OOD .* '{name}'"):
         score([replace(source, tests=tests)], CONFIG, tmp_path)
 
 
@@ -838,7 +838,7 @@ def test_predict_takes_the_recommended_score_where_nothing_is_asked(source):
 
 
 def test_predict_with_an_unknown_score_names_the_nearest(source):
-    with pytest.raises(InputError, match="did you mean 'energy'"):
+    with pytest.raises(InputError, match="'energy'"):
         Predictor(source, CONFIG, "enrgy")
 
 

@@ -538,13 +538,13 @@ def test_one_expert_has_nothing_other(fit, data):
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_loss_that_is_not_finite_stops_the_run(fit, epochs):
-    with pytest.raises(StageError, match=r"loss is not finite .*lower train\.lr"):
+    with pytest.raises(StageError, match=r"loss .*train\.lr"):
         fit(lr=1e30, epochs=epochs)
 
 
 def test_a_held_out_loss_that_is_not_finite_stops_it_too(fit, data):
     """One batch: its own loss is that of the weights before the step that ruins them."""
-    with pytest.raises(StageError, match="the held-out loss is not finite after epoch 0"):
+    with pytest.raises(StageError, match=r"held-out loss .* epoch 0"):
         fit(head_lr=1e37, epochs=1, batch_size=len(data.train), warmup_epochs=0.0)
 
 

@@ -163,7 +163,7 @@ def test_images_that_change_while_a_cache_is_unfinished_begin_another(images, ba
 
 def test_images_that_are_put_right_after_too_many_failures_keep_what_was_done(images, backbone, tmp_path, monkeypatch):
     mine = shutil.copytree(images, tmp_path / "images")
-    with pytest.raises(StageError, match="3 of 40 images cannot be used"):
+    with pytest.raises(StageError, match="3 of 40 images"):
         small_shards(backbone, mine, tmp_path, max_failures=0.05)
     shutil.copy(mine / intact(mine)[-1], mine / "1/cut.png")
     batches = counting(backbone, monkeypatch)

@@ -61,7 +61,7 @@ def test_rows_that_are_not_all_there_leave_the_old_pair(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ValueError, match="4 rows were written, not 9"), described_rows(path, COLUMNS, 9, {}) as writer:
+    with pytest.raises(ValueError, match=r"4 rows .* 9"), described_rows(path, COLUMNS, 9, {}) as writer:
         writer.append(rows_of(4))
     with pytest.raises(ValueError, match="number have shape"), described_rows(path, COLUMNS, 9, {}) as writer:
         writer.append(rows_of(9) | {"number": np.zeros((9, 2))})

@@ -108,7 +108,7 @@ def test_other_processes_need_neither_the_library_nor_its_memory_map(tmp_path, m
     assert pickle.loads(pickle.dumps(reader)).read(1) == png(1)
     (arrow,) = Path(source).glob("*.arrow")
     os.truncate(arrow, 300)
-    with pytest.raises(ImageError, match="truncated: the file ends before the image does"):
+    with pytest.raises(ImageError, match=r"truncated"):
         reader.read(1)
 
 
@@ -214,7 +214,7 @@ def test_several_splits_are_refused_by_name(tmp_path):
 
 
 def test_an_empty_dataset_is_refused(tmp_path):
-    with pytest.raises(InputError, match="the dataset has no rows"):
+    with pytest.raises(InputError, match="no rows"):
         list_images(save(tmp_path / "set", {"image": []}))
 
 

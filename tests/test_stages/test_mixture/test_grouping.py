@@ -139,7 +139,7 @@ def test_classes_that_look_the_same_are_no_reason_to_fail():
 
 @pytest.mark.parametrize("method", ["balanced", "kmeans"])
 def test_more_experts_than_classes_are_refused(method):
-    with pytest.raises(InputError, match=r"train\.experts: 5 experts for 4 classes: give at most 4"):
+    with pytest.raises(InputError, match=r"train\.experts: 5 .* 4 classes"):
         group_classes(points(4), 5, method, PETS, 0)
 
 
@@ -183,5 +183,5 @@ def test_file_that_does_not_fit_is_refused(tmp_path, content, message):
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"train\.grouping: .*nothing\.json cannot be read as JSON"):
+    with pytest.raises(InputError, match=r"train\.grouping: .*nothing\.json .* JSON"):
         group_classes(points(4), 2, str(tmp_path / "nothing.json"), PETS, 0)

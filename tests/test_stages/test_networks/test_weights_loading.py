@@ -87,7 +87,7 @@ def test_file_with_a_classifier_is_read_without_it(tmp_path):
 
 def test_file_of_another_model_is_refused(tmp_path):
     def refused(config, **kwargs):
-        with pytest.raises(InputError, match=f"does not hold weights of {config.name}: .+") as refusal:
+        with pytest.raises(InputError, match=f" {config.name}: .+") as refusal:
             build_model(config, **kwargs)
         assert "\n" not in str(refusal.value)
         return str(refusal.value)

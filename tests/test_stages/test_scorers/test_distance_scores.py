@@ -331,13 +331,13 @@ def test_features_that_are_no_numbers_are_refused(name, value):
 def test_features_of_another_width_are_refused(name):
     x = rows(n=3)
     narrow = ScoreInputs(x.features[:, :5], x.logits, x.labels)
-    with pytest.raises(InputError, match=r"have 5 (columns, the ID training features|features a row, the bank) 7"):
+    with pytest.raises(InputError, match=r"have 5 .* 7"):
         get_scorer(name).fit(rows()).score(narrow)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_without_a_fit_there_is_no_score(name):
-    with pytest.raises(StageError, match=f"{name} is not fitted yet"):
+    with pytest.raises(StageError, match=f"^{name} .*fit"):
         get_scorer(name).score(rows(n=3))
 
 
@@ -345,14 +345,14 @@ def test_without_a_fit_there_is_no_score(name):
 def test_rows_of_no_class_are_refused(name):
     train = rows()
     train.labels[5] = -1
-    with pytest.raises(InputError, match=f"{name} needs the class of every ID training row, 1 rows have none"):
+    with pytest.raises(InputError, match=f"{name} .* class .*, 1 rows"):
         get_scorer(name).fit(train)
 
 
 @pytest.mark.parametrize("name", ["vim", "residual", "fdbd", "nci", "pnml"])
 def test_scores_of_the_head_want_its_weights(name):
     train = rows()
-    with pytest.raises(InputError, match=f"{name} needs the weights of the linear head"):
+    with pytest.raises(InputError, match=f"{name} .* weights"):
         get_scorer(name).fit(ScoreInputs(train.features, train.logits, train.labels))
 
 
@@ -443,7 +443,7 @@ def test_a_class_that_is_never_right_takes_the_mean_of_its_rows_and_she_says_so(
         get_scorer("she").fit(train.take(train.labels != 1)).score(x)
     )  # class 1 has no rows: the best of the others
     np.testing.assert_array_equal(unseen, get_scorer("she").fit(train.take(train.labels != 1)).score(masked(x, 1)))
-    with pytest.raises(InputError, match="rows of class 3, but logits of 3 classes"):
+    with pytest.raises(InputError, match=r"class 3, .* 3 classes"):
         get_scorer("she").fit(ScoreInputs(train.features, train.logits[:, :3], train.labels))
 
 
@@ -509,7 +509,7 @@ def test_a_bank_of_patches_is_no_larger_than_asked_and_the_same_every_time():
     np.testing.assert_array_equal(small[0].score(x), small[1].score(x))
     assert PatchKNNScorer().fit(train).params()["bank_images"] == 50
     assert (small[0].score(x) >= PatchKNNScorer().fit(train).score(x)).all()  # fewer patches to be near to
-    with pytest.raises(InputError, match="patch-knn needs patch tokens"):
+    with pytest.raises(InputError, match=r"^patch-knn .*patch tokens"):
         PatchKNNScorer().fit(ScoreInputs(patches=np.zeros((3, 0, 5))))
 
 

@@ -332,7 +332,7 @@ def test_rows_whose_class_the_head_does_not_know_fit_no_temperature():
     known = fit_temperature(logits[:3], np.array([0, 1, 1]))
     assert fit_temperature(logits, np.array([0, 1, 1, 2])) == known
     assert fit_temperature(np.concatenate([logits, logits[:1]]), np.array([0, 1, 1, 2, -1])) == known
-    with pytest.raises(InputError, match="held-out ID rows with labels"):
+    with pytest.raises(InputError, match=r"held-out .*labels"):
         fit_temperature(logits, np.array([2, 2, -1, 2]))
 
 
@@ -385,9 +385,9 @@ def test_thresholds_come_from_the_rows_that_the_profile_names():
         assert (params["fitted_on"], params["fitted_rows"]) == ("train" if source is train else "select", len(source))
     vra = get_scorer("vra", "openood").fit(train, select).params()
     assert [vra["alpha"], vra["beta"]] == pytest.approx(np.percentile(select.features, [10, 90]), rel=1e-6)
-    with pytest.raises(InputError, match="react needs held-out ID rows to fit on"):
+    with pytest.raises(InputError, match=r"^react .*held-out"):
         get_scorer("react", "openood").fit(train)
-    with pytest.raises(InputError, match="temperature-scaling needs held-out ID rows"):
+    with pytest.raises(InputError, match=r"^temperature-scaling .*held-out"):
         get_scorer("temperature-scaling").fit(train)
 
 
@@ -451,7 +451,7 @@ def test_rows_that_hold_nan_are_refused(name):
 def test_training_rows_that_hold_nan_are_refused(name):
     train = rows()
     train.features[7, 2] = np.nan
-    with pytest.raises(InputError, match="hold NaN"):
+    with pytest.raises(InputError, match="NaN"):
         get_scorer(name).fit(train, train)
 
 
@@ -483,7 +483,7 @@ def test_quantiles_of_columns_strip_by_strip():
     np.testing.assert_allclose(column_quantiles(values, [0.1, 0.95]), expected, rtol=1e-6)
     np.testing.assert_allclose(column_quantiles(values, [0.1, 0.95], strip_size=100), expected, rtol=1e-6)
     for nothing in (lambda: quantiles(lambda: [], [0.5]), lambda: column_quantiles(values[:0], [0.5])):
-        with pytest.raises(InputError, match="a quantile of no value"):
+        with pytest.raises(InputError, match="quantile"):
             nothing()
 
 

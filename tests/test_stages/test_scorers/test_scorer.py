@@ -99,7 +99,7 @@ def test_impossible_settings_are_refused(settings, says):
 def test_an_unknown_setting_is_refused_with_the_nearest():
     with pytest.raises(InputError, match=r"^energy\.temprature: .*'temperature'"):
         get_scorer("energy", temprature=2.0)
-    with pytest.raises(InputError, match=r"mos\.k: unknown setting; known: none"):
+    with pytest.raises(InputError, match=r"^mos\.k: .*none"):
         get_scorer("mos", k=2)
 
 
@@ -111,20 +111,20 @@ def test_the_settings_of_every_profile_are_possible(name, profile):
 
 def test_what_cannot_be_fitted_or_scored_is_named():
     train = routed(30, 0)
-    with pytest.raises(StageError, match="farthest is not fitted yet"):
+    with pytest.raises(StageError, match=r"^farthest .*fit"):
         Farthest().score(train)
-    with pytest.raises(InputError, match="farthest needs ID training rows, none given"):
+    with pytest.raises(InputError, match=r"^farthest .* training rows"):
         Farthest().fit(train.take(np.zeros(30, bool)))
     scorer = Farthest().fit(train, train)
     with pytest.raises(InputError, match="farthest needs features"):
         scorer.score(ScoreInputs(labels=np.zeros(2, int)))
-    with pytest.raises(InputError, match="farthest was fitted with experts"):
+    with pytest.raises(InputError, match=r"farthest .* experts"):
         scorer.score(ScoreInputs(np.ones((2, 4)), np.ones((2, 3))))
-    with pytest.raises(InputError, match=r"experts \[5\], which have no training rows"):
+    with pytest.raises(InputError, match=r"experts \[5\]"):
         scorer.score(ScoreInputs(np.ones((2, 4)), np.ones((2, 3)), expert=np.array([0, 5])))
-    with pytest.raises(InputError, match="farthest needs the weights"):
+    with pytest.raises(InputError, match=r"^farthest .* weights"):
         Farthest().fit(ScoreInputs(np.ones((2, 4)), labels=np.zeros(2, int)))
-    with pytest.raises(InputError, match="2 heads, one for each expert"):
+    with pytest.raises(InputError, match=r"^2 heads"):
         ScoreInputs(np.ones((2, 4)), head=train.head)
 
 

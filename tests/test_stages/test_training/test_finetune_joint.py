@@ -174,7 +174,7 @@ def test_of_another_fine_tune_it_is_not_fresh(vit, joint, tuned_data, tmp_path):
     for name in ("finetune.json", "mofe.json"):
         write_document(source / name, read_document(source / name) | {"identity": "another"})
         if name == "finetune.json":  # the experts are not those that came with this backbone
-            with pytest.raises(InputError, match="holds no backbone with experts that were trained together"):
+            with pytest.raises(InputError, match="no backbone with experts"):
                 finish_joint(tuned_data, source, build_architecture(vit).end, folder)
     assert not mixture_is_fresh(folder, joint_identity(tuned_data, source), tuned_data)
     assert finish_joint(tuned_data, source, build_architecture(vit).end, folder)
@@ -200,7 +200,7 @@ def test_killed_while_it_is_finished_it_is_not_fresh_and_goes_on(vit, joint, tun
 def test_a_later_fine_tune_without_experts_leaves_none(vit, vit_data, few_images, joint, tmp_path):
     shutil.copytree(joint, tmp_path / "tuned")
     assert tune(vit, vit_data, few_images, tmp_path / "tuned", epochs=1)
-    with pytest.raises(InputError, match="holds no backbone with experts that were trained together"):
+    with pytest.raises(InputError, match="no backbone with experts"):
         joint_identity(vit_data, tmp_path / "tuned")
 
 
@@ -219,8 +219,8 @@ def test_what_it_is_made_of(vit_data, joint, tmp_path):
 
 
 def test_what_it_cannot_be_made_of(vit, vit_data, few_images, tmp_path):
-    with pytest.raises(InputError, match=r"finetune\.joint: 6 given, test_vit has 5 blocks or stages before the exp"):
+    with pytest.raises(InputError, match=r"finetune\.joint: 6 .* test_vit .* 5 blocks"):
         tune(vit, vit_data, few_images, tmp_path, mixture=PLAN, joint=6)
     pooled = cached(vit, few_images, tmp_path / "pooled", patches="none")
-    with pytest.raises(InputError, match=r'experts read all patches: extract with patches = "full", not "none"'):
+    with pytest.raises(InputError, match='patches = "full", not "none"'):
         tune(vit, pooled, few_images, tmp_path, mixture=PLAN, joint=1)

@@ -177,7 +177,7 @@ def test_freezing_counts_from_the_image(name):
 
 
 def test_more_blocks_than_there_are(vit, vit_data, few_images, tmp_path):
-    with pytest.raises(InputError, match=r"finetune\.freeze: 7 given, the backbone has 6 blocks"):
+    with pytest.raises(InputError, match=r"finetune\.freeze: 7 .* 6 blocks"):
         tune(vit, vit_data, few_images, tmp_path, freeze=7)
 
 
@@ -290,7 +290,7 @@ def test_within_a_long_epoch_it_goes_on_at_the_step_where_it_was(run, vit_data, 
 def test_weights_whose_loss_is_no_number_are_not_stored(run, monkeypatch, tmp_path):
     """The loss of the first step is a number, what it makes of the weights is useless."""
     monkeypatch.setattr(finetune_module, "Checkpoints", EVERY_STEP)
-    with pytest.raises(StageError, match=r"in epoch 0; no checkpoint was stored yet: lower finetune\.lr"):
+    with pytest.raises(StageError, match=r"epoch 0; no checkpoint .*finetune\.lr"):
         run(tmp_path, lr=1e30, batch_size=6)
 
 
@@ -299,7 +299,7 @@ def test_images_that_fail_are_all_listed_and_none_is_replaced(vit, vit_data, few
     broken = [int(fold.train[4]), int(fold.train[20]), int(fold.select[0])]
     for row in broken:
         contents[row] = b"no image"
-    with pytest.raises(InputError, match=r"3 images cannot be used any more .* run make extract"):
+    with pytest.raises(InputError, match=r"3 images .* run make extract"):
         tune(vit, vit_data, replace(few_images, contents=tuple(contents)), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines} == {few_images.ids[row] for row in broken}

@@ -32,13 +32,13 @@ def test_each_row_is_compared_with_the_classes_of_its_expert():
 
 
 def test_ncm_refuses_what_has_no_means():
-    with pytest.raises(StageError, match="ncm is not fitted yet"):
+    with pytest.raises(StageError, match=r"^ncm .*fit"):
         NCMScorer().score(inputs())
-    with pytest.raises(InputError, match="a class mean needs labels"):
+    with pytest.raises(InputError, match="labels"):
         NCMScorer().fit(ScoreInputs(features=np.ones((3, 8))))
     with pytest.raises(InputError, match="none given"):
         NCMScorer().fit(inputs().take(np.zeros(60, dtype=bool)))
     with pytest.raises(InputError, match=r"^1 of 3 ID training features .* row 1 "):
         NCMScorer().fit(ScoreInputs(features=np.array([[1.0], [np.nan], [2.0]]), labels=np.zeros(3, int)))
-    with pytest.raises(InputError, match=r"experts \[7\], which have no training rows"):
+    with pytest.raises(InputError, match=r"experts \[7\]"):
         NCMScorer().fit(inputs(experts=2)).score(ScoreInputs(features=np.ones((1, 8)), expert=np.array([7])))

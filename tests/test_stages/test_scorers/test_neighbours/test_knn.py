@@ -43,13 +43,13 @@ def test_k_larger_than_a_bank_is_clipped_and_said():
 
 def test_knn_refuses_what_it_cannot_search():
     train = inputs(experts=2)
-    with pytest.raises(StageError, match="knn is not fitted yet"):
+    with pytest.raises(StageError, match=r"^knn .*fit"):
         KNNScorer().score(train)
     with pytest.raises(InputError, match=r"^knn\.k: 0 .* 1$"):
         KNNScorer(k=0)
     with pytest.raises(InputError, match="name an expert"):
         KNNScorer(1).fit(train).score(inputs())
-    with pytest.raises(InputError, match=r"experts \[7\], which have no training rows"):
+    with pytest.raises(InputError, match=r"experts \[7\]"):
         KNNScorer(1).fit(train).score(ScoreInputs(features=np.ones((1, 8)), expert=np.array([7])))
     with pytest.raises(InputError, match="none given"):
         KNNScorer(1).fit(train.take(np.zeros(60, dtype=bool)))

@@ -58,9 +58,9 @@ def test_what_cannot_be_counted_is_refused():
     features, labels = drawn()
     with pytest.raises(InputError, match=r"200 .* labels of shape \(3,\)"):
         FeatureMoments().add(features, labels[:3])
-    with pytest.raises(InputError, match="have 4 columns, those before 5"):
+    with pytest.raises(InputError, match=r"4 columns.* 5"):
         FeatureMoments().add(features, labels).add(features[:, :4], labels)
-    with pytest.raises(InputError, match="no ID training rows"):
+    with pytest.raises(InputError, match="training rows"):
         _ = FeatureMoments().mean
     with pytest.raises(InputError, match="do not vary"):
         Scatter(3).add(np.zeros((5, 3))).whitening()
