@@ -39,11 +39,13 @@ class StudyBackbone:
         config: the study.
         kind: ``pretrained`` or ``finetuned``, as in the table's column ``backbone``.
         seed: of the fine-tune; None for the pre-trained backbone.
+        tuned_from: the pre-trained backbone, which has the same architecture; None for itself.
     """
 
     config: RunConfig
     kind: Literal["pretrained", "finetuned"]
     seed: int | None = None
+    tuned_from: "StudyBackbone | None" = None
 
     @property
     def name(self) -> str:
@@ -167,7 +169,9 @@ class StudyBackbone:
 
     @cached_property
     def architecture(self) -> "Backbone":
-        """Its network without weights; built on first use."""
+        """Its network without weights, one for all of a study; built on first use."""
+        if self.tuned_from is not None:
+            return self.tuned_from.architecture
         from stages.networks.backbone import build_architecture
 
         return build_architecture(self.start, self.config.cache.expert_blocks)
@@ -334,5 +338,5 @@ def _shapes(spec: FeatureSpec) -> str:
 
 def backbones_of(config: RunConfig) -> list[StudyBackbone]:
     """All backbones of a study, the pre-trained one first."""
-    finetuned = [StudyBackbone(config, "finetuned", seed) for seed in config.finetune_seeds()]
-    return [StudyBackbone(config, "pretrained"), *finetuned]
+    pretrained = StudyBackbone(config, "pretrained")
+    return [pretrained, *(StudyBackbone(config, "finetuned", seed, pretrained) for seed in config.finetune_seeds())]

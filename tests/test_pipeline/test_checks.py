@@ -6,6 +6,8 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from pipeline.backbones import backbones_of
+from pipeline.config import load_config
 from tests.test_pipeline.command import done, pipeline, refused, settings
 from tests.test_pipeline.tiny import STUDY, draw
 
@@ -234,6 +236,12 @@ def test_refused_before_an_image_is_decoded(home, tmp_path, kind):
     for verb in (["run", "--dry-run"], ["extract"]):  # `run` itself asks what `extract` asks
         assert message in refused(verb[0], *arguments, *verb[1:])
     assert not (tmp_path / "caches").exists()
+
+
+def test_the_shape_of_the_network_is_built_once_for_all_backbones(home):
+    backbones = backbones_of(load_config(home / "finetune.toml"))
+    assert [backbone.kind for backbone in backbones] == ["pretrained", "finetuned"]
+    assert backbones[1].architecture is backbones[0].architecture
 
 
 @pytest.mark.parametrize("key", ["work", "cache.root"])
