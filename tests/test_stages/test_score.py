@@ -548,8 +548,8 @@ def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(source, 
     np.testing.assert_allclose(
         samples["knn"].to_numpy()[: len(test)], fifth(test, train[few.split.final_train]), atol=1e-5
     )
-    predictor = Predictor(crossed, CONFIG)
-    assert len(predictor.predict(["one"], source.tests[0].cache)) == 1
+    cache = source.tests[0].cache
+    assert len(Predictor(crossed, CONFIG).predict(cache.ids.tolist(), cache)) == len(cache.ids)
 
 
 def test_id_json_counts_what_the_samples_hold(source, folder, table):
