@@ -280,7 +280,7 @@ def _image_maker(
         if mapper:
             return mapper(extract_shard, tasks)
         n_images = sum(map(len, pending))
-        processes = decoding_processes(loaded.device.type, loaded.config.decode, images.samples.contents, n_images)
+        processes = decoding_processes(loaded.device.type, images.samples.contents, n_images)
         return make_shards(tasks, loaded, processes=processes)
 
     return make

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stages.errors import StageError
 from stages.extraction.reader import Reader, ReadImage
-from stages.inputs.images import ImageReader
+from stages.inputs.images import ImageReader, UndecodedJpeg
 from stages.inputs.images.table import FileRange
 from stages.machine import end_with_parent, keep_freed_memory, usable_cores
 from stages.networks.preprocessing import Preprocessing
@@ -40,17 +40,16 @@ class Decoders(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def decoding_processes(device: str, decode: str, contents: Sequence[object], n_images: int) -> int:
+def decoding_processes(device: str, contents: Sequence[object], n_images: int) -> int:
     """How many processes shall decode; 0: threads.
 
     Args:
         device: kind of the one that computes; beside a network on the CPU threads decode on the cores that it leaves.
-        decode: see `stages.networks.preprocessing`.
         contents: where the bytes of images come from.
         n_images: to be decoded in all.
     """
     travels = all(isinstance(content, FileRange) for content in contents)  # a dataset from Python would each time
-    if device != "cuda" or decode == "cuda" or n_images < _WORTH_PROCESSES or not travels:
+    if device != "cuda" or n_images < _WORTH_PROCESSES or not travels:
         return 0
     return 0 if current_process().daemon else usable_cores()  # one that is daemonic has no children
 
@@ -86,7 +85,7 @@ class DecodingProcesses:
 
     Args:
         n: how many; until they have started, as many threads decode.
-        preprocessing: of the network; does not leave images undecoded.
+        preprocessing: of the network; what it leaves to a GPU is read and looked at there, and sent as it is.
         batch: images that are begun at once, at most,
         ahead: and how many such batches before the first of them is left.
     """
@@ -132,7 +131,7 @@ class DecodingProcesses:
             found = [image for part in parts for image in part.result()]
             pixels = self._pixels[slot]
             yield [
-                ReadImage(image.digest, pixels[at] if image.reason is None else image.reason)
+                ReadImage(image.digest, pixels[at] if image.content is None else image.content)
                 for at, image in enumerate(found)
             ]
         except BrokenProcessPool as error:
@@ -153,10 +152,10 @@ class DecodingProcesses:
 
 
 class _Decoded(NamedTuple):
-    """What a process says of an image; its pixels stand in the shared memory."""
+    """What a process says of an image."""
 
     digest: bytes
-    reason: str | None  # why it cannot be used
+    content: UndecodedJpeg | str | None  # see `ReadImage`; None: its pixels stand in the shared memory
 
 
 class _Process(NamedTuple):
@@ -189,7 +188,7 @@ def _decode_into(files: ImageReader, slot: int, start: int) -> list[_Decoded]:
         digest, content = reader.read(index)
         if isinstance(content, Tensor):
             own.pixels[slot, start + index] = content
-        found.append(_Decoded(digest, content if isinstance(content, str) else None))
+        found.append(_Decoded(digest, None if isinstance(content, Tensor) else content))
     return found
 
 

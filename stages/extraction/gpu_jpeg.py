@@ -52,9 +52,7 @@ def decode_left(read: Sequence[ReadImage], preprocessing: Preprocessing, device:
     left = {at: image.content for at, image in enumerate(read) if isinstance(image.content, UndecodedJpeg)}
     found: dict[int, Tensor | str] = {}
     for places in _together(left):
-        files = [left[at] for at in places]
-        for at, content in zip(places, _contents(files, preprocessing, device), strict=True):
-            found[at] = content
+        found |= zip(places, _contents([left[at] for at in places], preprocessing, device), strict=True)
     done: list[DecodedImage] = []
     for at, image in enumerate(read):
         content = found[at] if isinstance(image.content, UndecodedJpeg) else image.content
@@ -78,18 +76,22 @@ def _together(left: dict[int, UndecodedJpeg]) -> Iterator[list[int]]:
         yield places
 
 
-def _contents(
-    files: Sequence[UndecodedJpeg], preprocessing: Preprocessing, device: torch.device
-) -> Iterator[Tensor | str]:
+def _contents(files: Sequence[UndecodedJpeg], preprocessing: Preprocessing, device: torch.device) -> list[Tensor | str]:
     """Pixels of every file, or why it cannot be used."""
-    for file, image in zip(files, decode_jpegs([file.data for file in files], device), strict=True):
+    contents: list[Tensor | str] = [""] * len(files)
+    upright: dict[int, Tensor] = {}
+    for at, (file, image) in enumerate(zip(files, decode_jpegs([file.data for file in files], device), strict=True)):
         try:
             if image is None:
-                yield preprocessing.pixels(decode_image(file.data))
+                contents[at] = preprocessing.pixels(decode_image(file.data))
             else:
-                yield preprocessing.pixels(_upright(image, file.orientation))
+                preprocessing.check_shape(image.shape[2], image.shape[1])
+                upright[at] = _upright(image, file.orientation)
         except ImageError as error:
-            yield str(error)
+            contents[at] = str(error)
+    for at, pixels in zip(upright, preprocessing.pixels_together([*upright.values()]), strict=True):
+        contents[at] = pixels
+    return contents
 
 
 def decode_jpegs(files: Sequence[bytes], device: torch.device) -> list[Tensor | None]:

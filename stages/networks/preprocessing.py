@@ -9,13 +9,15 @@ What makes pixels of a JPEG file is a choice, `BackboneConfig.decode`; of every 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms import Resize
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
@@ -42,7 +44,7 @@ class Preprocessing:
         self.decode = decode
         self.shape: tuple[int, int, int] = tuple(data_config["input_size"])
         self._side: float = data_config["input_size"][-1] / data_config["crop_pct"]
-        self._pixels: Callable[[Any], Tensor] = timm.data.create_transform(**data_config, normalize=False)
+        self._pixels: Any = timm.data.create_transform(**data_config, normalize=False)
         self._mean, self._std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
 
     @property
@@ -63,10 +65,37 @@ class Preprocessing:
             ImageError: so elongated that resizing its short side would make it larger than any image may be.
         """
         width, height = image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
+        self.check_shape(width, height)
+        return self._pixels(image)
+
+    def pixels_together(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """`pixels` of several tensors of one device; what needs no look at the single one is done for all at once.
+
+        Args:
+            images: each ``[3, h, w]`` uint8, of a shape that `check_shape` allows.
+        """
+        resize, crop, *_ = self._pixels.transforms
+        if type(resize) is not Resize or type(resize.size) is not int or not images:
+            return [self._pixels(image) for image in images]
+        mode, least = resize.interpolation.value, resize.size
+        resized = []
+        for image in images:
+            h, w = image.shape[1:]
+            size = (least, int(least * w / h)) if h <= w else (int(least * h / w), least)
+            if size != (h, w):
+                image = functional.interpolate(image[None].float(), size, mode=mode, antialias=True)[0]
+            resized.append(crop(image).float())
+        return [*torch.stack(resized).clamp_(0, 255).round_().to(torch.uint8)]
+
+    def check_shape(self, width: int, height: int) -> None:
+        """Refuse an image that its resizing would make larger than any may be.
+
+        Raises:
+            ImageError: it is so elongated.
+        """
         short, long = sorted((width, height))
         if self._side * self._side * long / short > MAX_PIXELS:
             raise ImageError(f"too elongated: {width} x {height} pixels")
-        return self._pixels(image)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """What the network takes.
@@ -90,7 +119,7 @@ def check_decode(config: BackboneConfig, device: str, data_config: Mapping[str, 
         data_config: of its transform, where that is known.
 
     Raises:
-        InputError: there is no GPU to decode on, or none resizes images like this.
+        InputError: there is no GPU to decode on, or images cannot be resized like this there.
     """
     if config.decode != "cuda":
         return
@@ -98,6 +127,11 @@ def check_decode(config: BackboneConfig, device: str, data_config: Mapping[str, 
         raise InputError(
             'backbone.decode: "cuda" decodes new images on a GPU, and there is none here: give "pil" or "draft", '
             "which are other features, or run on a machine that has one"
+        )
+    if data_config is not None and data_config.get("crop_mode") == "border":
+        raise InputError(
+            f'backbone.decode: "cuda" resizes on the GPU, which cannot fill borders as {config.name} has them: '
+            'give "pil"'
         )
     if data_config is not None and data_config["interpolation"] not in _ON_GPU:
         raise InputError(

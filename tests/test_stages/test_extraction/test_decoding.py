@@ -5,13 +5,17 @@ import signal
 from typing import NamedTuple
 
 import pytest
+from torch import Tensor
 
 from stages.errors import StageError
 from stages.extraction.decoding import DecodingProcesses, DecodingThreads, decoding_processes
 from stages.extraction.reader import Reader
 from stages.extraction.shards import make_shards
-from stages.inputs.images import ImageReader, list_images
+from stages.inputs.images import ImageReader, UndecodedJpeg, list_images
 from stages.inputs.images.table import FileRange
+from stages.machine import usable_cores
+from stages.networks.preprocessing import Preprocessing
+from tests.test_stages.jpegs import odd, plain
 from tests.test_stages.test_extraction.digits import BROKEN, extract, files, write_images
 
 
@@ -26,9 +30,9 @@ def contents(decoders, reader, batches):
     with decoders:
         assert isinstance(decoders, DecodingThreads) or decoders.started()
         begun = [decoders.begin(reader, rows) for rows in batches[:2]]
-        for rows in [*batches[2:], None, None]:
+        for rows in [*batches[2:], *[None] * len(begun)]:
             with begun.pop(0) as read:
-                found += [(digest, c if isinstance(c, str) else c.tolist()) for digest, c in read]
+                found += [(digest, c.tolist() if isinstance(c, Tensor) else c) for digest, c in read]
             if rows is not None:
                 begun.append(decoders.begin(reader, rows))
     return found
@@ -44,6 +48,15 @@ def test_processes_decode_as_threads_do(images, backbone):
     processes = contents(DecodingProcesses(2, backbone.preprocessing, 9, ahead=2), reader, batches)
     assert processes == threads
     assert sum(isinstance(content, str) for _, content in threads) == len(BROKEN)
+
+
+def test_what_a_gpu_is_to_decode_is_read_by_processes(backbone):
+    files = [*plain().values(), *odd().values(), b"no image"]
+    preprocessing = Preprocessing(backbone.data_config, "cuda")
+    reader, batches = Reader(ImageReader(files), preprocessing), [list(range(len(files)))]
+    threads = contents(DecodingThreads(2), reader, batches)
+    assert contents(DecodingProcesses(1, preprocessing, len(files), ahead=1), reader, batches) == threads
+    assert sum(isinstance(content, UndecodedJpeg) for _, content in threads) == len(plain())
 
 
 def test_a_cache_has_the_same_bytes_whoever_decodes(images, backbone, tmp_path):
@@ -85,18 +98,16 @@ FILES = [FileRange("a.jpg"), FileRange("b.tar", 512, 100)]
 
 
 @pytest.mark.parametrize(
-    ("device", "decode", "what", "n_images"),
+    ("device", "what", "n_images"),
     [
-        ("cpu", "pil", FILES, 10**6),  # threads take what the network leaves
-        ("cuda", "cuda", FILES, 10**6),  # there is nothing to decode
-        ("cuda", "pil", FILES, 1000),  # they would start for longer than they help
-        ("cuda", "pil", [*FILES, b"P5 1 1 255 0"], 10**6),  # the bytes themselves would travel
+        ("cpu", FILES, 10**6),  # threads take what the network leaves
+        ("cuda", FILES, 1000),  # they would start for longer than they help
+        ("cuda", [*FILES, b"P5 1 1 255 0"], 10**6),  # the bytes themselves would travel
     ],
 )
-def test_threads_decode_where_processes_do_not_pay(device, decode, what, n_images):
-    assert decoding_processes(device, decode, what, n_images) == 0
+def test_threads_decode_where_processes_do_not_pay(device, what, n_images):
+    assert decoding_processes(device, what, n_images) == 0
 
 
 def test_a_gpu_is_fed_by_a_process_for_each_core():
-    assert decoding_processes("cuda", "pil", FILES, 10**5) == len(os.sched_getaffinity(0))
-    assert decoding_processes("cuda", "draft", FILES, 10**5) > 0
+    assert decoding_processes("cuda", FILES, 10**5) == usable_cores()

@@ -42,6 +42,17 @@ def test_a_tensor_is_resized_nearly_as_an_image_is(interpolation):
     assert away.max() <= 1
 
 
+@pytest.mark.parametrize("way", [*WAYS[:2], {"interpolation": "bilinear", "crop_pct": 1.0}], ids=str)
+def test_tensors_are_resized_together_as_one_by_one(way):
+    """Larger, smaller, of the very size, on their side."""
+    ours = Preprocessing(CENTRE | way, "cuda")
+    shapes = [(130, 97), (97, 130), (54, 54), (48, 48), (60, 54), (20, 30), (400, 300)]
+    tensors = [torch.from_numpy(np.array(photo(*shape))).permute(2, 0, 1) for shape in shapes]
+    for together, alone in zip(ours.pixels_together(tensors), map(ours.pixels, tensors), strict=True):
+        assert torch.equal(together, alone)
+    assert ours.pixels_together([]) == []
+
+
 def test_an_image_that_would_be_resized_beyond_all_limits_is_refused():
     for image in (photo(65_000, 1), torch.zeros(3, 1, 65_000, dtype=torch.uint8)):
         with pytest.raises(ImageError, match="too elongated: 65000 x 1 pixels"):
@@ -71,3 +82,5 @@ def test_a_gpu_is_asked_for_where_there_is_none():
         check_decode(BackboneConfig(decode="cuda"), "cpu")
     with pytest.raises(InputError, match=r"^backbone.decode: .* cannot interpolate 'lanczos'"):
         check_decode(BackboneConfig(decode="cuda"), "cuda", CENTRE | {"interpolation": "lanczos"})
+    with pytest.raises(InputError, match=r"^backbone.decode: .* cannot fill borders"):
+        check_decode(BackboneConfig(decode="cuda"), "cuda", CENTRE | {"crop_mode": "border"})
