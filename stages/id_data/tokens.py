@@ -1,5 +1,6 @@
 """Rows of a cache as the tokens that networks read."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,6 +27,12 @@ def stored_tokens(cache: FeatureCache, rows: Rows | slice, reads: Sequence[str] 
     """Rows of a cache on the host, in the type that they are stored in: what `as_tokens` makes tokens of, anywhere."""
     known = [name for name in reads if name in cache.spec.datasets()]
     return {name: torch.from_numpy(cache.read(name, rows)) for name in dict.fromkeys(("cls", *known))}
+
+
+def bytes_of_row(cache: FeatureCache, reads: Sequence[str] = ALL_TOKENS) -> int:
+    """Bytes that `stored_tokens` reads of a row."""
+    stored = cache.spec.datasets()
+    return sum(math.prod(stored[name][0]) * stored[name][1].itemsize for name in reads if name in stored)
 
 
 def as_tokens(stored: Mapping[str, Tensor]) -> Tokens:

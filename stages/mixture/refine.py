@@ -1,5 +1,6 @@
 """Refined features: what the mixture makes of cached tokens, kept so that re-scoring runs no network."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,15 +16,16 @@ from stages.context import Context
 from stages.errors import StageError
 from stages.files.rows import RowFormat, described_rows
 from stages.id_data.rows import unit
-from stages.id_data.tokens import as_tokens, stored_tokens
+from stages.id_data.tokens import as_tokens, bytes_of_row, stored_tokens
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refined import Refined, Routes, load_refined
 from stages.networks.repeatable import repeatable
 from stages.networks.tokens import Tokens
-from stages.networks.transfer import Tensors, sent_ahead
+from stages.networks.transfer import Fetched, Tensors, sent_ahead
 from stages.progress import Progress
 
-REFINE_BATCH = 64
+REFINE_BATCH = 64  # rows, on the CPU; on a GPU at least
+_GPU_BYTES, _GPU_ROWS = 64 << 20, 1024  # what is read of them, and rows, at most
 
 
 def refine(
@@ -88,26 +90,55 @@ def _batches(
 ) -> Iterator[Refined]:
     mixture.eval()
     device, n, rows, expert = mixture.group.device, routes.count(cache), routes.rows, routes.expert
-    batches = [slice(start, min(start + REFINE_BATCH, n)) for start in range(0, n, REFINE_BATCH)]
+    reads = mixture.config.reads
+    size = rows_of_batch(bytes_of_row(cache, reads), device)
+    batches = [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     def read(batch: slice) -> Tensors:
-        stored = stored_tokens(cache, batch if rows is None else rows[batch])
+        stored = stored_tokens(cache, batch if rows is None else rows[batch], reads)
         forced = {} if expert is None else {"forced": torch.from_numpy(np.ascontiguousarray(expert[batch]))}
         return stored | forced
 
     progress.start(n, unit(cache), f"refine {cache.manifest.dataset}")
-    columns_of = sent_ahead((partial(read, batch) for batch in batches), device)
-    for batch, stored in zip(batches, columns_of, strict=True):
-        tokens = as_tokens(stored)
-        gate, _ = mixture.route(tokens)
-        chosen = gate.argmax(1)
-        if (forced := stored.get("forced")) is not None:
-            chosen = torch.where(forced >= 0, forced, chosen)
-        out = mixture(tokens, chosen)
-        columns = (out.features, out.logits, out.other, out.expert, gate, out.class_probability.argmax(1))
-        yield Refined(*(column.cpu().numpy() for column in (*columns, _others(mixture, tokens))))
-        progress.advance(batch.stop - batch.start)
+    # A batch is taken from a GPU while that computes the next one.
+    made: deque[list[Fetched]] = deque()
+    for stored in sent_ahead((partial(read, batch) for batch in batches), device):
+        made.append([Fetched(column) for column in _refined(mixture, as_tokens(stored), stored.get("forced"))])
+        if len(made) > 1:
+            yield _taken(made.popleft(), progress)
+    while made:
+        yield _taken(made.popleft(), progress)
     progress.close()
+
+
+def rows_of_batch(row_bytes: int, device: torch.device) -> int:
+    """How many rows a pass has: on a GPU more of small ones, or it waits for the host that starts its kernels.
+
+    >>> [rows_of_batch(n, torch.device("cuda")) for n in (20_000, 200_000, 3_000_000)]
+    [1024, 335, 64]
+    >>> rows_of_batch(200_000, torch.device("cpu"))
+    64
+    """
+    if device.type != "cuda":
+        return REFINE_BATCH
+    return min(max(_GPU_BYTES // row_bytes, REFINE_BATCH), _GPU_ROWS)
+
+
+def _refined(mixture: MixtureOfFeatureExperts, tokens: Tokens, forced: Tensor | None) -> tuple[Tensor, ...]:
+    """The fields of `Refined`, where the mixture is."""
+    gate, probability = mixture.route(tokens)
+    chosen = gate.argmax(1)
+    if forced is not None:
+        chosen = torch.where(forced >= 0, forced, chosen)
+    out = mixture(tokens, chosen)
+    others = _others(mixture, tokens)
+    return out.features, out.logits, out.other, out.expert, gate, probability.argmax(1), others
+
+
+def _taken(columns: list[Fetched], progress: Progress) -> Refined:
+    refined = Refined(*(column.array() for column in columns))
+    progress.advance(len(refined.expert))
+    return refined
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Tensors = dict[str, Tensor]  # tensors by their names, the same rows of each or not
@@ -107,7 +109,7 @@ def sent_ahead(
 
 
 class Fetched:
-    """A small tensor on its way to the host; who reads it waits until it was computed, and for nothing after that."""
+    """A tensor on its way to the host; who reads it waits until it was computed, and for nothing after that."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._arrived = None
@@ -120,7 +122,11 @@ class Fetched:
 
     def tolist(self) -> list[float]:
         """Its values."""
+        values: list[float] = self.array().tolist()
+        return values
+
+    def array(self) -> NDArray[Any]:
+        """The same as an array."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values: list[float] = self._host.tolist()
-        return values
+        return self._host.numpy()

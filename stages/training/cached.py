@@ -17,7 +17,7 @@ from stages.context import Context
 from stages.errors import StageError
 from stages.id_data.rows import IdData, epoch_windows, not_finite, unit
 from stages.id_data.split import Rows
-from stages.id_data.tokens import as_tokens, read_tokens, stored_tokens
+from stages.id_data.tokens import as_tokens, bytes_of_row, read_tokens, stored_tokens
 from stages.mixture.mixup import interpolate, next_accuracy, next_alpha
 from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.mixture.refine import REFINE_BATCH
@@ -184,8 +184,7 @@ class CachedTrainer:
         self._alpha = next_alpha(history, data.n_classes, settings)
         self._sums = _Sums(torch.zeros(data.n_classes), [0] * self.mixture.n_experts)
         self._rng = np.random.default_rng((self.seed, epoch))
-        stored, reads = data.train.spec.datasets(), self.mixture.config.reads
-        row_bytes = sum(math.prod(stored[name][0]) * stored[name][1].itemsize for name in reads if name in stored)
+        row_bytes = bytes_of_row(data.train, self.mixture.config.reads)
         starts = [shard.start for shard in data.train.manifest.shards]
         # Batches as equal as can be, so that no small one at a window's end weighs as much as a whole one.
         batches = [
