@@ -4,6 +4,8 @@
     its processed row                          against  a row of an end-to-end step (forward, backward, AdamW on all
                                                weights), and of training a head alone, on images in memory
 
+    experts of a batch stacked as one network  /  one after another: why a CPU does the latter
+
 A mixture of several experts shows each of them out-of-group rows as well; rates count every row that an expert gets.
 Epochs are all that `train_mixture` does: it makes the experts, reads, mixes, steps and stores a checkpoint.
 Ours and the limit in turn; medians. Nothing here is a test.
@@ -34,12 +36,14 @@ from stages.networks.backbone import Backbone, build_architecture, load_backbone
 from stages.train import start_mixture, train_mixture
 from stages.training.checkpoint import Checkpoints
 from stages.training.recipes import resolve_settings
+from tests.bench.gpu.experts import mixture_of, shown, step
 from tests.bench.timing import RUNS, in_turn, rates, row
 
 LITE0 = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=224)
 VIT = BackboneConfig(name="vit_small_patch14_dinov2", image_size=224)
 EPOCHS = 4
 IMAGES = 32  # of an end-to-end step
+STACKED = 32  # rows of a batch whose experts run both ways
 SIZES: tuple[tuple[ExpertKind, int], ...] = (
     ("end", 1), ("end", 2), ("end", 4), ("end", 7), ("dense", 4), ("adapter", 7)
 )  # fmt: skip
@@ -85,7 +89,7 @@ _NUMBERS = count()
 def main() -> None:
     """Measure and print the tables."""
     title = f"median of {RUNS} runs each, in turn; {torch.get_num_threads()} threads"
-    speed, saved = rates(title), Table(title=title)
+    speed, ways, saved = rates(title), rates(f"limit: one after another, ours: stacked; {title}"), Table(title=title)
     for column in ("what", "rows/s", "time of a row, against an end-to-end step"):
         saved.add_column(column, justify="left" if column == "what" else "right")
     size = Table(title="trained, and held in memory while training: weights, their average, gradients, AdamW's moments")
@@ -104,10 +108,13 @@ def main() -> None:
             whole, head = on_images(backbone)
             for what, rate in (("epochs on the cache, E = 4", ours), ("head alone", head), ("end to end", whole)):
                 saved.add_row(f"{name}: {what}", f"{rate:.1f}", f"1/{rate / whole:.1f}")
+            for experts in (4, 16):
+                loop, stacked = both_ways(backbone, experts)
+                row(ways, f"{name}, E = {experts}", "rows/s", loop, stacked)
             for kind, experts in SIZES:
                 parameters, nbytes = held(subject, experts, kind)
                 size.add_row(name, kind, str(experts), f"{parameters:,}", f"{nbytes / 2**20:.1f}")
-    for table in (speed, saved, size):
+    for table in (speed, saved, size, ways):
         Console(width=120).print(table)
 
 
@@ -139,6 +146,23 @@ def epochs(subject: Subject, experts: int) -> tuple[float, float]:
             left -= len(part.cls)
 
     return in_turn(n_rows, bare, lambda: subject.train(experts), tidy=subject.tidy)
+
+
+def both_ways(backbone: Backbone, experts: int) -> tuple[float, float]:
+    """Rows per second that experts get of a batch, forwards and backwards: one after another, and stacked."""
+    counts = shown(experts, STACKED)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        tokens = backbone.encode(torch.randn(8, 3, 224, 224, generator=generator)).map(torch.clone)
+    place = torch.arange(sum(counts)) % len(tokens)
+    mixture = mixture_of(backbone, experts, "cpu")
+    one_step = step("cpu", mixture, lambda rows: tokens[place[rows]], counts)
+
+    def run(stacked: bool) -> None:
+        mixture.stacked.forced = stacked
+        one_step()
+
+    return in_turn(sum(counts), lambda: run(False), lambda: run(True))
 
 
 def on_images(backbone: Backbone) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def say_rates(bench: Bench, mixture: MixtureOfFeatureExperts, tokens: Tokens, n_
         mixture.stacked.forced = stacked
         if bench.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found[way] = rate(bench, sum(counts), step(bench, mixture, lambda rows: tokens[place[rows]], counts))
+        found[way] = rate(bench, sum(counts), step(bench.device, mixture, lambda rows: tokens[place[rows]], counts))
         bench.measure(f"{title}: {way}", found[way], "rows/s")
         if bench.device == "cuda":
             bench.measure(f"{title}: {way}, peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB")
@@ -103,13 +103,13 @@ def say_rates(bench: Bench, mixture: MixtureOfFeatureExperts, tokens: Tokens, n_
 
 
 def step(
-    bench: Bench, mixture: MixtureOfFeatureExperts, take: Callable[[slice | Tensor], Tokens], counts: list[int]
+    device: str, mixture: MixtureOfFeatureExperts, take: Callable[[slice | Tensor], Tokens], counts: list[int]
 ) -> Callable[[], None]:
     """A step without the optimiser's, in the precision of a training."""
 
     def run() -> None:
         mixture.zero_grad(set_to_none=True)
-        with torch.autocast(bench.device, torch.bfloat16, enabled=bench.device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = sum(part.outputs.log_softmax(1)[:, 0].sum() for part in mixture.refine(counts, take))
         assert isinstance(loss, Tensor)
         loss.backward()
