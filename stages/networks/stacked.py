@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from stages.networks.tokens import Tokens
 from stages.networks.transfer import to_device
 
-# When it pays on a GPU, see `pays`. Estimates: what `python -m tests.bench.check_gpu --only "experts: ViT-S/14"` measures
-# goes here. `LAUNCHES = 0` leaves networks one after another.
+# When it pays on a GPU, see `pays`. Estimates: what `make check-gpu` measures in its steps `experts: …` goes here.
+# With `LAUNCHES = 0` networks are left one after another.
 LAUNCHES = 2e10  # multiply-adds of a forward pass for which the host takes as long to start a network's kernels
 OVERHEAD = 1.1  # of a stacked row beside one of a network alone
 MOST_PADDED = 3.0  # computed rows for every row: what it costs of memory
