@@ -64,10 +64,11 @@ def test_a_draft_is_another_cache_which_predict_reads_alike(home):
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("verb", ["extract", "run"])
+@pytest.mark.parametrize("verb", ["extract", "run", "predict"])
 def test_cuda_without_a_gpu_is_refused_before_any_work(home, verb):
+    images = [home / "images" / "test"] if verb == "predict" else []
     line = 'backbone.decode: "cuda" decodes new images on a GPU, and there is none here: give "pil" or "draft", '
-    assert refused(verb, home / "study.toml", *CUDA, *settings(f"work={home / 'no-gpu'}")).startswith(line)
+    assert refused(verb, home / "study.toml", *images, *CUDA, *settings(f"work={home / 'no-gpu'}")).startswith(line)
     assert not (home / "no-gpu").exists()
 
 
