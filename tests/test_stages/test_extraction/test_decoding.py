@@ -83,6 +83,23 @@ def test_a_process_that_is_killed_is_said(backbone):
             begun.__enter__()
 
 
+class EndsWhereItArrives:
+    """Stands for whatever keeps a process from starting, as a script that cannot be imported does."""
+
+    shape = (3, 48, 48)
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_threads_decode_where_no_process_starts(images, backbone):
+    reader = Reader(list_images(str(images)).reader(), backbone.preprocessing)
+    with DecodingProcesses(1, EndsWhereItArrives(), 8, ahead=1) as decoders:
+        assert not decoders.started()
+        with decoders.begin(reader, range(8)) as read:
+            assert len(read) == 8
+
+
 def test_threads_decode_until_processes_have_started(images, backbone):
     """No more batches are begun than are in memory at once, which would wait for ever if they were there."""
     samples = list_images(str(images))
