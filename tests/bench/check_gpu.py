@@ -30,9 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
     with tempfile.TemporaryDirectory(prefix="check-gpu-") as scratch:
         plan = Plan(asked.listing, asked.device, asked.sizes, Path(scratch), 60 * asked.minutes, tuple(asked.only))
-        outcomes = plan.outcomes()
-        if unknown := set(plan.only) - {outcome.step.name for outcome in outcomes}:
-            console.print(f"error: --only: no step {min(unknown)!r}: see {LISTING}", markup=False)
+        try:
+            outcomes = plan.outcomes()
+        except KeyError as unknown:
+            console.print(f"error: --only: no step {unknown}: see {LISTING}", markup=False)
             return 2
         check = Check(plan, outcomes)
         kept = Kept(asked.out, check)
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="what was found (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where networks run (%(default)s)")
     parser.add_argument("--sizes", choices=tuple(SIZES), default="full", help="how much is computed (%(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone, in this order")
     parser.add_argument("--listing", default=LISTING, help="module:name of the steps (%(default)s)")
     return parser
 

@@ -36,6 +36,11 @@ def lacking(bench: Bench) -> None:
     raise NotRun("faiss has no GPU build here")
 
 
+def leaving(bench: Bench) -> None:
+    bench.measure("files that another step left", len(list(bench.scratch.iterdir())), at_most=0)
+    (bench.scratch / "0.checkpoint").touch()
+
+
 STEPS = (
     Step("first", "steps run", f"{HERE}:good"),
     Step("raises", "an exception is said", f"{HERE}:raising"),

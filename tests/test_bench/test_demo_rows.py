@@ -14,7 +14,7 @@ def table(auroc, backbone="pretrained", low="0.88", high="0.92"):
 
 def compared(ours, exact, tmp_path):
     values = []
-    compare(Bench("cpu", TINY, tmp_path, values.append), ours, exact)
+    compare(Bench("cpu", TINY, tmp_path, tmp_path, values.append), ours, exact)
     return {value.what: value for value in values}
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.bench.gpu.report import Kept, markdown, verdict
 from tests.bench.gpu.runner import BAD, Check, Plan, run_steps
+from tests.bench.gpu.step import Step
+from tests.test_bench.small import run
 
 ROOT = Path(__file__).parents[2]
 LISTING = "tests.test_bench.broken_steps:STEPS"
@@ -110,6 +112,16 @@ def test_time_that_is_up_leaves_the_rest(tmp_path):
     assert "out of time" not in BAD
 
 
+def test_steps_run_in_the_order_that_is_asked_for(tmp_path):
+    asked = plan(tmp_path, only=("last", "first", "last"))
+    assert [outcome.step.name for outcome in asked.outcomes()] == ["last", "first"]
+
+
+def test_what_a_step_leaves_no_other_finds(tmp_path):
+    for name in ("leaves", "leaves once more"):
+        run(Step(name, "each has a folder of its own", "tests.test_bench.broken_steps:leaving"), tmp_path)
+
+
 CHECK = (sys.executable, "-m", "tests.bench.check_gpu")
 
 
@@ -151,9 +163,9 @@ def test_command_line(tmp_path):
 def test_without_a_gpu_it_says_so(tmp_path):
     bare = [*CHECK, "--out", str(tmp_path / "gpu.json")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(bare, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 3
-    assert run.stderr.splitlines() == [
+    bare_run = subprocess.run(bare, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert bare_run.returncode == 3
+    assert bare_run.stderr.splitlines() == [
         "no GPU answers here: nothing was checked; --device cpu runs the steps on the CPU"
     ]
     assert not (tmp_path / "gpu.json").exists()

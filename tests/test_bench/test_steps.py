@@ -5,19 +5,19 @@ import pytest
 from tests.bench.gpu.steps import STEPS
 from tests.test_bench.small import run
 
-PROCESSES = ("demo", "NCCL: two processes")  # take longer: beside these, in a file of their own
+ELSEWHERE = ("demo", "demo: fine-tuned", "NCCL: two processes")  # start processes or run a whole study
+HERE = [step for step in STEPS if step.name not in ELSEWHERE]
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp("scratch")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
 
 
-@pytest.mark.parametrize("step", [step for step in STEPS if step.name not in PROCESSES], ids=lambda step: step.name)
-def test_step(step, scratch):
-    run(step, scratch)
+@pytest.mark.parametrize("step", HERE, ids=lambda step: step.name)
+def test_step(step, shared):
+    run(step, shared)
 
 
 def test_names_are_different():
-    assert len({step.name for step in STEPS}) == len(STEPS)
-    assert {step.name for step in STEPS} >= set(PROCESSES)
+    assert len({step.name for step in STEPS}) == len(STEPS) == len(HERE) + len(ELSEWHERE)

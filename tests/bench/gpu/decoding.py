@@ -18,8 +18,8 @@ from tests.test_stages.jpegs import damaged, odd, plain
 def changes(bench: Bench) -> None:
     """Features of scikit-learn's digits as JPEG files of 96 pixels, decoded there and by Pillow."""
     folder, table = bench.scratch / "digits-as-jpeg", list_images("sklearn:digits[0-9]/test")
-    n = 12 * bench.sizes.compared
-    for row in range(0, len(table), max(1, len(table) // n)):
+    n = bench.sizes.decoded
+    for row in range(0, len(table), len(table) // n):
         path = (folder / table.ids[row]).with_suffix(".jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
         decode_image(table.reader().read(row)).resize((96, 96)).save(path, quality=90)
@@ -35,7 +35,7 @@ def changes(bench: Bench) -> None:
 
 def failures(bench: Bench) -> None:
     """Whole, odd and damaged files: how many of them end otherwise than by Pillow."""
-    files = ImageReader([*plain().values(), *odd().values(), *damaged(4 * bench.sizes.compared), b"", b"no image"])
+    files = ImageReader([*plain().values(), *odd().values(), *damaged(bench.sizes.decoded // 3), b"", b"no image"])
     ends = []
     for decode in ("cuda", "pil"):
         preprocessing = _preprocessing(bench, decode)

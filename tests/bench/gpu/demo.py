@@ -18,17 +18,21 @@ KEYS = ("backbone", "features", "head", "variant", "seed", "routing", "score", "
 Row = dict[str, str]
 
 
-def demo(bench: Bench) -> None:
+def demo(bench: Bench, last: str = "pretrained") -> None:
     """Run both, and count rows of the device's table whose AUROC and FPR95 are within the CPU's 95 % intervals.
 
     The intervals are of images that might have been drawn, and not of trainings: rows of the pre-trained backbone are
     held to them, those of the fine-tuned one, two epochs of which end elsewhere in bfloat16, are counted.
+
+    Args:
+        bench: of the step.
+        last: "pretrained", or "finetuned": both backbones.
     """
     on_cpu, ours = bench.scratch / "demo-cpu", bench.scratch / f"demo-{bench.device}"
-    other = None if bench.device == "cpu" else start(bench, on_cpu)  # without a GPU the two are one
+    other = None if bench.device == "cpu" else start(bench, last, on_cpu)  # without a GPU the two are one
     try:
         started = time.monotonic()
-        stages(last_backbone(bench), settings(bench, ours))
+        stages(last, settings(bench, ours))
         bench.measure("the demo on this device, the CPU's beside it", time.monotonic() - started, "s")
         if other is not None and other.wait():
             raise RuntimeError(f"the demo on the CPU ended with exit status {other.returncode}")
@@ -38,11 +42,6 @@ def demo(bench: Bench) -> None:
             other.kill()
             other.wait()
     compare(bench, *(read(work / "scores" / "table.csv") for work in (ours, on_cpu)))
-
-
-def last_backbone(bench: Bench) -> str:
-    """How far the demo goes."""
-    return "finetuned" if bench.sizes.tuned_demo else "pretrained"
 
 
 def settings(bench: Bench, work: Path) -> list[str]:
@@ -72,9 +71,9 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
         return {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
 
 
-def start(bench: Bench, work: Path) -> "subprocess.Popen[bytes]":
+def start(bench: Bench, last: str, work: Path) -> "subprocess.Popen[bytes]":
     """The demo in another process, which sees no GPU."""
-    command = [sys.executable, "-m", "tests.bench.gpu.demo", last_backbone(bench), *settings(bench, work)]
+    command = [sys.executable, "-m", "tests.bench.gpu.demo", last, *settings(bench, work)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 

@@ -21,7 +21,7 @@ WAYS = {"one after another": False, "stacked": True}
 
 def compare(bench: Bench, name: str) -> None:
     """Both ways give the same features, outputs and gradients; then rows a second of both, as in training."""
-    config = named_network(bench, name)
+    config = named_network(bench, name, batch=bench.sizes.tuned_batch)
     backbone = placed(network(config), config, bench.device)
     images = torch.randn(64, 3, *[config.image_size] * 2, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -23,7 +23,7 @@ COMPARED = ("cls", "tap_cls", "patches")
 
 def compare(bench: Bench, name: str) -> None:
     """Extract on the device in every precision and hold features to those of a float32 forward pass on the CPU."""
-    config = named_network(bench, name)
+    config = named_network(bench, name, batch=bench.sizes.compared)
     folder, model = jpegs(bench, bench.sizes.compared), network(config)
     exact = on_cpu(copy.deepcopy(model), config, [path.read_bytes() for path in sorted(folder.iterdir())])
     for precision, tolerance in TOLERANCES.items():
@@ -47,14 +47,15 @@ def relative_error(found: NDArray[np.floating], exact: NDArray[np.floating]) -> 
 
 
 def same_bytes(bench: Bench) -> None:
-    """Extract twice, with a network that is built and placed anew, and count features that are not the same bits."""
+    """Extract twice, with a network that is placed anew, and count features that are not the same bits."""
     folder = jpegs(bench, 2 * bench.sizes.compared)
-    for config in (named_network(bench, name) for name in ("conv", "small")):
+    for config in (named_network(bench, name, batch=bench.sizes.compared) for name in ("conv", "small")):
+        model = network(config)
         for precision in ("float32", "float16"):
             first, second = (
                 extracted(
                     bench,
-                    placed(network(config), config, bench.device, precision=precision),
+                    placed(copy.deepcopy(model), config, bench.device, precision=precision),
                     folder,
                     f"{config.name}-{precision}-{which}",
                 )

@@ -51,10 +51,10 @@ def _read(pool: ThreadPoolExecutor, reader: Reader, n: int) -> None:
 def extraction(bench: Bench, name: str, large: bool = False) -> None:
     """Stage one from JPEG files beside eager forward passes of the same batches in memory."""
     config = named_network(bench, name, large)
-    n = bench.sizes.listed // (4 if large else 1)
-    folder, model = jpegs(bench, n), network(config)
+    model = network(config)
     backbone = placed(copy.deepcopy(model), config, bench.device, precision="float16")
-    stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
+    pace = stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
+    folder = jpegs(bench, as_many(bench, pace))
     bench.measure("images of a pass, as memory allows", backbone.batch)
     limit = forward_rate(bench, backbone, backbone.encode)
     bench.measure("bare forward, autocast to float16", limit, "images/s")
@@ -67,18 +67,24 @@ def extraction(bench: Bench, name: str, large: bool = False) -> None:
         bench.measure(f"bare eager, weights in {what}", bare, "images/s")
 
 
+def as_many(bench: Bench, pace: float) -> int:
+    """Images that take some seconds at a pace of so many a second."""
+    n = min(bench.sizes.listed, int(pace * bench.sizes.extraction_s))
+    return bench.sizes.jpegs * max(1, round(n / bench.sizes.jpegs))
+
+
 def compiled(bench: Bench, name: str, large: bool = False) -> None:
     """The bare compiled forward pass."""
+    if bench.device != "cuda":
+        raise NotRun("for the CPU it would compile C++, which takes minutes")
     config = named_network(bench, name, large)
     model = network(config)
     backbone = placed(copy.deepcopy(model), config, bench.device)
-    for what, dtype in HALVES.items():
-        started = time.perf_counter()
-        backend = "inductor" if bench.device == "cuda" else "eager"  # without a GPU its logic alone: C++ takes minutes
-        forward = torch.compile(in_half(model, dtype, bench.device), dynamic=False, backend=backend)
-        bare = forward_rate(bench, backbone, forward)
-        bench.measure(f"bare compiled, weights in {what}", bare, "images/s")
-        bench.measure(f"compilation, {what}, at most", time.perf_counter() - started, "s")
+    started = time.perf_counter()
+    forward = torch.compile(in_half(model, torch.float16, bench.device), dynamic=False)
+    bare = forward_rate(bench, backbone, forward)
+    bench.measure("bare compiled, weights in float16", bare, "images/s")
+    bench.measure("compilation, at most", time.perf_counter() - started, "s")
 
 
 def trial(bench: Bench, name: str) -> None:

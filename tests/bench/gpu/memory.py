@@ -10,7 +10,7 @@ from stages.context import Context
 from stages.extract import extract_set
 from stages.inputs.images import list_images
 from tests.bench.gpu.step import Bench, NotRun
-from tests.bench.gpu.subjects import jpegs, named_network, network, placed
+from tests.bench.gpu.subjects import jpegs
 from tests.bench.gpu.training import Subject
 
 ALLOCATED_GROWTH = 1.0  # MiB
@@ -21,17 +21,15 @@ def long_run(bench: Bench) -> None:
     """Extractions and trainings in turn; what is held after the last lap, beside a third of them."""
     if not Path("/proc/self/statm").exists():
         raise NotRun("no /proc here that says what a process holds")
-    config = named_network(bench, "small")
-    backbone = placed(network(config), config, bench.device)
+    subject = Subject(bench, "small")
+    backbone, rows, context = subject.backbone, subject.some_rows, Context(device=bench.device)
     images, spec = list_images(str(jpegs(bench, bench.sizes.jpegs))), backbone.feature_spec("float16", "full")
-    subject = Subject(bench, named_network(bench, "conv"))
-    rows, context = subject.some_rows, Context(device=bench.device)
     held = []
     for lap in range(bench.sizes.laps):
         root = bench.scratch / f"lap-{lap}"
         extract_set("bench", images, spec, root, lambda: backbone)
         shutil.rmtree(root)
-        subject.train(rows, subject.data, context, experts=2)
+        subject.train(rows, subject.some_data, context, experts=2)
         held.append((allocated(bench), resident()))
     (first_allocated, first_resident), (last_allocated, last_resident) = held[bench.sizes.laps // 3], held[-1]
     bench.measure("laps of an extraction and a training", len(held))

@@ -14,7 +14,6 @@ from stages.context import Context
 from stages.training.distributed import JOINED_BY, Joined, init_from_environment, leave
 from tests.bench.gpu.runner import ROOT
 from tests.bench.gpu.step import SIZES, Bench, NotRun
-from tests.bench.gpu.subjects import named_network
 from tests.bench.gpu.training import LOSS_TOLERANCES, Subject
 
 JOIN_S = 180.0  # in which all processes have to be done, where nobody stops the step before
@@ -47,7 +46,14 @@ def two_processes(bench: Bench) -> None:
     found = bench.scratch / "joined.json"
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     losses_of(bench, Context(device="cpu"))  # fills the cache, which both only read
-    command = [sys.executable, "-m", "tests.bench.gpu.ranks", bench.device, name, str(bench.scratch), str(found)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.gpu.ranks",
+        bench.device,
+        name,
+        *map(str, (bench.scratch, bench.shared, found)),
+    ]
     both = [
         subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
@@ -65,8 +71,8 @@ def two_processes(bench: Bench) -> None:
 
 def losses_of(bench: Bench, context: Context) -> list[float]:
     """Of each epoch of a training in float32."""
-    subject = Subject(bench, named_network(bench, "small"))
-    trained = subject.train(subject.some_rows, subject.data, context, experts=2, precision="float32")
+    subject = Subject(bench, "small")
+    trained = subject.train(subject.some_rows, subject.some_data, context, experts=2, precision="float32")
     return [record.loss for record in trained.history]
 
 
@@ -77,9 +83,9 @@ def compare(bench: Bench, joined: list[float], alone: list[float], how: str) -> 
         bench.measure(what, abs(ours - there) / there, at_most=LOSS_TOLERANCES["float32"])
 
 
-def main(device: str, sizes: str, scratch: str, found: str) -> None:
+def main(device: str, sizes: str, scratch: str, shared: str, found: str) -> None:
     """One of the processes: trains, and rank 0 writes the losses."""
-    bench = Bench(device, SIZES[sizes], Path(scratch), lambda value: None)  # type: ignore[index]
+    bench = Bench(device, SIZES[sizes], Path(scratch), Path(shared), lambda value: None)  # type: ignore[index]
     ranks = init_from_environment()
     try:
         losses = losses_of(bench, Context(device=device, ranks=ranks))

@@ -7,7 +7,7 @@ from stages.heads.choose import fit_head
 from stages.mixture.refine import refine
 from tests.bench.gpu.features import TOLERANCES, relative_error
 from tests.bench.gpu.step import Bench
-from tests.bench.gpu.subjects import named_network, rate
+from tests.bench.gpu.subjects import rate
 from tests.bench.gpu.training import Subject
 
 STRENGTH = 0.1
@@ -15,10 +15,10 @@ STRENGTH = 0.1
 
 def refining(bench: Bench, name: str) -> None:
     """Refine on the device and on the CPU, fit a head on each, and let both judge the device's rows."""
-    subject = Subject(bench, named_network(bench, name))
+    subject = Subject(bench, name)
     data = subject.data
     context = Context(device=bench.device)
-    mixture = subject.train(subject.some_rows, data, context, experts=2).mixture
+    mixture = subject.train(subject.some_rows, subject.some_data, context, experts=2).mixture
     ours, exact = (refine(mixture, data.train, context=each) for each in (context, Context(device="cpu")))
     bench.measure("rows that go to the same expert", (ours.expert == exact.expert).mean(), at_least=1)
     for column in ("features", "gate", "other"):

@@ -69,7 +69,7 @@ class Plan:
         sizes: name of the sizes.
         scratch: an empty folder.
         seconds: for all.
-        only: names of those that are run; none: all.
+        only: names of those that are run, in this order; none: all, as they are listed.
     """
 
     listing: str
@@ -80,9 +80,14 @@ class Plan:
     only: tuple[str, ...] = ()
 
     def outcomes(self) -> list[Outcome]:
-        """Of all steps, none of which has run."""
+        """Of all steps that are run, none of which has.
+
+        Raises:
+            KeyError: a name that no step has.
+        """
         steps: Sequence[Step] = named(self.listing)
-        return [Outcome(step) for step in steps if not self.only or step.name in self.only]
+        by_name = {step.name: step for step in steps}
+        return [Outcome(by_name[name]) for name in dict.fromkeys(self.only or by_name)]
 
 
 @dataclass

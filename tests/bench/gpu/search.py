@@ -8,7 +8,7 @@ from tests.bench.gpu.step import Bench, NotRun
 from tests.bench.gpu.subjects import rate
 
 K = 50
-COMPARED = 2048  # queries
+COMPARED = 512  # queries
 TOLERANCE = 1e-6  # of a distance, which the bank promises
 
 

@@ -40,7 +40,7 @@ class Step:
     proves: str
     run: str
     given: Mapping[str, Any] = field(default_factory=dict)
-    limit_s: float = 45
+    limit_s: float = 30
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,21 @@ class Sizes:
         image_size, large_image_size: pixels that networks see.
         networks: names of those that stand for EfficientNet-Lite0 where its own weights need not be seen ("conv"), and
             for DINOv2's ViT-S, B and L.
-        compared: images whose features are compared with the CPU's.
+        compared: images whose features are compared with the CPU's; of a pass, too.
+        decoded: images that are decoded on the device and compared, damaged files among them.
         jpegs: different files of 500 x 375 pixels.
-        listed: images of an extraction that is timed, of these files over and over; at the large size a quarter.
+        listed: most images of an extraction that is timed, of these files over and over.
+        extraction_s: it has as many of them as this takes, by the pace of the first.
         seconds: at least, of each thing that is timed over and over.
         digits: classes of scikit-learn's digits that mixtures are trained on.
-        timed_epochs: of the mixture that is timed.
+        mixture_s: of each mixture that is timed.
         experts, batches: of which experts one after another and at once are timed.
-        trained_rows: of the mixture whose loss is compared with the CPU's.
-        tuned: images of the fine-tune whose loss is compared.
+        trained_rows: of the mixture whose loss is compared with the CPU's, a third of them to judge by.
+        tuned: images of the fine-tune whose loss is compared, a tenth of them to judge by.
         timed_tuned: images of an epoch of the one that is timed.
         tuned_batch: images of a step.
         bank, queries, dim: of the search.
         demo: settings that make the demo smaller, as ``--set`` takes them.
-        tuned_demo: whether it is fine-tuned too.
         laps: of the long run.
     """
 
@@ -97,44 +98,47 @@ class Sizes:
     networks: Mapping[str, str] = field(
         default_factory=lambda: {"conv": LITE0} | {f: f"vit_{f}_patch14_dinov2" for f in ("small", "base", "large")}
     )
-    compared: int = 16
-    jpegs: int = 512
-    listed: int = 4096
-    seconds: float = 1.0
-    digits: str = "0-6"
-    experts: tuple[int, ...] = (4, 8, 16)
+    compared: int = 4
+    decoded: int = 192
+    jpegs: int = 256
+    listed: int = 8192
+    extraction_s: float = 3.0
+    seconds: float = 0.5
+    digits: str = "0-3"
+    experts: tuple[int, ...] = (4, 16)
     batches: tuple[int, ...] = (64, 256)
-    trained_rows: int = 384
-    timed_epochs: int = 8
-    tuned: int = 96
-    timed_tuned: int = 1024
-    tuned_batch: int = 64
-    bank: int = 200_000
+    trained_rows: int = 96
+    mixture_s: float = 3.0
+    tuned: int = 72
+    timed_tuned: int = 768
+    tuned_batch: int = 32
+    bank: int = 100_000
     queries: int = 20_000
     dim: int = 768
     demo: tuple[str, ...] = ()
-    tuned_demo: bool = True
-    laps: int = 9
+    laps: int = 7
 
 
 TINY = Sizes(
     image_size=32,
     large_image_size=48,
     networks={"conv": "test_efficientnet", "small": "test_vit", "base": "test_vit2", "large": "test_vit3"},
-    compared=4,
-    jpegs=8,
-    listed=16,
-    seconds=0.05,
+    compared=2,
+    decoded=12,
+    jpegs=4,
+    listed=8,
+    extraction_s=0.01,
+    seconds=0.001,
     digits="0-1",
     experts=(3,),
     batches=(8,),
-    trained_rows=48,
-    timed_epochs=1,
-    tuned=16,
-    timed_tuned=16,
+    trained_rows=24,
+    mixture_s=0.1,
+    tuned=12,
+    timed_tuned=12,
     tuned_batch=8,
-    bank=2000,
-    queries=200,
+    bank=500,
+    queries=100,
     dim=32,
     demo=(
         "backbone.image_size=32",
@@ -143,9 +147,9 @@ TINY = Sizes(
         "sets.digits-7-9.images=sklearn:digits[7-7]/test",
         "train.epochs=1",
         "score.bootstrap=100",
+        'score.scores=["msp", "knn"]',
     ),
-    tuned_demo=False,
-    laps=4,
+    laps=3,
 )
 
 SIZES: Mapping[Literal["full", "tiny"], Sizes] = {"full": Sizes(), "tiny": TINY}
@@ -158,13 +162,16 @@ class Bench:
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
         sizes: how much to compute.
-        scratch: folder of the whole check, which later steps see too.
+        scratch: an empty folder of this step alone.
+        shared: folder of the whole check. What stands in it another step may have made, or have been stopped while it
+            made it: only what is complete once it has its name, or is a cache.
         say: told of each value.
     """
 
     device: str
     sizes: Sizes
     scratch: Path
+    shared: Path
     say: Callable[[Value], None]
 
     def measure(

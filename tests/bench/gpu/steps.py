@@ -1,9 +1,12 @@
 """The steps of the check, in order of worth. A step is added here: a line, whose function takes a `Bench`.
 
-What it is called and proves is read in the table; see `tests.bench.gpu.step` for how one is written.
+What it is called and proves is read in the table; see `tests.bench.gpu.step` for how one is written. That the device
+computes what it should comes before how fast, and ViT-S before EfficientNet-Lite0: for each convolution, number of
+rows and thread cuDNN chooses a kernel once, which takes a convolutional network seconds.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from tests.bench.gpu.step import Step
 
@@ -16,108 +19,122 @@ NAMES: Mapping[str, str] = {
     "large": "ViT-L/14",
 }  # those of DINOv2 have seeded weights
 
+
+def features(name: str) -> Step:
+    """Features of a network."""
+    proves = "extraction gives the CPU's features, to a tolerance of each precision"
+    return Step(f"features: {NAMES[name]}", proves, f"{HERE}.features:compare", {"name": name})
+
+
+def mixture(name: str) -> Step:
+    """A mixture on its features."""
+    proves = "a mixture that is trained has the CPU's losses; rows a second, memory"
+    return Step(f"mixture: {NAMES[name]}", proves, f"{HERE}.training:mixture", {"name": name})
+
+
+def fine_tune(name: str) -> Step:
+    """Its fine-tune."""
+    proves = "a backbone that is fine-tuned has the CPU's losses; images a second, memory"
+    return Step(f"fine-tune: {NAMES[name]}", proves, f"{HERE}.tuning:fine_tune", {"name": name}, limit_s=45)
+
+
+def same_training(name: str) -> Step:
+    """A mixture twice."""
+    proves = "a mixture that is trained again has the same bits, in half precision and in full"
+    return Step(f"same training: {NAMES[name]}", proves, f"{HERE}.training:same_bits", {"name": name})
+
+
+def refining(name: str) -> Step:
+    """What follows a mixture's training."""
+    proves = "rows as the experts see them, and heads that are fitted on them, are the CPU's"
+    return Step(f"refining: {NAMES[name]}", proves, f"{HERE}.refining:refining", {"name": name})
+
+
+def experts(name: str) -> Step:
+    """Both ways of experts."""
+    proves = "experts that are stacked compute what they do one after another; rows a second both ways"
+    return Step(f"experts: {NAMES[name]}", proves, f"{HERE}.experts:compare", {"name": name}, limit_s=45)
+
+
+def of_size(what: str, proves: str, run: str, name: str, large: bool = False, **limits: Any) -> Step:
+    """A step on images of one of both sizes."""
+    title = f"{what}: {NAMES[name]}, {'518' if large else '224'} px"
+    return Step(title, proves, f"{HERE}.{run}", {"name": name, "large": large}, **limits)
+
+
+def images_a_second(name: str, large: bool = False) -> Step:
+    """Stage one."""
+    proves = "how far stage one, from JPEG files, is from the bare forward pass"
+    return of_size("images/s", proves, "feeding:extraction", name, large)
+
+
+def shares(name: str) -> Step:
+    """Where its time goes."""
+    proves = "where the time of stage one goes, with threads that decode and with processes"
+    return of_size("shares", proves, "shares:shares", name)
+
+
+def compiled(name: str, large: bool = False) -> Step:
+    """What the compiler gives."""
+    proves = "what torch.compile makes of the bare forward pass"
+    return of_size("compiled", proves, "feeding:compiled", name, large, limit_s=60)
+
+
 STEPS: tuple[Step, ...] = (
-    *(
-        Step(
-            f"features: {NAMES[name]}",
-            "extraction gives the CPU's features, to a tolerance of each precision",
-            f"{HERE}.features:compare",
-            {"name": name},
-        )
-        for name in ("lite0", "small", "base", "large")
-    ),
-    Step("same bytes", "an extraction that is repeated gives the same bits", f"{HERE}.features:same_bytes"),
-    *(
-        Step(
-            f"images/s: {NAMES[name]}, {'518' if large else '224'} px",
-            "how far stage one, from JPEG files, is from the bare forward pass",
-            f"{HERE}.feeding:extraction",
-            {"name": name, "large": large},
-        )
-        for name, large in (("small", False), ("conv", False), ("small", True))
-    ),
-    Step("decoder", "how many images a second the cores decode", f"{HERE}.feeding:decoder", limit_s=30),
-    *(
-        Step(
-            f"mixture: {NAMES[name]}",
-            "a mixture that is trained has the CPU's losses; rows a second, memory",
-            f"{HERE}.training:mixture",
-            {"name": name},
-        )
-        for name in ("conv", "small")
-    ),
-    *(
-        Step(
-            f"fine-tune: {NAMES[name]}",
-            "a backbone that is fine-tuned has the CPU's losses; images a second, memory",
-            f"{HERE}.tuning:fine_tune",
-            {"name": name},
-            limit_s=60,
-        )
-        for name in ("conv", "small")
-    ),
-    *(
-        Step(
-            f"same training: {NAMES[name]}",
-            "a mixture that is trained again has the same bits, in half precision and in full",
-            f"{HERE}.training:same_bits",
-            {"name": name},
-        )
-        for name in ("small", "conv")
-    ),
-    *(
-        Step(
-            f"experts: {NAMES[name]}",
-            "experts that are stacked compute what they do one after another; rows a second both ways",
-            f"{HERE}.experts:compare",
-            {"name": name},
-            limit_s=60,
-        )
-        for name in ("conv", "small")
-    ),
+    features("small"),
+    features("lite0"),
+    mixture("small"),
+    fine_tune("small"),
+    same_training("small"),
     Step("FAISS", "its search on GPUs is the flat one of the CPU; queries a second", f"{HERE}.search:search"),
-    *(
-        Step(
-            f"refining: {NAMES[name]}",
-            "rows as the experts see them, and heads that are fitted on them, are the CPU's",
-            f"{HERE}.refining:refining",
-            {"name": name},
-        )
-        for name in ("conv", "small")
-    ),
+    refining("small"),
+    experts("small"),
+    Step("same bytes", "an extraction that is repeated gives the same bits", f"{HERE}.features:same_bytes"),
     Step(
         "decoding: failures",
         'with decode = "cuda" the same files cannot be used, for the same reasons, as by Pillow',
-        "tests.bench.gpu.decoding:failures",
+        f"{HERE}.decoding:failures",
     ),
     Step(
         "decoding: features",
         'with decode = "cuda" features are those by Pillow but for a few values of a pixel',
-        "tests.bench.gpu.decoding:changes",
-    ),
-    Step(
-        "decoding: speed",
-        "images a second from JPEG files, by nvJPEG and by all cores",
-        "tests.bench.gpu.decoding:speed",
+        f"{HERE}.decoding:changes",
     ),
     Step("NCCL: one process", "what processes do together works on this device", f"{HERE}.ranks:one_process"),
-    Step("NCCL: two processes", "two GPUs train one mixture as one does", f"{HERE}.ranks:two_processes", limit_s=90),
+    shares("small"),
+    images_a_second("small"),
     Step(
         "demo",
         "the demo's table on the device is within the intervals of the same demo on the CPU",
         f"{HERE}.demo:demo",
-        limit_s=100,
+        limit_s=60,
     ),
+    fine_tune("conv"),
     Step("memory", "what a long run holds, on the GPU and beside it, does not grow", f"{HERE}.memory:long_run"),
-    *(
-        Step(
-            f"compiled: {NAMES[name]}, {'518' if large else '224'} px",
-            "what torch.compile makes of the bare forward pass",
-            f"{HERE}.feeding:compiled",
-            {"name": name, "large": large},
-            limit_s=60,
-        )
-        for name, large in (("small", False), ("small", True))
+    features("large"),
+    features("base"),
+    same_training("conv"),
+    mixture("conv"),
+    Step("decoder", "how many images a second the cores decode", f"{HERE}.feeding:decoder"),
+    Step(
+        "decoding: speed",
+        "images a second from JPEG files, by nvJPEG and by all cores",
+        f"{HERE}.decoding:speed",
+    ),
+    images_a_second("small", large=True),
+    shares("conv"),
+    images_a_second("conv"),
+    refining("conv"),
+    experts("conv"),
+    compiled("small"),
+    Step("NCCL: two processes", "two GPUs train one mixture as one does", f"{HERE}.ranks:two_processes", limit_s=90),
+    compiled("small", large=True),
+    Step(
+        "demo: fine-tuned",
+        "the same of the backbone that is fine-tuned on the device",
+        f"{HERE}.demo:demo",
+        {"last": "finetuned"},
+        limit_s=120,
     ),
     *(
         Step(

@@ -23,14 +23,14 @@ def jpegs(bench: Bench, n: int) -> Path:
     """A folder of n JPEG files, crops of two photographs; beyond ``sizes.jpegs`` some are the same file again."""
     from tests.bench.bench_extract import write_jpegs
 
-    folder = bench.scratch / f"jpegs-{n}"
+    folder = bench.shared / f"jpegs-{n}"
     if not folder.exists():
-        drawn = bench.scratch / "jpegs"
+        drawn = bench.shared / "jpegs"
         if not drawn.exists():
-            write_jpegs(begun := bench.scratch / f"jpegs-{os.getpid()}", bench.sizes.jpegs)
+            write_jpegs(begun := bench.shared / f"jpegs-{os.getpid()}", bench.sizes.jpegs)
             begun.rename(drawn)
         files = sorted(drawn.iterdir())
-        linked = bench.scratch / f"jpegs-{n}-{os.getpid()}"
+        linked = bench.shared / f"jpegs-{n}-{os.getpid()}"
         linked.mkdir()
         for number in range(n):
             os.link(files[number % len(files)], linked / f"{number:05d}.jpg")
@@ -91,8 +91,12 @@ def rate(bench: Bench, amount: float, function: Callable[[], object]) -> float:
     return n * amount / taken
 
 
-def named_network(bench: Bench, name: str, large: bool = False) -> BackboneConfig:
-    """EfficientNet-Lite0 ("lite0", or what stands for it: "conv") or DINOv2's ViT "small", "base" or "large"."""
+def named_network(bench: Bench, name: str, large: bool = False, batch: Any = "auto") -> BackboneConfig:
+    """EfficientNet-Lite0 ("lite0", or what stands for it: "conv") or DINOv2's ViT "small", "base" or "large".
+
+    With "auto" a batch is chosen by passes of several sizes: for each, cuDNN picks kernels of all convolutions anew,
+    which takes seconds. A step that is about something else gives one.
+    """
     size = bench.sizes.large_image_size if large else bench.sizes.image_size
     model = LITE0 if name == "lite0" else bench.sizes.networks[name]
-    return BackboneConfig(name=model, weights="embedded" if model == LITE0 else "hub", image_size=size)
+    return BackboneConfig(name=model, weights="embedded" if model == LITE0 else "hub", image_size=size, batch=batch)

@@ -1,15 +1,16 @@
 """Mixtures on cached features: their losses beside the CPU's, their rows a second beside bare steps, their memory."""
 
 import itertools
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from stages.config import BackboneConfig, TrainConfig
+from stages.config import TrainConfig
 from stages.context import Context
 from stages.extract import extract_set
 from stages.id_data.rows import IdData, id_data
@@ -17,6 +18,7 @@ from stages.id_data.split import Rows
 from stages.id_data.tokens import read_tokens
 from stages.inputs.images import list_images
 from stages.networks.backbone import Backbone
+from stages.progress import NullProgress
 from stages.train import TrainedMixture, start_mixture, train_mixture
 from stages.training.checkpoint import Checkpoints
 from stages.training.recipes import resolve_settings
@@ -30,19 +32,20 @@ _numbers = itertools.count()
 
 
 class Subject:
-    """A network, and the ID side of a study on its cached features of scikit-learn's digits.
+    """A network, and the ID side of a study on its cached features of scikit-learn's digits, which steps share.
 
     Args:
         bench: of the step.
-        config: the network.
+        name: of the network.
     """
 
-    def __init__(self, bench: Bench, config: BackboneConfig) -> None:
+    def __init__(self, bench: Bench, name: str) -> None:
+        config = named_network(bench, name, batch=bench.sizes.tuned_batch)
         self._bench = bench
         self.backbone: Backbone = placed(network(config), config, bench.device)
         images = list_images(f"sklearn:digits[{bench.sizes.digits}]/train")
         spec = self.backbone.feature_spec("float16", "full")
-        root = bench.scratch / "digits"
+        root = bench.shared / "digits"
         cache = extract_set(config.name, images, spec, root, lambda: self.backbone)
         self.data: IdData = id_data(cache, None, 0.2)
 
@@ -51,6 +54,11 @@ class Subject:
         """Rows of a training whose loss is compared."""
         rows = self.data.split.final_train
         return np.sort(np.random.default_rng(0).permutation(rows)[: self._bench.sizes.trained_rows])
+
+    @property
+    def some_data(self) -> IdData:
+        """The same data with a third as many rows to judge that training by."""
+        return judged_by(self.data, self._bench.sizes.trained_rows // 3)
 
     def train(self, rows: Rows, data: IdData, context: Context, **settings: Any) -> TrainedMixture:
         """A mixture, from start to end."""
@@ -65,12 +73,12 @@ class Subject:
 
 def mixture(bench: Bench, name: str) -> None:
     """Train in every precision as on the CPU, then for speed."""
-    subject = Subject(bench, named_network(bench, name))
-    rows = subject.some_rows
-    exact = subject.train(rows, subject.data, Context(device="cpu"), experts=2, precision="float32")
+    subject = Subject(bench, name)
+    rows, data = subject.some_rows, subject.some_data
+    exact = subject.train(rows, data, Context(device="cpu"), experts=2, precision="float32")
     for precision, tolerance in LOSS_TOLERANCES.items():
         reset_peak(bench)
-        ours = subject.train(rows, subject.data, Context(device=bench.device), experts=2, precision=precision)
+        ours = subject.train(rows, data, Context(device=bench.device), experts=2, precision=precision)
         for epoch, (found, there) in enumerate(zip(ours.history, exact.history, strict=True)):
             error = abs(found.loss - there.loss) / there.loss
             bench.measure(f"{precision}, epoch {epoch}: loss, relative to the CPU's", error, at_most=tolerance)
@@ -80,12 +88,11 @@ def mixture(bench: Bench, name: str) -> None:
 
 def same_bits(bench: Bench, name: str) -> None:
     """Train twice, and count weights that are not the same bits."""
-    subject = Subject(bench, named_network(bench, name))
-    rows, context = subject.some_rows, Context(device=bench.device)
+    subject = Subject(bench, name)
+    rows, data, context = subject.some_rows, subject.some_data, Context(device=bench.device)
     for precision in LOSS_TOLERANCES:
         once, again = (
-            subject.train(rows, subject.data, context, experts=2, precision=precision).mixture.state_dict()
-            for _ in range(2)
+            subject.train(rows, data, context, experts=2, precision=precision).mixture.state_dict() for _ in range(2)
         )
         differ = sum(int((once[name] != again[name]).sum()) for name in once)
         bench.measure(f"{precision}: weights that differ", differ, at_most=0)
@@ -93,17 +100,17 @@ def same_bits(bench: Bench, name: str) -> None:
 
 def speed(bench: Bench, subject: Subject) -> None:
     """Rows a second that experts get: in epochs, and in bare steps of one expert on tokens in memory."""
-    data = one_held_out(subject.data)
+    data = judged_by(subject.data, 1)  # which takes no time
     rows = data.split.final_train
     limit = rate(bench, len(rows), bare_steps(bench, subject, rows))
     bench.measure("bare forward, backward, AdamW of one expert", limit, "rows/s")
     for experts in (1, min(4, data.n_classes)):
         reset_peak(bench)
-        context = Context(device=bench.device)
+        pace = Pace(bench.sizes.mixture_s)
+        with suppress(TimeIsUp):
+            subject.train(rows, data, Context(pace, bench.device), experts=experts, epochs=1000, patience=None)
         # Each of several is shown as many rows of other groups as of its own.
-        n_rows = bench.sizes.timed_epochs * len(rows) * (1 if experts == 1 else 2)
-        settings = {"experts": experts, "epochs": bench.sizes.timed_epochs}
-        ours = rate(bench, n_rows, partial(subject.train, rows, data, context, **settings))
+        ours = pace.rows_per_second * (1 if experts == 1 else 2)
         bench.measure(f"E = {experts}: epochs", ours, "rows/s")
         bench.measure(f"E = {experts}: epochs / bare", ours / limit)
         say_peak(bench, f"E = {experts}: peak memory")
@@ -128,9 +135,40 @@ def bare_steps(bench: Bench, subject: Subject, rows: Rows) -> Callable[[], None]
     return epoch
 
 
-def one_held_out(data: IdData) -> IdData:
-    """The same with one row to judge by, which takes no time."""
-    folds = tuple(replace(fold, select=fold.select[:1]) for fold in data.split.folds)
+class TimeIsUp(Exception):
+    """Ends a training that is timed."""
+
+
+class Pace(NullProgress):
+    """Counts rows of a training, which it ends after some time. What the first half of that computes is the warm-up.
+
+    Args:
+        seconds: from its first step on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._done: list[tuple[float, int]] = []  # when, and how many rows by then
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """See `Progress`; only steps have rows."""
+        if not n:
+            return
+        self._done.append((time.perf_counter(), n + (self._done[-1][1] if self._done else 0)))
+        if len(self._done) > 2 and self._done[-1][0] - self._done[0][0] >= self._seconds:
+            raise TimeIsUp
+
+    @property
+    def rows_per_second(self) -> float:
+        """In the second half."""
+        (begun, _), (ended, rows) = self._done[0], self._done[-1]
+        since, before = next(at for at in self._done if at[0] >= (begun + ended) / 2 or at is self._done[-2])
+        return (rows - before) / (ended - since)
+
+
+def judged_by(data: IdData, n: int) -> IdData:
+    """The same with a few rows to judge by."""
+    folds = tuple(replace(fold, select=fold.select[:n]) for fold in data.split.folds)
     return replace(data, split=replace(data.split, folds=folds))
 
 

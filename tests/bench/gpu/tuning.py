@@ -18,6 +18,7 @@ from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import id_data
 from stages.inputs.images import list_images
 from stages.networks.weights.loading import build_model
+from stages.training.loading import worker_count
 from stages.training.objectives import freeze_batch_norm
 from stages.training.run import Record
 from tests.bench.bench_finetune import CLASSES, Watch
@@ -34,7 +35,7 @@ _numbers = itertools.count()
 
 def fine_tune(bench: Bench, name: str) -> None:
     """Train in every precision as on the CPU, then for speed."""
-    config = stored(bench, named_network(bench, name))
+    config = stored(bench, named_network(bench, name, batch=bench.sizes.tuned_batch))
     images = tuning_images(bench, bench.sizes.tuned)
     exact = tune(bench, config, images, "cpu", epochs=1, workers=0, precision="float32")
     for precision, tolerance in TOLERANCES.items():
@@ -48,9 +49,13 @@ def fine_tune(bench: Bench, name: str) -> None:
     del step
     watch = Watch(lambda: None)
     reset_peak(bench)
-    tune(bench, config, tuning_images(bench, bench.sizes.timed_tuned), bench.device, watch, epochs=EPOCHS)
+    images = tuning_images(bench, bench.sizes.timed_tuned)
+    # As many as for a study that is worth them; beside the CPU's passes there are none.
+    workers = worker_count("auto", 1 << 20, 1) if bench.device == "cuda" else 0
+    tune(bench, config, images, bench.device, watch, epochs=EPOCHS, workers=workers)
     ours_s = statistics.median(watch.epochs[1:])
-    n_images = len(tuning_images(bench, bench.sizes.timed_tuned).data.split.folds[0].train)
+    n_images = images.n_train
+    bench.measure("processes that decode", workers)
     bench.measure("epochs from JPEG files", n_images / ours_s, "images/s")
     bench.measure("epochs / bare", n_images / ours_s / limit)
     bench.measure("first epoch, with the start of the workers", watch.epochs[0], "s")
@@ -62,19 +67,21 @@ def stored(bench: Bench, config: BackboneConfig) -> BackboneConfig:
     if config.weights == "embedded":
         return config
     path = bench.scratch / f"{config.name}.safetensors"
-    if not path.exists():
-        save_file({name: tensor.contiguous() for name, tensor in network(config).state_dict().items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in network(config).state_dict().items()}, path)
     return config.model_copy(update={"weights": str(path)})
 
 
 def tuning_images(bench: Bench, n: int) -> TuningImages:
-    """JPEG files of two classes, and the ID side of a study on a cache of them, which says what may be trained on."""
+    """JPEG files of two classes, and the ID side of a study on a cache of them, which says what may be trained on.
+
+    Of which network the features are does not matter: of the smallest, on the CPU.
+    """
     folder, table = jpegs(bench, n), bench.scratch / f"train-{n}.csv"
     lines = (f"{path},{number % CLASSES}\n" for number, path in enumerate(sorted(folder.iterdir())))
     table.write_text("path,label\n" + "".join(lines))
     images = list_images(str(table))
-    config = named_network(bench, "conv")
-    backbone = placed(network(config), config, bench.device)
+    config = BackboneConfig(name="test_vit", weights="hub", image_size=32)
+    backbone = placed(network(config), config, "cpu")
     spec = backbone.feature_spec("float16", "none")
     cache = extract_set(f"tuned-{n}", images, spec, bench.scratch / "tuned", lambda: backbone)
     data = id_data(cache, None, HELD_OUT, cross_fit=False)

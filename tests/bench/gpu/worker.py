@@ -11,11 +11,12 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str]) -> None:
         results.write(json.dumps({kind: what}) + "\n")
 
     say("ready", {} if device == "cpu" else named("tests.bench.gpu.machine:gpu")())
-    bench = Bench(device, SIZES[cast(Any, sizes)], Path(scratch), lambda value: say("value", asdict(value)))
+    folder = Path(scratch)
+    bench = Bench(device, SIZES[cast(Any, sizes)], folder, folder, lambda value: say("value", asdict(value)))
     while True:
         name = asked.get()
         step = next(step for step in steps if step.name == name)
@@ -44,13 +46,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run_step(step: Step, bench: Bench, say: Callable[[str, Any], None]) -> None:
-    """Run one step; say ``begun`` once all that it needs is imported, then ``done``, ``not run`` or ``failed``."""
+    """Run one step in a folder of its own.
+
+    Says ``begun`` once all that it needs is imported, then ``done``, ``not run`` or ``failed``.
+    """
     started = time.monotonic()
     try:
         function = named(step.run)
+        gc.freeze()  # modules stay: what is left to collect after a step is its own
         say("begun", round(time.monotonic() - started, 2))
         started = time.monotonic()
-        function(bench, **step.given)
+        with tempfile.TemporaryDirectory(prefix="step-", dir=bench.shared, ignore_cleanup_errors=True) as own:
+            function(replace(bench, scratch=Path(own)), **step.given)
     except NotRun as reason:
         say("not run", str(reason))
     except Exception as error:
