@@ -114,13 +114,20 @@ class Stacked:
         with _SKELETONS, _Rewritten():
             return torch.vmap(run, in_dims=(0, None if shared else 0))(state, tuple(vars(tokens).values()))
 
-    @torch.no_grad()
     def runs_on(self, row: Tokens) -> bool:
-        """Whether vmap can do all that the architecture does, none of it one network after the other."""
+        """Whether vmap can do all that the architecture does, backwards too, and nothing one network after the other.
+
+        Args:
+            row: ``[1, ...]``, where it is going to run.
+        """
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.enable_grad():
                 warnings.filterwarnings("error", message="There is a performance drop")
-                self(range(2), row, shared=True)
+                made = self(range(2), row.map(Tensor.detach), shared=True)
+                sums = [each.sum() for each in ([made] if isinstance(made, Tensor) else made) if each.requires_grad]
+                weights = [weight for weight in self._networks[0].parameters() if weight.requires_grad]
+                if sums and weights:
+                    torch.autograd.grad(sums, weights, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, UserWarning):  # as the architecture's own code has it

@@ -132,10 +132,35 @@ class Sorts(Linear):
         return out * torch.histc(out, bins=4).sum()
 
 
-@pytest.mark.parametrize("network", [Peeks, Sorts])
+class Stuck(Linear):
+    """It has no way back."""
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        return OneWay.apply(super().forward(tokens))
+
+
+class OneWay(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+
+@pytest.mark.parametrize("network", [Peeks, Sorts, Stuck])
 def test_what_vmap_cannot_do_is_known_before(network):
     assert not Stacked([network(2), network(2)], reads_patches=False).runs_on(cls(1))
     assert Stacked([Linear(2), Linear(2)], reads_patches=False).runs_on(cls(1))
+    with torch.inference_mode():
+        assert Stacked([Linear(2), Linear(2)], reads_patches=False).runs_on(cls(1))
 
 
 def test_attention_with_a_mask_is_the_same():
