@@ -10,7 +10,7 @@ FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
 # Stages of a study: a module each, and a line in the list, which says what it does.
 STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_of_study/*.py))))
-VERBS := run predict verify info
+VERBS := run predict export verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
@@ -44,6 +44,7 @@ pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=f
 
 run: $(READY) ## Every stage that is not fresh (EXPERIMENT=file.toml ARGS="--set …", as for each of them)
 predict: $(READY) ## Score new images: ARGS="image.jpg …"
+export: $(READY) ## The detector as one file: ARGS="-o pets.ood"
 verify: $(READY) ## Check every byte of the caches
 info: $(READY) ## Show caches and models at a glance
 $(STAGES): $(READY)

@@ -15,7 +15,7 @@ import click
 
 from pipeline.benchmark.choice import Choice
 from pipeline.config import RunConfig, RunOptions
-from pipeline.deciding import Deciding
+from pipeline.deciding import Deciding, Exporting
 from pipeline.options import (
     CHOICE,
     DEBUG,
@@ -23,6 +23,7 @@ from pipeline.options import (
     DECIDING_BACKBONE,
     DRY_RUN,
     EXPERIMENT,
+    EXPORTING,
     FORMAT,
     MAX_FAILURES,
     NETWORK,
@@ -231,6 +232,16 @@ def predict(experiment: Experiment, paths: tuple[str, ...], backbone: str, decid
 
 @verbs.command()
 @EXPERIMENT
+@EXPORTING
+@DECIDING_BACKBONE
+def export(experiment: Experiment, exporting: Exporting, backbone: str) -> None:
+    """The fitted detector as one sealed file, which `stages.detection.Detector` loads anywhere."""
+    with _study(experiment.config("export", backbone), RunOptions()) as study:
+        show(study.export(exporting, backbone))
+
+
+@verbs.command()
+@EXPERIMENT
 @click.option("--repair", is_flag=True, help="Extract damaged shards again.")
 def verify(experiment: Experiment, repair: bool) -> None:
     """Check every byte of the caches of EXPERIMENT.toml, or of one CACHE folder."""
@@ -248,7 +259,16 @@ def verify(experiment: Experiment, repair: bool) -> None:
 @verbs.command()
 @EXPERIMENT
 def info(experiment: Experiment) -> None:
-    """Show the caches and models of EXPERIMENT.toml, or one CACHE folder, at a glance."""
+    """Show the caches and models of EXPERIMENT.toml, one CACHE folder, or one exported file, at a glance."""
+    from stages.files.archive import is_archive
+
+    if is_archive(experiment.path):
+        if experiment.overrides:
+            raise click.UsageError(f"--set changes an experiment file; {experiment.path} is an exported detector")
+        from pipeline.exports import bundle_lines
+
+        show(bundle_lines(Path(experiment.path)))
+        return
     if (cache := _cache_folder(experiment)) is None:
         with _study(experiment.config("info"), RunOptions()) as study:
             show(study.info())

@@ -1,10 +1,11 @@
-"""How `predict` is to decide, as it is asked on the command line."""
+"""How `predict` and `export` are to decide, as it is asked on the command line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.predict import Per
+    from stages.detection.detector import Per
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,20 @@ class Deciding:
     score_name: str | None = None
     per: "Per" = "all"
     fdr: float | None = None
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """What is exported, as it is asked for on the command line.
+
+    Attributes:
+        output: the file.
+        score_name: which score decides; None: the detector's own choice.
+        variant: whose experts; ``none`` for the backbone's own features; None: the first.
+        with_backbone: whether the network's weights go into the file.
+    """
+
+    output: Path
+    score_name: str | None = None
+    variant: str | None = None
+    with_backbone: bool = True

@@ -18,12 +18,12 @@ from pipeline.config import (
     folder_name,
     load_config,
 )
-from pipeline.deciding import Deciding
+from pipeline.deciding import Deciding, Exporting
 from stages.config import nearest
 from stages.scorers import SCORERS, unknown_part
 
 if TYPE_CHECKING:
-    from stages.predict import Per
+    from stages.detection.detector import Per
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
@@ -231,6 +231,11 @@ DECIDING_BACKBONE = click.option(
 )
 
 
+DECIDING_SCORE = click.option(
+    "--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy."
+)
+
+
 def _deciding(score_name: str | None, per: "Per", fdr: float | None) -> Deciding:
     if fdr is not None and per != "all":
         raise click.UsageError(
@@ -242,9 +247,7 @@ def _deciding(score_name: str | None, per: "Per", fdr: float | None) -> Deciding
 DECIDING = gathered(
     "deciding",
     _deciding,
-    click.option(
-        "--score", "score_name", callback=_known_score, help="Which score decides, or sum of two: knn+energy."
-    ),
+    DECIDING_SCORE,
     click.option(
         "--per",
         type=click.Choice(["all", "class", "expert"]),
@@ -280,4 +283,26 @@ PAGE = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write the page of results there as well; the project's is pipeline/benchmark/RESULTS.md.",
+)
+EXPORTING = gathered(
+    "exporting",
+    Exporting,
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        required=True,
+        metavar="FILE",
+        help="Where to, such as pets.ood.",
+    ),
+    DECIDING_SCORE,
+    click.option("--variant", metavar="NAME", help="Whose experts; none: the backbone's own features."),
+    click.option(
+        "--no-backbone",
+        "with_backbone",
+        flag_value=False,
+        type=bool,
+        default=True,
+        help="Leave the network's weights out: they are loaded from where the study has them.",
+    ),
 )

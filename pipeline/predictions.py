@@ -1,36 +1,33 @@
 """What `predict` prints: CSV, a line an image, or one JSON document."""
 
 import json
-import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cache import CacheError, FeatureCache, FeatureSpec, Lock
-from pipeline.backbones import StudyBackbone
+import numpy as np
+from numpy.typing import NDArray
+
+from cache import FeatureSpec
 from pipeline.deciding import Deciding
 from pipeline.sources import source_to_predict
 from pipeline.workspace import Workspace
 from stages.detection.conformal import BatchPromise
 from stages.errors import InputError
-from stages.extract import ExtractOptions, extract_set, import_set
 from stages.inputs.arrays import ArrayTable
-from stages.inputs.images import SampleTable, describe_left_out, list_images
+from stages.inputs.images import ImageError, ImageReader, SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
+from stages.machine import usable_cores
 from stages.metrics.discoveries import discoveries
 from stages.networks.preprocessing import check_decode
 from stages.predict import N_NEAREST, Prediction, Predictor
 from stages.progress import NullProgress, Progress
 from stages.results.formats import csv_text
 
-_BLOCK = 256  # images whose features stand on the disk at once
-_SCRATCH = "mofe-feature-cache-predict-"  # begins the name of every folder that they stand in
-_ANY = ExtractOptions(max_failures=1.0)  # what cannot be used is said of each image
+_BLOCK = 128  # images whose pixels are in memory at once
+_MANY = 256  # images, of which it is said how far they are
 Format = Literal["csv", "json"]
 _COLUMNS = ("path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert")
 
@@ -63,7 +60,7 @@ def predict_paths(workspace: Workspace, paths: Sequence[str], deciding: Deciding
         )
     source, config = source_to_predict(workspace, backbone), workspace.config.score
     predictor = Predictor(source, config, deciding.score_name, progress, deciding.per)
-    predictions, unusable = predict_sources(predictor, backbone, paths, sources, progress)
+    predictions, unusable = predict_sources(predictor, paths, sources, progress)
     batch = None if deciding.fdr is None else BatchPromise.of(predictor.threshold.n, len(predictions), deciding.fdr)
     if batch is not None:
         predictions = _flagged(predictions, batch)
@@ -88,7 +85,7 @@ def _promises(predictor: Predictor, predictions: Sequence[Prediction], batch: Ba
     if why := predictor.threshold.too_few:
         yield f"no threshold, so no decision: {why}"
     elif predictor.threshold.false_alarms is not None:
-        nearly = "" if predictor.detector.is_exact else " (nearly: its scores are cross-fitted or put on a scale)"
+        nearly = "" if predictor.fitted.is_exact else " (nearly: its scores are cross-fitted or put on a scale)"
         yield f"the threshold: {predictor.threshold.false_alarms.words(predictor.threshold.n)}{nearly}"
 
 
@@ -104,7 +101,6 @@ def _new_source(workspace: Workspace, path: str, spec: FeatureSpec) -> SampleTab
 
 def predict_sources(
     predictor: Predictor,
-    backbone: StudyBackbone,
     paths: Sequence[str],
     sources: Sequence[SampleTable | ArrayTable],
     progress: Progress,
@@ -113,7 +109,6 @@ def predict_sources(
 
     Args:
         predictor: of the study.
-        backbone: whose features it reads.
         paths: as they were given.
         sources: the images of each path, or its features.
         progress: counts images, where they are many.
@@ -124,19 +119,25 @@ def predict_sources(
     predictions: list[Prediction] = []
     unusable: list[UnusableImage] = []
     n = sum(map(len, sources))
-    progress = progress if n > _BLOCK else NullProgress()
+    progress = progress if n > _MANY else NullProgress()
     progress.start(n, "image", "predict")
-    with _scratch_folder() as scratch:
-        for path, source in zip(paths, sources, strict=True):
-            ids = source.samples.ids if isinstance(source, ArrayTable) else source.ids
-            # One image file is its own name; of a folder, tar or list, each image adds its own.
-            one = is_one_file(path, ids)
-            for cache in _caches(source, backbone, predictor.reads, scratch):
-                names = {id_: path if one else f"{path}/{id_}" for id_ in cache.inputs().ids}
-                unusable += [UnusableImage(names[failure.id], failure.reason) for failure in cache.failures()]
-                predictions += predictor.predict([names[id_] for id_ in cache.ids], cache)
-                progress.advance(len(names), failures=len(unusable))
-                shutil.rmtree(cache.path)
+    for path, source in zip(paths, sources, strict=True):
+        ids = source.samples.ids if isinstance(source, ArrayTable) else source.ids
+        # One image file is its own name; of a folder, tar or list, each image adds its own.
+        names = [path if is_one_file(path, ids) else f"{path}/{id_}" for id_ in ids]
+        for start in range(0, len(names), _BLOCK):
+            block = names[start : start + _BLOCK]
+            if isinstance(source, ArrayTable):
+                arrays, _ = source.read(start, start + len(block), predictor.detector.spec)
+                predictions += predictor.predict(block, arrays)
+            else:
+                read = _read(predictor, source.reader(start, start + len(block)))
+                pairs = list(zip(block, read, strict=True))
+                unusable += [UnusableImage(name, found) for name, found in pairs if isinstance(found, str)]
+                if usable := [(name, found) for name, found in pairs if not isinstance(found, str)]:
+                    usable_names, pixels = zip(*usable, strict=True)
+                    predictions += predictor.predict(usable_names, np.stack(pixels))
+            progress.advance(len(block), failures=len(unusable))
     progress.close()
     for image in unusable:
         print(f"{image.path}: cannot be used: {image.reason}", file=sys.stderr)
@@ -145,38 +146,17 @@ def predict_sources(
     return predictions, unusable
 
 
-def _caches(
-    source: SampleTable | ArrayTable, backbone: StudyBackbone, reads: frozenset[str], scratch: Path
-) -> Iterator[FeatureCache]:
-    """Caches that are thrown away, a block of images each: what is new takes the way of what the detector knows."""
-    spec = backbone.spec()
-    if isinstance(source, ArrayTable):
-        yield import_set("predict", source, spec, scratch)
-        return
-    for start in range(0, len(source), _BLOCK):
-        block = source.part(start, start + _BLOCK)
-        yield extract_set("predict", block, _only(spec, reads), scratch, lambda: backbone.loaded, options=_ANY)
+def _read(predictor: Predictor, images: ImageReader) -> list[NDArray[np.uint8] | str]:
+    """Each image as the network takes it, or why it cannot be used."""
 
-
-def _only(spec: FeatureSpec, reads: frozenset[str]) -> FeatureSpec:
-    """The same features without patch tokens, where nobody reads them: they are nearly all bytes of a cache."""
-    return spec if "patches" in reads else replace(spec, patches="none", grid=(0, 0))
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A folder of this process's own; those that killed processes left are removed."""
-    place = Path(tempfile.gettempdir())
-    for left in {place / path.name.partition(".")[0] for path in place.glob(f"{_SCRATCH}*")}:
-        with suppress(CacheError, OSError), Lock(left):  # in use, or another user's
-            shutil.rmtree(left, ignore_errors=True)
-    folder = place / f"{_SCRATCH}{secrets.token_hex(8)}"
-    with Lock(folder, "used"):
-        folder.mkdir(mode=0o700)
+    def read(index: int) -> NDArray[np.uint8] | str:
         try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
+            return predictor.detector.prepare(images.read(index))
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max(2, usable_cores())) as pool:
+        return list(pool.map(read, range(len(images))))
 
 
 def _csv(predictions: Sequence[Prediction]) -> str:
@@ -198,12 +178,12 @@ def _json(
     unusable: Sequence[UnusableImage],
     batch: BatchPromise | None,
 ) -> str:
-    detector = predictor.detector
+    detector = predictor.fitted
     about = {"head": detector.head, "score": detector.score, "params": detector.params}
     document = {
         "detector": asdict(detector.subject.key) | about,
         "threshold": asdict(predictor.threshold),
-        "promise": {"per": predictor.per, "exact": detector.is_exact},
+        "promise": {"per": predictor.detector.per, "exact": detector.is_exact},
         "batch": None if batch is None else asdict(batch),
         "images": [asdict(prediction) for prediction in predictions],
         "unusable": [image._asdict() for image in unusable],

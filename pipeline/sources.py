@@ -11,6 +11,8 @@ from stages.heads.choose import FittedHeads, load_heads
 from stages.id_data.rows import IdData
 from stages.training.identity import probe_identity, read_finetuned_head
 
+NO_VARIANT = "none"  # the backbone's own features
+
 _GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
 
 
@@ -40,9 +42,24 @@ def _source_to_score(workspace: Workspace, backbone: StudyBackbone, fits: bool) 
     return _source(workspace, backbone, workspace.mixtures(backbone), tests, fits)
 
 
-def source_to_predict(workspace: Workspace, backbone: StudyBackbone) -> BackboneSource:
-    """What `predict` needs: ID features and the first mixture; no other need be trained, no set be scored."""
-    return _source(workspace, backbone, workspace.mixtures(backbone)[:1], [], fits=True)
+def source_to_predict(workspace: Workspace, backbone: StudyBackbone, variant: str | None = None) -> BackboneSource:
+    """What `predict` needs: ID features and one mixture; no other need be trained, no set be scored.
+
+    Args:
+        workspace: the study.
+        backbone: whose features.
+        variant: whose mixture, that of the first seed; None: the first; `NO_VARIANT`: no mixture.
+
+    Raises:
+        InputError: no such variant; a model that is not there or not of now.
+    """
+    mixtures = workspace.mixtures(backbone)
+    if variant is not None:
+        known = [*dict.fromkeys(name for name, _ in mixtures), NO_VARIANT]
+        if variant not in known:
+            raise InputError(f"--variant: {variant!r} is none of {', '.join(known)}")
+        mixtures = [mixture for mixture in mixtures if mixture[0] == variant]
+    return _source(workspace, backbone, mixtures[:1], [], fits=True)
 
 
 def _source(

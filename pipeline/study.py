@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pipeline.config import RunConfig, RunOptions
-from pipeline.deciding import Deciding
+from pipeline.deciding import Deciding, Exporting
 from pipeline.stages_of_study import STAGES
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
@@ -117,6 +117,12 @@ class Study:
         from pipeline.predictions import predict_paths
 
         return [predict_paths(self.workspace, paths, deciding, form, which)]
+
+    def export(self, exporting: Exporting, which: str = "pretrained") -> Lines:
+        """The fitted detector of the study as one sealed file."""
+        from pipeline.exports import export_study
+
+        return export_study(self.workspace, which, exporting)
 
     def verify(self, repair: bool = False) -> Lines:
         """Compare every byte of caches, models and scores with what is said of them; make damaged shards again."""

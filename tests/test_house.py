@@ -16,7 +16,7 @@ PACKAGES = ("cache", "stages", "pipeline")
 
 # Lowest first. A module imports what is below its layer, or stays inside its own entry.
 GROUND = ("stages.errors", "stages.config", "stages.progress", "stages.context", "stages.machine")
-VERBS = ("stages.extract", "stages.train", "stages.finetune", "stages.score", "stages.predict")
+VERBS = ("stages.extract", "stages.train", "stages.finetune", "stages.score", "stages.predict", "stages.export")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     GROUND,
@@ -198,6 +198,8 @@ def test_modules_are_imported_by_name_only():
         ("cache", ("stages", "pipeline", "torch", "timm", "sklearn", "PIL", "pydantic")),
         ("stages.machine", ("torch", "numpy", "pydantic")),
         ("stages.networks.tokens", ("timm", "torchvision", "PIL", "pydantic")),
+        ("stages.detection", ("torch", "timm", "faiss", "h5py", "pyarrow", "sklearn", "matplotlib")),
+        ("stages.networks.backbone", ("h5py", "pyarrow", "sklearn", "matplotlib")),
         ("stages.score", ("timm", "torchvision", "huggingface_hub", "matplotlib")),
         ("pipeline.stages_of_study.score", ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib")),
         ("pipeline.cli", ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow")),

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cache import FeatureCache
 from stages.detection.sources import BackboneSource
-from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey
+from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey, logits_by_head
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads, WhichHead, final_head, fold_head, part_head
@@ -120,9 +120,12 @@ class FrozenFeatures:
         return self._rows(self._cached(cache), labels, final_head)
 
     def _rows(self, cached: "_CachedRows", labels: Labels, pick: WhichHead) -> SetRows:
-        heads = {name: pick(fitted) for name, fitted in self._heads.items()}
-        logits = {name: cached.features.then(head.logits, len(head.bias)) for name, head in heads.items()}
+        logits = logits_by_head(cached.features, self.row_heads(pick))
         return SetRows(cached.features, labels, logits | cached.given, patches=cached.patches)
+
+    def row_heads(self, pick: WhichHead = final_head) -> dict[str, Head]:
+        """Linear heads that rows are classified by, those of the final model by default."""
+        return {name: pick(fitted) for name, fitted in self._heads.items()}
 
     def _bank(self, train: "_CachedRows", rows: Rows, pick: WhichHead) -> SetRows:
         heads: dict[str, Head] = {name: pick(fitted).on_raw_features() for name, fitted in self._heads.items()}

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from cache import CacheMismatchError, FeatureCache
 from stages.context import Context
 from stages.detection.sources import BackboneSource, MixtureFolder
-from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey
+from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey, logits_by_head
 from stages.errors import InputError
 from stages.files.documents import read_document
 from stages.heads.choose import WhichHead, final_head, fold_head, load_heads, part_head
-from stages.id_data.lazy import Floats, LazyArray, RowNumbers, Rows2D
+from stages.id_data.lazy import LazyArray, Rows2D
 from stages.id_data.rows import Labels
 from stages.id_data.split import Rows
 from stages.mixture.model import MixtureOfFeatureExperts
@@ -185,24 +185,16 @@ class RefinedFeatures:
 
     def _rows(self, refined: Refined, labels: Labels, pick: WhichHead, rows: Rows | None = None) -> SetRows:
         """Rows, all by default, of a set with these labels."""
-        refit = pick(self._refit)
-        group_heads = [pick(heads) for heads in self._group_heads]
-
-        def group_logits(features: Floats, numbers: RowNumbers) -> Floats:
-            logits = np.full((len(features), len(refit.bias)), -np.inf, dtype=np.float32)
-            routed = refined.expert[numbers]
-            for expert, head in enumerate(group_heads):
-                own = np.flatnonzero(routed == expert)
-                logits[own] = head.logits(features[own])
-            return logits
-
         features = LazyArray.of(refined.features, rows)
         logits = {
             "trained": LazyArray.of(refined.logits, rows),
-            "refit": features.then(refit.logits, len(refit.bias)),
-            "refit-group": features.then_by_row(group_logits, len(refit.bias)),
+            **logits_by_head(features, self.row_heads(pick), refined.expert),
         }
         some = slice(None) if rows is None else rows
         others = refined.others[some] if refined.others.shape[1] else None
         other = refined.other[some] if self.n_experts > 1 else None
         return SetRows(features, labels[some], logits, refined.expert[some], refined.confidence[some], others, other)
+
+    def row_heads(self, pick: WhichHead = final_head) -> dict[str, Head]:
+        """Linear heads that rows are classified by, beside the experts' own; those of the final model by default."""
+        return {"refit": pick(self._refit), "refit-group": tuple(pick(heads) for heads in self._group_heads)}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
-from stages.id_data.lazy import Floats, LazyArray, ReadOnce, Rows2D
+from stages.id_data.lazy import Floats, LazyArray, ReadOnce, RowNumbers, Rows2D
 from stages.id_data.split import N_PARTS
 from stages.scorers.inputs import LazyRows, ScoreInputs
 
@@ -48,7 +48,7 @@ class SetRows:
     confidence: Floats | None = None
     others: Floats | None = None
     other: Floats | None = None
-    patches: LazyRows | None = None
+    patches: NDArray[np.floating] | LazyRows | None = None
     heads: dict[str, Head] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -95,6 +95,34 @@ class SetRows:
 
 def _read_once(rows: Rows2D | ReadOnce) -> Rows2D | ReadOnce:
     return ReadOnce(rows) if isinstance(rows, LazyArray) else rows
+
+
+def logits_by_head(
+    features: LazyArray, heads: Mapping[str, Head], expert: NDArray[np.int64] | None = None
+) -> dict[str, LazyArray]:
+    """Logits ``[n, C]`` of rows by each head, computed when they are read.
+
+    Args:
+        features: ``[n, D]``; some of the rows of an array, or all.
+        heads: by name, one for all rows or one for each expert.
+        expert: of *all* rows of the array, where heads are for experts.
+    """
+    return {name: _logits_of(features, head, expert) for name, head in heads.items()}
+
+
+def _logits_of(features: LazyArray, head: Head, expert: NDArray[np.int64] | None) -> LazyArray:
+    if isinstance(head, LinearHead):
+        return features.then(head.logits, len(head.bias))
+    n_classes, routed = len(head[0].bias), known_route(expert)
+
+    def of_experts(rows: Floats, numbers: RowNumbers) -> Floats:
+        logits = np.full((len(rows), n_classes), -np.inf, dtype=np.float32)
+        for own, each in enumerate(head):
+            some = np.flatnonzero(routed[numbers] == own)
+            logits[some] = each.logits(rows[some])
+        return logits
+
+    return features.then_by_row(of_experts, n_classes)
 
 
 @dataclass(frozen=True, eq=False)

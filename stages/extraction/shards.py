@@ -14,13 +14,12 @@ every forward pass has the same number of images and one thread; the cores are u
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,12 +29,12 @@ from stages.errors import StageError
 from stages.extraction.decoding import Decoders, DecodingProcesses, DecodingThreads
 from stages.extraction.encoder import Encoder
 from stages.extraction.gpu_jpeg import DecodedImage, decode_left
+from stages.extraction.passes import one_thread_a_pass, pool_of_passes
 from stages.extraction.reader import Reader, ReadImage
 from stages.extraction.writer import Writer
 from stages.inputs.images import ImageReader
 from stages.machine import usable_cores
 from stages.networks.backbone import Backbone, load_backbone, weights_sha
-from stages.networks.compute import COMPUTE_THREADS
 from stages.networks.repeatable import repeatable
 
 _GPU_PASSES = 3  # one computes while another's images are on their way, and a third's features
@@ -124,10 +123,10 @@ def make_shards(
     encoder: Encoder | None = None
     with ExitStack() as stack:
         stack.enter_context(repeatable(backbone.device))
-        threads = stack.enter_context(_one_thread_a_pass())
+        threads = stack.enter_context(one_thread_a_pass())
         n_passes = threads if backbone.device.type == "cpu" else _GPU_PASSES
         writer = stack.enter_context(ThreadPoolExecutor(1))
-        passes = stack.enter_context(_pool(n_passes, lambda: torch.set_num_threads(COMPUTE_THREADS)))
+        passes = stack.enter_context(pool_of_passes(n_passes))
 
         def finish(most: int) -> Iterator[ShardDone]:
             nonlocal written
@@ -164,27 +163,6 @@ def _decoders(processes: int, encoder: Encoder, at_once: int) -> Decoders:
     if processes:
         return DecodingProcesses(processes, encoder.backbone.preprocessing, encoder.batch, at_once)
     return DecodingThreads(max(2, usable_cores()))
-
-
-@contextmanager
-def _one_thread_a_pass() -> Iterator[int]:
-    """One thread for each of torch's operations, which fixes their order of summation; gives the threads there were."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(COMPUTE_THREADS)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _pool(n: int, prepare: Callable[[], None] | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that drop what has not begun, and finish what has, when they are left."""
-    pool = ThreadPoolExecutor(n, initializer=prepare)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _Shard:

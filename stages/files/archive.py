@@ -88,6 +88,16 @@ def write_archive(path: Path, kind: str, version: int, entries: Mapping[str, byt
     sync_folder(path.parent)
 
 
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as `write_archive` writes it, whatever comes then."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_LOCAL.size + len(MANIFEST))
+    except OSError:
+        return False
+    return head.startswith(b"PK\3\4") and head.endswith(MANIFEST.encode())
+
+
 class SealedArchive:
     """An archive that `write_archive` wrote, every byte of it compared when it is opened.
 

@@ -135,6 +135,18 @@ def _refined(mixture: MixtureOfFeatureExperts, tokens: Tokens, forced: Tensor | 
     return out.features, out.logits, out.other, out.expert, gate, probability.argmax(1), others
 
 
+@torch.inference_mode()
+def refine_tokens(mixture: MixtureOfFeatureExperts, tokens: Tokens, forced: Tensor | None = None) -> Refined:
+    """One batch.
+
+    Args:
+        mixture: in evaluation mode.
+        tokens: of B images, on the mixture's device.
+        forced: ``[B]`` sends each row to a given expert; −1, and None, leave it to the router.
+    """
+    return Refined(*(column.cpu().numpy() for column in _refined(mixture, tokens, forced)))
+
+
 def _taken(columns: list[Fetched], progress: Progress) -> Refined:
     refined = Refined(*(column.array() for column in columns))
     progress.advance(len(refined.expert))

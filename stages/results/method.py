@@ -64,6 +64,13 @@ class Method:
 RECOMMENDED = Method("pretrained", "mofe", "refit", "default", "predicted", "knn+energy")
 FROZEN_KNN = Method("pretrained", "cls", NO_HEAD, "", NO_ROUTING, "knn")  # stands first in every table
 FROZEN_SUM = Method("pretrained", "cls", "probe", "", NO_ROUTING, RECOMMENDED.score)  # the same without a mixture
+
+
+def recommended_of(has_experts: bool) -> Method:
+    """What decides of new images where nothing is asked: the sum of kNN and energy; each alone fails somewhere."""
+    return RECOMMENDED if has_experts else FROZEN_SUM
+
+
 # What every other method is compared with, by the name that columns of differences end in: ``auroc_minus_knn``.
 BASELINES = {method.score: method for method in (FROZEN_KNN, FROZEN_SUM)}
 

@@ -40,6 +40,7 @@ from stages.score import score
 from stages.scorers import SCORERS
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.train import train_mofe, train_probe
+from tests.test_stages.answers import answers_of
 
 CONFIG = ScoreConfig(k=5, bootstrap=100)
 GROUP_OF = {"test": "id", "near": "near", "far": "far"}
@@ -444,7 +445,7 @@ def test_predict_by_mos_needs_groups_without_experts(source, groups_alone):
         Predictor(source, CONFIG, "mos")
     cache = source.tests[0].cache
     predictor = Predictor(replace(groups_alone, mixtures=groups_alone.mixtures[1:]), CONFIG, "mos")
-    found = predictor.predict(cache.ids.tolist(), cache)
+    found = answers_of(predictor, cache)
     assert all(np.isfinite(one.score) for one in found)
     assert np.mean([one.decision == "ID" for one in found]) > 0.8
 
@@ -549,7 +550,7 @@ def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(source, 
         samples["knn"].to_numpy()[: len(test)], fifth(test, train[few.split.final_train]), atol=1e-5
     )
     cache = source.tests[0].cache
-    assert len(Predictor(crossed, CONFIG).predict(cache.ids.tolist(), cache)) == len(cache.ids)
+    assert len(answers_of(Predictor(crossed, CONFIG), cache)) == len(cache.ids)
 
 
 def test_id_json_counts_what_the_samples_hold(source, folder, table):
@@ -767,7 +768,7 @@ def test_predict_says_of_an_image_what_the_table_was_made_of(source, folder, tab
     samples = samples_of(folder, next(row for row in table if row["head"] == head and row["routing"] == "predicted"))
     for test in source.tests:
         own, cache = samples["set"] == test.name, test.cache
-        found = predictor.predict(cache.ids.tolist(), cache)
+        found = answers_of(predictor, cache)
         assert [one.path for one in found] == samples["id"][own].tolist()
         np.testing.assert_allclose([one.score for one in found], samples[score_name][own], rtol=1e-4, atol=1e-4)
         assert [one.prediction for one in found] == samples["prediction"][own].tolist()
@@ -794,7 +795,7 @@ def test_predict_says_of_an_image_what_the_table_was_made_of(source, folder, tab
 def test_predict_without_a_mixture_uses_the_frozen_features(source, folder, table):
     predictor = Predictor(replace(source, mixtures=()), CONFIG)
     samples = samples_of(folder, next(row for row in table if row["head"] == "probe"))
-    found = predictor.predict(source.tests[0].cache.ids.tolist(), source.tests[0].cache)
+    found = answers_of(predictor, source.tests[0].cache)
     ids = samples["set"] == "test"
     np.testing.assert_allclose([one.score for one in found], samples["knn+energy"][ids], rtol=1e-5)
     assert {one.expert for one in found} == {None}
@@ -803,7 +804,7 @@ def test_predict_without_a_mixture_uses_the_frozen_features(source, folder, tabl
 @pytest.mark.parametrize("frozen_alone", [True, False])
 def test_predict_names_the_nearest_training_images(source, frozen_alone):
     predictor = Predictor(replace(source, mixtures=()) if frozen_alone else source, CONFIG)
-    bank, cache = predictor.detector.subject.bank, source.tests[0].cache
+    bank, cache = predictor.fitted.subject.bank, source.tests[0].cache
     ids = source.data.train.ids[source.data.split.final_train]
     labels = np.full(cache.n_rows, -1, np.int32)
     if frozen_alone:
@@ -817,7 +818,7 @@ def test_predict_names_the_nearest_training_images(source, frozen_alone):
     away = np.sqrt(np.maximum(0, 2 - 2 * unit(np.asarray(rows.features)) @ unit(np.asarray(bank.features)).T))
     if not frozen_alone:  # the routed expert's images alone
         away[rows.expert[:, None] != bank.expert] = np.inf
-    for one, own in zip(predictor.predict(cache.ids.tolist(), cache), away, strict=True):
+    for one, own in zip(answers_of(predictor, cache), away, strict=True):
         np.testing.assert_allclose([near.distance for near in one.nearest], np.sort(own)[:3], atol=1e-5)
         named = [np.flatnonzero(ids == near.id)[0] for near in one.nearest]
         np.testing.assert_allclose(own[named], np.sort(own)[:3], atol=1e-5)
@@ -828,13 +829,13 @@ def test_predict_of_nothing_usable_is_empty(source, backbone, tmp_path):
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     spec, samples = source.data.train.spec, list_images(str(tmp_path / "images"))
     empty = extract_set("empty", samples, spec, tmp_path, lambda: backbone, options=ExtractOptions(max_failures=1.0))
-    assert Predictor(source, CONFIG).predict([], empty) == []
+    assert answers_of(Predictor(source, CONFIG), empty) == []
 
 
 def test_predict_takes_the_recommended_score_where_nothing_is_asked(source):
     refined, frozen = (Predictor(replace(source, mixtures=mixtures), CONFIG) for mixtures in (source.mixtures, ()))
-    assert (refined.detector.head, refined.detector.score) == ("refit", "knn+energy")
-    assert (frozen.detector.head, frozen.detector.score) == ("probe", "knn+energy")
+    assert (refined.fitted.head, refined.fitted.score) == ("refit", "knn+energy")
+    assert (frozen.fitted.head, frozen.fitted.score) == ("probe", "knn+energy")
 
 
 def test_predict_with_an_unknown_score_names_the_nearest(source):

@@ -20,7 +20,7 @@ from pathlib import Path
 from stages.errors import InputError
 from stages.inputs.images.classes import only_classes
 from stages.inputs.images.columns import USUAL, Columns
-from stages.inputs.images.dataset import list_dataset
+from stages.inputs.images.dataset import image_bytes, list_dataset
 from stages.inputs.images.decode import MAX_PIXELS, ImageError, UndecodedJpeg, decode_image, is_overcome, undecoded_jpeg
 from stages.inputs.images.embedded import list_embedded
 from stages.inputs.images.folder import find_files, is_image_file, list_file
@@ -42,6 +42,7 @@ __all__ = [
     "UndecodedJpeg",
     "decode_image",
     "describe_left_out",
+    "image_bytes",
     "is_overcome",
     "list_dataset",
     "list_images",

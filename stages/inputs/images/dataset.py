@@ -34,7 +34,7 @@ class _Item(NamedTuple):
             raise
         except Exception as error:  # a dataset may raise anything
             raise ImageError(f"the dataset cannot give it: {type(error).__name__}: {short(error)}") from error
-        return _file_bytes(item[0] if isinstance(item, tuple | list) and item else item)
+        return image_bytes(item[0] if isinstance(item, tuple | list) and item else item)
 
 
 def list_dataset(
@@ -131,7 +131,12 @@ def _class_name(source: str, row: int, label: Any, names: list[str] | None) -> s
     return str(number) if names is None else names[number]
 
 
-def _file_bytes(image: Any) -> bytes:
+def image_bytes(image: Any) -> bytes:
+    """An image file's bytes of whatever stands for an image, as `list_dataset` takes it.
+
+    Raises:
+        ImageError: It is none.
+    """
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):

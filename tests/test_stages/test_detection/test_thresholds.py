@@ -12,6 +12,7 @@ from stages.detection.frozen import FrozenFeatures
 from stages.errors import InputError
 from stages.heads.choose import fit_head
 from stages.predict import Predictor
+from tests.test_stages.answers import answers_of
 from tests.test_stages.drawn_studies import OF_FEATURES, OF_MIXTURES, PARAMS, World, make_study, outside
 
 SCORES = ScoreConfig(scores=OF_FEATURES, k=3, params=PARAMS)
@@ -113,10 +114,10 @@ def test_what_new_images_are_told_is_what_the_calibration_rows_say(study):
     """Of 100 rows a class nothing is cross-fitted, and what a score that is no sum promises is exact."""
     own = study(100)
     predictor = Predictor(own.source, ScoreConfig(k=3), "knn")
-    assert predictor.detector.is_exact
-    assert not Predictor(own.source, ScoreConfig(k=3), "knn+energy").detector.is_exact
-    calibration = predictor.detector.calibration_scores
-    answers = predictor.predict(own.fresh.ids.tolist(), own.fresh)
+    assert predictor.fitted.is_exact
+    assert not Predictor(own.source, ScoreConfig(k=3), "knn+energy").fitted.is_exact
+    calibration = predictor.fitted.calibration_scores
+    answers = answers_of(predictor, own.fresh)
     assert [each.decision == "OOD" for each in answers] == [each.p_value <= 0.05 for each in answers]
     for each in answers[::100]:
         assert each.p_value == (1 + (calibration >= np.float32(each.score)).sum()) / (len(calibration) + 1)
@@ -126,11 +127,11 @@ def test_and_within_predicted_classes(tmp_path):
     """Of each class about as many images are flagged as of all, where without groups hard classes meet more alarms."""
     own = make_study(World(0, classes=4), 400, tmp_path)
     plain, grouped = (Predictor(own.source, ScoreConfig(k=3), "knn", per=per) for per in ("all", "class"))
-    (run,) = grouped.detector.subject.calibrating
-    classes = run.calibrate.predictions()[grouped.detector.head]
+    (run,) = grouped.fitted.subject.calibrating
+    classes = run.calibrate.predictions()[grouped.fitted.head]
     shares = {}
     for name, predictor in (("plain", plain), ("grouped", grouped)):
-        answers = predictor.predict(own.fresh.ids.tolist(), own.fresh)
+        answers = answers_of(predictor, own.fresh)
         predicted = np.array([int(each.prediction) for each in answers])
         small = np.array([each.p_value <= 0.2 for each in answers])
         shares[name] = [small[predicted == group].mean() for group in range(4)]
@@ -149,6 +150,6 @@ def test_without_a_threshold_nothing_is_decided(tmp_path):
     few = make_study(World(0, classes=2), 8, tmp_path, fresh=4)
     predictor = Predictor(few.source, ScoreConfig(k=1))
     assert predictor.threshold.too_few == "95% of ID needs 19 calibration rows, there are 12"
-    answers = predictor.predict(few.fresh.ids.tolist(), few.fresh)
+    answers = answers_of(predictor, few.fresh)
     assert {(each.decision, each.threshold, each.threshold_hi) for each in answers} == {("unknown", None, None)}
     assert all(math.isfinite(each.score) for each in answers)

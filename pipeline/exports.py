@@ -1,0 +1,238 @@
+"""`export`: the detector of a study as one file, with what the study knows of it; and what `info` says of such."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cache import FeatureCache, fingerprint
+from pipeline.backbones import StudyBackbone
+from pipeline.config import SetConfig
+from pipeline.deciding import Exporting
+from pipeline.sources import source_to_predict
+from pipeline.stages_of_study.score import stale_scores
+from pipeline.terminal import Lines
+from pipeline.workspace import Workspace
+from stages.detection.bundle import read_about
+from stages.detection.conformal import threshold_at
+from stages.detection.deciding import DecidingDetector
+from stages.detection.detectors import FittedDetector
+from stages.detection.golden import GOLDEN_ROWS
+from stages.detection.subject import NO_HEAD
+from stages.errors import InputError
+from stages.export import GoldenSamples, export_detector, spread
+from stages.extraction.fill import made_with
+from stages.inputs.images import ImageError, decode_image
+from stages.results.method import NO_ROUTING, Method, recommended_of
+from stages.results.scored_study import ScoredStudy
+from stages.scorers import reads_head
+
+_ADMIT = (0.95, 0.99)  # shares of ID whose thresholds are told
+_SPARE = 4  # candidates of either kind beside those that become golden: some may be at the threshold
+_ID_ROLES, _OOD_ROLES = ("id-test", "id-val", "id-train"), ("near-ood", "far-ood")  # where golden rows come from
+_METRICS = ("n_id", "n_ood", "auroc", "auroc_lo", "auroc_hi", "fpr95", "fpr95_lo", "fpr95_hi")
+
+
+def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
+    """Write the file; of fine-tuned backbones, the first's detector.
+
+    Args:
+        workspace: the study.
+        which: kind of the backbone.
+        asked: what is exported.
+    """
+    if not asked.output.parent.is_dir() or asked.output.is_dir():
+        raise InputError(f"--output: {asked.output} cannot be written: give a file in a folder that is there")
+    backbone = next(workspace.existing(which))
+    samples = _golden_samples(workspace, backbone)  # images that are not there any more are said before work
+    source = source_to_predict(workspace, backbone, asked.variant)
+    method, config = recommended_of(bool(source.mixtures)), workspace.config.score
+    deciding = DecidingDetector(source, config, asked.score_name or method.score, method.head, workspace.progress)
+    about = _about(workspace, backbone, deciding)
+    detector = export_detector(asked.output, deciding, samples, about, asked.with_backbone)
+    lines = [f"export: {asked.output}, {os.path.getsize(asked.output) / 2**20:.1f} MiB, its golden rows scored again"]
+    if why := detector.threshold.too_few:
+        lines.append(f"no threshold, so it decides nothing: {why}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------- golden rows
+
+
+class _Row(NamedTuple):
+    entry: SetConfig
+    cache: FeatureCache
+    row: int
+    id: str
+
+
+def _golden_samples(workspace: Workspace, backbone: StudyBackbone) -> GoldenSamples:
+    """ID and OOD rows in turn, evenly spread over their sets."""
+    sides = [_spread_over(backbone, sets) for sets in _golden_sets(workspace)]
+    rows = [row for row in chain.from_iterable(zip_longest(*sides)) if row is not None]
+    named = [(row.entry.name, row.id) for row in rows]
+    if not workspace.config.has_features:
+        return GoldenSamples(named, [_image(workspace, row) for row in rows], None)
+    names = rows[0].cache.spec.datasets() if rows else {}
+    arrays = {name: np.concatenate([row.cache.read(name, np.array([row.row])) for row in rows]) for name in names}
+    return GoldenSamples(named, None, arrays)
+
+
+def _golden_sets(workspace: Workspace) -> Iterator[list[SetConfig]]:
+    """Sets of ID images, test images where there are such, and those of OOD images."""
+    sets = workspace.config.sets_of
+    yield next((found for role in _ID_ROLES if (found := sets(role))), [])
+    yield sets(*_OOD_ROLES)
+
+
+def _spread_over(backbone: StudyBackbone, sets: Sequence[SetConfig]) -> list[_Row]:
+    """Rows of every set in turn, enough for all golden ones."""
+    each = -(-(GOLDEN_ROWS + _SPARE) // max(1, len(sets)))
+    found = []
+    for entry in sets:
+        cache = backbone.cache(entry)
+        ids = cache.ids
+        found.append([_Row(entry, cache, row, str(ids[row])) for row in spread(cache.n_rows, each).tolist()])
+    return [row for row in chain.from_iterable(zip_longest(*found)) if row is not None]
+
+
+def _image(workspace: Workspace, row: _Row) -> Image.Image:
+    """An image of the study, read again."""
+    table = workspace.sets.table(row.entry)
+    try:
+        index = table.ids.index(row.id)
+        return decode_image(table.reader(index, index + 1).read(0))
+    except (ValueError, ImageError) as error:
+        raise InputError(
+            f"set {row.entry.name!r}: {row.id} is not there as it was extracted, and export reads a few images again, "
+            "to prove the detector by: run make extract"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------- where it is from
+
+
+def _about(workspace: Workspace, backbone: StudyBackbone, deciding: DecidingDetector) -> dict[str, Any]:
+    """What the study knows of the detector, JSON; no time and no place, so that two exports are alike."""
+    fitted, source = deciding.fitted, deciding.source
+    spec, scores = source.data.train.spec, fitted.calibration_scores
+    metrics, not_measured = _measured(workspace, fitted)
+    return {
+        "study": workspace.config.name,
+        **asdict(fitted.subject.key),
+        "head": fitted.head,
+        "score": fitted.score,
+        "params": fitted.params,
+        "profile": workspace.config.score.profile,
+        "network": {"name": spec.backbone, "weights_sha256": spec.weights_sha, "image_size": spec.image_size},
+        "takes": "images" if deciding.takes_images else "features",
+        "compute": dict(spec.compute),
+        "data": {
+            "features": spec.fingerprint,
+            "id": fingerprint(source.data.identity),
+            "split": source.data.split.rule,
+        },
+        "classes": len(source.data.class_names),
+        "sets": [_set_line(backbone.cache(entry), entry) for entry in workspace.config.sets],
+        "calibration": {"rows": len(scores), "exact": fitted.is_exact},
+        "thresholds": [asdict(threshold_at(scores, admit)) for admit in _ADMIT],
+        "metrics": metrics,
+        "not_measured": not_measured,
+        "made_with": made_with(),
+    }
+
+
+def _set_line(cache: FeatureCache, entry: SetConfig) -> dict[str, Any]:
+    """What a set was, by its bytes."""
+    return {
+        "name": entry.name,
+        "role": entry.role,
+        "rows": cache.n_rows,
+        "failures": cache.manifest.n_failures,
+        "sha256": cache.digest,
+    }
+
+
+def _measured(workspace: Workspace, fitted: FittedDetector) -> tuple[list[dict[str, Any]], list[str]]:
+    """Metrics of this very detector on each OOD set, with their intervals; and what nobody measured."""
+    oods = workspace.config.sets_of(*_OOD_ROLES)
+    everything = [f"images of other sources than {', '.join(entry.name for entry in oods)}"] if oods else []
+    try:
+        stale = stale_scores(workspace)
+        rows = [] if stale is not None else ScoredStudy(workspace.config.work / "scores").rows
+        why = "not of the models of now" if stale is not None else f"none of {fitted.score} with this model"
+    except InputError:
+        rows, why = [], "not there: run make score"
+    key = fitted.subject.key
+    head = fitted.head if reads_head(fitted.score) else NO_HEAD
+    routing = "predicted" if fitted.is_routed else NO_ROUTING
+    method = Method(key.backbone, key.features, head, key.variant, routing, fitted.score, fitted.calibrated)
+    own = [row for row in rows if Method.of(row) == method and row["seed"] == key.seed and row["ood"] != "average"]
+    found = [{"ood": row["ood"], "group": row["group"], **{name: row[name] for name in _METRICS}} for row in own]
+    lacking = [entry.name for entry in oods if entry.name not in {row["ood"] for row in found}]
+    unknown = [f"{name}: scores are {why}" for name in lacking] or ([] if oods else ["any OOD set: the study has none"])
+    return found, [*unknown, *everything]
+
+
+# --------------------------------------------------------------------------------------------------------------- `info`
+
+
+def bundle_lines(path: Path) -> Lines:
+    """Where a bundle came from, what was measured of it and what was not, a line each.
+
+    Raises:
+        InputError: another file, or damaged.
+    """
+    archive, about = read_about(path)
+    try:
+        return [
+            f"bundle     {path}: {archive.nbytes / 2**20:.1f} MiB, whole; {archive.digest[:8]}",
+            *_origin_lines(about),
+            *_promise_lines(about),
+            *(_metric_line(row) for row in about["metrics"]),
+            *(f"unknown    {what}" for what in about["not_measured"]),
+            f"made with  {', '.join(f'{name} {version}' for name, version in about['made_with'].items())}",
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: about.json does not say what it should: {error}") from error
+
+
+def _origin_lines(about: Mapping[str, Any]) -> Iterator[str]:
+    network, data = about["network"], about["data"]
+    of = f"{about['backbone']}, {about['features']} features" + (f", {about['variant']}" if about["variant"] else "")
+    seed = "" if about["seed"] is None else f", seed {about['seed']}"
+    yield f"study      {about['study']}: {about['score']} by head {about['head']}, {of}{seed}"
+    if network["name"]:
+        size, weights = network["image_size"], network["weights_sha256"][:8]
+        yield f"network    {network['name']} at {size} px, weights {weights}; takes {about['takes']}"
+    yield f"data       features {data['features'][:8]}, ID {data['id'][:8]}, {about['classes']} classes"
+    for own in about["sets"]:
+        failed = f" + {own['failures']} failures" if own["failures"] else ""
+        yield f"set        {own['name']}: {own['role']}, {own['rows']} rows{failed}, {own['sha256'][:8]}"
+
+
+def _promise_lines(about: Mapping[str, Any]) -> Iterator[str]:
+    calibration = about["calibration"]
+    nearly = "" if calibration["exact"] else ", which promise nearly: scores are cross-fitted or put on a scale"
+    yield f"promise    from {calibration['rows']} calibration rows{nearly}"
+    for own in about["thresholds"]:
+        admits = f"{own['admit']:.0%} of ID"
+        if own["threshold"] is None:
+            yield f"threshold  none for {admits}: needs {own['n_needed']} calibration rows"
+        else:
+            ends = " to ".join("unknown" if end is None else f"{end:.4g}" for end in (own["lo"], own["hi"]))
+            yield f"threshold  {own['threshold']:.4g} admits {admits}, 95 % interval {ends}"
+
+
+def _metric_line(row: Mapping[str, Any]) -> str:
+    cells = [f"{name} {_interval(row, name.lower())}" for name in ("AUROC", "FPR95")]
+    return f"measured   {row['ood']} ({row['group']}, {row['n_ood']} images): {', '.join(cells)}"
+
+
+def _interval(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.3f} ({row[f'{name}_lo']:.3f} to {row[f'{name}_hi']:.3f})"

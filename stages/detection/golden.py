@@ -1,0 +1,119 @@
+"""Golden rows: images whose scores are known, scored again wherever a detector is started."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.detection.calibration import Standardiser
+from stages.detection.parts import GoldenRows
+from stages.detection.runtime import NetworkRows
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.detection.detector import Detector
+
+TOLERANCE = 1e-4  # of scores, in deviations of the calibration scores
+GOLDEN_ROWS = 32
+_TOO_NEAR = 10 * TOLERANCE  # to the threshold: rounding might decide there
+
+
+def golden_rows(
+    detector: "Detector",
+    named: Sequence[tuple[str, str]],
+    images: tuple[NDArray[np.uint8], ...] | None,
+    features: dict[str, NDArray[Any]] | None,
+) -> GoldenRows:
+    """Rows with what a detector makes of them: the first `GOLDEN_ROWS` that are not at the threshold itself.
+
+    Args:
+        detector: in the process that writes the bundle.
+        named: set and id of each row.
+        images: pixels ``[h, w, 3]``, where the detector takes images.
+        features: arrays ``[n, …]`` as a cache has them, where it takes features.
+    """
+    score = detector.judge([_through_network(detector, images, features)]).score
+    kept = np.flatnonzero(_is_decided(detector, score))[:GOLDEN_ROWS]
+    if images is not None:
+        images = tuple(images[row] for row in kept)
+    if features is not None:
+        features = {name: array[kept] for name, array in features.items()}
+    rows = _through_network(detector, images, features)
+    found = detector.judge([rows])
+    sets, ids = (tuple(names) for names in zip(*(named[row] for row in kept), strict=True))
+    return GoldenRows(
+        sets, ids, images, features, values_of(detector, rows), found.score, tuple(found.decision.tolist())
+    )
+
+
+def _is_decided(detector: "Detector", score: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """``[n]`` whether a score is away from the threshold; all, where there is none or all are at it."""
+    if detector.threshold.threshold is None:
+        return np.ones(len(score), dtype=bool)
+    away = np.abs(score - detector.threshold.threshold) > _TOO_NEAR * _deviation(detector)
+    return away if away.any() else ~away
+
+
+def _deviation(detector: "Detector") -> float:
+    return Standardiser.fit(detector.parts.calibration.scores).std
+
+
+def _through_network(
+    detector: "Detector", images: tuple[NDArray[np.uint8], ...] | None, features: Mapping[str, NDArray[Any]] | None
+) -> NetworkRows:
+    if images is not None:
+        return detector.runtime.run(np.stack([detector.prepare(pixels) for pixels in images]))
+    return detector.runtime.run_stored(detector.checked(features or {}))
+
+
+def values_of(detector: "Detector", rows: NetworkRows) -> dict[str, NDArray[Any]]:
+    """What came of rows on the way to their scores, in order."""
+    found = {name: rows.stored[name] for name in ("cls", "tap_cls") if name in rows.stored}
+    if rows.refined is not None:
+        found |= {"gate": rows.refined.gate, "expert": rows.refined.expert, "features": rows.refined.features}
+    seen = detector.set_rows(rows)
+    found["logits"] = np.asarray(seen.logits[detector.parts.head], dtype=np.float32)
+    names = [part.scorer.name for part in detector.parts.scores]
+    return found | dict(zip(names, detector.raw_scores(seen), strict=True))
+
+
+def check_golden(detector: "Detector", golden: GoldenRows) -> None:
+    """Score the golden rows again.
+
+    Raises:
+        InputError: a decision is another, or a score differs by more than `TOLERANCE` deviations; what differs first on
+            the way is named.
+    """
+    if not golden.ids or not len(golden.ids) == len(golden.score) == len(golden.decision) == len(golden.sets):
+        raise InputError("it has no golden rows")
+    rows = _through_network(detector, golden.images, golden.features)
+    score = detector.judge([rows]).score
+    decision = np.array([detector.threshold.decide(each) for each in score.tolist()])
+    away = np.abs(score.astype(np.float64) - golden.score) / _deviation(detector)
+    decided = decision == np.array(golden.decision)
+    if decided.all() and (away <= TOLERANCE).all():
+        return
+    row = int(np.argmax(np.where(decided, away, np.inf)))
+    what = f"a score is off by {away.max():.2g} deviations, {TOLERANCE:g} is allowed"
+    if not decided.all():
+        what = f"a decision is {decision[row]}, was {golden.decision[row]}"
+    differs = [
+        name
+        for name, values in values_of(detector, rows).items()
+        if _differ(values, golden.values.get(name, np.zeros(0)))
+    ]
+    first = f"; {differs[0]} is the first to differ" if differs else ""
+    raise InputError(
+        f"its golden rows are scored otherwise here than where it was made: of {golden.ids[row][:60]!a} {what}{first}: "
+        "take the device and the versions that `info` names, or export it anew"
+    )
+
+
+def _differ(ours: NDArray[Any], theirs: NDArray[Any]) -> bool:
+    """Whether values are others, beyond rounding."""
+    if ours.shape != theirs.shape:
+        return True
+    finite = np.isfinite(theirs)
+    ours, theirs = ours[finite].astype(np.float64), theirs[finite].astype(np.float64)
+    return bool(ours.size and np.abs(ours - theirs).max() > TOLERANCE * (theirs.std() or 1.0))

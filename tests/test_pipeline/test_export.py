@@ -1,0 +1,216 @@
+"""`export` and what it leaves: one file that says of an image, anywhere, what the study says of it."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from stages.detection import Detector
+from stages.errors import InputError
+from tests.test_docs.pages import page_with
+from tests.test_pipeline.command import done, refused, settings
+from tests.test_pipeline.tiny import STUDY, draw
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A study of two experts that are copies of the network's end, scored; and its detector."""
+    home = tmp_path_factory.mktemp("export")
+    draw(home / "images" / "train", "sklearn:digits[0-2]/train", 24)
+    draw(home / "images" / "test", "sklearn:digits[0-2]/test", 8)
+    draw(home / "images" / "threes", "sklearn:digits[3]/test", 6, nested=False)
+    draw(home / "images" / "photos", "sklearn:photos", 4)
+    (home / "tiny.toml").write_text(STUDY.replace("photos.tar", "photos"))
+    for verb in ("extract", "train", "score"):
+        done(verb, home / "tiny.toml")
+    done("export", home / "tiny.toml", "-o", home / "tiny.ood")
+    return home
+
+
+@pytest.fixture(scope="module")
+def detector(home):
+    return Detector.load(home / "tiny.ood")
+
+
+@pytest.fixture(scope="module")
+def images(home):
+    return sorted((home / "images" / "test").rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def scored(detector, images):
+    return detector.score(images, nearest=3)
+
+
+def test_it_says_of_an_image_what_the_samples_say(home, images, scored):
+    (path,) = (home / "work" / "scores" / "samples").glob("pretrained-mofe-refit-default-0-predicted.parquet")
+    samples = pq.read_table(path).to_pandas().set_index(["set", "id"]).loc["test"]
+    own = samples.loc[[path.relative_to(home / "images" / "test").as_posix() for path in images]]
+    np.testing.assert_allclose(scored.score, own["knn+energy"], atol=1e-4)
+    assert scored.prediction.tolist() == own["prediction"].tolist()
+    assert scored.expert.tolist() == own["expert"].tolist()
+    entries = json.loads((home / "work" / "scores" / "thresholds.json").read_text())
+    (entry,) = (
+        entry
+        for entry in entries
+        if (entry["score"], entry["head"], entry["features"]) == ("knn+energy", "refit", "mofe")
+        and (entry["admit"], entry["routing"], entry["calibrated"]) == (0.95, "predicted", False)
+    )
+    assert scored.decision.tolist() == ["ID" if score <= entry["threshold"] else "OOD" for score in own["knn+energy"]]
+
+
+def test_predict_shows_what_is_shipped(home, scored):
+    rows = list(csv.DictReader(io.StringIO(done("predict", home / "tiny.toml", home / "images" / "test").out)))
+    np.testing.assert_array_equal(np.float32([row["score"] for row in rows]), scored.score)
+    assert [float(row["p_value"]) for row in rows] == scored.p_value.tolist()
+    assert [row["decision"] for row in rows] == scored.decision.tolist()
+    assert [row["nearest_2"] for row in rows] == scored.nearest.ids[:, 1].tolist()
+
+
+def test_neither_number_nor_order_matter(detector, images, scored):
+    np.testing.assert_array_equal(detector.score(images[::-1]).score[::-1], scored.score)
+    np.testing.assert_array_equal(detector.score(images * 3).score[24:48], scored.score)
+    alone = np.concatenate([detector.score(path).score for path in images[::5]])
+    np.testing.assert_allclose(alone, scored.score[::5], atol=1e-5)
+
+
+def test_images_come_in_many_forms(detector, images, scored):
+    pil = [Image.open(path) for path in images[:4]]
+    pixels = [np.array(image.convert("RGB")) for image in pil]
+    loader = torch.utils.data.DataLoader(
+        [(torch.from_numpy(each).movedim(2, 0), 0) for each in pixels], batch_size=3, shuffle=False
+    )
+    forms = [map(str, images[:4]), pil, pixels, np.stack(pixels), loader, [path.read_bytes() for path in images[:4]]]
+    for form in forms:
+        np.testing.assert_array_equal(detector.score(form).score, scored.score[:4])
+    prepared = np.stack([detector.prepare(path) for path in images[:4]])
+    assert prepared.dtype == np.uint8
+    np.testing.assert_array_equal(detector.score_prepared(prepared).score, scored.score[:4])
+    assert len(detector.score([])) == 0
+
+
+def test_features_are_scored_as_images_are(home, detector, images, scored):
+    from cache import FeatureCache
+
+    (folder,) = (home / "caches").glob("test-*")
+    cache = FeatureCache.open(folder)
+    found = detector.score({name: cache.read(name) for name in cache.spec.datasets() if name != "registers"})
+    by_id = dict(zip(cache.ids, found.score, strict=True))
+    own = [by_id[path.relative_to(home / "images" / "test").as_posix()] for path in images]
+    np.testing.assert_array_equal(own, scored.score)
+
+
+def test_what_is_no_image_is_named(detector, images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^image 1 \(.*broken\.png\): cannot be used: not an image"):
+        detector.score([images[0], tmp_path / "broken.png"])
+    with pytest.raises(InputError, match=r"^image 0: cannot be used: already transformed"):
+        detector.score([np.zeros((3, 32, 32), np.float32)])
+    with pytest.raises(InputError, match="a int given"):
+        detector.score(3)
+
+
+def test_it_is_used_as_shown(home, images, scored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pets.ood").symlink_to(home / "tiny.ood")
+    for name, image in (("new.jpg", images[0]), ("other.jpg", images[1])):
+        Path(name).write_bytes(image.read_bytes())
+    with redirect_stdout(io.StringIO()) as out:
+        exec(page_with("detector").code("detector"), {})
+    assert out.getvalue().startswith(f"{scored.decision[0]} {round(scored.p_value[0], 3)} {scored.prediction[0]}\n")
+
+
+def test_two_exports_are_the_same_bytes(home, tmp_path):
+    done("export", home / "tiny.toml", "-o", tmp_path / "again.ood")
+    assert (tmp_path / "again.ood").read_bytes() == (home / "tiny.ood").read_bytes()
+    assert str(home).encode() not in (tmp_path / "again.ood").read_bytes()  # no place on this machine
+
+
+LIGHT = """
+import sys, time
+import torch, timm, torchvision, faiss  # the network's own
+from stages.config import BackboneConfig
+from stages.networks.backbone import load_backbone
+begun = time.process_time()
+load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=32))
+network = time.process_time() - begun
+from stages.detection import Detector
+begun = time.process_time()
+detector = Detector.load(sys.argv[1])
+beyond = time.process_time() - begun - network
+found = detector.score(sys.argv[2:], nearest=1)
+loaded = {"h5py", "dask", "distributed", "sklearn", "matplotlib", "pyarrow", "pandas"} & sys.modules.keys()
+print(beyond, *found.score, *loaded)
+"""
+
+
+def test_it_starts_in_seconds_with_no_library_of_the_laboratory(home, images, scored):
+    """In a process of its own, in another folder; seconds are those of the processor."""
+    command = [sys.executable, "-c", LIGHT, home / "tiny.ood", *images[:3]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
+    beyond, *numbers = run.stdout.split()
+    np.testing.assert_allclose(np.float32(numbers), scored.score[:3], atol=1e-5)
+    assert float(beyond) < 2
+
+
+def test_info_says_where_it_came_from(home):
+    lines = done("info", home / "tiny.ood").out.splitlines()
+    table = json.loads((home / "work" / "scores" / "table.json").read_text())
+    (row,) = (
+        row
+        for row in table
+        if (row["features"], row["head"], row["score"], row["ood"]) == ("mofe", "refit", "knn+energy", "threes")
+        and (row["routing"], row["calibrated"]) == ("predicted", False)
+    )
+    said = {line.split()[0]: line for line in lines}
+    assert "tiny: knn+energy by head refit, pretrained, mofe features, default, seed 0" in said["study"]
+    assert "tf_efficientnet_lite0 at 32 px" in said["network"]
+    assert any(f"threes (near, 6 images): AUROC {row['auroc']:.3f} ({row['auroc_lo']:.3f}" in line for line in lines)
+    assert [line for line in lines if line.startswith("unknown")] == [
+        "unknown    images of other sources than threes, photos"
+    ]
+    assert len([line for line in lines if line.startswith("set ")]) == 4
+
+
+def test_what_was_not_measured_is_said(home, tmp_path):
+    done("export", home / "tiny.toml", "-o", tmp_path / "it.ood", "--score", "mahalanobis", "--variant", "none")
+    lines = done("info", tmp_path / "it.ood").out.splitlines()
+    assert "unknown    photos: scores are none of mahalanobis with this model" in lines
+    assert Detector.load(tmp_path / "it.ood").score(next((home / "images").rglob("*.png"))).expert is None
+
+
+def test_without_the_backbone_it_is_loaded_from_where_the_study_has_it(home, images, scored, tmp_path):
+    done("export", home / "tiny.toml", "-o", tmp_path / "it.ood", "--no-backbone")
+    assert (tmp_path / "it.ood").stat().st_size < (home / "tiny.ood").stat().st_size / 2
+    np.testing.assert_array_equal(Detector.load(tmp_path / "it.ood").score(images).score, scored.score)
+
+
+def test_mistakes_are_said_before_work(home, tmp_path):
+    export = ("export", home / "tiny.toml", "-o")
+    assert "--variant: 'dens' is none of default, none" in refused(*export, tmp_path / "it.ood", "--variant", "dens")
+    assert "did you mean 'energy'" in refused(*export, tmp_path / "it.ood", "--score", "enrgy")
+    assert "give a file in a folder that is there" in refused(*export, tmp_path / "no" / "it.ood")
+    assert "finetune: missing" in refused(*export, tmp_path / "it.ood", "--backbone", "finetuned")
+    moved = settings(f"sets.photos.images={home / 'images' / 'threes'}")
+    assert "run make extract" in refused(*export, tmp_path / "it.ood", *moved)
+    assert refused("info", home / "tiny.ood", *settings("a=1")).endswith("tiny.ood is an exported detector")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_one_line(home, tmp_path):
+    data = (home / "tiny.ood").read_bytes()
+    (tmp_path / "it.ood").write_bytes(data[: len(data) // 2])
+    assert "it.ood: damaged, or changed: " in refused("info", tmp_path / "it.ood")
