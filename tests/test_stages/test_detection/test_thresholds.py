@@ -138,7 +138,7 @@ def test_and_within_predicted_classes(tmp_path):
     assert np.ptp(shares["grouped"]) < np.ptp(shares["plain"])
     group = next(group for group in range(4) if (classes == group).sum() >= 19)
     one = next(each for each in answers if int(each.prediction) == group)
-    rows = grouped.detector.calibration_scores[classes == group]
+    rows = grouped.fitted.calibration_scores[classes == group]
     assert one.p_value == (1 + (rows >= np.float32(one.score)).sum()) / (len(rows) + 1)
     assert one.threshold == threshold_at(rows).threshold
     with pytest.raises(InputError, match="per expert needs a mixture"):
