@@ -15,7 +15,7 @@ import click
 
 from pipeline.benchmark.choice import Choice
 from pipeline.config import RunConfig, RunOptions
-from pipeline.deciding import Deciding, Exporting
+from pipeline.deciding import Deciding, Exporting, Watching
 from pipeline.options import (
     CHOICE,
     DEBUG,
@@ -33,6 +33,7 @@ from pipeline.options import (
     SCHEDULER,
     SET,
     SET_NAME,
+    WATCHING,
     WORKERS,
     Asked,
     Experiment,
@@ -238,6 +239,19 @@ def export(experiment: Experiment, exporting: Exporting, backbone: str) -> None:
     """The fitted detector as one sealed file, which `stages.detection.Detector` loads anywhere."""
     with _study(experiment.config("export", backbone), RunOptions()) as study:
         show(study.export(exporting, backbone))
+
+
+@verbs.command()
+@click.argument("bundle", metavar="FILE.ood")
+@click.argument("source", metavar="FOLDER|-")
+@WATCHING
+@DEBUG
+def watch(bundle: str, source: str, watching: Watching) -> None:
+    """Watch a stream: a line of JSON for each image of FOLDER, or for each score (number or JSON) of standard input."""
+    from pipeline.watching import watch_lines
+
+    for line in watch_lines(bundle, source, watching):
+        show(line)
 
 
 @verbs.command()

@@ -1,4 +1,4 @@
-"""How `predict` and `export` are to decide, as it is asked on the command line."""
+"""How `predict`, `export` and `watch` are to decide, as it is asked on the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,3 +38,20 @@ class Exporting:
     score_name: str | None = None
     variant: str | None = None
     with_backbone: bool = True
+
+
+@dataclass(frozen=True)
+class Watching:
+    """How a stream is to be watched, as it is asked on the command line.
+
+    Attributes:
+        alpha: probability of a false alarm ever.
+        seed: of the places that are drawn, see `DriftMonitor`.
+        state: file to go on from, and to leave the state in; None: nothing is kept.
+        prometheus: file to leave the last values in, as text for Prometheus; None: none is written.
+    """
+
+    alpha: float = 0.01
+    seed: int = 0
+    state: Path | None = None
+    prometheus: Path | None = None

@@ -18,7 +18,7 @@ from pipeline.config import (
     folder_name,
     load_config,
 )
-from pipeline.deciding import Deciding, Exporting
+from pipeline.deciding import Deciding, Exporting, Watching
 from stages.config import nearest
 from stages.scorers import SCORERS, unknown_part
 
@@ -304,5 +304,31 @@ EXPORTING = gathered(
         type=bool,
         default=True,
         help="Leave the network's weights out: they are loaded from where the study has them.",
+    ),
+)
+WATCHING = gathered(
+    "watching",
+    Watching,
+    click.option(
+        "--alpha",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=Watching.alpha,
+        show_default=True,
+        help="Probability that a stream of ID images is ever called drifting, at most.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=Watching.seed, show_default=True, help="Of what is drawn."
+    ),
+    click.option(
+        "--state",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE.json",
+        help="Go on from what stands in it, and keep it up to date; the same command goes on where it was killed.",
+    ),
+    click.option(
+        "--prometheus",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE.prom",
+        help="Keep the last values in it, as text for Prometheus.",
     ),
 )

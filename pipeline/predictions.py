@@ -3,12 +3,10 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache import FeatureSpec
 from pipeline.deciding import Deciding
@@ -17,9 +15,8 @@ from pipeline.workspace import Workspace
 from stages.detection.conformal import BatchPromise
 from stages.errors import InputError
 from stages.inputs.arrays import ArrayTable
-from stages.inputs.images import ImageError, ImageReader, SampleTable, describe_left_out, list_images
+from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
-from stages.machine import usable_cores
 from stages.metrics.discoveries import discoveries
 from stages.networks.preprocessing import check_decode
 from stages.predict import N_NEAREST, Prediction, Predictor
@@ -131,7 +128,7 @@ def predict_sources(
                 arrays, _ = source.read(start, start + len(block), predictor.detector.spec)
                 predictions += predictor.predict(block, arrays)
             else:
-                read = _read(predictor, source.reader(start, start + len(block)))
+                read = prepared_images(predictor.detector, source.reader(start, start + len(block)))
                 pairs = list(zip(block, read, strict=True))
                 unusable += [UnusableImage(name, found) for name, found in pairs if isinstance(found, str)]
                 if usable := [(name, found) for name, found in pairs if not isinstance(found, str)]:
@@ -144,19 +141,6 @@ def predict_sources(
     if not predictions:
         raise InputError("none of the given images can be used")
     return predictions, unusable
-
-
-def _read(predictor: Predictor, images: ImageReader) -> list[NDArray[np.uint8] | str]:
-    """Each image as the network takes it, or why it cannot be used."""
-
-    def read(index: int) -> NDArray[np.uint8] | str:
-        try:
-            return predictor.detector.prepare(images.read(index))
-        except ImageError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(max(2, usable_cores())) as pool:
-        return list(pool.map(read, range(len(images))))
 
 
 def _csv(predictions: Sequence[Prediction]) -> str:

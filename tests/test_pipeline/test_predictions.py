@@ -4,13 +4,14 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import tempfile
 
 import pytest
 import torch
 
-from tests.test_pipeline.command import Running, done, pipeline, settings
+from tests.test_pipeline.command import Running, done, pipeline, refused, settings
 from tests.test_pipeline.tiny import STUDY, draw
 from tests.test_stages.drawn import as_dinov3s_files, create
 
@@ -87,3 +88,54 @@ def test_json_is_json_whatever_timm_prints(home, tmp_path):
         done(verb, home / "tiny.toml", *changed)
     answer = done("predict", home / "tiny.toml", image, "--format", "json", *changed)
     assert str(image) in json.dumps(json.loads(answer.out))
+
+
+@pytest.fixture(scope="module")
+def sealed(home):
+    """Its detector as one file."""
+    done("export", home / "tiny.toml", "-o", home / "tiny.ood")
+    return home / "tiny.ood"
+
+
+def test_a_folder_is_watched_and_a_watch_goes_on_where_it_ended(home, sealed, tmp_path):
+    """Images of before, one that cannot be used, and later ones: as all of them at once, and with predict's scores."""
+    incoming, later, files = tmp_path / "incoming", tmp_path / "later", sorted((home / "many").rglob("*.png"))[:12]
+    for folder in (incoming, later):
+        folder.mkdir()
+    for index, file in enumerate(files):
+        shutil.copy(file, incoming / f"{index:02d}.png")
+    (incoming / "05.png").write_bytes(files[5].read_bytes()[:90])
+    whole = done("watch", sealed, incoming).out.splitlines()
+    for image in sorted(incoming.iterdir())[7:]:
+        image.rename(later / image.name)
+    state = ("--state", tmp_path / "state.json")
+    found = done("watch", sealed, incoming, *state).out.splitlines()
+    for image in list(later.iterdir()):
+        image.rename(incoming / image.name)
+    found += done("watch", sealed, incoming, *state).out.splitlines()
+    rows = [json.loads(line) for line in found]
+    assert [row["id"] for row in rows] == [f"{index:02d}.png" for index in range(12)]
+    assert "unusable" in rows[5]
+    for row, expected in zip(rows, map(json.loads, whole), strict=True):
+        assert row == pytest.approx(expected, abs=1e-5) if "score" in row else row == expected
+    predicted = {line["path"]: line for line in lines(done("predict", home / "tiny.toml", incoming))}
+    for row in rows:
+        if "score" in row:
+            assert row["score"] == pytest.approx(float(predicted[str(incoming / row["id"])]["score"]), abs=1e-5)
+    assert done("watch", sealed, incoming, *state).out == ""
+
+
+def test_scores_are_watched_from_standard_input(sealed, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO('0.5\ncat\n{"id": "b", "score": 900}\n'))
+    answer = done("watch", sealed, "-")
+    first, second, third = map(json.loads, answer.out.splitlines())
+    assert (first["score"], third["id"], third["step"]) == (0.5, "b", 2)
+    assert second == {"id": "line 2", "unusable": "'cat' is no score"}
+    assert third["decision"] == "OOD"
+    assert "alpha holds nearly" in answer.err  # three classes of few images: they are cross-fitted
+
+
+def test_what_cannot_be_watched_is_refused(home, sealed):
+    assert "tiny.toml" in refused("watch", home / "tiny.toml", "-")
+    assert "no such file or folder" in refused("watch", sealed, home / "nowhere")
+    assert "0<x<1" in refused("watch", sealed, "-", "--alpha", "2")

@@ -1,0 +1,201 @@
+"""What `watch` says of a stream: a line of JSON for each score, and a state that a killed process goes on from."""
+
+import json
+import math
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.fingerprint import fingerprint
+from pipeline.deciding import Watching
+from pipeline.prepared import prepared_images
+from pipeline.terminal import complain
+from stages.detection.bundle import read_bundle
+from stages.detection.detector import Detector
+from stages.detection.drift import DriftMonitor, StreamReport, StreamState
+from stages.detection.parts import CalibrationRows
+from stages.errors import InputError
+from stages.files.documents import read_document, write_document, write_text
+from stages.inputs.images import SampleTable, list_images
+
+_VERSION = 1  # of the state
+_BLOCK = 32  # images that are scored at once
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What stands in a stream: a score, or why there is none.
+
+    Attributes:
+        id: of the image, or of the line.
+        score: higher = more OOD.
+        unusable: why there is no score; empty where there is one.
+    """
+
+    id: str
+    score: float = math.nan
+    unusable: str = ""
+
+
+class Watch:
+    """A stream beside the calibration rows of a detector.
+
+    Attributes:
+        last: id of the last row of the stream, from the state where it goes on; None before the first.
+
+    Args:
+        calibration: ``[n]`` scores of the calibration rows.
+        asked: how.
+
+    Raises:
+        InputError: the state is damaged, or of another detector, ``alpha`` or seed.
+    """
+
+    def __init__(self, calibration: NDArray[np.floating], asked: Watching) -> None:
+        self._asked = asked
+        scores = np.sort(np.asarray(calibration, dtype=np.float64)).tolist()
+        self._about = {
+            "version": _VERSION,
+            "calibration": fingerprint({"scores": scores}),
+            "alpha": asked.alpha,
+            "seed": asked.seed,
+        }
+        self.last: str | None = None
+        self._unusable = 0
+        self._monitor = DriftMonitor(calibration, asked.alpha, asked.seed, self._stored())
+
+    def _stored(self) -> StreamState | None:
+        path = self._asked.state
+        if path is None or not path.exists():
+            return None
+        stored = read_document(path)
+        if stored is None:
+            raise InputError(f"{path}: damaged, or no state of a stream: delete it to begin anew")
+        for key, value in self._about.items():
+            if stored.get(key) != value:
+                raise InputError(
+                    f"{path}: a stream with {key} {stored.get(key)!r}, not {value!r}: give another --state, or delete "
+                    "it to begin anew"
+                )
+        self.last, self._unusable = stored["last"], stored["unusable"]
+        return StreamState(**stored["stream"])
+
+    def lines(self, stream: Iterable[Seen]) -> Iterator[str]:
+        """JSON for each row; whatever was given is in the state and in Prometheus's file."""
+        for seen in stream:
+            line = self._line(seen)
+            self.last = seen.id
+            if self._asked.state is not None:
+                stream_state = {"last": self.last, "unusable": self._unusable, "stream": asdict(self._monitor.state)}
+                write_document(self._asked.state, self._about | stream_state)
+            yield json.dumps(line, ensure_ascii=False)
+
+    def _line(self, seen: Seen) -> dict[str, Any]:
+        if seen.unusable:
+            self._unusable += 1
+            return {"id": seen.id, "unusable": seen.unusable}
+        report = self._monitor.update(seen.score)
+        if self._asked.prometheus is not None:
+            write_text(self._asked.prometheus, prometheus_text(report, self._monitor.state, self._unusable))
+        return {"id": seen.id} | asdict(report)
+
+
+def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
+    """A line of JSON for each image of a source, or for each score of standard input.
+
+    Args:
+        bundle: file of the detector.
+        source: images as `list_images` takes them, in the order of their names, of which those up to the last that the
+            state knows are not looked at again; ``"-"``: scores, one a line, for which no network is loaded.
+        asked: how.
+
+    Raises:
+        InputError: no detector, no images, a state of something else.
+    """
+    if source == "-":
+        calibration = read_bundle(bundle).parts.calibration
+        _say_what_holds(calibration)
+        yield from Watch(calibration.scores, asked).lines(scores_of(sys.stdin))
+        return
+    images = list_images(source)  # a missing folder is said before work
+    if len(images.class_names) > 1:
+        complain(f"watch: {source} has a folder per class: a stream in the order of its classes drifts by itself")
+    detector = Detector.load(bundle)
+    _say_what_holds(detector.parts.calibration)
+    watch = Watch(detector.parts.calibration.scores, asked)
+    yield from watch.lines(_scored(detector, images, watch.last))
+
+
+def _say_what_holds(calibration: CalibrationRows) -> None:
+    if not calibration.exact:
+        complain("watch: alpha holds nearly: the calibration scores are cross-fitted or put on a scale")
+
+
+def _scored(detector: Detector, images: SampleTable, last: str | None) -> Iterator[Seen]:
+    """Scores of the images whose names come after the last one's."""
+    ids = [id_.encode() for id_ in images.ids]
+    first = 0 if last is None else bisect_right(ids, last.encode())
+    for start in range(first, len(images), _BLOCK):
+        prepared = prepared_images(detector, images.reader(start, start + _BLOCK))
+        usable = [pixels for pixels in prepared if not isinstance(pixels, str)]
+        scores = iter(detector.score_prepared(np.stack(usable)).score.tolist() if usable else [])
+        for name, pixels in zip(images.ids[start : start + _BLOCK], prepared, strict=True):
+            yield Seen(name, unusable=pixels) if isinstance(pixels, str) else Seen(name, next(scores))
+
+
+def scores_of(lines: Iterable[str]) -> Iterator[Seen]:
+    """A stream of scores, one a line: a number, or a JSON object with ``score`` and maybe ``id``.
+
+    >>> list(scores_of(["0.5", "", '{"id": "a.jpg", "score": 2}', "cat"]))[1:]
+    [Seen(id='a.jpg', score=2.0, unusable=''), Seen(id='line 4', score=nan, unusable="'cat' is no score")]
+    """
+    for number, text in enumerate(lines, 1):
+        if text := text.strip():
+            yield _seen(text, f"line {number}")
+
+
+def _seen(text: str, place: str) -> Seen:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        return Seen(place, unusable=f"{text[:60]!r} is no score")
+    name = given.get("id", place) if isinstance(given, dict) else place
+    score = given.get("score") if isinstance(given, dict) else given
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not is_number or not abs(score) <= sys.float_info.max:
+        return Seen(str(name), unusable=f"{text[:60]!r} is no score")
+    return Seen(str(name), float(score))
+
+
+_HELP = {
+    "images_total": "counter Images that were scored.",
+    "unusable_total": "counter Images or lines without a score.",
+    "flagged_total": "counter Images whose score is above the threshold.",
+    "ood_share": "gauge Share of OOD among them, as far as it scores above the threshold.",
+    "ood_share_lo": "gauge Lower end of its 95 % interval.",
+    "ood_share_hi": "gauge Upper end.",
+    "log10_evidence": "gauge Logarithm of the martingale for drift.",
+    "drift": "gauge 1 once it has reached 1 / alpha.",
+}
+
+
+def prometheus_text(report: StreamReport, state: StreamState, unusable: int) -> str:
+    """The last values in Prometheus's text format, for the textfile collector."""
+    values: dict[str, float | None] = {
+        "images_total": report.step,
+        "unusable_total": unusable,
+        "flagged_total": state.flagged,
+    }
+    values |= {field.name: getattr(report, field.name) for field in fields(report) if field.name in _HELP}
+    lines = []
+    for name, text in _HELP.items():
+        kind, about = text.split(" ", 1)
+        if (value := values[name]) is not None:
+            lines += [f"# HELP ood_watch_{name} {about}", f"# TYPE ood_watch_{name} {kind}"]
+            lines += [f"ood_watch_{name} {float(value):.17g}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,86 @@
+"""What `watch` says of a stream of scores, and how it goes on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.deciding import Watching
+from pipeline.watching import Seen, Watch, scores_of
+from stages.detection.drift import DriftMonitor
+from stages.errors import InputError
+
+CALIBRATION = np.random.default_rng(0).normal(size=77).astype(np.float32)
+
+
+def stream(n=40):
+    scores = np.random.default_rng(1).normal(size=n) + 3 * (np.arange(n) >= 20)
+    return [Seen(f"{index:03d}.jpg", score) for index, score in enumerate(scores.tolist())]
+
+
+def test_a_line_is_a_score_its_promise_and_the_stream(tmp_path):
+    rows = [json.loads(line) for line in Watch(CALIBRATION, Watching()).lines(stream())]
+    monitor = DriftMonitor(CALIBRATION)
+    for row, seen in zip(rows, stream(), strict=True):
+        report = monitor.update(seen.score)
+        assert row["id"] == seen.id
+        assert [row[name] for name in ("score", "p_value", "log10_evidence", "ood_share_hi")] == [
+            *(report.score, report.p_value, report.log10_evidence, report.ood_share_hi)
+        ]
+    assert [row["drift"] for row in rows[:20]] == [False] * 20
+    assert rows[-1]["drift"]
+    assert rows[-1]["step"] == 40
+
+
+def test_a_killed_watch_goes_on_with_the_same_values(tmp_path):
+    """After each line that was printed, as if it were killed then."""
+    whole = list(Watch(CALIBRATION, Watching()).lines(stream()))
+    asked = Watching(state=tmp_path / "state.json")
+    found = []
+    for seen in stream():
+        watch = Watch(CALIBRATION, asked)
+        assert watch.last == (None if not found else json.loads(found[-1])["id"])
+        found.append(next(watch.lines([seen])))
+    assert found == whole
+    assert asked.state.stat().st_size < 10_000
+
+
+def test_what_is_no_score_is_said_and_not_counted():
+    given = ["1e3", "", "NaN", "1e999", "true", '{"id": "a", "score": 1}', '{"id": 7}', "[" * 100_000, '"2"']
+    seen = list(scores_of(given))
+    assert [each.score for each in seen if not each.unusable] == [1000.0, 1.0]
+    assert [each.id for each in seen] == [*("line 1", "line 3", "line 4", "line 5", "a", "7", "line 8", "line 9")]
+    rows = [json.loads(line) for line in Watch(CALIBRATION, Watching()).lines(seen)]
+    assert [row["step"] for row in rows if "step" in row] == [1, 2]
+    assert rows[1] == {"id": "line 3", "unusable": "'NaN' is no score"}
+
+
+def test_prometheus_reads_the_last_values(tmp_path):
+    path = tmp_path / "watch.prom"
+    (*_, last) = Watch(CALIBRATION, Watching(prometheus=path)).lines([Seen("x", unusable="cut short"), *stream()])
+    values = dict(line.split() for line in path.read_text().splitlines() if not line.startswith("#"))
+    row = json.loads(last)
+    assert values["ood_watch_images_total"] == "40"
+    assert values["ood_watch_unusable_total"] == "1"
+    assert values["ood_watch_drift"] == "1"
+    assert float(values["ood_watch_ood_share_lo"]) == row["ood_share_lo"]
+    assert math.isfinite(float(values["ood_watch_log10_evidence"]))
+    few = tmp_path / "few.prom"
+    list(Watch(CALIBRATION[:9], Watching(prometheus=few)).lines(stream(1)))
+    assert "ood_share" not in few.read_text()
+
+
+def test_a_state_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "state.json"
+    list(Watch(CALIBRATION, Watching(state=path)).lines(stream(3)))
+    for calibration, asked, key in (
+        (CALIBRATION[:9], Watching(state=path), "calibration"),
+        (CALIBRATION, Watching(state=path, alpha=0.1), "alpha 0.01, not 0.1"),
+        (CALIBRATION, Watching(state=path, seed=3), "seed 0, not 3"),
+    ):
+        with pytest.raises(InputError, match=key):
+            Watch(calibration, asked)
+    path.write_text(path.read_text().replace('"steps": 3', '"steps": 4'))
+    with pytest.raises(InputError, match="damaged"):
+        Watch(CALIBRATION, Watching(state=path))
