@@ -10,6 +10,7 @@ import numpy as np
 
 from cache import FeatureSpec
 from pipeline.deciding import Deciding
+from pipeline.prepared import prepared_images
 from pipeline.sources import source_to_predict
 from pipeline.workspace import Workspace
 from stages.detection.conformal import BatchPromise

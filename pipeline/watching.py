@@ -42,7 +42,7 @@ class Seen:
     unusable: str = ""
 
 
-class Watch:
+class StreamWatch:
     """A stream beside the calibration rows of a detector.
 
     Attributes:
@@ -120,14 +120,14 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
     if source == "-":
         calibration = read_bundle(bundle).parts.calibration
         _say_what_holds(calibration)
-        yield from Watch(calibration.scores, asked).lines(scores_of(sys.stdin))
+        yield from StreamWatch(calibration.scores, asked).lines(scores_of(sys.stdin))
         return
     images = list_images(source)  # a missing folder is said before work
     if len(images.class_names) > 1:
         complain(f"watch: {source} has a folder per class: a stream in the order of its classes drifts by itself")
     detector = Detector.load(bundle)
     _say_what_holds(detector.parts.calibration)
-    watch = Watch(detector.parts.calibration.scores, asked)
+    watch = StreamWatch(detector.parts.calibration.scores, asked)
     yield from watch.lines(_scored(detector, images, watch.last))
 
 
@@ -166,8 +166,7 @@ def _seen(text: str, place: str) -> Seen:
         return Seen(place, unusable=f"{text[:60]!r} is no score")
     name = given.get("id", place) if isinstance(given, dict) else place
     score = given.get("score") if isinstance(given, dict) else given
-    is_number = isinstance(score, int | float) and not isinstance(score, bool)
-    if not is_number or not abs(score) <= sys.float_info.max:
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
         return Seen(str(name), unusable=f"{text[:60]!r} is no score")
     return Seen(str(name), float(score))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.deciding import Watching
-from pipeline.watching import Seen, Watch, scores_of
+from pipeline.watching import Seen, StreamWatch, scores_of
 from stages.detection.drift import DriftMonitor
 from stages.errors import InputError
 
@@ -20,7 +20,7 @@ def stream(n=40):
 
 
 def test_a_line_is_a_score_its_promise_and_the_stream(tmp_path):
-    rows = [json.loads(line) for line in Watch(CALIBRATION, Watching()).lines(stream())]
+    rows = [json.loads(line) for line in StreamWatch(CALIBRATION, Watching()).lines(stream())]
     monitor = DriftMonitor(CALIBRATION)
     for row, seen in zip(rows, stream(), strict=True):
         report = monitor.update(seen.score)
@@ -35,11 +35,11 @@ def test_a_line_is_a_score_its_promise_and_the_stream(tmp_path):
 
 def test_a_killed_watch_goes_on_with_the_same_values(tmp_path):
     """After each line that was printed, as if it were killed then."""
-    whole = list(Watch(CALIBRATION, Watching()).lines(stream()))
+    whole = list(StreamWatch(CALIBRATION, Watching()).lines(stream()))
     asked = Watching(state=tmp_path / "state.json")
     found = []
     for seen in stream():
-        watch = Watch(CALIBRATION, asked)
+        watch = StreamWatch(CALIBRATION, asked)
         assert watch.last == (None if not found else json.loads(found[-1])["id"])
         found.append(next(watch.lines([seen])))
     assert found == whole
@@ -51,14 +51,14 @@ def test_what_is_no_score_is_said_and_not_counted():
     seen = list(scores_of(given))
     assert [each.score for each in seen if not each.unusable] == [1000.0, 1.0]
     assert [each.id for each in seen] == [*("line 1", "line 3", "line 4", "line 5", "a", "7", "line 8", "line 9")]
-    rows = [json.loads(line) for line in Watch(CALIBRATION, Watching()).lines(seen)]
+    rows = [json.loads(line) for line in StreamWatch(CALIBRATION, Watching()).lines(seen)]
     assert [row["step"] for row in rows if "step" in row] == [1, 2]
     assert rows[1] == {"id": "line 3", "unusable": "'NaN' is no score"}
 
 
 def test_prometheus_reads_the_last_values(tmp_path):
     path = tmp_path / "watch.prom"
-    (*_, last) = Watch(CALIBRATION, Watching(prometheus=path)).lines([Seen("x", unusable="cut short"), *stream()])
+    (*_, last) = StreamWatch(CALIBRATION, Watching(prometheus=path)).lines([Seen("x", unusable="cut short"), *stream()])
     values = dict(line.split() for line in path.read_text().splitlines() if not line.startswith("#"))
     row = json.loads(last)
     assert values["ood_watch_images_total"] == "40"
@@ -67,20 +67,20 @@ def test_prometheus_reads_the_last_values(tmp_path):
     assert float(values["ood_watch_ood_share_lo"]) == row["ood_share_lo"]
     assert math.isfinite(float(values["ood_watch_log10_evidence"]))
     few = tmp_path / "few.prom"
-    list(Watch(CALIBRATION[:9], Watching(prometheus=few)).lines(stream(1)))
+    list(StreamWatch(CALIBRATION[:9], Watching(prometheus=few)).lines(stream(1)))
     assert "ood_share" not in few.read_text()
 
 
 def test_a_state_of_something_else_is_refused(tmp_path):
     path = tmp_path / "state.json"
-    list(Watch(CALIBRATION, Watching(state=path)).lines(stream(3)))
+    list(StreamWatch(CALIBRATION, Watching(state=path)).lines(stream(3)))
     for calibration, asked, key in (
         (CALIBRATION[:9], Watching(state=path), "calibration"),
         (CALIBRATION, Watching(state=path, alpha=0.1), "alpha 0.01, not 0.1"),
         (CALIBRATION, Watching(state=path, seed=3), "seed 0, not 3"),
     ):
         with pytest.raises(InputError, match=key):
-            Watch(calibration, asked)
+            StreamWatch(calibration, asked)
     path.write_text(path.read_text().replace('"steps": 3', '"steps": 4'))
     with pytest.raises(InputError, match="damaged"):
-        Watch(CALIBRATION, Watching(state=path))
+        StreamWatch(CALIBRATION, Watching(state=path))
