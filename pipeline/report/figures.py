@@ -218,9 +218,11 @@ def _panel(title: str, draw: Callable[["Axes"], None]) -> str:
     """One small figure as an ``<svg>`` element."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import TightLayoutEngine
 
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        figure = Figure(figsize=(4.2, 2.7), layout="constrained")  # no pyplot: no global figures, no display
+        # No pyplot: no global figures, no display. Constrained layout draws every panel twice before it is written.
+        figure = Figure(figsize=(4.2, 2.7), layout=TightLayoutEngine(pad=0.35))
         draw(figure.add_subplot())
         out = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -5,8 +5,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from stages.errors import InputError
 from stages.files.documents import digest_of, write_text
 from stages.progress import NullProgress, Progress
 from stages.results.method import FROZEN_KNN, HEADS, ROUTINGS
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def write_report(study: ReportedStudy, progress: Progress | None = None) -> Path:
@@ -122,6 +126,20 @@ def _own_ids(body: str, prefix: str) -> str:
 
 
 def _render(name: str, values: Mapping[str, Any]) -> str:
+    names = {
+        "metrics": SHOWN_METRICS,
+        "compared": COMPARED_METRICS,
+        "baseline": FROZEN_KNN,
+        "heads": HEADS,
+        "meaning_of_routing": ROUTINGS,
+        "kinds": KINDS,
+    }
+    return _templates().get_template(name).render(names | dict(values))
+
+
+@cache
+def _templates() -> "Environment":
+    """Compiled once, however many pages are written."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -141,15 +159,7 @@ def _render(name: str, values: Mapping[str, Any]) -> str:
         "score_title": score_title,
         "method_name": method_name,
     }
-    names = {
-        "metrics": SHOWN_METRICS,
-        "compared": COMPARED_METRICS,
-        "baseline": FROZEN_KNN,
-        "heads": HEADS,
-        "meaning_of_routing": ROUTINGS,
-        "kinds": KINDS,
-    }
-    return environment.get_template(name).render(names | dict(values))
+    return environment
 
 
 def _sections(study: ReportedStudy, progress: Progress, most_pictures: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cache.spec import square_grid
-from stages.networks.surgery import Cut, children_before, without
+from stages.networks.surgery import Cut, children_before, end_copy
 from stages.networks.tokens import Tokens
 
 _EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token")  # parameters of a transformer before its blocks
@@ -27,8 +27,7 @@ class TransformerEnd(nn.Module):
         self.buffer_names = [k for k, v in block_kwargs.items() if isinstance(v, Tensor)]
         for name in self.buffer_names:
             self.register_buffer(f"block_{name}", block_kwargs[name].cpu().clone(), persistent=False)
-        tail: Any = without(model, children_before(model, "blocks"))
-        tail.blocks = tail.blocks[-blocks:]
+        tail: Any = end_copy(model, children_before(model, "blocks"), "blocks", blocks)
         for parameter in _EMBEDDINGS:
             if getattr(tail, parameter, None) is not None:
                 setattr(tail, parameter, None)
@@ -62,10 +61,7 @@ class ConvolutionalEnd(nn.Module):
     def __init__(self, model: nn.Module, cut: Cut, keep: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        tail: Any = without(model, cut.before)
-        if cut.sequence is not None:
-            setattr(tail, cut.sequence, getattr(tail, cut.sequence)[-keep:])
-        self.tail = tail
+        self.tail = end_copy(model, cut.before, cut.sequence, keep)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Tap tokens to the pooled final vector ``[B, D]``."""

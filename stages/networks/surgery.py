@@ -7,6 +7,7 @@ A transformer's are the entries of ``blocks``, a convolutional net's those of ``
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,11 +68,21 @@ def children_before(model: nn.Module, child: str) -> tuple[str, ...]:
     return tuple(names[: names.index(child)])
 
 
-def without(model: nn.Module, children: Sequence[str]) -> nn.Module:
-    """A deep copy of a model in which the named children are the identity."""
-    kept = {name: getattr(model, name) for name in children}
-    for name in children:
-        setattr(model, name, nn.Identity())
+def end_copy(model: nn.Module, before: Sequence[str], sequence: str | None, keep: int) -> nn.Module:
+    """A deep copy of a model's end alone: what is left out is not copied first.
+
+    Args:
+        model: whole, and whole again afterwards.
+        before: children that are the identity in the copy.
+        sequence: child of whose parts the copy has only the last ones, if any.
+        keep: how many.
+    """
+    instead: dict[str, Any] = {name: nn.Identity() for name in before}
+    if sequence is not None:
+        instead[sequence] = getattr(model, sequence)[-keep:]
+    kept = {name: getattr(model, name) for name in instead}
+    for name, module in instead.items():
+        setattr(model, name, module)
     try:
         return copy.deepcopy(model)
     finally:
