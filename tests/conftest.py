@@ -5,6 +5,7 @@
     data       the ID side of a study on them: 4 classes, a fifth of id-train held out
     few        the same of 12 images a class: too few to halve a held-out share, so it is cross-fitted
     few_images the images of `few`
+    small      `few` with its held-out share halved, however few rows: one model, no cross-fitting
     mixture    folder of a mixture of 2 experts trained on `data`, 2 epochs, seed 0
     probe      the linear probe on `data`
     vit        a ViT of six small blocks with seeded random weights
@@ -43,7 +44,7 @@ settings.load_profile("tests")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=30, help="how often a process that fills a cache is killed")
+    parser.addoption("--kills", type=int, default=10, help="how often a process that fills a cache is killed")
     parser.addoption("--mutants", type=int, default=300, help="how many flipped bits, and damaged images, are tried")
 
 
@@ -96,6 +97,11 @@ def few_images():
 def few(backbone, few_images, tmp_path_factory):
     root, spec = tmp_path_factory.mktemp("few"), backbone.feature_spec("float16", "full")
     return id_data(extract_set("few", few_images, spec, root, lambda: backbone), None, val_share=0.2)
+
+
+@pytest.fixture(scope="session")
+def small(few):
+    return id_data(few.train, None, val_share=0.25, cross_fit=False)
 
 
 @pytest.fixture(scope="session")

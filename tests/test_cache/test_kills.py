@@ -30,7 +30,7 @@ def build(path, started):
 
 def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, whole, request):
     """Builds, killed again and again until they are done; a kill costs the work of one shard at most."""
-    wanted, rng = request.config.getoption("kills", default=30), np.random.default_rng(0)
+    wanted, rng = request.config.getoption("kills", default=10), np.random.default_rng(0)
     reading, started = os.pipe()
     os.set_blocking(reading, False)
     begun = time.perf_counter()

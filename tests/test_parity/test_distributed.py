@@ -65,17 +65,22 @@ def weights(trained) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def fit(data, backbone, tmp_path_factory):
+def rows(data):
+    """Every fourth row that trains: enough to share."""
+    return data.split.folds[0].train[::4]
+
+
+@pytest.fixture(scope="module")
+def fit(data, rows, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
 
     def fit(name, ranks=Ranks(), **settings):
-        fold = data.split.folds[0]
         chosen = resolve_settings(TrainConfig(experts=2, **{"epochs": 2} | settings), 4)
-        rows = fold.train[: 8 * settings["batch_size"]] if "batch_size" in settings else fold.train
+        own = rows[: 8 * settings["batch_size"]] if "batch_size" in settings else rows
         groups = [0] * 4 if chosen.expert == "dense" else (0, 0, 1, 1)
-        mixture = start_mixture(data, rows, groups, chosen, backbone.end, 0)
+        mixture = start_mixture(data, own, groups, chosen, backbone.end, 0)
         checkpoints = Checkpoints(folder / f"{name}.checkpoint")
-        return train_mixture(mixture, data, rows, chosen, 0, checkpoints, Context(ranks=ranks))
+        return train_mixture(mixture, data, own, chosen, 0, checkpoints, Context(ranks=ranks))
 
     return fit
 
@@ -142,7 +147,7 @@ def test_two_processes_train_what_one_trains(name, settings, fit):
         assert ours.select_accuracy == expected.select_accuracy
 
 
-def test_stopped_together_they_go_on_together_or_alone(fit, data, backbone, tmp_path):
+def test_stopped_together_they_go_on_together_or_alone(fit, rows, data, backbone, tmp_path):
     whole = weights(fit("whole"))
 
     class Stops(NullProgress):
@@ -151,7 +156,7 @@ def test_stopped_together_they_go_on_together_or_alone(fit, data, backbone, tmp_
                 os._exit(9)  # rank 0 dies in its second epoch, and the other, left alone, with it
 
     def run(context=Context()):
-        rows, chosen = data.split.folds[0].train, resolve_settings(TrainConfig(experts=2, epochs=2), 4)
+        chosen = resolve_settings(TrainConfig(experts=2, epochs=2), 4)
         mixture = start_mixture(data, rows, (0, 0, 1, 1), chosen, backbone.end, 0)
         return train_mixture(mixture, data, rows, chosen, 0, Checkpoints(tmp_path / "mine.checkpoint"), context)
 

@@ -229,7 +229,8 @@ def test_a_damaged_shard_is_copied_again(study, tmp_path):
 def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
     names = ("cls", "tap_cls", "patches")
     folder = write(tmp_path / "tokens", caches, names, NETWORK)
-    done("run", folder / "study.toml", *settings('score.scores=["knn", "patch-knn"]'))
+    for verb in ("extract", "train", "score"):
+        done(verb, folder / "study.toml", *settings('score.scores=["knn", "patch-knn"]'))
     about = json.loads((folder / "work" / "model" / "pretrained" / "default" / "seed-0" / "mofe.json").read_text())
     assert (about["settings"]["expert"], about["settings"]["router_input"]) == ("end", "tap_cls")
     assert {(row["features"], row["score"]) for row in table(folder)} == {

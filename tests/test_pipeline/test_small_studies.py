@@ -30,10 +30,13 @@ def scored(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-FAST = ['score.scores=["knn+energy"]', "train.expert=adapter"]
+ADAPTERS = ["train.expert=adapter"]
+FAST = ['score.scores=["knn+energy"]', *ADAPTERS]
 
 
-@pytest.mark.parametrize(("classes", "images", "experts", "asked"), [(4, 8, 2, []), (2, 3, 2, FAST), (3, 5, 1, FAST)])
+@pytest.mark.parametrize(
+    ("classes", "images", "experts", "asked"), [(4, 8, 2, ADAPTERS), (2, 3, 2, FAST), (3, 5, 1, FAST)]
+)
 def test_a_small_study_has_its_table_and_predicts(tmp_path, classes, images, experts, asked):
     study = [*small(tmp_path, classes, images, experts), *settings(*asked)]
     for verb in ("extract", "train"):
@@ -63,6 +66,8 @@ def test_one_image_to_calibrate_on_is_said(tmp_path):
         np.savez(tmp_path / f"{name}.npz", cls=features, label=labels, id=np.arange(len(labels)).astype(str))
         toml.append(f'[[sets]]\nname = "{name}"\nrole = "{role}"\nfeatures = "{name}.npz"\norigin = "drawn"')
     (tmp_path / "study.toml").write_text("\n\n".join(toml) + "\n")
-    answer = done("run", tmp_path / "study.toml")
+    for verb in ("extract", "train"):
+        done(verb, tmp_path / "study.toml")
+    answer = done("score", tmp_path / "study.toml")
     assert "knn+energy: its parts are added in units of their own, for one row tells no deviation" in answer.out
     assert scored(tmp_path)

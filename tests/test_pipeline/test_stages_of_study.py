@@ -69,6 +69,16 @@ class Count(Stage):
 '''
 LINE = '    Listed("count", "How many rows there are."),\n'
 BEFORE = '    Listed("report", '  # the stage that it is to come before
+# Several commands in one process of the copy, which imports torch once; what each prints follows a NUL.
+COMMANDS = """
+import shlex, sys
+from pipeline.cli import main
+
+for command in sys.argv[1:]:
+    print(end="\\0", flush=True)
+    if status := main(shlex.split(command)):
+        sys.exit(status)
+"""
 ROLES = {"train": "id-train", "test": "id-test", "near": "near-ood", "far": "far-ood"}
 
 
@@ -93,14 +103,14 @@ def tree(tmp_path_factory):
 
 @pytest.fixture
 def run(tree):
-    """Run the copy's command line."""
+    """Run commands of the copy's command line: what each prints."""
 
-    def run(*arguments: object) -> str:
-        command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    def run(*commands: str) -> list[str]:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [sys.executable, "-c", COMMANDS, *commands]
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout.split("\0")[1:]
 
     return run
 
@@ -125,17 +135,18 @@ def study(tmp_path):
 
 
 def test_a_stage_is_added_by_a_module_and_a_line(run, study):
-    planned = run("run", study, "--dry-run").splitlines()
+    plan, ran, again = run(f"run '{study}' --dry-run", f"run '{study}'", f"count '{study}'")
+    planned = plan.splitlines()
     assert [line.split()[0].rstrip(":") for line in planned] == [*["extract"] * 4, "train", "score", "count", "report"]
     assert planned[6] == "count: would count"
 
-    assert "\ncount: 240 rows\n" in run("run", study)
+    assert "\ncount: 240 rows\n" in ran
     record = json.loads((study.parent / "work" / "record.json").read_text())
     assert list(record["stages"]) == ["extract pretrained", "train pretrained", "score", "count", "report"]
     assert record["stages"]["count"]["status"] == "done"
     assert json.loads((study.parent / "work" / "count" / "rows.json").read_text()) == {"rows": 240}
 
-    assert run("count", study) == "count: fresh\n"
+    assert again == "count: fresh\n"
 
 
 def test_every_module_is_listed():
@@ -145,8 +156,9 @@ def test_every_module_is_listed():
 
 
 def test_help_and_make_know_it(run, tree):
-    assert "\n  count     How many rows there are.\n" in run("--help")
-    assert "--dry-run" in run("count", "--help")
+    whole, own = run("--help", "count --help")
+    assert "\n  count     How many rows there are.\n" in whole
+    assert "--dry-run" in own
     inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "EXPERIMENT")
     environment = {name: value for name, value in os.environ.items() if name not in inherited}
 

@@ -47,6 +47,8 @@ epochs = 1
 bootstrap = 100
 """
 )
+# The same with experts that train in a moment, on cls alone: for what is not about experts.
+ADAPTERS = STUDY.replace("[train]\n", '[train]\nexpert = "adapter"\n')
 
 
 def draw(folder, source, per_class, start=0, nested=True):

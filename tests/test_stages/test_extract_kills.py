@@ -5,32 +5,39 @@ import shutil
 import time
 
 import numpy as np
-import pytest
 
 from cache import FeatureCache
 from stages.extraction.changes import compare_versions
 from stages.inputs.images import list_images
-from tests.test_stages.killed_extraction import IMAGES, extract_and_tell
+from stages.progress import NullProgress
 from tests.test_stages.slow_extraction import small_shards
 
+IMAGES = "sklearn:digits[0,1]/train"
 SHARD, AHEAD = 16, 3 * 16  # images of a shard; images that may be under way while a shard is written
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_stages.killed_extraction"])
-    return context
+class Tells(NullProgress):
+    """Sends how many images are done."""
+
+    def __init__(self, listener):
+        self.listener = listener
+
+    def advance(self, n=1, **fields):
+        self.listener.send(n)
 
 
-def test_killed_at_random_moments(forks, backbone, tmp_path, request):
+def test_killed_at_random_moments(backbone, tmp_path, request):
     whole = small_shards(backbone, IMAGES, tmp_path / "whole")
     rng, kills, lost_at_most, sealed = np.random.default_rng(0), 0, 0, 0
     root, before = tmp_path / "killed", 0
-    planned = request.config.getoption("kills", 30)
+    planned, forks = request.config.getoption("kills", 10), multiprocessing.get_context("fork")
+
+    def extract_and_tell(teller):
+        small_shards(backbone, IMAGES, root, progress=Tells(teller))
+
     while kills < planned or not sealed:
         listener, teller = forks.Pipe(duplex=False)
-        process = forks.Process(target=extract_and_tell, args=(str(root), teller))
+        process = forks.Process(target=extract_and_tell, args=(teller,))
         process.start()
         teller.close()
         kept = listener.recv()  # what it found done: the first count that it gives

@@ -10,7 +10,7 @@ from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import list_images
 from stages.networks.backbone import load_backbone
 
-N = 300
+N = 150
 
 
 def peak_kib(images: Path, root: Path) -> int:
@@ -20,7 +20,7 @@ def peak_kib(images: Path, root: Path) -> int:
 
 
 def test_ten_times_the_images_need_no_more_memory(tmp_path):
-    """300 and 3,000 images; the features of these are 110 MiB, in a process of half a gigabyte."""
+    """150 and 1,500 images; the features of these are 55 MiB, in a process of half a gigabyte."""
     table = list_images("sklearn:digits/all")
     reader = table.reader()
     for index in range(10 * N):

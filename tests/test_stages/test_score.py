@@ -342,7 +342,7 @@ def test_what_a_wrong_route_costs_stands_in_id_json(both, folder):
 
 def test_one_expert_has_no_second(source, data, backbone, tmp_path):
     path = tmp_path / "seed-0"
-    train_mofe(data, TrainConfig(experts=1, epochs=1), backbone.end, seed=0, folder=path)
+    train_mofe(data, TrainConfig(experts=1, epochs=1, expert="adapter"), backbone.end, seed=0, folder=path)
     one = replace(source, mixtures=(MixtureFolder("dense", 0, path),))
     rows = score([one], CONFIG.model_copy(update={"scores": ["knn"], "top2": True}), tmp_path / "scores").rows
     assert {row["routing"] for row in rows} == {"none", "predicted", "oracle"}
@@ -518,7 +518,8 @@ def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder
 
 def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(source, few, backbone, tmp_path):
     folder = tmp_path / "seed-0"
-    train_mofe(few, TrainConfig(experts=2, epochs=1, batch_size=16), backbone.end, seed=0, folder=folder)
+    config = TrainConfig(experts=2, epochs=1, batch_size=16, expert="adapter")
+    train_mofe(few, config, backbone.end, seed=0, folder=folder)
     crossed = replace(
         source,
         data=few,
