@@ -7,6 +7,7 @@ few operations written anew that vmap cannot do, or does slowly.
 
 import copy
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,10 +22,13 @@ from torch.overrides import TorchFunctionMode
 from stages.networks.tokens import Tokens
 from stages.networks.transfer import to_device
 
-# When it pays on a GPU, see `pays`. Estimates: what `make check-gpu` measures in its steps `experts: …` goes here.
-# With `LAUNCHES = 0` networks are left one after another.
-LAUNCHES = 2e10  # multiply-adds of a forward pass for which the host takes as long to start a network's kernels
-OVERHEAD = 1.1  # of a stacked row beside one of a network alone
+# When it pays on a GPU, see `pays`. Measured forwards and backwards in bfloat16 by `make check-gpu` on an H100, in its
+# steps `experts: …`: one network alone takes 3 to 6 ms whatever its rows, stacked ones 7 to 10 ms and 35 µs a row, be
+# it of a ViT-S's last block or of EfficientNet-Lite0's end with a ninth of its multiply-adds. A faster host, or a
+# slower GPU, has fewer LAUNCHES. With none networks are left one after another.
+LAUNCHES = 7e10  # multiply-adds of a forward pass, stacked, in the time in which the host starts a network's kernels
+STACKING = 2  # networks whose kernels it could start while it starts those of stacked ones, and stacks their weights
+CONVOLVED = 20  # as many times longer takes a multiply-add where it stands beside depthwise convolutions
 MOST_PADDED = 3.0  # computed rows for every row: what it costs of memory
 
 _SKELETONS = threading.Lock()  # `functional_call` puts weights into a module while it runs
@@ -33,19 +37,19 @@ _SKELETONS = threading.Lock()  # `functional_call` puts weights into a module wh
 def pays(counts: Sequence[int], work: float, device: torch.device) -> bool:
     """Whether networks with rows of their own are faster stacked, where all are padded to the most that one has.
 
-    They are where computing the rows that pad takes less time than the launches that are saved. On a CPU, where a
-    launch costs nothing, they never are.
+    They are where computing all rows takes less time than the launches that are saved: one network after the other
+    waits for launches alone. On a CPU, where a launch costs nothing, they never are.
 
     Args:
         counts: rows of each network.
-        work: multiply-adds of one row.
+        work: multiply-adds of one row, stacked, see `Stacked.work_of`.
         device: where they run.
     """
     busy = [count for count in counts if count]
     computed, given = max(busy, default=0) * len(busy), sum(busy)
     if device.type != "cuda" or len(busy) < 2 or computed > MOST_PADDED * given:
         return False
-    return (OVERHEAD * computed - given) * work <= (len(busy) - 1) * LAUNCHES
+    return computed * work <= (len(busy) - STACKING) * LAUNCHES
 
 
 class Stacked:
@@ -67,7 +71,7 @@ class Stacked:
         self._networks, self._reads_patches = list(networks), reads_patches
         self._skeleton: nn.Module | None = None
         self._tables: list[dict[str, dict[str, Any]]] = []
-        self._work: float | None = None  # multiply-adds of a row; 0 where vmap cannot do it
+        self._work: float | None = None  # of a row, see `work_of`; inf where vmap cannot do it
 
     def is_used(self, counts: Sequence[int], row: Callable[[], Tokens]) -> bool:
         """Whether networks are to be run at once.
@@ -83,13 +87,24 @@ class Stacked:
             return False
         if self._work is None:
             first = row()
-            self._work = self.work_of(first) if self.runs_on(first) else 0.0
-        return self._work > 0 and pays(counts, self._work, device)
+            work = self.work_of(first)
+            self._work = work if math.isfinite(work) and self.runs_on(first) else math.inf
+        return pays(counts, self._work, device)
 
     def work_of(self, row: Tokens) -> float:
-        """Multiply-adds of a row: every weight meets every token that is read."""
+        """Multiply-adds of a row, or as many as take as long: every weight meets every token that is read.
+
+        What reads and writes the maps of convolutions takes longer than their multiply-adds, see `CONVOLVED`. Windows
+        that are not depthwise have not been measured: inf, so that stacking does not pay.
+        """
+        network = self._networks[0]
         n_tokens = 1 + row.registers.shape[1] + row.patches.shape[1] if self._reads_patches else 1
-        return float(n_tokens * sum(weight.numel() for weight in self._networks[0].parameters()))
+        work = float(n_tokens * sum(weight.numel() for weight in network.parameters()))
+        layers = (layer for layer in network.modules() if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+        windows = [layer for layer in layers if max(layer.kernel_size) > 1]
+        if any(layer.groups < layer.in_channels for layer in windows):
+            return math.inf
+        return CONVOLVED * work if windows else work
 
     def __call__(self, members: Sequence[int], tokens: Tokens, shared: bool = False) -> Any:
         """What each of some networks makes of its tokens.

@@ -1,11 +1,15 @@
 """Networks of one architecture run at once: what they compute is what each computes alone."""
 
+import math
+
+import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stages.networks.stacked import MOST_PADDED, Stacked, pays
+from stages.networks.stacked import CONVOLVED, MOST_PADDED, Stacked, pays
 from stages.networks.tokens import Tokens
 from tests.test_stages.test_networks.networks import SMALL, untrained
 
@@ -181,16 +185,74 @@ def test_attention_with_a_mask_is_the_same():
     assert torch.allclose(ours, alone, atol=1e-6)
 
 
-def test_on_a_cpu_it_never_pays_and_on_a_gpu_until_padding_takes_longer_than_launches():
+MEASURED = [  # stacked / one after another: `make check-gpu` on an H100, forwards and backwards
+    ("vit_small_patch14_dinov2", 4, 64, 1.7),
+    ("vit_small_patch14_dinov2", 4, 256, 0.93),
+    ("vit_small_patch14_dinov2", 16, 64, 3.9),
+    ("vit_small_patch14_dinov2", 16, 256, 2.9),
+    ("tf_efficientnet_lite0", 4, 64, 0.95),
+    ("tf_efficientnet_lite0", 4, 256, 0.48),
+    ("tf_efficientnet_lite0", 16, 64, 2.4),
+    ("tf_efficientnet_lite0", 16, 256, 1.4),
+]
+
+
+@pytest.fixture(scope="module")
+def work():
+    """Of a row of an expert at 224 px, as `Stacked` counts it."""
+
+    def of_block(block: nn.Module, *n_patches: int) -> float:
+        class Reads(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.block = block
+
+        row = Tokens(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 0, 1), torch.zeros(1, *n_patches, 1))
+        return Stacked([Reads()], reads_patches=True).work_of(row)
+
+    lite0 = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    block = timm.create_model("vit_small_patch14_dinov2", depth=1, num_classes=0).blocks[0]
+    end = nn.Sequential(lite0.blocks[6], lite0.conv_head, lite0.bn2)
+    return {"vit_small_patch14_dinov2": of_block(block, 256), "tf_efficientnet_lite0": of_block(end, 49)}
+
+
+@pytest.mark.parametrize(("name", "experts", "batch", "ratio"), MEASURED)
+def test_on_a_gpu_it_pays_where_it_was_measured_to_be_faster(work, name, experts, batch, ratio):
+    own = np.bincount(np.random.default_rng(0).integers(0, experts, batch), minlength=experts)
+    counts = [2 * int(count) for count in own]  # and as many of other experts' groups
+    assert pays(counts, work[name], torch.device("cuda")) == (ratio > 1)
+
+
+def test_windows_that_are_not_depthwise_are_left_one_after_another():
+    def network(**options) -> nn.Module:
+        return nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, **options)])
+
+    works = {
+        name: Stacked([network(**options)], reads_patches=False).work_of(cls(1))
+        for name, options in {
+            "of one": {"kernel_size": 1},
+            "depthwise": {"kernel_size": 3, "groups": 8},
+            "dense": {"kernel_size": 3},
+            "in groups": {"kernel_size": 3, "groups": 2},
+        }.items()
+    }
+    assert works["of one"] == 2 * (64 + 8)
+    assert works["depthwise"] == CONVOLVED * (64 + 8 + 72 + 8)
+    assert not pays([1] * 16, works["dense"], torch.device("cuda"))
+    assert works["dense"] == works["in groups"] == math.inf
+
+
+def test_on_a_cpu_it_never_pays_and_on_a_gpu_until_rows_take_longer_than_launches():
     gpu, work = torch.device("cuda"), 5e8
     assert pays([8, 8, 8, 8], work, gpu)
     assert not pays([8, 8, 8, 8], work, torch.device("cpu"))
     assert pays([6, 10, 0, 8], work, gpu)
-    assert not pays([400, 400, 10, 10], work, gpu)  # as many rows again are computed
+    assert not pays([400, 400, 10, 10], work, gpu)
     assert pays([400, 400, 10, 10], work / 1e4, gpu)
     assert not pays([1000, *[1] * 15], 1, gpu)  # for nothing, but in MOST_PADDED times the memory
     assert MOST_PADDED * 1015 < 1000 * 16
     assert not pays([400, 0, 0, 0], work, gpu)  # nothing to save
+    assert not pays([1, 1], 1, gpu)  # to stack costs as much
     assert not pays([0, 0], work, gpu)
 
 
