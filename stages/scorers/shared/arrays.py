@@ -51,9 +51,11 @@ def l2_normalise(features: ArrayLike) -> NDArray[np.float32]:
     """
     rows = np.asarray(features)
     # In float64: the squares of float16 and float32 values neither overflow nor vanish.
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
-    unit = np.zeros(rows.shape, dtype=np.float32)
-    np.divide(rows, norms, out=unit, where=norms > 0, casting="same_kind")
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    zero = ~(norms > 0)
+    norms[zero] = 1  # with ``where`` numpy divides value by value
+    unit = np.divide(rows, norms[:, None], out=np.empty(rows.shape, dtype=np.float32), casting="same_kind")
+    unit[zero] = 0
     return unit
 
 

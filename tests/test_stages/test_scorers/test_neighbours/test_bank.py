@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,32 @@ def test_near_duplicates_are_measured_to_1e_6_too():
     np.testing.assert_allclose(distances, brute_force(bank, queries)[:, :3], atol=1e-6)
     assert (rows[:, 0] == np.arange(150)).all()
     assert FeatureBank(bank).search(bank, k=1)[0].max() == 0
+
+
+def test_beside_a_gpu_blocks_of_queries_have_the_neighbours_of_a_flat_search(monkeypatch):
+    """faiss's own index on the CPU stands where the GPU's would: what is around it is the same."""
+    rng = np.random.default_rng(3)
+    bank, queries = rng.normal(size=(300, 24)), rng.normal(size=(5200, 24))
+    queries[::7] = bank[rng.integers(0, 300, len(queries[::7]))] + 1e-4
+    flat = FeatureBank(bank, device="cpu").search(queries, k=10)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: index)
+    ours = FeatureBank(bank)
+    distances, rows = ours.search(queries, k=10)
+    assert ours._built is not None
+    assert (rows == flat[1]).all()
+    np.testing.assert_allclose(distances, flat[0], atol=1e-6)
+    refused = np.where(np.arange(24) == 3, np.nan, queries[:1])
+    with pytest.raises(InputError, match="query features hold NaN"):
+        ours.search(refused, k=10)
+
+
+def test_normalising_by_blocks_has_the_same_bits():
+    rows = np.random.default_rng(4).normal(size=(130, 1537)).astype(np.float16)
+    whole = l2_normalise(rows)
+    assert (whole == np.concatenate([l2_normalise(rows[start : start + 37]) for start in range(0, 130, 37)])).all()
+    exact = rows / np.sqrt(np.square(rows, dtype=np.float64).sum(1, keepdims=True))
+    assert (np.abs(whole - exact) <= np.spacing(np.abs(whole))).all()
 
 
 def test_neighbours_do_not_depend_on_how_queries_are_batched():
