@@ -35,7 +35,7 @@ from stages.training.augment import generators_kept, transforms
 from stages.training.checkpoint import Checkpoints, load_checkpoint
 from stages.training.identity import finetune_identity, finetune_is_fresh
 from stages.training.images import ImageTrainer, NotFiniteLossError, UnusableImagesError
-from stages.training.loading import ImageLoader, ImageSet, worker_count
+from stages.training.loading import ImageLoader, ImageSet, expect_workers, worker_count
 from stages.training.loop import train_epochs
 from stages.training.networks import build_objective, check_joint, checkpoint_gradients, network_options
 from stages.training.recipes import FinetuneSettings, MixturePlan, recorded_settings, resolve_recipe
@@ -106,10 +106,14 @@ def finetune(
             scalars_of_metrics(folder)
         return False
     keep_freed_memory()
+    workers = _n_workers(images, settings, context)
+    if workers:
+        expect_workers()  # while the network is built
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         objective = build_objective(backbone, data, settings, mixture, seed, context)
-    loader = _loader(images, transforms(objective.model, backbone, settings), settings, context)
+    sets = _image_sets(images, transforms(objective.model, backbone, settings))
+    loader = ImageLoader(sets, workers, pin=context.place != "cpu")
     if data.train.manifest.n_failures:
         context.progress.note(
             f"finetune: {data.train.manifest.n_failures} images of {images.train.source} take no part, they cannot be "
@@ -166,20 +170,20 @@ def check_finetune(
     transforms(model, backbone, settings)
 
 
-def _loader(
-    images: TuningImages,
-    augment_and_plain: tuple[Any, Any],
-    settings: FinetuneSettings,
-    context: Context,
-) -> ImageLoader:
-    """Loads images to train on and images to judge by."""
-    data, fold, world = images.data, images.data.split.folds[0], context.ranks.world
-    sets = (
+def _n_workers(images: TuningImages, settings: FinetuneSettings, context: Context) -> int:
+    """How many processes decode for this one."""
+    fold, world = images.data.split.folds[0], context.ranks.world
+    n_loads = settings.epochs * (len(fold.train) + len(fold.select)) // world
+    return worker_count(settings.workers, n_loads, world, context.place)
+
+
+def _image_sets(images: TuningImages, augment_and_plain: tuple[Any, Any]) -> tuple[ImageSet, ImageSet]:
+    """Images to train on and images to judge by."""
+    data, fold = images.data, images.data.split.folds[0]
+    return (
         ImageSet(images.train, data.train.ids, fold.train, data.train_labels, *augment_and_plain),
         ImageSet(images.held_out, data.held_out.ids, fold.select, data.held_out_labels, *augment_and_plain),
     )
-    n_loads = settings.epochs * sum(map(len, sets)) // world
-    return ImageLoader(sets, worker_count(settings.workers, n_loads, world), pin=context.place != "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------- training

@@ -1,7 +1,7 @@
 """Images to train on and to judge by: decoded and augmented, in this process or in others in the background."""
 
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,9 @@ from stages.machine import end_with_parent, usable_cores
 from stages.training.augment import seed_generators
 
 _WORTH_WORKERS = 4096  # images: with fewer to load in all, starting processes takes longer than they save
-_MOST_WORKERS = 8
-_AHEAD = 4  # batches that each worker prepares in advance
+_MOST_ON_CPU = 8  # workers beside a network that computes on the same cores
+_MOST_AHEAD = 32  # batches that all workers prepare in advance, and so workers: memory does not grow with the cores
+_AHEAD = 4  # of these, each worker's at most
 
 # Which images (the place of their `ImageSet`), which of its rows, and (seed, epoch) to augment by; None: as they are.
 Key = tuple[int, int, tuple[int, int] | None]
@@ -95,11 +96,10 @@ class ImageLoader:
         self._asked = _Asked()
         how: dict[str, Any] = {}
         if workers:
-            # A fork of this process would copy locks that its threads hold; a server that has only what loading needs.
-            context = get_context("forkserver")
-            context.set_forkserver_preload(["stages.training.loading"])
-            how = {"multiprocessing_context": context, "persistent_workers": True, "prefetch_factor": _AHEAD}
-            how |= {"worker_init_fn": _begin_worker}
+            expect_workers()
+            context = get_context("forkserver")  # a fork of this process would copy locks that its threads hold
+            how = {"multiprocessing_context": context, "persistent_workers": True, "worker_init_fn": _begin_worker}
+            how |= {"prefetch_factor": batches_ahead(workers)}
         self._loader = DataLoader(
             _Images(sets), batch_sampler=self._asked, num_workers=workers, collate_fn=_collate, pin_memory=pin, **how
         )
@@ -148,10 +148,29 @@ def _collate(items: list[Tensor | Failure]) -> Loaded:
     )
 
 
-def worker_count(asked: int | str, n_loads: int, processes: int) -> int:
-    """How many processes decode for each of those that train; ``"auto"``: by the cores, none for little work."""
+def worker_count(asked: int | str, n_loads: int, processes: int, device: str) -> int:
+    """How many processes decode for each of those that train.
+
+    Args:
+        asked: the setting; ``"auto"``: a core each, but for that of the process that trains, and none for little work.
+        n_loads: images that one of those that train loads in all its epochs.
+        processes: that train together on this machine.
+        device: kind of the one that computes.
+    """
     if isinstance(asked, int):
         return asked
     if n_loads < _WORTH_WORKERS:
         return 0
-    return max(1, min(_MOST_WORKERS, usable_cores() // processes - 1))
+    most = _MOST_ON_CPU if device == "cpu" else _MOST_AHEAD
+    return max(1, min(most, usable_cores() // processes - 1))
+
+
+def batches_ahead(workers: int) -> int:
+    """How many batches each worker prepares in advance: the more workers, the fewer."""
+    return max(1, min(_AHEAD, _MOST_AHEAD // workers))
+
+
+def expect_workers() -> None:
+    """Begin to start the server that workers are forked from: it imports what loading needs, which takes seconds."""
+    get_context("forkserver").set_forkserver_preload([__name__])
+    forkserver.ensure_running()

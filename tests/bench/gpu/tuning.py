@@ -51,7 +51,7 @@ def fine_tune(bench: Bench, name: str) -> None:
     reset_peak(bench)
     images = tuning_images(bench, bench.sizes.timed_tuned)
     # As many as for a study that is worth them; beside the CPU's passes there are none.
-    workers = worker_count("auto", 1 << 20, 1) if bench.device == "cuda" else 0
+    workers = worker_count("auto", 1 << 20, 1, bench.device) if bench.device == "cuda" else 0
     tune(bench, config, images, bench.device, watch, epochs=EPOCHS, workers=workers)
     ours_s = statistics.median(watch.epochs[1:])
     n_images = images.n_train

@@ -11,6 +11,7 @@ from timm.data.mixup import Mixup
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
+from stages.machine import usable_cores
 from stages.training.augment import (
     MIXING,
     Mixer,
@@ -19,7 +20,7 @@ from stages.training.augment import (
     transforms,
 )
 from stages.training.batches import plan_epoch, share_of
-from stages.training.loading import ImageLoader, ImageSet, worker_count
+from stages.training.loading import ImageLoader, ImageSet, batches_ahead, worker_count
 from stages.training.recipes import FinetuneSettings
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
@@ -184,8 +185,17 @@ def test_images_that_are_not_listed_any_more(image_set, few_images):
         image_set(replace(few_images, ids=few_images.ids[1:], contents=few_images.contents[1:]))
 
 
-def test_number_of_workers():
-    assert worker_count(3, 10, 1) == 3
-    assert worker_count("auto", 100, 1) == 0  # not worth starting any
-    assert 1 <= worker_count("auto", 10**6, 1) <= 8
-    assert worker_count("auto", 10**6, 10**6) == 1
+def test_number_of_workers(monkeypatch):
+    for device in ("cpu", "cuda"):
+        assert worker_count(3, 10, 1, device) == 3
+        assert worker_count("auto", 100, 1, device) == 0  # not worth starting any
+        assert 1 <= worker_count("auto", 10**6, 1, device) <= max(1, usable_cores() - 1)
+        assert worker_count("auto", 10**6, 10**6, device) == 1
+    monkeypatch.setattr("stages.training.loading.usable_cores", lambda: 128)
+    assert worker_count("auto", 10**6, 1, "cpu") == 8  # beside a network that computes on the same cores
+    assert worker_count("auto", 10**6, 8, "cuda") == 15
+    assert worker_count("auto", 10**6, 1, "cuda") == 32
+
+
+def test_memory_of_batches_in_advance_does_not_grow_with_the_workers():
+    assert [batches_ahead(workers) for workers in (1, 4, 8, 15, 32, 64)] == [4, 4, 4, 2, 1, 1]
