@@ -115,7 +115,7 @@ class Sizes:
     bank: int = 100_000
     queries: int = 20_000
     dim: int = 768
-    demo: tuple[str, ...] = ()
+    demo: tuple[str, ...] = ("backbone.batch=64", "score.bootstrap=100")  # of differences, which are not compared
     laps: int = 7
 
 

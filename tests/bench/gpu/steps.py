@@ -107,7 +107,7 @@ STEPS: tuple[Step, ...] = (
         "demo",
         "the demo's table on the device is within the intervals of the same demo on the CPU",
         f"{HERE}.demo:demo",
-        limit_s=60,
+        limit_s=75,
     ),
     fine_tune("conv"),
     Step("memory", "what a long run holds, on the GPU and beside it, does not grow", f"{HERE}.memory:long_run"),
