@@ -154,12 +154,15 @@ class FeatureCache:
         """[n, 32] uint8, SHA-256 of each image file."""
         return self._inputs.sha256[~self._inputs.failed]
 
-    def read(self, name: str, rows: RowChoice = None) -> npt.NDArray[Any]:
+    def read(
+        self, name: str, rows: RowChoice = None, new: Callable[..., npt.NDArray[Any]] = np.empty
+    ) -> npt.NDArray[Any]:
         """Features of some rows, in the order given; touches the named dataset only.
 
         Args:
             name: ``"cls"``, ``"tap_cls"``, ``"registers"``, ``"patches"`` or ``"logits"``, as far as they are cached.
             rows: row numbers (repeats allowed), a mask [n], a slice, or None for all.
+            new: makes the array that is filled, of a shape and a dtype, as `numpy.empty` does: where it shall lie.
 
         Returns:
             [len(rows), ...] in the stored dtype; memory of its own, writable.
@@ -173,7 +176,7 @@ class FeatureCache:
         shape, dtype = self._datasets[name]
         with self._memory_errors():
             numbers = self._row_numbers(rows)
-            out = np.empty((len(numbers), *shape), dtype)
+            out = new((len(numbers), *shape), dtype)
         self._shards.fill(out, name, numbers)
         return out
 

@@ -1,9 +1,12 @@
 """Rows of a cache as the tokens that networks read."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import FeatureCache
@@ -23,10 +26,22 @@ def read_tokens(
     return as_tokens({name: stored.to(device) for name, stored in stored_tokens(cache, rows, reads).items()})
 
 
-def stored_tokens(cache: FeatureCache, rows: Rows | slice, reads: Sequence[str] = ALL_TOKENS) -> dict[str, Tensor]:
-    """Rows of a cache on the host, in the type that they are stored in: what `as_tokens` makes tokens of, anywhere."""
+def stored_tokens(
+    cache: FeatureCache,
+    rows: Rows | slice,
+    reads: Sequence[str] = ALL_TOKENS,
+    new: Callable[..., NDArray[Any]] = np.empty,
+) -> dict[str, Tensor]:
+    """Rows of a cache on the host, in the type that they are stored in: what `as_tokens` makes tokens of, anywhere.
+
+    Args:
+        cache: to read from.
+        rows: which of it.
+        reads: which tokens, as far as the cache has them; ``cls`` in any case.
+        new: makes the arrays that they are read into, see `cache.FeatureCache.read`.
+    """
     known = [name for name in reads if name in cache.spec.datasets()]
-    return {name: torch.from_numpy(cache.read(name, rows)) for name in dict.fromkeys(("cls", *known))}
+    return {name: torch.from_numpy(cache.read(name, rows, new)) for name in dict.fromkeys(("cls", *known))}
 
 
 def bytes_of_row(cache: FeatureCache, reads: Sequence[str] = ALL_TOKENS) -> int:

@@ -6,11 +6,13 @@ copied, and all is there at once.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,6 +36,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The same on a GPU once the current stream has copied it."""
     return (tensor.pin_memory() if tensor.numel() else tensor).to(device, non_blocking=True)
+
+
+def array_for(device: torch.device) -> Callable[..., NDArray[Any]]:
+    """Makes arrays, as `numpy.empty` does, that are best sent to a device: what is read into them is copied once.
+
+    For a GPU they lie in pinned memory, which torch keeps for the next ones of that size: a fresh array would be mapped
+    page by page as it is filled, and copied into pinned memory then.
+    """
+    if device.type != "cuda":
+        return np.empty
+
+    def pinned(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        of_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        array: NDArray[Any] = torch.empty(tuple(shape), dtype=of_dtype, pin_memory=True).numpy()
+        return array
+
+    return pinned
 
 
 class Sent:
@@ -69,6 +88,11 @@ class Sender:
         self._device = device
         self._stream = stream_of(device, "send") if device.type == "cuda" else None
 
+    def do(self, job: Callable[[], Mapping[str, Tensor]]) -> Sent:
+        """Begin to copy what a job gives; what that pins, it pins for this device."""
+        with nullcontext() if self._stream is None else torch.cuda.device(self._device):
+            return self.send(job())
+
     def send(self, tensors: Mapping[str, Tensor]) -> Sent:
         """Begin to copy them."""
         if self._stream is None:
@@ -92,13 +116,13 @@ def sent_ahead(
     sender, ahead = Sender(device), (2 if device.type == "cuda" else 0) if ahead is None else ahead
     if not ahead:
         for job in jobs:
-            yield sender.send(job()).take()
+            yield sender.do(job).take()
         return
     with ThreadPoolExecutor(1) as thread:
         sent: deque[Future[Sent]] = deque()
         try:
             for job in jobs:
-                sent.append(thread.submit(lambda job: sender.send(job()), job))
+                sent.append(thread.submit(sender.do, job))
                 if len(sent) > ahead:
                     yield sent.popleft().result().take()
             while sent:

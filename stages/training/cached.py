@@ -23,7 +23,7 @@ from stages.mixture.model import MixtureOfFeatureExperts, soft_cross_entropy
 from stages.mixture.refine import REFINE_BATCH
 from stages.networks.repeatable import Backward
 from stages.networks.tokens import Tokens
-from stages.networks.transfer import Fetched, Tensors, sent_ahead
+from stages.networks.transfer import Fetched, Tensors, array_for, sent_ahead
 from stages.training.expert_rows import Draw, PlacedRows, draw_rows
 from stages.training.loop import Step
 from stages.training.optim import follow, mixture_optimiser, warm_cosine
@@ -203,6 +203,7 @@ class CachedTrainer:
         """The batches, drawn in this order, with their tokens; for a GPU the next are read while it computes."""
         data, reads, share = self.data, self.mixture.config.reads, self._ranks.share
         drawn: deque[tuple[CachedBatch, Draw]] = deque()
+        new = array_for(self._device)
 
         def jobs() -> Iterator[Callable[[], Tensors]]:
             for batch in batches:
@@ -211,7 +212,9 @@ class CachedTrainer:
                 draw = draw_rows(labels, self._group, self._alpha, share, others, self._rng)
                 drawn.append((batch, draw))
                 rows, columns = batch.rows[draw.needed], draw.columns(labels)
-                yield partial(lambda rows, columns: stored_tokens(data.train, rows, reads) | columns, rows, columns)
+                yield partial(
+                    lambda rows, columns: stored_tokens(data.train, rows, reads, new) | columns, rows, columns
+                )
 
         for columns in sent_ahead(jobs(), self._device):
             yield DrawnBatch(*drawn.popleft(), columns)
@@ -323,8 +326,11 @@ class CachedTrainer:
         correct = torch.zeros(data.n_classes, dtype=torch.float64, device=self._device)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # right and arrived, arrived, loss
 
+        new = array_for(self._device)
+
         def read(batch: Rows) -> Tensors:
-            return stored_tokens(data.held_out, batch, reads) | {"truth": torch.from_numpy(labels[batch]).long()}
+            truth = torch.from_numpy(labels[batch]).long()
+            return stored_tokens(data.held_out, batch, reads, new) | {"truth": truth}
 
         jobs = (partial(read, batch) for batch in _batches_of(select[self._ranks.share]))
         for columns in sent_ahead(jobs, self._device):

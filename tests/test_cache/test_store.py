@@ -84,6 +84,18 @@ def test_rows_come_in_the_order_asked(sealed, rows):
     np.testing.assert_array_equal(sealed.read("patches", rows), expected("patches")[rows])
 
 
+def test_rows_are_read_to_where_they_shall_lie(sealed):
+    made = []
+
+    def new(shape, dtype):
+        made.append(np.zeros(shape, dtype))
+        return made[-1]
+
+    read = sealed.read("patches", [2, 0], new)
+    assert read is made[0]
+    np.testing.assert_array_equal(read, expected("patches")[[2, 0]])
+
+
 @given(st.slices(len(USED)))
 def test_slices_and_masks_mean_what_they_mean_to_numpy(sealed, rows):
     mask = np.zeros(len(USED), bool)

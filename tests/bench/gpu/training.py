@@ -1,6 +1,7 @@
 """Mixtures on cached features: their losses beside the CPU's, their rows a second beside bare steps, their memory."""
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -113,6 +114,9 @@ def speed(bench: Bench, subject: Subject) -> None:
         ours = pace.rows_per_second * (1 if experts == 1 else 2)
         bench.measure(f"E = {experts}: epochs", ours, "rows/s")
         bench.measure(f"E = {experts}: epochs / bare", ours / limit)
+        # Epochs of these few rows are short: what a step takes, as it does in long ones, and the end of an epoch apart.
+        bench.measure(f"E = {experts}: a step, median", 1e3 * pace.step_s, "ms")
+        bench.measure(f"E = {experts}: from an epoch's last step to the next one's first", 1e3 * pace.turn_s, "ms")
         say_peak(bench, f"E = {experts}: peak memory")
 
 
@@ -149,12 +153,14 @@ class Pace(NullProgress):
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._done: list[tuple[float, int]] = []  # when, and how many rows by then
+        self._epochs: list[object] = []  # of these
 
     def advance(self, n: int = 1, **fields: object) -> None:
         """See `Progress`; only steps have rows."""
         if not n:
             return
         self._done.append((time.perf_counter(), n + (self._done[-1][1] if self._done else 0)))
+        self._epochs.append(fields.get("epoch"))
         if len(self._done) > 2 and self._done[-1][0] - self._done[0][0] >= self._seconds:
             raise TimeIsUp
 
@@ -164,6 +170,22 @@ class Pace(NullProgress):
         (begun, _), (ended, rows) = self._done[0], self._done[-1]
         since, before = next(at for at in self._done if at[0] >= (begun + ended) / 2 or at is self._done[-2])
         return (rows - before) / (ended - since)
+
+    @property
+    def step_s(self) -> float:
+        """Median of the seconds between two steps of one epoch."""
+        return self._median(same_epoch=True)
+
+    @property
+    def turn_s(self) -> float:
+        """The same between the last step of an epoch and the first of the next; 0 where there was but one epoch."""
+        return self._median(same_epoch=False)
+
+    def _median(self, same_epoch: bool) -> float:
+        times, epochs = [at for at, _ in self._done], self._epochs
+        between = zip(times, times[1:], epochs, epochs[1:], strict=False)
+        seconds = [after - before for before, after, one, other in between if (one == other) is same_epoch]
+        return statistics.median(seconds) if seconds else 0.0
 
 
 def judged_by(data: IdData, n: int) -> IdData:

@@ -3,10 +3,11 @@
 import threading
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from stages.networks.transfer import Fetched, Sender, sent_ahead, to_device
+from stages.networks.transfer import Fetched, Sender, array_for, sent_ahead, to_device
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,7 @@ def test_on_the_cpu_nothing_is_copied():
     assert to_device(tensor, CPU).data_ptr() == tensor.data_ptr()
     assert Sender(CPU).send({"x": tensor}).take()["x"].data_ptr() == tensor.data_ptr()
     assert Fetched(tensor).tolist() == [0, 1, 2, 3]
+    assert array_for(CPU) is np.empty
 
 
 @pytest.mark.gpu
@@ -65,3 +67,24 @@ def test_on_a_gpu_what_was_sent_ahead_is_what_was_read():
     jobs = [partial(lambda n: {"x": torch.full((1 << 20,), n), "none": torch.empty(0, 3)}, n) for n in range(20)]
     sums = [Fetched(columns["x"].sum()[None]) for columns in sent_ahead(jobs, device)]
     assert [found.tolist() for found in sums] == [[n << 20] for n in range(20)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU answers here")
+def test_what_is_read_into_pinned_memory_is_not_overwritten_before_it_is_sent():
+    """Each array is let go of at once, so that the next may lie where its bytes are still being copied from."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    new = array_for(device)
+
+    def job(number):
+        array = new((1 << 22,), np.dtype("<f2"))
+        array[:] = number
+        assert torch.from_numpy(array).is_pinned()
+        return {"x": torch.from_numpy(array)}
+
+    found = [Fetched((columns["x"] - n).abs().max()[None]) for n, columns in enumerate(ahead_of(job, device))]
+    assert [largest.tolist() for largest in found] == [[0.0]] * 20
+
+
+def ahead_of(job, device):
+    return sent_ahead((partial(job, number) for number in range(20)), device)
