@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.check_gpu import main
 from tests.bench.gpu.report import Kept, markdown, verdict
 from tests.bench.gpu.runner import BAD, Check, Plan, run_steps
 from tests.bench.gpu.step import Step
@@ -148,24 +149,22 @@ def test_killed_it_leaves_what_was_found_and_no_process(tmp_path, number):
     assert not is_running(int(process["value"]))
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys):
     out = tmp_path / "gpu.json"
     good = subprocess.run(command(out, "--only", "first"), cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0
     assert "| first | passed |" in good.stdout
     assert json.loads(out.read_text())["verdict"] == "passed"
-    bad = subprocess.run(command(out, "--only", "outside"), cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 1
-    wrong = subprocess.run(command(out, "--only", "nothing"), cwd=ROOT, capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.splitlines()[-1][:29]) == (2, "error: --only: no step 'nothi")
+    here = command(out)[len(CHECK) :]
+    assert main([*here, "--only", "outside"]) == 1
+    assert main([*here, "--only", "nothing"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1][:29] == "error: --only: no step 'nothi"
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
-    bare = [*CHECK, "--out", str(tmp_path / "gpu.json")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    bare_run = subprocess.run(bare, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert bare_run.returncode == 3
-    assert bare_run.stderr.splitlines() == [
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["--out", str(tmp_path / "gpu.json")]) == 3
+    assert capsys.readouterr().err.splitlines() == [
         "no GPU answers here: nothing was checked; --device cpu runs the steps on the CPU"
     ]
     assert not (tmp_path / "gpu.json").exists()
