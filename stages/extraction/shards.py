@@ -109,8 +109,9 @@ def make_shards(
 ) -> Iterator[ShardDone]:
     """Make shards one after the other, reporting after every batch; all are on disk when this is exhausted.
 
-    While a shard is written batches that were begun go on, but no more: a kill costs at most one shard and these.
-    Whoever leaves early (an error, Ctrl-C) waits for the batches and the shard that are under way.
+    While a shard is written the next one fills, and waits when it is complete: a kill costs at most these two and the
+    batches that are begun by then, which is also what is held in memory, however many shards there are. Whoever leaves
+    early (an error, Ctrl-C) waits for the batches and the shard that are under way.
 
     Args:
         tasks: in the order in which they are begun.
@@ -131,11 +132,13 @@ def make_shards(
         def finish(most: int) -> Iterator[ShardDone]:
             nonlocal written
             while len(batches) > most:
-                if written is not None:
-                    written.result()
                 future, shard = batches.popleft()
                 report = future.result()
-                written = None if shard is None else writer.submit(shard.commit)
+                if written is not None and (shard is not None or written.done()):
+                    written.result()  # of two shards that are complete one is written, so that memory stays as it is
+                    written = None
+                if shard is not None:
+                    written = writer.submit(shard.commit)
                 if report.inputs:
                     yield report
 

@@ -1,12 +1,18 @@
 """Shards: the same bits, whoever makes them, in whatever order and size."""
 
+import threading
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
 
 from stages.errors import StageError
+from stages.extract import ExtractOptions, extract_set
 from stages.extraction.shards import make_shards
+from stages.extraction.writer import Writer
+from stages.inputs.images import list_images
+from stages.progress import NullProgress
 from tests.test_stages.slow_extraction import small_shards
 from tests.test_stages.test_extraction.digits import extract, files, write, write_images
 
@@ -41,6 +47,41 @@ def test_images_decoded_ahead_stay_in_order(images, whole, backbone, tmp_path):
         return make_shards(tasks, backbone, ahead=0)
 
     assert files(extract(images, tmp_path, backbone, mapper=none_ahead).path) == files(whole.path)
+
+
+class Counts(NullProgress):
+    """How many images are done, for whoever waits for some number of them."""
+
+    def __init__(self):
+        self.done, self.changed = 0, threading.Condition()
+
+    def advance(self, n=1, **fields):
+        with self.changed:
+            self.done += n
+            self.changed.notify_all()
+
+    def wait_for(self, n):
+        with self.changed:
+            return self.changed.wait_for(lambda: self.done >= n, timeout=20)
+
+
+def test_the_next_shard_fills_while_one_is_written(backbone, tmp_path, monkeypatch):
+    """On a disk so slow that all batches of the next shard are done by then but the one that makes it complete."""
+    samples, spec = list_images("sklearn:digits[0]/train"), backbone.feature_spec("float16", "none")
+    commit, counts, shards, seen = Writer.commit, Counts(), count(1), []
+
+    def slow(writer):
+        n = 48 * next(shards)  # of 3 batches each; the last shard has fewer
+        seen.append(counts.wait_for(n + 32 if n + 48 <= len(samples) else 0))
+        commit(writer)
+
+    monkeypatch.setattr(Writer, "commit", slow)
+    options = ExtractOptions(
+        shard_rows=48, progress=counts, mapper=lambda _, tasks: make_shards(tasks, backbone, ahead=0)
+    )
+    cache = extract_set("digits", samples, spec, tmp_path, lambda: backbone, options=options)
+    assert cache.n_rows == len(samples) == counts.done
+    assert seen == [True] * len(cache.manifest.shards)
 
 
 def test_shards_may_be_made_by_other_processes_in_any_order(images, sharded, backbone, tmp_path):
