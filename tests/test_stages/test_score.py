@@ -402,9 +402,9 @@ def test_patches_are_read_for_patch_knn_alone(source, tmp_path, monkeypatch):
     read = []
     original = FeatureCache.read
 
-    def watched(self, name, rows=None):
+    def watched(self, name, *how):
         read.append(name)
-        return original(self, name, rows)
+        return original(self, name, *how)
 
     monkeypatch.setattr(FeatureCache, "read", watched)
 
