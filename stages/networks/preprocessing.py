@@ -4,11 +4,11 @@ What makes pixels of a JPEG file is a choice, `BackboneConfig.decode`; of every 
 
     "pil"    Pillow, in full
     "draft"  Pillow, at 1/2, 1/4 or 1/8 of the size, which skips a part of the inverse DCT, where the short side stays
-             at least `DRAFT_GAP` times what the transform resizes it to: interpolation still makes it smaller
+             at least `DRAFT_GAP` times what the transform resizes it to (`stages.networks.pillow_transform`):
+             interpolation still makes it smaller
     "cuda"   nvJPEG on a GPU, which resizes there as well; what it may read otherwise than Pillow, Pillow decodes
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,10 +21,9 @@ from torchvision.transforms import Resize
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
-from stages.inputs.images import MAX_PIXELS, ImageError
+from stages.networks.pillow_transform import check_shape, least_side
 from stages.networks.transfer import to_device
 
-DRAFT_GAP = 2  # as Pillow's own thumbnails have it
 _ON_GPU = ("bilinear", "bicubic")  # interpolations of tensors
 
 
@@ -50,7 +49,7 @@ class Preprocessing:
     @property
     def least_side(self) -> int:
         """What the short side of an image must keep when it is decoded, in pixels; 0: all of it."""
-        return DRAFT_GAP * math.floor(self._side) if self.decode == "draft" else 0
+        return least_side(self._side, self.decode)
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
         """Resize and crop.
@@ -93,9 +92,7 @@ class Preprocessing:
         Raises:
             ImageError: it is so elongated.
         """
-        short, long = sorted((width, height))
-        if self._side * self._side * long / short > MAX_PIXELS:
-            raise ImageError(f"too elongated: {width} x {height} pixels")
+        check_shape(self._side, width, height)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """What the network takes.

@@ -1,0 +1,153 @@
+"""The graph of a network gives what torch gives, for every family and kind of expert, in batches of any size."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from cache import FeatureSpec
+from stages.config import BackboneConfig
+from stages.detection.parts import MixtureParts
+from stages.detection.torch_runtime import TorchRuntime
+from stages.mixture.config import MixtureConfig
+from stages.mixture.model import build_mixture
+from stages.networks.backbone import Backbone
+from tests.test_stages.drawn import create
+
+pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
+
+from stages.detection.graph import OPSET, export_graph
+from stages.detection.onnx_runtime import OnnxRuntime, open_session
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2}
+# name of timm's, how small it is made, side of its images
+FAMILIES = {
+    "efficientnet": ("test_efficientnet", {}, 64),
+    "resnet": ("test_resnet", {}, 64),
+    "convnext": ("test_convnext", {}, 64),
+    "vit": ("vit_tiny_patch16_224", SMALL | {"img_size": 64}, 64),
+    "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"img_size": 56}, 56),
+    "dinov3": ("vit_tiny_patch16_dinov3_qkvb", SMALL | {"img_size": 64}, 64),
+    "siglip": ("vit_base_patch32_siglip_256", SMALL | {"img_size": 64}, 64),
+}
+GROUPS = (1, 0, 1, 2, 0, 1, 1)
+TOLERANCE = 1e-4  # of the deviation of an array
+
+
+@cache
+def backbone_of(family) -> Backbone:
+    name, small, side = FAMILIES[family]
+    return Backbone(create(name, **small), BackboneConfig(name=name, weights="hub", image_size=side))
+
+
+def mixture_of(backbone, groups=GROUPS, **settings):
+    """Trained, as far as drawn weights are."""
+    config = MixtureConfig(backbone.dim, backbone.tap_dim, groups, **settings)
+    mixture = build_mixture(config, backbone.end)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in mixture.named_parameters():
+            if "head." in name or "router" in name or "up." in name or "out." in name:
+                parameter.normal_(0, 0.2, generator=generator)
+    return mixture.eval()
+
+
+def runtimes(backbone, mixture, patches="full", dtype="float32", gives_patches=False):
+    """By torch and by onnx."""
+    spec = backbone.feature_spec(dtype, patches)
+    parts = None
+    if mixture is not None:
+        own = mixture.config
+        parts = MixtureParts(own.groups, own.kind, own.router_input, own.copies, {})
+    session = open_session(export_graph(backbone, mixture, spec, gives_patches))
+    return TorchRuntime(spec, backbone, mixture, gives_patches), OnnxRuntime(session, spec, parts, gives_patches)
+
+
+def drawn_pixels(side, n=33):
+    """Images of smooth spots, some of them dark: the router sends them to several experts."""
+    generator = np.random.default_rng(0)
+    small = generator.uniform(0, 255, (n, 3, 4, 4)) * generator.uniform(0.1, 1, (n, 3, 1, 1))
+    return np.kron(small, np.ones((1, 1, side // 4, side // 4))).astype(np.uint8)
+
+
+def assert_same(ours, theirs):
+    columns = [(name, ours.stored[name], theirs.stored[name]) for name in theirs.stored if name in ours.stored]
+    if theirs.refined is not None:
+        columns += [(name, getattr(ours.refined, name), each) for name, each in vars(theirs.refined).items()]
+    if theirs.patches is not None:
+        columns.append(("patches", ours.patches, theirs.patches))
+    for name, own, other in columns:
+        assert (own.dtype, own.shape) == (other.dtype, other.shape), name
+        finite = np.isfinite(other)
+        np.testing.assert_array_equal(np.isfinite(own), finite, err_msg=name)
+        own, other = own[finite].astype(np.float64), other[finite].astype(np.float64)
+        if own.size:
+            assert np.abs(own - other).max() <= TOLERANCE * max(other.std(), 0.01), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_experts_made_of_their_end(family):
+    backbone = backbone_of(family)
+    by_torch, by_onnx = runtimes(backbone, mixture_of(backbone))
+    pixels = drawn_pixels(by_torch.size)
+    theirs = by_torch.run(pixels)
+    assert len(set(theirs.refined.expert)) > 1
+    assert_same(by_onnx.run(pixels), theirs)
+    for batch in (1, 2, 33):
+        assert_same(by_onnx.with_batch(batch).run(pixels), theirs)
+
+
+KINDS = {
+    "none": None,
+    "single": {"groups": (0,) * 7},
+    "adapter": {"kind": "adapter"},
+    "frozen": {"kind": "frozen", "router_input": "cls"},
+    "dense": {"kind": "dense", "groups": (0,) * 7, "copies": 3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_experts(kind):
+    backbone = backbone_of("vit")
+    mixture = None if KINDS[kind] is None else mixture_of(backbone, **KINDS[kind])
+    by_torch, by_onnx = runtimes(backbone, mixture)
+    pixels = drawn_pixels(by_torch.size, 5)
+    assert_same(by_onnx.run(pixels), by_torch.run(pixels))
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("patches", ["pool:1", "pool:3"])
+def test_experts_see_what_a_cache_keeps(family, patches):
+    """Half as precise, and fewer patches; the tap of this ResNet has 8 x 8 of them, which 3 does not divide."""
+    backbone = backbone_of(family)
+    if not backbone.end_reads(patches):
+        pytest.skip("this end needs all patches")
+    by_torch, by_onnx = runtimes(backbone, mixture_of(backbone), patches, "float16")
+    pixels = drawn_pixels(by_torch.size, 5)
+    ours, theirs = by_onnx.run(pixels), by_torch.run(pixels)
+    assert ours.stored["cls"].dtype == np.float16
+    np.testing.assert_allclose(ours.refined.features, theirs.refined.features, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["registers", "convnext"])
+def test_patch_tokens(family):
+    by_torch, by_onnx = runtimes(backbone_of(family), None, gives_patches=True)
+    pixels = drawn_pixels(by_torch.size, 3)
+    assert_same(by_onnx.run(pixels), by_torch.run(pixels))
+
+
+def test_the_graph_is_the_same_bytes_and_leaves_the_network_as_it_was():
+    import onnx
+
+    backbone = backbone_of("resnet")
+    spec, mixture = backbone.feature_spec("float32", "full"), mixture_of(backbone)
+    first = export_graph(backbone, mixture, spec)
+    assert export_graph(backbone, mixture, spec) == first
+    assert backbone.feature_spec("float32", "full") == spec
+    model = onnx.load_from_string(first)
+    onnx.checker.check_model(model, full_check=True)
+    assert [each.version for each in model.opset_import] == [OPSET]
+    assert {each.type.tensor_type.shape.dim[0].dim_param for each in model.graph.input} == {"n"}
+    assert isinstance(spec, FeatureSpec)
