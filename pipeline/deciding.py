@@ -32,12 +32,14 @@ class Exporting:
         score_name: which score decides; None: the detector's own choice.
         variant: whose experts; ``none`` for the backbone's own features; None: the first.
         with_backbone: whether the network's weights go into the file.
+        onnx: whether the network goes into the file as ONNX as well.
     """
 
     output: Path
     score_name: str | None = None
     variant: str | None = None
     with_backbone: bool = True
+    onnx: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,9 +53,12 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
     samples = _golden_samples(workspace, backbone)  # images that are not there any more are said before work
     source = source_to_predict(workspace, backbone, asked.variant)
     method, config = recommended_of(bool(source.mixtures)), workspace.config.score
+    if asked.onnx and workspace.config.has_features:
+        raise InputError("--onnx: this study is of features: there is no network to export")
     deciding = DecidingDetector(source, config, asked.score_name or method.score, method.head, workspace.progress)
     about = _about(workspace, backbone, deciding)
-    detector = export_detector(asked.output, deciding, samples, about, asked.with_backbone)
+    proof = _proof_images(workspace, backbone) if asked.onnx else None
+    detector = export_detector(asked.output, deciding, samples, about, asked.with_backbone, proof)
     lines = [f"export: {asked.output}, {os.path.getsize(asked.output) / 2**20:.1f} MiB, its golden rows scored again"]
     if why := detector.threshold.too_few:
         lines.append(f"no threshold, so it decides nothing: {why}")
@@ -103,15 +107,42 @@ def _spread_over(backbone: StudyBackbone, sets: Sequence[SetConfig]) -> list[_Ro
 
 def _image(workspace: Workspace, row: _Row) -> Image.Image:
     """An image of the study, read again."""
-    table = workspace.sets.table(row.entry)
+    with _there_still(row):
+        return decode_image(_file(workspace, row))
+
+
+@contextmanager
+def _there_still(row: _Row) -> Iterator[None]:
+    """Around reading an image again."""
     try:
-        index = table.ids.index(row.id)
-        return decode_image(table.reader(index, index + 1).read(0))
+        yield
     except (ValueError, ImageError) as error:
         raise InputError(
-            f"set {row.entry.name!r}: {row.id} is not there as it was extracted, and export reads a few images again, "
+            f"set {row.entry.name!r}: {row.id} is not there as it was extracted, and export reads images again, "
             "to prove the detector by: run make extract"
         ) from error
+
+
+def _file(workspace: Workspace, row: _Row) -> bytes:
+    """Bytes of an image of the study; raises ValueError or `ImageError` where it is not there."""
+    table = workspace.sets.table(row.entry)
+    index = table.ids.index(row.id)
+    return table.reader(index, index + 1).read(0)
+
+
+def _proof_images(workspace: Workspace, backbone: StudyBackbone) -> Iterator[tuple[str, bytes]]:
+    """Name and file of images of all sets in turn, drawn from each, `PROOF_IMAGES` or all there are."""
+    from stages.detection.proof import PROOF_IMAGES
+
+    drawn = []
+    for entry in workspace.config.sets:
+        cache = backbone.cache(entry)
+        numbers = np.random.default_rng(0).permutation(cache.n_rows)[:PROOF_IMAGES]
+        drawn.append([_Row(entry, cache, row, str(cache.ids[row])) for row in numbers.tolist()])
+    rows = (row for row in chain.from_iterable(zip_longest(*drawn)) if row is not None)
+    for row in islice(rows, PROOF_IMAGES):
+        with _there_still(row):
+            yield f"{row.entry.name}/{row.id}", _file(workspace, row)
 
 
 # ----------------------------------------------------------------------------------------------------- where it is from

@@ -305,6 +305,7 @@ EXPORTING = gathered(
         default=True,
         help="Leave the network's weights out: they are loaded from where the study has them.",
     ),
+    click.option("--onnx", is_flag=True, help="Add the network as model.onnx, which is run without torch."),
 )
 WATCHING = gathered(
     "watching",

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,12 @@ class GoldenSamples:
 
 
 def export_detector(
-    path: Path, deciding: DecidingDetector, samples: GoldenSamples, about: Mapping[str, Any], with_backbone: bool = True
+    path: Path,
+    deciding: DecidingDetector,
+    samples: GoldenSamples,
+    about: Mapping[str, Any],
+    with_backbone: bool = True,
+    proof: Iterable[tuple[str, bytes]] | None = None,
 ) -> Detector:
     """Write the detector of a study as one file; nothing is left where it does not score as the study's does.
 
@@ -50,12 +55,14 @@ def export_detector(
         about: where it came from, for `info`: JSON.
         with_backbone: whether the network's weights go into the file; without, they are loaded from where the study has
             them, and compared.
+        proof: name and file of images of the study. Where they are given the network goes into the file as ONNX, too,
+            once it scores all of these as torch does.
 
     Returns:
         The detector, loaded from the file.
 
     Raises:
-        InputError: no rows to be golden.
+        InputError: no rows to be golden; a network that cannot be written as ONNX.
         StageError: what was written does not score as the study's own detector.
     """
     if not samples.named:
@@ -63,14 +70,17 @@ def export_detector(
     images = None if samples.images is None else tuple(_pixels(image) for image in samples.images)
     features = None if samples.features is None else {name: np.asarray(each) for name, each in samples.features.items()}
     golden = golden_rows(deciding.detector(), samples.named, images, features)
+    graph = None if proof is None else deciding.graph()
     weights = deciding.weights() if with_backbone else None
     parts = deciding.parts if weights is None else _sealed(deciding.parts)
     # Not under its name before it has proved itself.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_bundle(temporary, Bundle(dict(about), parts, golden, weights))
+        write_bundle(temporary, Bundle(dict(about), parts, golden, weights, graph))
         try:
             found = Detector.load(temporary, device=deciding.device)
+            if proof is not None:
+                _prove(found, Detector.load(temporary, runtime="onnx"), proof)
         except InputError as error:
             said = str(error).removeprefix(f"{temporary}: ")
             raise StageError(
@@ -81,6 +91,14 @@ def export_detector(
         with suppress(OSError):
             temporary.unlink()
     return found
+
+
+def _prove(by_torch: Detector, by_onnx: Detector, proof: Iterable[tuple[str, bytes]]) -> None:
+    from stages.detection.onnx_runtime import OnnxRuntime
+    from stages.detection.proof import prove_runtime
+
+    assert isinstance(by_onnx.runtime, OnnxRuntime)
+    prove_runtime(by_torch, by_onnx.runtime, proof)
 
 
 def _sealed(parts: DetectorParts) -> DetectorParts:

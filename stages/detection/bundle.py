@@ -7,6 +7,7 @@
 ``golden.json``               `stages.detection.parts.GoldenRows`
 ``golden.safetensors``        their pixels, what came of them on the way, their scores
 ``backbone.safetensors``      weights of the network; absent with ``--no-backbone``, and where there is none
+``model.onnx``                the network and its experts as a graph of `stages.detection.graph`; with ``--onnx``
 ============================  =======================================================================================
 
 Nothing in it is code. Arrays that stand in several places are stored once.
@@ -33,7 +34,7 @@ from stages.files.packing import pack, unpack
 KIND = "detector bundle"
 VERSION = 1
 
-_ABOUT, _BACKBONE = "about.json", "backbone.safetensors"
+_ABOUT, _BACKBONE, _GRAPH = "about.json", "backbone.safetensors", "model.onnx"
 _PARTS, _GOLDEN = "detector", "golden"
 _SHARED_BYTES = 1 << 10  # smaller arrays are not looked for elsewhere
 # What numpy and torch make of parts that are each well-formed and do not go together.
@@ -54,12 +55,14 @@ class Bundle:
         parts: the detector.
         golden: rows whose scores are known.
         weights: of the network; None where they are not in the file.
+        graph: the network as ONNX; None where it is not in the file.
     """
 
     about: dict[str, Any]
     parts: DetectorParts
     golden: GoldenRows
     weights: Mapping[str, NDArray[Any]] | None
+    graph: bytes | None = None
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
@@ -69,6 +72,8 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         entries |= _entries(name, value)
     if bundle.weights is not None:
         entries[_BACKBONE] = save({name: np.asarray(array, order="C") for name, array in bundle.weights.items()})
+    if bundle.graph is not None:
+        entries[_GRAPH] = bundle.graph
     write_archive(path, KIND, VERSION, entries)
 
 
@@ -108,10 +113,12 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     archive, about = read_about(path)
     parts: DetectorParts = _read(archive, _PARTS, DetectorParts)
     golden: GoldenRows = _read(archive, _GOLDEN, GoldenRows)
-    known = {f"{name}.{kind}" for name in (_PARTS, _GOLDEN) for kind in ("json", "safetensors")} | {_ABOUT, _BACKBONE}
+    known = {f"{name}.{kind}" for name in (_PARTS, _GOLDEN) for kind in ("json", "safetensors")}
+    known |= {_ABOUT, _BACKBONE, _GRAPH}
     if others := sorted(set(archive.names) - known):
         raise InputError(f"{path}: holds {others[0]}, which is no part of a detector")
-    return Bundle(about, parts, golden, archive.read_tensors(_BACKBONE) if _BACKBONE in archive else None)
+    weights = archive.read_tensors(_BACKBONE) if _BACKBONE in archive else None
+    return Bundle(about, parts, golden, weights, archive.read(_GRAPH) if _GRAPH in archive else None)
 
 
 def _read(archive: SealedArchive, name: str, kind: type[_Part]) -> _Part:

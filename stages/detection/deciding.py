@@ -129,6 +129,20 @@ class DecidingDetector:
         model = self.source.network().model
         return {name: np.array(tensor.cpu().numpy(), order="C") for name, tensor in model.state_dict().items()}
 
+    def graph(self) -> bytes:
+        """The network and its experts as ONNX, see `stages.detection.graph`.
+
+        Raises:
+            InputError: it takes no images; no onnx here; or what ONNX has no operation for.
+        """
+        from stages.detection.graph import export_graph
+
+        network = self._running_network()
+        if network is None or not self.takes_images:
+            raise InputError("--onnx: this detector takes features: there is no network to export")
+        mixture = None if self._refined is None else self._refined.mixture()
+        return export_graph(network, mixture, self.source.data.train.spec, self._reads_patches)
+
     def _network_parts(self) -> NetworkParts | None:
         if self.source.network is None:
             return None

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache import FeatureSpec
-from stages.detection.bundle import going_together, read_bundle
+from stages.detection.bundle import Bundle, going_together, read_bundle
 from stages.detection.conformal import ThresholdEstimate, conformal_p_values, threshold_at
 from stages.detection.detectors import raw_scores
-from stages.detection.golden import check_golden
+from stages.detection.golden import RUNTIME_TOLERANCE, TOLERANCE, check_golden
 from stages.detection.mondrian import GroupedCalibration
 from stages.detection.parts import NO_EXPERT, DetectorParts
 from stages.detection.runtime import NetworkRows, Runtime
@@ -141,7 +141,7 @@ class Detector:
         cls,
         path: str | os.PathLike[str],
         device: str = "cpu",
-        runtime: Literal["torch"] = "torch",
+        runtime: Literal["torch", "onnx"] = "torch",
         per: Per = "all",
     ) -> Self:
         """A detector from the file that ``python -m pipeline export`` wrote.
@@ -151,23 +151,20 @@ class Detector:
         Args:
             path: of the file.
             device: where the network runs: ``"cpu"``, ``"cuda"``, or ``"auto"``, a GPU where there is one.
-            runtime: what runs it.
+            runtime: what runs it; ``"onnx"`` of a file that was exported with ``--onnx``, and torch is not imported.
             per: as of the class.
 
         Raises:
             InputError: no such file, another, damaged, of parts that do not go together; or its golden rows are
                 scored otherwise here.
         """
-        if runtime != "torch":
-            raise InputError(f"runtime: {runtime!r} given, must be 'torch'")
+        if runtime not in ("torch", "onnx"):
+            raise InputError(f"runtime: {runtime!r} given, must be 'torch' or 'onnx'")
         bundle = read_bundle(path)  # before torch is imported
-        from stages.detection.torch_runtime import load_runtime
-
         with going_together(path):
-            place = default_device() if device == "auto" else device
-            network = load_runtime(bundle.parts, bundle.weights, place)
+            network = _by_torch(bundle, device) if runtime == "torch" else _by_onnx(bundle, device)
             detector = cls(bundle.parts, network, bundle.about, per)
-            check_golden(detector, bundle.golden)
+            check_golden(detector, bundle.golden, TOLERANCE if runtime == "torch" else RUNTIME_TOLERANCE)
         return detector
 
     # ------------------------------------------------------------------------------------------------- of images
@@ -326,6 +323,18 @@ class Detector:
             distances[rows, :most] = away
             ids[rows, :most] = np.array(self.parts.examples[name].ids, dtype=object)[near]
         return Nearest(ids.astype(np.str_), distances)
+
+
+def _by_torch(bundle: Bundle, device: str) -> Runtime:
+    from stages.detection.torch_runtime import load_runtime
+
+    return load_runtime(bundle.parts, bundle.weights, default_device() if device == "auto" else device)
+
+
+def _by_onnx(bundle: Bundle, device: str) -> Runtime:
+    from stages.detection.onnx_runtime import load_onnx_runtime
+
+    return load_onnx_runtime(bundle.parts, bundle.graph, device)
 
 
 def _is_float(array: Any) -> bool:

@@ -135,6 +135,7 @@ def export_graph(
     """
     with needs_extra("--onnx"):
         import onnx  # noqa: F401  # what torch writes with
+        import onnxruntime  # noqa: F401  # what it is proved by
     model = copy.deepcopy(backbone.model).cpu()
     restore_forward(model)
     config = backbone.config.model_copy(update={"precision": "float32", "compile": False})

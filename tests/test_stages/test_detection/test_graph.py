@@ -51,6 +51,13 @@ def mixture_of(backbone, groups=GROUPS, **settings):
         for name, parameter in mixture.named_parameters():
             if "head." in name or "router" in name or "up." in name or "out." in name:
                 parameter.normal_(0, 0.2, generator=generator)
+        # Inputs of the router as training shifts and scales them, or all images would go to one expert.
+        seen = backbone.encode(
+            backbone.preprocessing.normalise(torch.from_numpy(drawn_pixels(backbone.config.image_size)))
+        )
+        inputs = getattr(seen, config.router_input)
+        mixture.router.mean.copy_(inputs.mean(0))
+        mixture.router.scale.copy_(inputs.std())
     return mixture.eval()
 
 
