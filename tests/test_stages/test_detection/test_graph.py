@@ -57,7 +57,7 @@ def mixture_of(backbone, groups=GROUPS, **settings):
         )
         inputs = getattr(seen, config.router_input)
         mixture.router.mean.copy_(inputs.mean(0))
-        mixture.router.scale.copy_(inputs.std())
+        mixture.router.scale.copy_((inputs - inputs.mean(0)).std())
     return mixture.eval()
 
 
