@@ -19,11 +19,13 @@ from pipeline.sources import source_to_predict
 from pipeline.stages_of_study.score import stale_scores
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
-from stages.detection.bundle import read_about
+from stages.detection.bundle import GRAPH, read_about
 from stages.detection.conformal import threshold_at
 from stages.detection.deciding import DecidingDetector
 from stages.detection.detectors import FittedDetector
 from stages.detection.golden import GOLDEN_ROWS
+from stages.detection.graph import require_onnx
+from stages.detection.proof import PROOF_BATCHES, PROOF_IMAGES
 from stages.detection.subject import NO_HEAD
 from stages.errors import InputError
 from stages.export import GoldenSamples, export_detector, spread
@@ -49,20 +51,31 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
     """
     if not asked.output.parent.is_dir() or asked.output.is_dir():
         raise InputError(f"--output: {asked.output} cannot be written: give a file in a folder that is there")
+    if asked.onnx:
+        _check_onnx(workspace)
     backbone = next(workspace.existing(which))
     samples = _golden_samples(workspace, backbone)  # images that are not there any more are said before work
     source = source_to_predict(workspace, backbone, asked.variant)
     method, config = recommended_of(bool(source.mixtures)), workspace.config.score
-    if asked.onnx and workspace.config.has_features:
-        raise InputError("--onnx: this study is of features: there is no network to export")
     deciding = DecidingDetector(source, config, asked.score_name or method.score, method.head, workspace.progress)
     about = _about(workspace, backbone, deciding)
     proof = _proof_images(workspace, backbone) if asked.onnx else None
-    detector = export_detector(asked.output, deciding, samples, about, asked.with_backbone, proof)
+    detector, shown = export_detector(asked.output, deciding, samples, about, asked.with_backbone, proof)
     lines = [f"export: {asked.output}, {os.path.getsize(asked.output) / 2**20:.1f} MiB, its golden rows scored again"]
+    if shown is not None:
+        passes = ", ".join(map(str, PROOF_BATCHES))
+        said = f"{shown.images} images in passes of {passes} are decided as by torch"
+        lines.append(f"model.onnx: {said}, scores at most {shown.away:.1g} deviations apart")
     if why := detector.threshold.too_few:
         lines.append(f"no threshold, so it decides nothing: {why}")
     return lines
+
+
+def _check_onnx(workspace: Workspace) -> None:
+    """Refuse before work what cannot become a graph."""
+    if workspace.config.has_features:
+        raise InputError("--onnx: this study is of features: there is no network to export")
+    require_onnx()
 
 
 # ---------------------------------------------------------------------------------------------------------- golden rows
@@ -132,8 +145,6 @@ def _file(workspace: Workspace, row: _Row) -> bytes:
 
 def _proof_images(workspace: Workspace, backbone: StudyBackbone) -> Iterator[tuple[str, bytes]]:
     """Name and file of images of all sets in turn, drawn from each, `PROOF_IMAGES` or all there are."""
-    from stages.detection.proof import PROOF_IMAGES
-
     drawn = []
     for entry in workspace.config.sets:
         cache = backbone.cache(entry)
@@ -224,6 +235,11 @@ def bundle_lines(path: Path) -> Lines:
         return [
             f"bundle     {path}: {archive.nbytes / 2**20:.1f} MiB, whole; {archive.digest[:8]}",
             *_origin_lines(about),
+            *(
+                ['graph      model.onnx: Detector.load(…, runtime="onnx") runs without torch']
+                if GRAPH in archive
+                else []
+            ),
             *_promise_lines(about),
             *(_metric_line(row) for row in about["metrics"]),
             *(f"unknown    {what}" for what in about["not_measured"]),

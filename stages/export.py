@@ -2,11 +2,11 @@
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from stages.detection.bundle import Bundle, write_bundle
 from stages.detection.deciding import DecidingDetector
 from stages.detection.detector import Detector
 from stages.detection.golden import golden_rows
+from stages.detection.onnx_runtime import OnnxRuntime
 from stages.detection.parts import DetectorParts
+from stages.detection.proof import Proof, prove_runtime
 from stages.errors import InputError, StageError
 
 _SEALED = "sealed"  # in place of where weights come from, where they are in the file
@@ -38,6 +40,18 @@ class GoldenSamples:
     features: Mapping[str, NDArray[Any]] | None
 
 
+class Exported(NamedTuple):
+    """A detector that was written.
+
+    Attributes:
+        detector: loaded from the file.
+        proof: that its graph scores as torch does; None where it has none.
+    """
+
+    detector: Detector
+    proof: Proof | None
+
+
 def export_detector(
     path: Path,
     deciding: DecidingDetector,
@@ -45,7 +59,7 @@ def export_detector(
     about: Mapping[str, Any],
     with_backbone: bool = True,
     proof: Iterable[tuple[str, bytes]] | None = None,
-) -> Detector:
+) -> Exported:
     """Write the detector of a study as one file; nothing is left where it does not score as the study's does.
 
     Args:
@@ -59,11 +73,11 @@ def export_detector(
             once it scores all of these as torch does.
 
     Returns:
-        The detector, loaded from the file.
+        The detector, loaded from the file, and what was shown of its graph.
 
     Raises:
         InputError: no rows to be golden; a network that cannot be written as ONNX.
-        StageError: what was written does not score as the study's own detector.
+        StageError: what was written does not score as the study's own detector, or by ONNX otherwise than by torch.
     """
     if not samples.named:
         raise InputError("no image of the study can be used to prove an exported detector by")
@@ -77,28 +91,30 @@ def export_detector(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_bundle(temporary, Bundle(dict(about), parts, golden, weights, graph))
-        try:
+        with _scoring_as_the_study(path, temporary):
             found = Detector.load(temporary, device=deciding.device)
-            if proof is not None:
-                _prove(found, Detector.load(temporary, runtime="onnx"), proof)
-        except InputError as error:
-            said = str(error).removeprefix(f"{temporary}: ")
-            raise StageError(
-                f"{path}: not written, for what was written does not score as the study: {said}"
-            ) from error
+            by_onnx = None if proof is None else Detector.load(temporary, runtime="onnx")
+        shown = None if by_onnx is None or proof is None else _prove(found, by_onnx, proof)
         os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return found
+    return Exported(found, shown)
 
 
-def _prove(by_torch: Detector, by_onnx: Detector, proof: Iterable[tuple[str, bytes]]) -> None:
-    from stages.detection.onnx_runtime import OnnxRuntime
-    from stages.detection.proof import prove_runtime
+@contextmanager
+def _scoring_as_the_study(path: Path, temporary: Path) -> Iterator[None]:
+    """Around loading what was written."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error).removeprefix(f"{temporary}: ")
+        raise StageError(f"{path}: not written, for what was written does not score as the study: {said}") from error
 
+
+def _prove(by_torch: Detector, by_onnx: Detector, proof: Iterable[tuple[str, bytes]]) -> Proof:
     assert isinstance(by_onnx.runtime, OnnxRuntime)
-    prove_runtime(by_torch, by_onnx.runtime, proof)
+    return prove_runtime(by_torch, by_onnx.runtime, proof)
 
 
 def _sealed(parts: DetectorParts) -> DetectorParts:

@@ -47,6 +47,8 @@ DOORS = {
     "matplotlib": ("pipeline.report.figures",),
     "jinja2": ("pipeline.report.page", "pipeline.report.study"),
     "datasets": ("stages.inputs.images.huggingface",),
+    "onnx": ("stages.detection.graph",),
+    "onnxruntime": ("stages.detection.onnx_runtime",),
 }
 CLOSED = {  # what a package may never import
     "cache": {"torch", "torchvision", "timm", "sklearn", "scipy", "PIL", "pydantic", "rich", "datasets"},
@@ -199,6 +201,7 @@ def test_modules_are_imported_by_name_only():
         ("stages.machine", ("torch", "numpy", "pydantic")),
         ("stages.networks.tokens", ("timm", "torchvision", "PIL", "pydantic")),
         ("stages.detection", ("torch", "timm", "faiss", "h5py", "pyarrow", "sklearn", "matplotlib")),
+        ("stages.detection.onnx_runtime", ("torch", "torchvision", "timm", "onnxruntime")),
         ("stages.networks.backbone", ("h5py", "pyarrow", "sklearn", "matplotlib")),
         ("stages.score", ("timm", "torchvision", "huggingface_hub", "matplotlib")),
         ("pipeline.stages_of_study.score", ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib")),

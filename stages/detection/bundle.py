@@ -33,8 +33,9 @@ from stages.files.packing import pack, unpack
 
 KIND = "detector bundle"
 VERSION = 1
+GRAPH = "model.onnx"
 
-_ABOUT, _BACKBONE, _GRAPH = "about.json", "backbone.safetensors", "model.onnx"
+_ABOUT, _BACKBONE = "about.json", "backbone.safetensors"
 _PARTS, _GOLDEN = "detector", "golden"
 _SHARED_BYTES = 1 << 10  # smaller arrays are not looked for elsewhere
 # What numpy and torch make of parts that are each well-formed and do not go together.
@@ -73,7 +74,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     if bundle.weights is not None:
         entries[_BACKBONE] = save({name: np.asarray(array, order="C") for name, array in bundle.weights.items()})
     if bundle.graph is not None:
-        entries[_GRAPH] = bundle.graph
+        entries[GRAPH] = bundle.graph
     write_archive(path, KIND, VERSION, entries)
 
 
@@ -114,11 +115,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     parts: DetectorParts = _read(archive, _PARTS, DetectorParts)
     golden: GoldenRows = _read(archive, _GOLDEN, GoldenRows)
     known = {f"{name}.{kind}" for name in (_PARTS, _GOLDEN) for kind in ("json", "safetensors")}
-    known |= {_ABOUT, _BACKBONE, _GRAPH}
+    known |= {_ABOUT, _BACKBONE, GRAPH}
     if others := sorted(set(archive.names) - known):
         raise InputError(f"{path}: holds {others[0]}, which is no part of a detector")
     weights = archive.read_tensors(_BACKBONE) if _BACKBONE in archive else None
-    return Bundle(about, parts, golden, weights, archive.read(_GRAPH) if _GRAPH in archive else None)
+    return Bundle(about, parts, golden, weights, archive.read(GRAPH) if GRAPH in archive else None)
 
 
 def _read(archive: SealedArchive, name: str, kind: type[_Part]) -> _Part:

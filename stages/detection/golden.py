@@ -52,11 +52,11 @@ def _is_decided(detector: "Detector", score: NDArray[np.float32]) -> NDArray[np.
     """``[n]`` whether a score is away from the threshold; all, where there is none or all are at it."""
     if detector.threshold.threshold is None:
         return np.ones(len(score), dtype=bool)
-    away = np.abs(score - detector.threshold.threshold) > _TOO_NEAR * deviation(detector)
+    away = np.abs(score - detector.threshold.threshold) > _TOO_NEAR * calibration_deviation(detector)
     return away if away.any() else ~away
 
 
-def deviation(detector: "Detector") -> float:
+def calibration_deviation(detector: "Detector") -> float:
     """Of the calibration scores: the unit of differences between scores."""
     return Standardiser.fit(detector.parts.calibration.scores).std
 
@@ -97,7 +97,7 @@ def check_golden(detector: "Detector", golden: GoldenRows, tolerance: float = TO
     rows = _through_network(detector, golden.images, golden.features)
     score = detector.judge([rows]).score
     decision = np.array([detector.threshold.decide(each) for each in score.tolist()])
-    away = np.abs(score.astype(np.float64) - golden.score) / deviation(detector)
+    away = np.abs(score.astype(np.float64) - golden.score) / calibration_deviation(detector)
     decided = decision == np.array(golden.decision)
     if decided.all() and (away <= tolerance).all():
         return

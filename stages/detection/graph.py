@@ -11,16 +11,16 @@ import copy
 import io
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cache import FeatureSpec
-from stages.detection.onnx_runtime import PIXELS, needs_extra
+from stages.detection.onnx_runtime import PIXELS, needs_extra, onnxruntime_library
 from stages.errors import InputError
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.networks.backbone import Backbone
+from stages.networks.pillow_transform import PillowTransform
 from stages.networks.surgery import restore_forward
 from stages.networks.tokens import Tokens, reduce_patches
 from stages.networks.weights.loading import first_line
@@ -119,6 +119,17 @@ def _pooling(backbone: Backbone, option: str) -> Tensor:
     return reduce_patches(Tokens(empty, empty, unit, unit), backbone.grid, option).patches[0]
 
 
+def require_onnx() -> None:
+    """Refuse to export where what writes a graph, or what proves it, is missing.
+
+    Raises:
+        InputError: it is.
+    """
+    with needs_extra("--onnx"):
+        import onnx  # noqa: F401  # torch's exporter does
+    onnxruntime_library("--onnx")
+
+
 def export_graph(
     backbone: Backbone, mixture: MixtureOfFeatureExperts | None, spec: FeatureSpec, patches: bool = False
 ) -> bytes:
@@ -131,11 +142,11 @@ def export_graph(
         patches: whether patch tokens after the final norm are wanted.
 
     Raises:
-        InputError: there is no onnx here, or a part of the network that it has no operation for.
+        InputError: there is no onnx here, a transform that only torch does, or a part of the network that ONNX has no
+            operation for.
     """
-    with needs_extra("--onnx"):
-        import onnx  # noqa: F401  # what torch writes with
-        import onnxruntime  # noqa: F401  # what it is proved by
+    require_onnx()
+    PillowTransform(spec.transform)
     model = copy.deepcopy(backbone.model).cpu()
     restore_forward(model)
     config = backbone.config.model_copy(update={"precision": "float32", "compile": False})
@@ -150,7 +161,6 @@ def export_graph(
 
 def _traced(graph: NetworkGraph, pixels: Tensor, name: str) -> bytes:
     names, out = list(graph.names), io.BytesIO()
-    settings: dict[str, Any] = {"opset_version": OPSET, "dynamo": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is the older exporter; that sizes of images become constants
         try:
@@ -161,7 +171,8 @@ def _traced(graph: NetworkGraph, pixels: Tensor, name: str) -> bytes:
                 input_names=[PIXELS],
                 output_names=names,
                 dynamic_axes={each: {0: "n"} for each in (PIXELS, *names)},
-                **settings,
+                opset_version=OPSET,
+                dynamo=False,
             )
         except (RuntimeError, torch.onnx.OnnxExporterError) as error:
             raise InputError(f"--onnx: {name} cannot be written as ONNX: {first_line(error)[:200]}") from error

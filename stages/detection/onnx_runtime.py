@@ -21,6 +21,7 @@ from stages.scorers import needs_of
 PIXELS = "pixels"  # the graph's input
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_SETTINGS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # float32 means float32, as for torch
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def needs_extra(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise InputError(f'{what} needs {error.name}: pip install "mofe-feature-cache[export]"') from error
+        raise InputError(f"{what} needs {error.name}: pip install 'mofe-feature-cache[export]'") from error
 
 
 class OnnxRuntime:
@@ -105,10 +106,13 @@ class OnnxRuntime:
 
     def _pass(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         padded = np.concatenate([pixels, np.repeat(pixels[-1:], self._batch - len(pixels), axis=0)])
-        rows = dict(zip(self._names, self._session.run(self._names, {PIXELS: padded}), strict=True))
+        try:
+            rows = dict(zip(self._names, self._session.run(self._names, {PIXELS: padded}), strict=True))
+        except Exception as error:  # its own types, one for each status of the library
+            raise InputError(f"model.onnx: fails: {' '.join(str(error).split())[:120]}") from error
         for name, shape in self._shapes.items():
             if rows[name].shape[:1] != (len(padded),) or (shape is not None and rows[name].shape[1:] != shape):
-                raise InputError(f"its graph makes {name} of shape {rows[name].shape}, must be [n, {str(shape)[1:]}")
+                raise InputError(f"model.onnx: makes {name} of shape {rows[name].shape}, must be [n, {str(shape)[1:]}")
         return {name: array[: len(pixels)] for name, array in rows.items()}
 
 
@@ -143,6 +147,20 @@ def _refined(found: Mapping[str, NDArray[Any]]) -> Refined | None:
     )
 
 
+def onnxruntime_library(what: str) -> Any:
+    """The library.
+
+    Args:
+        what: needs it, for the error.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    with needs_extra(what):
+        import onnxruntime
+    return onnxruntime
+
+
 def open_session(graph: bytes, device: str = "cpu") -> Any:
     """An `onnxruntime.InferenceSession` of a graph.
 
@@ -153,8 +171,7 @@ def open_session(graph: bytes, device: str = "cpu") -> Any:
     Raises:
         InputError: no onnxruntime, no such device, or a graph that it cannot run.
     """
-    with needs_extra('runtime="onnx"'):
-        import onnxruntime
+    onnxruntime = onnxruntime_library('runtime="onnx"')
     there = onnxruntime.get_available_providers()
     if device == "auto":
         device = "cuda" if _PROVIDERS["cuda"] in there else "cpu"
@@ -164,7 +181,7 @@ def open_session(graph: bytes, device: str = "cpu") -> Any:
     options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 3  # errors
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=[_PROVIDERS[device]])
+        return onnxruntime.InferenceSession(graph, options, providers=[(_PROVIDERS[device], _SETTINGS[device])])
     except Exception as error:  # its own types, one for each status of the library
         raise InputError(f"model.onnx: cannot be run: {' '.join(str(error).split())[:120]}") from error
 
