@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -272,9 +271,8 @@ def test_by_onnx_neither_number_nor_order_matter(onnx_file, images):
 
 def test_a_graph_says_what_was_shown_and_names_no_place_on_this_machine(home, onnx_file, tmp_path):
     said = done("export", home / "tiny.toml", "-o", tmp_path / "it.ood", "--onnx", "--no-backbone").out
-    assert re.search(
-        r"^model\.onnx: 114 images in passes of 1, 2, 33 are decided as by torch, scores at most ", said, re.M
-    )
+    n_images = len(list((home / "images").rglob("*.png")))
+    assert f"\nmodel.onnx: {n_images} images in passes of 1, 2, 33 are decided as by torch, scores at most " in said
     assert 'runtime="onnx") runs without torch' in done("info", onnx_file).out
     assert not [place for place in (home, ROOT, sys.prefix) if str(place).encode() in onnx_file.read_bytes()]
     graphs = [read_bundle(path).graph for path in (onnx_file, tmp_path / "it.ood")]
@@ -317,5 +315,5 @@ def test_a_proof_finds_what_scores_otherwise(detector, onnx_file, mistaken, imag
     assert shown.images == 5
     assert 0 <= shown.away < 1e-3
     other = load_onnx_runtime(detector.parts, mistaken)
-    with pytest.raises(StageError, match=rf"^onnx does not score as torch does: of '.*\.png' in passes of 1 the "):
+    with pytest.raises(StageError, match=r"^onnx does not score as torch does: of '.*\.png' in passes of 1 the "):
         prove_runtime(detector, other, files)
