@@ -19,6 +19,7 @@ from stages.detection.golden import golden_rows
 from stages.detection.onnx_runtime import OnnxRuntime
 from stages.detection.parts import DetectorParts
 from stages.detection.proof import Proof, prove_runtime
+from stages.detection.runtime import Runtime
 from stages.errors import InputError, StageError
 
 _SEALED = "sealed"  # in place of where weights come from, where they are in the file
@@ -93,7 +94,7 @@ def export_detector(
         write_bundle(temporary, Bundle(dict(about), parts, golden, weights, graph))
         with _scoring_as_the_study(path, temporary):
             found = Detector.load(temporary, device=deciding.device)
-            by_onnx = None if proof is None else Detector.load(temporary, runtime="onnx")
+            by_onnx = None if proof is None else Detector.load(temporary, runtime="onnx").runtime
         shown = None if by_onnx is None or proof is None else _prove(found, by_onnx, proof)
         os.replace(temporary, path)
     finally:
@@ -112,9 +113,9 @@ def _scoring_as_the_study(path: Path, temporary: Path) -> Iterator[None]:
         raise StageError(f"{path}: not written, for what was written does not score as the study: {said}") from error
 
 
-def _prove(by_torch: Detector, by_onnx: Detector, proof: Iterable[tuple[str, bytes]]) -> Proof:
-    assert isinstance(by_onnx.runtime, OnnxRuntime)
-    return prove_runtime(by_torch, by_onnx.runtime, proof)
+def _prove(by_torch: Detector, by_onnx: Runtime, proof: Iterable[tuple[str, bytes]]) -> Proof:
+    assert isinstance(by_onnx, OnnxRuntime)
+    return prove_runtime(by_torch, by_onnx, proof)
 
 
 def _sealed(parts: DetectorParts) -> DetectorParts:

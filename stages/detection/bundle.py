@@ -115,7 +115,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     parts: DetectorParts = _read(archive, _PARTS, DetectorParts)
     golden: GoldenRows = _read(archive, _GOLDEN, GoldenRows)
     known = {f"{name}.{kind}" for name in (_PARTS, _GOLDEN) for kind in ("json", "safetensors")}
-    known |= {_ABOUT, _BACKBONE, GRAPH}
+    known |= {_ABOUT, _BACKBONE} | ({GRAPH} if parts.network is not None else set())
     if others := sorted(set(archive.names) - known):
         raise InputError(f"{path}: holds {others[0]}, which is no part of a detector")
     weights = archive.read_tensors(_BACKBONE) if _BACKBONE in archive else None

@@ -174,6 +174,6 @@ def _traced(graph: NetworkGraph, pixels: Tensor, name: str) -> bytes:
                 opset_version=OPSET,
                 dynamo=False,
             )
-        except (RuntimeError, torch.onnx.OnnxExporterError) as error:
+        except RuntimeError as error:  # of the exporter, and of protobuf where there are more than 2 GiB
             raise InputError(f"--onnx: {name} cannot be written as ONNX: {first_line(error)[:200]}") from error
     return out.getvalue()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from stages.detection.detector import Detector, ImageScores
 from stages.detection.golden import RUNTIME_TOLERANCE, calibration_deviation
 from stages.detection.onnx_runtime import OnnxRuntime
+from stages.detection.runtime import Runtime
 from stages.errors import StageError
 from stages.inputs.images import ImageError
 
@@ -34,22 +35,22 @@ def prove_runtime(reference: Detector, runtime: OnnxRuntime, images: Iterable[tu
 
     Args:
         reference: the detector by torch.
-        runtime: that is to say the same.
+        runtime: of its graph: what that gives must be judged the same.
         images: name and file of each; what neither can use is left out.
 
     Raises:
         StageError: a decision is another, a score differs by more than `RUNTIME_TOLERANCE` deviations, or an image is
             refused by one of them alone.
     """
-    others = {batch: Detector(reference.parts, runtime.with_batch(batch)) for batch in PROOF_BATCHES}
+    others = {batch: runtime.with_batch(batch) for batch in PROOF_BATCHES}
     waiting, n, away = iter(images), 0, 0.0
     while block := list(islice(waiting, max(PROOF_BATCHES))):
         names, ours, theirs = _prepared(reference, runtime, block)
         if not names:
             continue
         expected = reference.score_prepared(np.stack(theirs))
-        for batch, detector in others.items():
-            found = detector.score_prepared(np.stack(ours))
+        for batch, other in others.items():
+            found = reference.judge([other.run(np.stack(ours))])
             away = max(away, _compared(calibration_deviation(reference), names, found, expected, batch))
         n += len(names)
     return Proof(n, away)
@@ -65,14 +66,14 @@ def _prepared(
         if isinstance(own, str) != isinstance(other, str):
             reason = own if isinstance(own, str) else other
             raise StageError(f"onnx does not score as torch does: {name[:60]!a} is refused by one alone: {reason}")
-        if not isinstance(own, str):
+        if not isinstance(own, str) and not isinstance(other, str):
             names.append(name)
             ours.append(own)
             theirs.append(other)
     return names, ours, theirs
 
 
-def _pixels_or_reason(runtime: Any, data: bytes) -> NDArray[np.uint8] | str:
+def _pixels_or_reason(runtime: Runtime, data: bytes) -> NDArray[np.uint8] | str:
     try:
         return runtime.prepare(data)
     except ImageError as error:
