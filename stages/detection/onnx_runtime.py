@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cache import CacheError, FeatureSpec
 from stages.detection.parts import DetectorParts, MixtureParts
-from stages.detection.runtime import NetworkRows
+from stages.detection.runtime import LARGEST_SIDE, NetworkRows
 from stages.errors import InputError
 from stages.inputs.images import decode_image
 from stages.machine import usable_cores
@@ -69,13 +69,19 @@ class OnnxRuntime:
         self._batch = batch
         self._transform = PillowTransform(spec.transform)
         self.size = spec.image_size
+        if not 0 < self.size == self._transform.size <= LARGEST_SIDE:
+            said = f"{self.size} given, its transform makes {self._transform.size}"
+            raise InputError(f"spec.image_size: {said}, {LARGEST_SIDE} is the most")
         self.reads = frozenset({"cls"})
         self._shapes = _row_shapes(spec, mixture, patches)
-        given, taken = [each.name for each in session.get_outputs()], [each.name for each in session.get_inputs()]
-        if taken != [PIXELS] or len(set(given)) < len(given) or set(given) != self._shapes.keys():
+        self._names = list(self._shapes)
+        taken, given = (
+            {each.name: each.type for each in side} for side in (session.get_inputs(), session.get_outputs())
+        )
+        wanted = {name: "tensor(int64)" if name == "expert" else "tensor(float)" for name in self._names}
+        if taken != {PIXELS: "tensor(uint8)"} or given != wanted:
             said = f"{', '.join(given)[:80]!a} of {', '.join(taken)[:20]!a}"
             raise InputError(f"model.onnx: makes {said}, not this detector's features")
-        self._names = given
 
     def with_batch(self, batch: int) -> Self:
         """The same with passes of so many images."""

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from stages.id_data.lazy import Floats
 from stages.mixture.refined import Refined
 
+LARGEST_SIDE = 4096  # of a network's input, in pixels
+
 
 @dataclass(frozen=True, eq=False)
 class NetworkRows:

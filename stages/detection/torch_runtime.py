@@ -17,7 +17,7 @@ from cache import CacheError, FeatureSpec
 from cache.spec import first_difference
 from stages.config import BackboneConfig
 from stages.detection.parts import DetectorParts, MixtureParts, NetworkParts
-from stages.detection.runtime import NetworkRows
+from stages.detection.runtime import LARGEST_SIDE, NetworkRows
 from stages.errors import InputError
 from stages.extraction.encoder import Encoder
 from stages.extraction.gpu_jpeg import decode_left
@@ -39,8 +39,6 @@ from stages.networks.repeatable import repeatable
 from stages.networks.tokens import Tokens
 from stages.networks.weights.loading import TRANSFORM_KEYS, create_model, model_shape
 from stages.scorers import needs_of
-
-_LARGEST_SIDE = 4096  # of a network's input
 
 
 class TorchRuntime:
@@ -231,8 +229,8 @@ def _stored_config(network: NetworkParts, spec: FeatureSpec) -> BackboneConfig:
         config = BackboneConfig(**{**network.config, **asked, **precision, "compile": False})
     except (ValueError, TypeError) as error:  # pydantic's is a ValueError
         raise InputError(f"network.config: {str(error).splitlines()[-1][:120]}") from error
-    if config.image_size > _LARGEST_SIDE:
-        raise InputError(f"network.config.image_size: {config.image_size} given, {_LARGEST_SIDE} is the most")
+    if config.image_size > LARGEST_SIDE:
+        raise InputError(f"network.config.image_size: {config.image_size} given, {LARGEST_SIDE} is the most")
     return config
 
 

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from stages.config import BackboneConfig
 from stages.detection.parts import MixtureParts
@@ -181,3 +182,19 @@ def test_what_is_missing_is_said(monkeypatch):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(InputError, match="device: 'tpu' given, this onnxruntime runs on "):
         open_session(b"", "tpu")
+
+
+class Bessel(nn.Module):
+    """What ONNX has no operation for."""
+
+    def forward(self, x):
+        return torch.special.i0(x.clamp(-1, 1))
+
+
+def test_a_network_that_onnx_cannot_hold_is_refused():
+    name, small, side = FAMILIES["vit"]
+    model = create(name, **small)
+    model.norm = Bessel()
+    backbone = Backbone(model, BackboneConfig(name=name, weights="hub", image_size=side))
+    with pytest.raises(InputError, match=rf"^--onnx: {name} cannot be written as ONNX: .*i0"):
+        export_graph(backbone, None, backbone.feature_spec("float32", "full"))
