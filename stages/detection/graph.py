@@ -8,9 +8,10 @@ into the file.
 """
 
 import copy
-import io
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -160,20 +161,23 @@ def export_graph(
 
 
 def _traced(graph: NetworkGraph, pixels: Tensor, name: str) -> bytes:
-    names, out = list(graph.names), io.BytesIO()
-    with warnings.catch_warnings():
+    names = list(graph.names)
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is the older exporter; that sizes of images become constants
+        path = Path(folder) / "model.onnx"
         try:
             torch.onnx.export(
                 graph,
                 (pixels,),
-                out,
+                path,
                 input_names=[PIXELS],
                 output_names=names,
                 dynamic_axes={each: {0: "n"} for each in (PIXELS, *names)},
                 opset_version=OPSET,
                 dynamo=False,
             )
-        except RuntimeError as error:  # of the exporter, and of protobuf where there are more than 2 GiB
+        except RuntimeError as error:
             raise InputError(f"--onnx: {name} cannot be written as ONNX: {first_line(error)[:200]}") from error
-    return out.getvalue()
+        if list(Path(folder).iterdir()) != [path]:  # torch puts weights beside it then
+            raise InputError(f"--onnx: {name} has more weights than the 2 GiB that one file of ONNX holds")
+        return path.read_bytes()
