@@ -15,7 +15,7 @@ import click
 
 from pipeline.benchmark.choice import Choice
 from pipeline.config import RunConfig, RunOptions
-from pipeline.deciding import Deciding, Exporting, Watching
+from pipeline.deciding import Deciding, Exporting, Serving, Watching
 from pipeline.options import (
     CHOICE,
     DEBUG,
@@ -31,6 +31,7 @@ from pipeline.options import (
     PAGE,
     REHASH,
     SCHEDULER,
+    SERVING,
     SET,
     SET_NAME,
     WATCHING,
@@ -252,6 +253,17 @@ def watch(bundle: str, source: str, watching: Watching) -> None:
 
     for line in watch_lines(bundle, source, watching):
         show(line)
+
+
+@verbs.command()
+@click.argument("bundle", metavar="FILE.ood")
+@SERVING
+@DEBUG
+def serve(bundle: str, serving: Serving) -> None:
+    """Answer over HTTP: POST an image or features, get what the exported detector says of it as JSON."""
+    from pipeline.serving.supervisor import serve_bundle
+
+    serve_bundle(bundle, serving)
 
 
 @verbs.command()

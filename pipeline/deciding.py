@@ -1,4 +1,4 @@
-"""How `predict`, `export` and `watch` are to decide, as it is asked on the command line."""
+"""How `predict`, `export`, `watch` and `serve` are to work, as it is asked on the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,3 +57,26 @@ class Watching:
     seed: int = 0
     state: Path | None = None
     prometheus: Path | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where a detector is to answer, and within which limits, as it is asked on the command line.
+
+    Attributes:
+        host: address; this machine alone by default.
+        port: 0: any that is free.
+        device: where the network runs: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one.
+        batch: images that go through the network together, at most.
+        max_bytes: of a request.
+        max_pixels: of an image, before it is decoded.
+        timeout: seconds until a request is refused, its way through the network included.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    batch: int = 64
+    max_bytes: int = 20 << 20
+    max_pixels: int = 50_000_000
+    timeout: float = 30

@@ -18,7 +18,7 @@ from pipeline.config import (
     folder_name,
     load_config,
 )
-from pipeline.deciding import Deciding, Exporting, Watching
+from pipeline.deciding import Deciding, Exporting, Serving, Watching
 from stages.config import nearest
 from stages.scorers import SCORERS, unknown_part
 
@@ -331,5 +331,40 @@ WATCHING = gathered(
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE.prom",
         help="Keep the last values in it, as text for Prometheus.",
+    ),
+)
+SERVING = gathered(
+    "serving",
+    Serving,
+    click.option("--host", default=Serving.host, show_default=True, help="Address; 0.0.0.0: every one, to everybody."),
+    click.option(
+        "--port", type=click.IntRange(0, 65535), default=Serving.port, show_default=True, help="0: any that is free."
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default=Serving.device,
+        show_default=True,
+        help="Where the network runs; auto: a GPU where there is one.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=Serving.batch,
+        show_default=True,
+        help="Images that go through the network together, at most.",
+    ),
+    click.option(
+        "--max-bytes", type=click.IntRange(min=1), default=Serving.max_bytes, show_default=True, help="Of a request."
+    ),
+    click.option(
+        "--max-pixels", type=click.IntRange(min=1), default=Serving.max_pixels, show_default=True, help="Of an image."
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(0, 3600, min_open=True),
+        default=Serving.timeout,
+        show_default=True,
+        help="Seconds until a request is refused.",
     ),
 )

@@ -21,7 +21,15 @@ from stages.errors import InputError
 from stages.inputs.images.classes import only_classes
 from stages.inputs.images.columns import USUAL, Columns
 from stages.inputs.images.dataset import image_bytes, list_dataset
-from stages.inputs.images.decode import MAX_PIXELS, ImageError, UndecodedJpeg, decode_image, is_overcome, undecoded_jpeg
+from stages.inputs.images.decode import (
+    MAX_PIXELS,
+    ImageError,
+    UndecodedJpeg,
+    decode_image,
+    image_size,
+    is_overcome,
+    undecoded_jpeg,
+)
 from stages.inputs.images.embedded import list_embedded
 from stages.inputs.images.folder import find_files, is_image_file, list_file
 from stages.inputs.images.huggingface import is_huggingface, list_huggingface
@@ -43,6 +51,7 @@ __all__ = [
     "decode_image",
     "describe_left_out",
     "image_bytes",
+    "image_size",
     "is_overcome",
     "list_dataset",
     "list_images",

@@ -83,6 +83,27 @@ def decode_image(data: bytes, least_side: int = 0) -> Image.Image:
         return _decode(lighter, 0)
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file as it is stored, of which nothing is decoded: known before memory is spent.
+
+    Args:
+        data: The bytes of the file.
+
+    Raises:
+        ImageError: Not an image, or damaged before its size is known.
+    """
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with _reasons(), _opened(data) as image:
+            return image.size
+    except ImageError:
+        if (lighter := without_large_metadata(data)) is None:
+            raise
+        with _reasons(), _opened(lighter) as image:
+            return image.size
+
+
 def undecoded_jpeg(data: bytes) -> UndecodedJpeg | None:
     """A file that every JPEG decoder reads as Pillow does, to rounding; None for all others.
 

@@ -1,0 +1,85 @@
+"""Between requests and the network: several are decoded side by side, and those that are ready go through together."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from stages.machine import usable_cores
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+_PATIENCE = 0.02  # seconds that a batch waits for images that are being decoded; one that is alone does not wait
+
+
+class Batches(Generic[Item, Answer]):
+    """Gathers what several ask, for one function that answers many at once.
+
+    While one batch runs, the next gathers: no request waits for a clock. All methods are of one event loop.
+
+    Args:
+        answer: of each item of a batch, in its order; called by one thread.
+        most: items of a batch.
+    """
+
+    def __init__(self, answer: Callable[[Sequence[Item]], Sequence[Answer]], most: int) -> None:
+        self._answer, self._most = answer, most
+        self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
+        self._network = ThreadPoolExecutor(1, "network")
+        self._ready: asyncio.Queue[tuple[Item, asyncio.Future[Answer]]] = asyncio.Queue()
+        self._coming = 0  # that are being prepared
+
+    async def prepared(self, prepare: Callable[[], Item]) -> Item:
+        """What a function gives, by a thread of its own; raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
+
+    async def alone(self, compute: Callable[[], Answer]) -> Answer:
+        """What a function gives, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._network, compute)
+
+    async def ask(self, prepare: Callable[[], Item]) -> Answer:
+        """The answer to what a function gives; raises what it raises, or what the batch raises."""
+        self._coming += 1
+        try:
+            item = await self.prepared(prepare)
+        finally:
+            self._coming -= 1
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._ready.put_nowait((item, answer))
+        return await answer
+
+    async def run(self) -> None:
+        """Answer, until it is cancelled."""
+        try:
+            while True:
+                batch = await self._gathered()
+                asked = [(item, answer) for item, answer in batch if not answer.done()]  # others do not wait any more
+                if asked:
+                    await self._answered(asked)
+        finally:
+            self._decoders.shutdown(wait=False, cancel_futures=True)
+            self._network.shutdown(wait=False, cancel_futures=True)
+
+    async def _gathered(self) -> list[tuple[Item, "asyncio.Future[Answer]"]]:
+        batch = [await self._ready.get()]
+        until = asyncio.get_running_loop().time() + _PATIENCE
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while len(batch) < self._most and (self._coming or not self._ready.empty()):
+                    batch.append(await self._ready.get())
+        return batch
+
+    async def _answered(self, asked: Sequence[tuple[Item, "asyncio.Future[Answer]"]]) -> None:
+        try:
+            loop, items = asyncio.get_running_loop(), [item for item, _ in asked]
+            answers = await loop.run_in_executor(self._network, self._answer, items)
+        except Exception as error:
+            for _, waiting in asked:
+                if not waiting.done():
+                    waiting.set_exception(error)
+            return
+        for (_, waiting), answer in zip(asked, answers, strict=True):
+            if not waiting.done():
+                waiting.set_result(answer)

@@ -1,0 +1,111 @@
+"""What stands in a request, within its limits: the bytes of one image, or features. Nothing of it touches a disk."""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from stages.errors import InputError
+
+MOST_NEAREST = 100  # ID images that may be asked for
+
+
+class RefusedError(Exception):
+    """A request that is not answered, and the status that says so."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _InMemory(MultiPartParser):
+    """Starlette's, whose files never roll over to a disk."""
+
+    spool_max_size = 0
+
+
+async def read_body(request: Request, most: int) -> bytearray:
+    """All of a request's body; nothing is read of one that says itself that it is too large.
+
+    Raises:
+        RefusedError: it has more bytes than `most`.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most:
+        raise RefusedError(413, f"too large: {most} bytes are the most")
+    body = bytearray()
+    async for chunk in request.stream():
+        if len(body) + len(chunk) > most:
+            raise RefusedError(413, f"too large: {most} bytes are the most")
+        body += chunk
+    return body
+
+
+async def image_of(request: Request, body: bytes) -> bytes:
+    """The bytes of the image: the body itself, or the one file of a form.
+
+    Raises:
+        RefusedError: a form that is damaged, or holds another number of files.
+    """
+    if kind_of(request) != "multipart/form-data":
+        return body
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await _InMemory(request.headers, stream(), max_files=1, max_fields=0).parse()
+    except MultiPartException as error:
+        raise RefusedError(400, f"form: {error.message}") from error
+    async with form:
+        files = [value for value in form.values() if isinstance(value, UploadFile)]
+        if not files:
+            raise RefusedError(400, "form: no file in it; give one image, as curl -F image=@new.jpg does")
+        return await files[0].read()
+
+
+def kind_of(request: Request) -> str:
+    """Media type of the body, in small letters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def nearest_of(request: Request) -> int:
+    """How many of the nearest ID images are asked for, ``?nearest=3``.
+
+    Raises:
+        RefusedError: no such number.
+    """
+    given = request.query_params.get("nearest", "0")
+    if not (given.isascii() and given.isdecimal()) or len(given) > 9 or int(given) > MOST_NEAREST:
+        raise RefusedError(400, f"nearest: {given[:20]!r} given, must be a number up to {MOST_NEAREST}")
+    return int(given)
+
+
+def features_of(body: bytes) -> Mapping[str, NDArray[np.float64]]:
+    """Arrays by name of ``{"features": {"cls": [[…], …]}}``; one array alone is ``cls``.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        given: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError("no JSON") from error
+    features = given.get("features") if isinstance(given, dict) else None
+    if isinstance(features, list):
+        features = {"cls": features}
+    if not isinstance(features, dict):
+        raise InputError('no features: give {"features": [[…], …]}, a row an image, or arrays by name')
+    return {name: _array(name, values) for name, values in features.items()}
+
+
+def _array(name: str, values: Any) -> NDArray[np.float64]:
+    try:
+        return np.array(values, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"features: {name[:20]} is no array of numbers") from error
