@@ -59,14 +59,16 @@ async def image_of(request: Request, body: bytes) -> bytes:
         yield body
 
     try:
-        form = await _InMemory(request.headers, stream(), max_files=1, max_fields=0).parse()
+        form = await _InMemory(request.headers, stream(), max_files=1, max_fields=8).parse()
     except MultiPartException as error:
         raise RefusedError(400, f"form: {error.message}") from error
-    async with form:
+    try:
         files = [value for value in form.values() if isinstance(value, UploadFile)]
         if not files:
             raise RefusedError(400, "form: no file in it; give one image, as curl -F image=@new.jpg does")
         return await files[0].read()
+    finally:
+        await form.close()
 
 
 def kind_of(request: Request) -> str:
