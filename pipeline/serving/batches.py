@@ -8,13 +8,13 @@ from typing import Generic, TypeVar
 
 from stages.machine import usable_cores
 
-Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 Answer = TypeVar("Answer")
 
 _PATIENCE = 0.02  # seconds that a batch waits for images that are being decoded; one that is alone does not wait
 
 
-class Batches(Generic[Item, Answer]):
+class Batches(Generic[Prepared, Answer]):
     """Gathers what several ask, for one function that answers many at once.
 
     While one batch runs, the next gathers: no request waits for a clock. All methods are of one event loop.
@@ -24,14 +24,14 @@ class Batches(Generic[Item, Answer]):
         most: items of a batch.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Item]], Sequence[Answer]], most: int) -> None:
+    def __init__(self, answer: Callable[[Sequence[Prepared]], Sequence[Answer]], most: int) -> None:
         self._answer, self._most = answer, most
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
         self._network = ThreadPoolExecutor(1, "network")
-        self._ready: asyncio.Queue[tuple[Item, asyncio.Future[Answer]]] = asyncio.Queue()
+        self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answer]]] = asyncio.Queue()
         self._coming = 0  # that are being prepared
 
-    async def prepared(self, prepare: Callable[[], Item]) -> Item:
+    async def prepared(self, prepare: Callable[[], Prepared]) -> Prepared:
         """What a function gives, by a thread of its own; raises what it raises."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
 
@@ -39,7 +39,7 @@ class Batches(Generic[Item, Answer]):
         """What a function gives, between two batches."""
         return await asyncio.get_running_loop().run_in_executor(self._network, compute)
 
-    async def ask(self, prepare: Callable[[], Item]) -> Answer:
+    async def ask(self, prepare: Callable[[], Prepared]) -> Answer:
         """The answer to what a function gives; raises what it raises, or what the batch raises."""
         self._coming += 1
         try:
@@ -62,7 +62,7 @@ class Batches(Generic[Item, Answer]):
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._network.shutdown(wait=False, cancel_futures=True)
 
-    async def _gathered(self) -> list[tuple[Item, "asyncio.Future[Answer]"]]:
+    async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answer]"]]:
         batch = [await self._ready.get()]
         until = asyncio.get_running_loop().time() + _PATIENCE
         with suppress(TimeoutError):
@@ -71,7 +71,7 @@ class Batches(Generic[Item, Answer]):
                     batch.append(await self._ready.get())
         return batch
 
-    async def _answered(self, asked: Sequence[tuple[Item, "asyncio.Future[Answer]"]]) -> None:
+    async def _answered(self, asked: Sequence[tuple[Prepared, "asyncio.Future[Answer]"]]) -> None:
         try:
             loop, items = asyncio.get_running_loop(), [item for item, _ in asked]
             answers = await loop.run_in_executor(self._network, self._answer, items)

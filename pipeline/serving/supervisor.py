@@ -57,7 +57,10 @@ class _Worker:
     def __init__(self, bundle: str, asked: Serving, listener: socket.socket) -> None:
         from pipeline.serving.worker import run_worker
 
-        context = multiprocessing.get_context("spawn")  # a fork would hand on threads' locks
+        # Workers are forked from a process that has loaded the libraries and nothing else: the next is there in a
+        # second, where it would load torch for several; and no thread's lock is handed on.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipeline.serving.worker", "stages.detection.torch_runtime"])
         self._said, said = context.Pipe(duplex=False)
         self._process = context.Process(target=run_worker, args=(bundle, asked, listener, said), name="serve")
         self._process.start()
