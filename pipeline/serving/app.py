@@ -25,7 +25,7 @@ from stages.inputs.images import ImageError, image_size
 
 Row = dict[str, Any]  # what is said of one image
 
-_AT_ONCE = 128  # requests whose bodies are in memory; others wait with theirs unread
+_AT_ONCE = 64  # requests whose bodies are in memory; others wait with theirs unread
 
 
 class _Asked(NamedTuple):
@@ -66,7 +66,7 @@ class _Service:
     def __init__(self, detector: Detector, asked: Serving) -> None:
         self._detector, self._asked = detector, asked
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        self.batches: Batches[_Asked, list[Row]] = Batches(self._answers, asked.batch)
+        self.batches: Batches[_Asked, Row] = Batches(self._answers, asked.batch)
 
     async def health(self, _request: Request) -> Response:
         """The worker does not listen before its detector has proved itself."""
@@ -103,7 +103,7 @@ class _Service:
                 )
                 return JSONResponse({"rows": rows})
             image = await image_of(request, body)
-            (row,) = await self.batches.ask(partial(self._prepare, image, nearest))
+            row = await self.batches.ask(partial(self._prepare, image, nearest))
             return JSONResponse(row)
 
     def _prepare(self, image: bytes, nearest: int) -> _Asked:
@@ -114,11 +114,11 @@ class _Service:
                 raise ImageError(f"too large: {width} × {height} pixels, {self._asked.max_pixels} are the most")
         return _Asked(self._detector.prepare(image), nearest)
 
-    def _answers(self, batch: Sequence[_Asked]) -> list[list[Row]]:
+    def _answers(self, batch: Sequence[_Asked]) -> list[Row]:
         """By the network's thread."""
         most = max(own.nearest for own in batch)
         rows = image_rows(self._detector.score_prepared(np.stack([own.pixels for own in batch]), most), most)
-        return [[_with_nearest(row, own.nearest)] for row, own in zip(rows, batch, strict=True)]
+        return [_with_nearest(row, own.nearest) for row, own in zip(rows, batch, strict=True)]
 
 
 async def _said(

@@ -10,6 +10,7 @@ from stages.machine import usable_cores
 
 Prepared = TypeVar("Prepared")
 Answer = TypeVar("Answer")
+Given = TypeVar("Given")
 
 _PATIENCE = 0.02  # seconds that a batch waits for images that are being decoded; one that is alone does not wait
 
@@ -31,13 +32,13 @@ class Batches(Generic[Prepared, Answer]):
         self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answer]]] = asyncio.Queue()
         self._coming = 0  # that are being prepared
 
-    async def prepared(self, prepare: Callable[[], Prepared]) -> Prepared:
+    async def prepared(self, function: Callable[[], Given]) -> Given:
         """What a function gives, by a thread of its own; raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, function)
 
-    async def alone(self, compute: Callable[[], Answer]) -> Answer:
+    async def alone(self, function: Callable[[], Given]) -> Given:
         """What a function gives, between two batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._network, compute)
+        return await asyncio.get_running_loop().run_in_executor(self._network, function)
 
     async def ask(self, prepare: Callable[[], Prepared]) -> Answer:
         """The answer to what a function gives; raises what it raises, or what the batch raises."""

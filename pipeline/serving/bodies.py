@@ -1,5 +1,6 @@
 """What stands in a request, within its limits: the bytes of one image, or features. Nothing of it touches a disk."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from stages.errors import InputError
 
 MOST_NEAREST = 100  # ID images that may be asked for
+_PIECE = 1 << 18  # bytes of a form that are searched at once
 
 
 class RefusedError(Exception):
@@ -56,14 +58,16 @@ async def image_of(request: Request, body: bytes) -> bytes:
         return body
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        for start in range(0, len(body), _PIECE):
+            yield body[start : start + _PIECE]
+            await asyncio.sleep(0)  # a large form is not searched at the cost of all others
 
     try:
         form = await _InMemory(request.headers, stream(), max_files=1, max_fields=8).parse()
     except MultiPartException as error:
         raise RefusedError(400, f"form: {error.message}") from error
     try:
-        files = [value for value in form.values() if isinstance(value, UploadFile)]
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:
             raise RefusedError(400, "form: no file in it; give one image, as curl -F image=@new.jpg does")
         return await files[0].read()

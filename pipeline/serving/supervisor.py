@@ -12,8 +12,11 @@ from multiprocessing.connection import wait
 from pipeline.deciding import Serving
 from pipeline.terminal import complain
 from stages.errors import InputError, StageError
+from stages.files.archive import is_archive
 
 _NEEDED = ("starlette", "uvicorn", "python_multipart")
+# Modules that are loaded once for all workers; the first sets the C library up before there is a thread.
+_LOADED = ["pipeline.__main__", "pipeline.serving.worker", "stages.detection.torch_runtime"]
 _SPARE = 5  # seconds beyond the timeout of requests that a worker has to end
 
 
@@ -30,6 +33,8 @@ def serve_bundle(bundle: str, asked: Serving) -> None:
         InputError: no detector; an address that cannot be had; the extra is not installed.
         StageError: a worker that was to replace another cannot start.
     """
+    if not is_archive(bundle):
+        raise InputError(f"{bundle}: no exported detector; make one with `python -m pipeline export`")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise InputError(f"serve needs {missing[0]}: pip install 'mofe-feature-cache[serve]'")
     with _bound(asked) as listener, _stop_asked() as stop:
@@ -60,7 +65,7 @@ class _Worker:
         # Workers are forked from a process that has loaded the libraries and nothing else: the next is there in a
         # second, where it would load torch for several; and no thread's lock is handed on.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipeline.serving.worker", "stages.detection.torch_runtime"])
+        context.set_forkserver_preload(_LOADED)
         self._said, said = context.Pipe(duplex=False)
         self._process = context.Process(target=run_worker, args=(bundle, asked, listener, said), name="serve")
         self._process.start()

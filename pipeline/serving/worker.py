@@ -2,7 +2,8 @@
 
 import signal
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import uvicorn
@@ -11,7 +12,7 @@ from pipeline.deciding import Serving
 from pipeline.serving.app import application
 from pipeline.terminal import explain
 from stages.detection.detector import Detector
-from stages.machine import end_with_parent, keep_freed_memory
+from stages.machine import end_with_parent
 
 _IDLE = 75  # seconds that a connection without a request is kept
 _SPARE = 2  # seconds beyond the timeout of a request that is in flight when the end is asked for
@@ -20,9 +21,10 @@ _SPARE = 2  # seconds beyond the timeout of a request that is in flight when the
 class _Server(uvicorn.Server):
     """uvicorn's, that is told to end by its parent alone."""
 
-    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
         """Neither take signals nor raise them again when all is done."""
-        return nullcontext()
+        yield
 
 
 def run_worker(bundle: str, asked: Serving, listener: socket.socket, said: Connection) -> None:
@@ -36,7 +38,6 @@ def run_worker(bundle: str, asked: Serving, listener: socket.socket, said: Conne
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     end_with_parent()
-    keep_freed_memory()
     try:
         app = application(Detector.load(bundle, asked.device), asked)
     except Exception as error:

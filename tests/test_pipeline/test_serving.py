@@ -1,19 +1,26 @@
-"""`serve`: a real server, asked over the loopback by one and by many, well and badly; killed, and ended."""
+"""`serve`: a real server, asked over the loopback by one and by many, well and badly; killed, and ended.
 
-import http.client
+The tests of one server stand in the order in which it lives; what needs a clock is asked of its application alone.
+"""
+
+import asyncio
 import io
 import json
+import shlex
+import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
+from pipeline.deciding import Serving
+from pipeline.serving.app import application
+from pipeline.serving.bodies import image_of
 from stages.config import ScoreConfig
 from stages.detection import Detector
 from stages.detection.deciding import DecidingDetector
@@ -21,10 +28,11 @@ from stages.detection.sources import BackboneSource
 from stages.export import GoldenSamples, export_detector
 from stages.inputs.images import decode_image
 from stages.train import train_probe
+from tests.test_docs.pages import page_with
 from tests.test_pipeline.command import refused
+from tests.test_pipeline.served import ROOT, Served
 
-ROOT = Path(__file__).parents[2]
-LIMITS = {"--max-bytes": 100_000, "--max-pixels": 10_000, "--timeout": 20}
+LIMITS = ("--max-bytes", 100_000, "--max-pixels", 2_200_000, "--timeout", 20)
 
 
 @pytest.fixture(scope="module")
@@ -47,51 +55,21 @@ def bundle(backbone, few, images, tmp_path_factory):
     return folder / "few.ood"
 
 
-class Server:
-    """The command in a process of its own, and what it is asked."""
-
-    def __init__(self, bundle, *options):
-        command = [sys.executable, "-m", "pipeline", "serve", bundle, "--port", "0", *options]
-        self.process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        self.said = self.process.stderr.readline()
-        self.host, port = self.said.partition("http://")[2].split(": ")[0].rsplit(":", 1)
-        self.port = int(port)
-
-    def ask(self, method, path, body=None, kind=None):
-        """Status and JSON."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
-        try:
-            connection.request(method, path, body, {"Content-Type": kind} if kind else {})
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
-
-    def score(self, image, path="/score"):
-        return self.ask("POST", path, image)
-
-    def worker(self):
-        (found,) = (own for each in psutil.Process(self.process.pid).children() for own in each.children())
-        return found
-
-    def end(self, number=signal.SIGTERM):
-        """Exit status, and what it has said since it was ready."""
-        self.process.send_signal(number)
-        with self.process:
-            return self.process.wait(60), self.process.stderr.read()
-
-
 @pytest.fixture(scope="module")
 def server(bundle):
-    server = Server(bundle, *(word for option in LIMITS.items() for word in option))
+    server = Served(bundle, *LIMITS)
     yield server
-    server.process.kill()
-    server.process.wait()
+    server.end(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def scored(bundle, images):
-    return Detector.load(bundle).score(images, nearest=3)
+def detector(bundle):
+    return Detector.load(bundle)
+
+
+@pytest.fixture(scope="module")
+def scored(detector, images):
+    return detector.score(images, nearest=3)
 
 
 def assert_is(answer, scored, row):
@@ -108,10 +86,13 @@ def form(name, content, boundary="b0undary"):
     return head + content + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
-def drawn(width, height, kind="PNG"):
+def drawn(width, height):
     with io.BytesIO() as file:
-        Image.new("RGB", (width, height)).save(file, kind)
+        Image.new("RGB", (width, height)).save(file, "PNG")
         return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------- what it says
 
 
 def test_it_says_of_an_image_what_the_detector_says(server, images, scored):
@@ -126,13 +107,12 @@ def test_it_says_of_an_image_what_the_detector_says(server, images, scored):
     assert [near["id"] for near in answer["nearest"]] == scored.nearest.ids[1].tolist()
 
 
-def test_features_are_rows(server, bundle, few):
-    own = {name: few.train.read(name)[:3] for name in ("cls",)}
-    status, answer = server.ask(
-        "POST", "/score", json.dumps({"features": own["cls"].tolist()}), "application/json; charset=utf-8"
-    )
+def test_features_are_rows(server, detector, few):
+    features = few.train.read("cls")[:3]
+    body = json.dumps({"features": features.tolist()})
+    status, answer = server.ask("POST", "/score", body, "application/json; charset=utf-8")
     assert status == 200
-    expected = Detector.load(bundle).score_features(own)
+    expected = detector.score_features(features)
     assert [row["score"] for row in answer["rows"]] == pytest.approx(expected.score.tolist(), abs=1e-5)
     assert [row["decision"] for row in answer["rows"]] == expected.decision.tolist()
 
@@ -145,7 +125,7 @@ def test_it_says_what_it_is(server):
     assert status == 200
     assert info["about"] == {"study": "few"}
     assert info["takes"] == {"images": True, "features": ["cls"]}
-    assert info["limits"] == {"bytes": 100_000, "pixels": 10_000, "seconds": 20}
+    assert info["limits"] == {"bytes": 100_000, "pixels": 2_200_000, "seconds": 20}
 
 
 JSON = "application/json"
@@ -153,12 +133,12 @@ BAD = {
     "nothing": (b"", None, 400, "empty file"),
     "text": (b"no image", None, 400, "not an image"),
     "truncated": (drawn(90, 90)[:60], None, 400, "truncated"),
-    "too many pixels": (drawn(101, 100), None, 400, "too large: 101 × 100 pixels, 10000 are the most"),
+    "too many pixels": (drawn(2201, 1000), None, 400, "too large: 2201 × 1000 pixels, 2200000 are the most"),
     "too many bytes": (bytes(100_001), None, 413, "too large: 100000 bytes are the most"),
-    "chunks without end": ((bytes(1000) for _ in range(102)), None, 413, "too large: 100000 bytes are the most"),
-    "a form of text": (form("a", b"no image")[0], "multipart/form-data; boundary=b0undary", 400, "not an image"),
+    "chunks without end": ([bytes(1000)] * 102, None, 413, "too large: 100000 bytes are the most"),
+    "a form of text": (*form("a", b"no image"), 400, "not an image"),
     "a form without a boundary": (b"abc", "multipart/form-data", 400, "form: Missing boundary"),
-    "half a form": (form("a", b"abc")[0][:40], "multipart/form-data; boundary=b0undary", 400, "form: no file in it"),
+    "half a form": (form("a", b"abc")[0][:40], form("a", b"")[1], 400, "form: no file in it"),
     "damaged JSON": (b"{", JSON, 400, "no JSON"),
     "JSON without end": (b"[" * 90_000, JSON, 400, "no JSON"),
     "other JSON": (b"[1]", JSON, 400, 'no features: give {"features"'),
@@ -186,6 +166,37 @@ def test_what_is_asked_wrongly_is_told_why(server, images):
     assert (status, answer["error"]) == (404, "Not Found: POST /score, GET /info and GET /healthz are answered")
 
 
+# ----------------------------------------------------------------------------------------------------- as documents say
+
+
+def told(line):
+    """What comes after ``python -m pipeline`` in what make would run."""
+    make = ["env", "-i", shutil.which("make"), "--dry-run", "--no-print-directory", "FAISS=cpu"]
+    shown = subprocess.run([*make, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, last = shown.stdout.splitlines()
+    return shlex.split(last.partition(" -m pipeline ")[2])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_it_is_shipped_in_the_five_commands_of_the_readme(server):
+    """Demo and export are run in test_demo.py; the server here has another port, and another detector."""
+    lines = page_with("ship it").code("ship it").splitlines()
+    demo, export, info, serve, ask = (line.partition("  #")[0] for line in lines)
+    assert told(demo) == ["run", "pipeline/experiments/demo.toml", "--set", "work=runs/demo"]
+    assert told(export) == ["export", "pipeline/experiments/demo.toml", "-o", "demo.ood"]
+    assert told(info) == ["info", "demo.ood"]
+    assert told(serve) == ["serve", "demo.ood"]
+    assert f"{Serving.host}:{Serving.port}" in ask
+    here = ask.replace(f"{Serving.host}:{Serving.port}", f"{server.host}:{server.port}")
+    shown = subprocess.run([*shlex.split(here), "--silent"], cwd=ROOT, capture_output=True, text=True, check=True)
+    answer = json.loads(shown.stdout)
+    assert answer["decision"] in ("ID", "OOD", "unknown")
+    assert len(answer["nearest"]) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- many, and long
+
+
 def test_many_at_once_are_answered_each_with_its_own(server, images, scored):
     """Good and bad images in one batch; memory does not grow."""
 
@@ -205,20 +216,9 @@ def test_many_at_once_are_answered_each_with_its_own(server, images, scored):
     assert server.worker().memory_info().rss < before + (20 << 20)
 
 
-def test_no_upload_is_kept(server, images):
-    """Of a form that Starlette would put in a temporary file."""
-    read = Path(f"/proc/{server.worker().pid}/io")
-    if not read.exists():
-        pytest.skip("no /proc here")
-    written = int(dict(line.split(": ") for line in read.read_text().splitlines())["write_bytes"])
-    for _ in range(3):
-        server.ask("POST", "/score", *form("new.png", images[0] + bytes(90_000)))
-    assert int(dict(line.split(": ") for line in read.read_text().splitlines())["write_bytes"]) == written
-
-
-def test_mistakes_are_said_before_it_answers(bundle, server, tmp_path):
-    assert "give another" in refused("serve", bundle, "--port", server.port)
-    assert "no such file" in refused("serve", tmp_path / "no.ood", "--port", 0).lower()
+def test_a_port_that_is_taken_and_a_file_that_is_none_are_said_before_work(bundle, server, tmp_path):
+    assert refused("serve", bundle, "--port", server.port).endswith(": Address already in use: give another")
+    assert "no exported detector" in refused("serve", tmp_path / "no.ood")
 
 
 def test_a_worker_that_dies_is_replaced(server, images, scored):
@@ -232,7 +232,7 @@ def test_a_worker_that_dies_is_replaced(server, images, scored):
 
 
 def test_the_end_waits_for_requests(server, images):
-    """The last test, since nobody answers any more; and nothing else was said of all that was asked."""
+    """And nothing else was said of all that was asked."""
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(server.score, images[row]) for row in range(8)]
         time.sleep(0.05)  # until they are on their way
@@ -240,3 +240,42 @@ def test_the_end_waits_for_requests(server, images):
     assert status == 0
     assert said == "serve: the worker died (SIGKILL); another takes its place\n"
     assert [each.result()[0] for each in asked] == [200] * 8
+
+
+# --------------------------------------------------------------------------------------------------- what needs a clock
+
+
+def asked_alone(detector, pieces, **limits):
+    """Status and JSON of the application where its batches do not run; the body is never whole unless its last is."""
+    sent, pieces = [], list(pieces)
+
+    async def receive():
+        if not pieces:
+            await asyncio.sleep(60)
+        body, more = pieces.pop(0)
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": []}
+    asyncio.run(application(detector, Serving(**limits))(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(detector):
+    status, answer = asked_alone(detector, [(b"\x89PNG", True)], timeout=0.05)
+    assert (status, answer) == (408, {"error": "the body did not come in time"})
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(detector, images):
+    status, answer = asked_alone(detector, [(images[0], False)], timeout=0.2)
+    assert (status, answer) == (503, {"error": "no answer within 0.2 s"})
+
+
+def test_no_upload_is_kept(monkeypatch, tmp_path):
+    """Of a form so large that Starlette would put it into a temporary file, for which there is no folder here."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    body, kind = form("new.png", bytes(3 << 20))
+    request = Request({"type": "http", "headers": [(b"content-type", kind.encode())]})
+    assert asyncio.run(image_of(request, body)) == bytes(3 << 20)

@@ -1,0 +1,64 @@
+"""A served detector in a process of its own, and what it is asked."""
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+
+
+class Served:
+    """``python -m pipeline serve BUNDLE --port 0 OPTIONS``, once it answers.
+
+    Attributes:
+        said: its first line, on standard error.
+        host, port: where it answers.
+    """
+
+    def __init__(self, bundle: Path, *options: object) -> None:
+        command = [sys.executable, "-m", "pipeline", "serve", bundle, "--port", 0, *options]
+        self._process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        self.said = self._process.stderr.readline()
+        self.host, port = self.said.partition("http://")[2].split(": ")[0].rsplit(":", 1)
+        self.port = int(port)
+
+    def connection(self) -> http.client.HTTPConnection:
+        """One that is kept for several requests."""
+        return http.client.HTTPConnection(self.host, self.port, timeout=60)
+
+    def ask(
+        self, method: str, path: str, body: bytes | str | Iterable[bytes] | None = None, kind: str | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON, by a connection of its own."""
+        connection = self.connection()
+        try:
+            connection.request(method, path, body, {"Content-Type": kind} if kind else {})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def score(self, image: bytes, path: str = "/score") -> tuple[int, Any]:
+        """What it says of an image."""
+        return self.ask("POST", path, image)
+
+    def worker(self) -> psutil.Process:
+        """The process that answers: workers are forked from the one child that has loaded the libraries."""
+        (found,) = (own for each in psutil.Process(self._process.pid).children() for own in each.children())
+        return found
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Exit status, and what it has said since its first line."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        with self._process:
+            assert self._process.stderr is not None
+            return self._process.wait(60), self._process.stderr.read()
