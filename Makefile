@@ -10,11 +10,11 @@ FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
 # Stages of a study: a module each, and a line in the list, which says what it does.
 STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_of_study/*.py))))
-VERBS := run predict export verify info
+VERBS := run predict export serve verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch check-gpu clean
+	bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -45,6 +45,7 @@ pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=f
 run: $(READY) ## Every stage that is not fresh (EXPERIMENT=file.toml ARGS="--set …", as for each of them)
 predict: $(READY) ## Score new images: ARGS="image.jpg …"
 export: $(READY) ## The detector as one file: ARGS="-o pets.ood"
+serve: $(READY) ## An exported detector over HTTP: EXPERIMENT=pets.ood ARGS="--port 8000"
 verify: $(READY) ## Check every byte of the caches
 info: $(READY) ## Show caches and models at a glance
 $(STAGES): $(READY)
@@ -61,7 +62,7 @@ lint: $(READY) ## Check style and types; changes nothing
 	@# What Linux alone has must not be called unguarded.
 	$(BIN)/mypy --platform darwin
 
-bench: bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch ## Measure every stage against its limit (some minutes; not a test)
+bench: bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
 bench-decode: $(READY) ## The decoder alone, by threads and processes (ARGS=--ways, ARGS="--difference SOURCE")
 bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
@@ -71,7 +72,8 @@ bench-score: $(READY) ## All scores and metrics of 100,000 rows
 bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
-bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch:
+bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
+bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers

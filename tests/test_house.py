@@ -49,10 +49,12 @@ DOORS = {
     "datasets": ("stages.inputs.images.huggingface",),
     "onnx": ("stages.detection.graph",),
     "onnxruntime": ("stages.detection.onnx_runtime",),
+    "starlette": ("pipeline.serving",),
+    "uvicorn": ("pipeline.serving.worker",),
 }
 CLOSED = {  # what a package may never import
     "cache": {"torch", "torchvision", "timm", "sklearn", "scipy", "PIL", "pydantic", "rich", "datasets"},
-    "stages": {"click", "rich", "tqdm", "dask", "distributed"},
+    "stages": {"click", "rich", "tqdm", "dask", "distributed", "starlette", "uvicorn"},
 }
 
 BY_STRING = {"pipeline.stages_of_study", "stages.scorers"}  # import modules of their own when one is asked for
@@ -205,6 +207,7 @@ def test_modules_are_imported_by_name_only():
         ("stages.networks.backbone", ("h5py", "pyarrow", "sklearn", "matplotlib")),
         ("stages.score", ("timm", "torchvision", "huggingface_hub", "matplotlib")),
         ("pipeline.stages_of_study.score", ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib")),
+        ("pipeline.serving.supervisor", ("torch", "timm", "starlette", "uvicorn", "h5py", "pyarrow", "sklearn")),
         ("pipeline.cli", ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow")),
     ],
 )

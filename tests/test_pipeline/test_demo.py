@@ -19,6 +19,7 @@ from cache import FeatureCache
 from pipeline.config import RunOptions, load_config
 from pipeline.sources import sources_to_score
 from pipeline.workspace import Workspace
+from stages.detection import Detector
 from stages.detection.factory import DetectorFactory
 from stages.detection.refined import RefinedFeatures
 from stages.inputs.images import decode_image, list_images
@@ -589,6 +590,14 @@ def test_info(demo, verb):
     assert "photos: 154 rows + 0 failures = 154 inputs, 2 classes" in one
     assert "tf_efficientnet_lite0 at 112 px" in one
     assert "cls [n, 1280], tap_cls [n, 192], patches [n, 16, 192] as float16" in one
+
+
+def test_it_is_exported_as_the_readme_says(verb, tmp_path):
+    """What is served of it: test_serving.py."""
+    done("export", *verb, "-o", tmp_path / "demo.ood")
+    assert "study      demo: knn+energy by head refit, " in done("info", tmp_path / "demo.ood").out
+    screen = ROOT / "pipeline" / "experiments" / "demo-report.png"
+    assert Detector.load(tmp_path / "demo.ood").score(screen, nearest=3).nearest.ids.shape == (1, 3)
 
 
 # ----------------------------------------------------------------------------------------------------- the documents

@@ -25,7 +25,7 @@ TARGETS = [
     "bench",
     "clean",
 ]
-VERBS = ["extract", "train", "finetune", "score", "report", "run", "predict", "export", "verify", "info"]
+VERBS = ["extract", "train", "finetune", "score", "report", "run", "predict", "export", "serve", "verify", "info"]
 
 
 @pytest.fixture

@@ -1,0 +1,148 @@
+"""How near a served detector comes to `Detector` in process, and whether it loses a request. ``make bench-serve``.
+
+On the loopback alone, clients on the same cores. The same JPEG files of 500 x 375 pixels in turn: `Detector.score` in
+this process, while the server waits; and HTTP, a connection a client, while this process only asks. Then good and bad
+requests, each of which has one right status, and the memory of the process that answers after each round.
+"""
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from rich.console import Console
+
+import pipeline.__main__  # noqa: F401  the process is set up as the command line sets it up
+from pipeline.deciding import Serving
+from stages.detection import Detector
+from tests.bench.bench_extract import write_jpegs
+from tests.bench.timing import RUNS, in_turn, rates, row
+from tests.test_pipeline.command import done
+from tests.test_pipeline.served import Served
+from tests.test_pipeline.tiny import STUDY, draw
+
+ROUNDS = 2
+
+
+class Request(NamedTuple):
+    """What is posted, and the status that is right."""
+
+    body: bytes
+    kind: str
+    status: int
+
+
+def main() -> None:
+    """Measure and print; exits 1 where a request was lost or answered otherwise."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--bundle", type=Path, metavar="FILE.ood", help="a detector of images; by default a small one")
+    parser.add_argument("--images", type=int, default=384, help="of the comparison")
+    parser.add_argument("--clients", type=int, default=32, help="that ask at once")
+    parser.add_argument("--requests", type=int, default=1000, help="good and bad ones, in each of two rounds")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        bundle = given.bundle or small_bundle(folder)
+        write_jpegs(folder / "jpeg", given.images)
+        images = [path.read_bytes() for path in sorted((folder / "jpeg").iterdir())]
+        server = Served(bundle)
+        try:
+            compare(server, Detector.load(bundle), images, given.clients)
+            wrong = mixed_rounds(server, images, given.requests, given.clients)
+        finally:
+            server.end()
+    sys.exit(1 if wrong else 0)
+
+
+def small_bundle(folder: Path) -> Path:
+    """A detector of digits by EfficientNet-Lite0 at 224 px, with two experts."""
+    draw(folder / "images" / "train", "sklearn:digits[0-2]/train", 24)
+    draw(folder / "images" / "test", "sklearn:digits[0-2]/test", 8)
+    draw(folder / "images" / "threes", "sklearn:digits[3]/test", 6, nested=False)
+    draw(folder / "images" / "photos", "sklearn:photos", 4)
+    text = STUDY.replace("photos.tar", "photos").replace("image_size = 32", "image_size = 224")
+    (folder / "small.toml").write_text(text)
+    for verb in ("extract", "train", "score"):
+        done(verb, folder / "small.toml")
+    done("export", folder / "small.toml", "-o", folder / "small.ood")
+    return folder / "small.ood"
+
+
+def compare(server: Served, detector: Detector, images: Sequence[bytes], clients: int) -> None:
+    """Rates of the same images, in process and over HTTP."""
+    requests = [Request(image, "image/jpeg", 200) for image in images]
+    table = rates(f"median of {RUNS} runs each, in turn; {len(images)} JPEG files, {clients} clients")
+    limit, ours = in_turn(len(images), lambda: detector.score(images), lambda: answers(server, requests, clients))
+    row(table, "Detector in process, served", "images/s", limit, ours)
+    Console().print(table)
+
+
+def answers(server: Served, requests: Sequence[Request], clients: int) -> list[int]:
+    """Status of each, in order; 0 where there was no answer, or one that is no JSON."""
+
+    def ask(own: Sequence[Request]) -> list[int]:
+        connection = server.connection()
+        found = []
+        for request in own:
+            try:
+                connection.request("POST", "/score", request.body, {"Content-Type": request.kind})
+                response = connection.getresponse()
+                json.loads(response.read())
+                found.append(response.status)
+            except (OSError, ValueError) as error:
+                print(f"lost: {type(error).__name__}: {error}")
+                connection.close()
+                found.append(0)
+        connection.close()
+        return found
+
+    with ThreadPoolExecutor(clients) as pool:
+        shares = list(pool.map(ask, [requests[client::clients] for client in range(clients)]))
+    statuses = [0] * len(requests)
+    for client, share in enumerate(shares):
+        statuses[client::clients] = share
+    return statuses
+
+
+def mixed_requests(images: Sequence[bytes], n: int) -> list[Request]:
+    """Half of them good, the other half of every bad kind."""
+    with io.BytesIO() as file:
+        Image.new("L", (Serving.max_pixels // 5000 + 1, 5000)).save(file, "PNG")
+        large = file.getvalue()
+    binary, json_ = "application/octet-stream", "application/json"
+    bad = [
+        Request(b"", binary, 400),
+        Request(b"no image", binary, 400),
+        Request(images[0][: len(images[0]) // 2], binary, 400),
+        Request(large, binary, 400),
+        Request(bytes(Serving.max_bytes + 1), binary, 413),
+        Request(b"{", json_, 400),
+        Request(b'{"features": [[1, 2]]}', json_, 400),
+        Request(b"--x\r\n", "multipart/form-data; boundary=x", 400),
+    ]
+    good = [Request(image, binary, 200) for image in images]
+    return [bad[k // 2 % len(bad)] if k % 2 else good[k // 2 % len(good)] for k in range(n)]
+
+
+def mixed_rounds(server: Served, images: Sequence[bytes], n: int, clients: int) -> int:
+    """Ask them all, some rounds; how many were lost, or answered by another status than the right one."""
+    requests, wrong = mixed_requests(images, n), 0
+    for number in range(ROUNDS):
+        found = answers(server, requests, clients)
+        others = sum(status != request.status for status, request in zip(found, requests, strict=True))
+        counted = ", ".join(f"{count} x {status}" for status, count in sorted(Counter(found).items()))
+        memory = server.worker().memory_info().rss / 2**20
+        print(f"round {number + 1}: {counted}; {found.count(0)} lost, {others} not as they should be; {memory:.0f} MiB")
+        wrong += others
+    return wrong
+
+
+if __name__ == "__main__":
+    main()
