@@ -12,13 +12,16 @@ Prepared = TypeVar("Prepared")
 Answer = TypeVar("Answer")
 Given = TypeVar("Given")
 
-_PATIENCE = 0.02  # seconds that a batch waits for images that are being decoded; one that is alone does not wait
+# Seconds that a batch waits for images that are being decoded, at most; one that is alone does not wait. On a CPU a
+# pass that is not full costs as much as a full one, and decoding has the cores meanwhile.
+_PATIENCE = 0.15
 
 
 class Batches(Generic[Prepared, Answer]):
     """Gathers what several ask, for one function that answers many at once.
 
-    While one batch runs, the next gathers: no request waits for a clock. All methods are of one event loop.
+    While one batch runs, the next gathers; it goes once nothing more is being prepared. All methods are of one event
+    loop.
 
     Args:
         answer: of each item of a batch, in its order; called by one thread.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.inputs.images import ImageError, decode_image, list_images
+from stages.inputs.images import ImageError, decode_image, image_size, list_images
 
 ORIENTATION = 0x0112
 RAMP = np.arange(0, 256, 4, np.uint8).reshape(8, 8)  # no symmetry, so that every wrong turn shows
@@ -37,6 +37,20 @@ def png(color_type, depth, rows, *chunks, width=2, height=1):
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
     )
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG"])
+def test_the_size_is_known_before_anything_is_decoded(form):
+    data = encode(Image.new("RGB", (300, 200)), form)
+    assert image_size(data) == (300, 200)
+
+
+def test_the_size_is_what_the_file_says():
+    assert image_size(png(0, 8, [b"\0"], width=10_000, height=9_000)) == (10_000, 9_000)
+    bomb = png(0, 8, [b"\0"], width=100_000, height=50_000)
+    for data, reason in ((b"", "empty file"), (b"no image", "not an image"), (bomb, "too large")):
+        with pytest.raises(ImageError, match=reason):
+            image_size(data)
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP"])
