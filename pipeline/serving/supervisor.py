@@ -1,9 +1,10 @@
-"""`serve` as a command: it holds the socket and watches over the process that answers. It loads nothing heavy."""
+"""`serve` as a command: it holds the socket and watches over the process that answers. Importing it is light."""
 
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -15,8 +16,6 @@ from stages.errors import InputError, StageError
 from stages.files.archive import is_archive
 
 _NEEDED = ("starlette", "uvicorn", "python_multipart")
-# Modules that are loaded once for all workers; the first sets the C library up before there is a thread.
-_LOADED = ["pipeline.__main__", "pipeline.serving.worker", "stages.detection.torch_runtime"]
 _SPARE = 5  # seconds beyond the timeout of requests that a worker has to end
 
 
@@ -60,12 +59,12 @@ class _Worker:
     """The process that answers, from its start on."""
 
     def __init__(self, bundle: str, asked: Serving, listener: socket.socket) -> None:
+        # This process loads the libraries, and uses none of them: it has no threads, and a worker that is forked from
+        # it is there in a second, where it would load torch for several. Elsewhere forks are not safe even so.
+        import stages.detection.torch_runtime  # noqa: F401
         from pipeline.serving.worker import run_worker
 
-        # Workers are forked from a process that has loaded the libraries and nothing else: the next is there in a
-        # second, where it would load torch for several; and no thread's lock is handed on.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LOADED)
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._said, said = context.Pipe(duplex=False)
         self._process = context.Process(target=run_worker, args=(bundle, asked, listener, said), name="serve")
         self._process.start()

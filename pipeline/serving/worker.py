@@ -12,7 +12,7 @@ from pipeline.deciding import Serving
 from pipeline.serving.app import application
 from pipeline.terminal import explain
 from stages.detection.detector import Detector
-from stages.machine import end_with_parent
+from stages.machine import end_with_parent, keep_freed_memory
 
 _IDLE = 75  # seconds that a connection without a request is kept
 _SPARE = 2  # seconds beyond the timeout of a request that is in flight when the end is asked for
@@ -37,7 +37,9 @@ def run_worker(bundle: str, asked: Serving, listener: socket.socket, said: Conne
         said: is sent None once it answers, or `explain` of what is wrong.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is in flight yet
     end_with_parent()
+    keep_freed_memory()
     try:
         app = application(Detector.load(bundle, asked.device), asked)
     except Exception as error:

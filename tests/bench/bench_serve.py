@@ -8,6 +8,7 @@ requests, each of which has one right status, and the memory of the process that
 import argparse
 import io
 import json
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -57,7 +58,8 @@ def main() -> None:
             compare(server, Detector.load(bundle), images, given.clients)
             wrong = mixed_rounds(server, images, given.requests, given.clients)
         finally:
-            server.end()
+            server.tell(signal.SIGTERM)
+            server.finish()
     sys.exit(1 if wrong else 0)
 
 

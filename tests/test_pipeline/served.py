@@ -51,14 +51,23 @@ class Served:
         return self.ask("POST", path, image)
 
     def worker(self) -> psutil.Process:
-        """The process that answers: workers are forked from the one child that has loaded the libraries."""
-        (found,) = (own for each in psutil.Process(self._process.pid).children() for own in each.children())
+        """The process that answers."""
+        (found,) = psutil.Process(self._process.pid).children()
         return found
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+    def tell(self, number: signal.Signals) -> None:
+        """A signal to the command."""
+        self._process.send_signal(number)
+
+    def finish(self) -> tuple[int, str]:
         """Exit status, and what it has said since its first line."""
-        if self._process.poll() is None:
-            self._process.send_signal(number)
+        assert self._process.stderr is not None
         with self._process:
-            assert self._process.stderr is not None
             return self._process.wait(60), self._process.stderr.read()
+
+    def kill(self) -> None:
+        """End it, if it has not ended; its worker ends with it."""
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()

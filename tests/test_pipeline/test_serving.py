@@ -9,9 +9,9 @@ import json
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -32,7 +32,7 @@ from tests.test_docs.pages import page_with
 from tests.test_pipeline.command import refused
 from tests.test_pipeline.served import ROOT, Served
 
-LIMITS = ("--max-bytes", 100_000, "--max-pixels", 2_200_000, "--timeout", 20)
+LIMITS = ("--max-bytes", 200_000, "--max-pixels", 4_000_000, "--timeout", 20)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def bundle(backbone, few, images, tmp_path_factory):
 def server(bundle):
     server = Served(bundle, *LIMITS)
     yield server
-    server.end(signal.SIGKILL)
+    server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_it_says_what_it_is(server):
     assert status == 200
     assert info["about"] == {"study": "few"}
     assert info["takes"] == {"images": True, "features": ["cls"]}
-    assert info["limits"] == {"bytes": 100_000, "pixels": 2_200_000, "seconds": 20}
+    assert info["limits"] == {"bytes": 200_000, "pixels": 4_000_000, "seconds": 20}
 
 
 JSON = "application/json"
@@ -133,9 +133,9 @@ BAD = {
     "nothing": (b"", None, 400, "empty file"),
     "text": (b"no image", None, 400, "not an image"),
     "truncated": (drawn(90, 90)[:60], None, 400, "truncated"),
-    "too many pixels": (drawn(2201, 1000), None, 400, "too large: 2201 × 1000 pixels, 2200000 are the most"),
-    "too many bytes": (bytes(100_001), None, 413, "too large: 100000 bytes are the most"),
-    "chunks without end": ([bytes(1000)] * 102, None, 413, "too large: 100000 bytes are the most"),
+    "too many pixels": (drawn(4001, 1000), None, 400, "too large: 4001 × 1000 pixels, 4000000 are the most"),
+    "too many bytes": (bytes(200_001), None, 413, "too large: 200000 bytes are the most"),
+    "chunks without end": ([bytes(1000)] * 202, None, 413, "too large: 200000 bytes are the most"),
     "a form of text": (*form("a", b"no image"), 400, "not an image"),
     "a form without a boundary": (b"abc", "multipart/form-data", 400, "form: Missing boundary"),
     "half a form": (form("a", b"abc")[0][:40], form("a", b"")[1], 400, "form: no file in it"),
@@ -231,15 +231,22 @@ def test_a_worker_that_dies_is_replaced(server, images, scored):
     assert server.worker().pid != first.pid
 
 
-def test_the_end_waits_for_requests(server, images):
+def test_the_end_waits_for_requests(server, images, scored):
     """And nothing else was said of all that was asked."""
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(server.score, images[row]) for row in range(8)]
-        time.sleep(0.05)  # until they are on their way
-        status, said = server.end(signal.SIGINT)
-    assert status == 0
-    assert said == "serve: the worker died (SIGKILL); another takes its place\n"
-    assert [each.result()[0] for each in asked] == [200] * 8
+    head = f"POST /score HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nContent-Length: {len(images[0])}\r\n\r\n"
+    with socket.create_connection((server.host, server.port), 60) as client:
+        client.sendall(head.encode())
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"  # it is at work on it
+        server.tell(signal.SIGINT)
+        with pytest.raises(ConnectionRefusedError):
+            while True:
+                socket.create_connection((server.host, server.port), 60).close()
+        client.sendall(images[0])
+        with client.makefile("rb") as answered:
+            status, _, answer = answered.read().partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert_is(json.loads(answer), scored, 0)
+    assert server.finish() == (0, "serve: the worker died (SIGKILL); another takes its place\n")
 
 
 # --------------------------------------------------------------------------------------------------- what needs a clock
