@@ -3,6 +3,7 @@
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -58,6 +59,14 @@ class Served:
     def tell(self, number: signal.Signals) -> None:
         """A signal to the command."""
         self._process.send_signal(number)
+
+    def takes_connections(self) -> bool:
+        """Whether anybody listens still."""
+        try:
+            socket.create_connection((self.host, self.port), 60).close()
+        except OSError:
+            return False
+        return True
 
     def finish(self) -> tuple[int, str]:
         """Exit status, and what it has said since its first line."""
