@@ -26,6 +26,7 @@ from stages.inputs.images import ImageError, image_size
 Row = dict[str, Any]  # what is said of one image
 
 _AT_ONCE = 64  # requests whose bodies are in memory; others wait with theirs unread
+_MOST_SAID = 300  # characters of a reason
 
 
 class _Asked(NamedTuple):
@@ -143,8 +144,10 @@ async def _said(
 
 
 def _error(status: int, reason: str) -> Response:
+    # A reason may quote what was sent, which may be long, or no text that UTF-8 knows.
+    said = reason[:_MOST_SAID].encode("utf-8", "replace").decode()
     # A body that comes too slowly would go on to come.
-    return JSONResponse({"error": reason}, status, headers={"connection": "close"} if status == 408 else None)
+    return JSONResponse({"error": said}, status, headers={"connection": "close"} if status == 408 else None)
 
 
 def image_rows(found: ImageScores, nearest: int) -> list[Row]:

@@ -147,6 +147,8 @@ BAD = {
     "features of no shape": (b'{"features": [[1], [1, 2]]}', JSON, 400, "features: cls is no array of numbers"),
     "features of words": (b'{"features": {"cls": {}}}', JSON, 400, "features: cls is no array of numbers"),
     "features that are not finite": (b'{"features": [[' + b"NaN," * 1279 + b"1]]}", JSON, 400, "no finite"),
+    "names that are no text": (b'{"features": {"cls": [], "\\ud800": []}}', JSON, 400, "features: ? is none of"),
+    "a name without end": (b'{"features": {"' + b"x" * 90_000 + b'": []}}', JSON, 400, "features: cls is missing"),
     "unknown features": (b'{"features": {"cls": [], "x": []}}', JSON, 400, "features: x is none of"),
 }
 

@@ -1,0 +1,48 @@
+"""Many ask one at a time, and are answered together."""
+
+import asyncio
+
+import pytest
+
+from pipeline.serving.batches import Batches
+
+
+def together(answer, most, *prepare):
+    """What comes of each of those that ask at once: an answer, or an error."""
+
+    async def crowd():
+        batches = Batches(answer, most)
+        running = asyncio.create_task(batches.run())
+        try:
+            return await asyncio.gather(*map(batches.ask, prepare), return_exceptions=True)
+        finally:
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+
+    return asyncio.run(crowd())
+
+
+def test_each_has_its_own_answer_in_batches_of_the_most_at_most():
+    sizes = []
+
+    def doubled(items):
+        sizes.append(len(items))
+        return [2 * item for item in items]
+
+    found = together(doubled, 8, *(lambda number=number: number for number in range(100)))
+    assert found == [2 * number for number in range(100)]
+    assert max(sizes) == 8
+    assert sum(sizes) == 100
+
+
+def test_what_cannot_be_prepared_is_its_askers_alone():
+    found = together(lambda items: [1 / item for item in items], 8, lambda: 4, lambda: 1 / 0, lambda: 2)
+    assert found[::2] == [0.25, 0.5]
+    assert isinstance(found[1], ZeroDivisionError)
+
+
+def test_a_batch_that_fails_is_told_to_all_in_it_and_the_next_goes_on():
+    found = together(lambda items: [1 / item for item in items], 1, lambda: 4, lambda: 0, lambda: 2)
+    assert found[::2] == [0.25, 0.5]
+    assert isinstance(found[1], ZeroDivisionError)
