@@ -1,6 +1,5 @@
 """`serve` as a command: it holds the socket and watches over the process that answers. Importing it is light."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -8,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from multiprocessing import get_context
 from multiprocessing.connection import wait
+from typing import Any
 
 from pipeline.deciding import Serving
 from pipeline.terminal import complain
@@ -64,7 +65,7 @@ class _Worker:
         import stages.detection.torch_runtime  # noqa: F401
         from pipeline.serving.worker import run_worker
 
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        context: Any = get_context("fork" if sys.platform == "linux" else "spawn")
         self._said, said = context.Pipe(duplex=False)
         self._process = context.Process(target=run_worker, args=(bundle, asked, listener, said), name="serve")
         self._process.start()

@@ -55,7 +55,7 @@ def main() -> None:
         images = [path.read_bytes() for path in sorted((folder / "jpeg").iterdir())]
         server = Served(bundle)
         try:
-            compare(server, Detector.load(bundle), images, given.clients)
+            compare(server, Detector.load(bundle, device="auto"), images, given.clients)
             wrong = mixed_rounds(server, images, given.requests, given.clients)
         finally:
             server.tell(signal.SIGTERM)
