@@ -4,11 +4,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pipeline.deciding import Serving
@@ -16,7 +16,6 @@ from pipeline.terminal import complain
 from stages.errors import InputError, StageError
 from stages.files.archive import is_archive
 
-_NEEDED = ("starlette", "uvicorn", "python_multipart")
 _SPARE = 5  # seconds beyond the timeout of requests that a worker has to end
 
 
@@ -35,12 +34,14 @@ def serve_bundle(bundle: str, asked: Serving) -> None:
     """
     if not is_archive(bundle):
         raise InputError(f"{bundle}: no exported detector; make one with `python -m pipeline export`")
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise InputError(f"serve needs {missing[0]}: pip install 'mofe-feature-cache[serve]'")
+    try:
+        from pipeline.serving.worker import run_worker
+    except ImportError as error:
+        raise InputError(f"serve needs {error.name}: pip install 'mofe-feature-cache[serve]'") from error
     with _bound(asked) as listener, _stop_asked() as stop:
         begun = False
         while True:
-            worker = _Worker(bundle, asked, listener)
+            worker = _Worker(partial(run_worker, bundle, asked, listener))
             try:
                 if not worker.is_ready(stop):
                     return
@@ -57,17 +58,20 @@ def serve_bundle(bundle: str, asked: Serving) -> None:
 
 
 class _Worker:
-    """The process that answers, from its start on."""
+    """The process that answers, from its start on.
 
-    def __init__(self, bundle: str, asked: Serving, listener: socket.socket) -> None:
+    Args:
+        run: what it does, given where to say that it is ready.
+    """
+
+    def __init__(self, run: Callable[[Connection], None]) -> None:
         # This process loads the libraries, and uses none of them: it has no threads, and a worker that is forked from
         # it is there in a second, where it would load torch for several. Elsewhere forks are not safe even so.
         import stages.detection.torch_runtime  # noqa: F401
-        from pipeline.serving.worker import run_worker
 
         context: Any = get_context("fork" if sys.platform == "linux" else "spawn")
         self._said, said = context.Pipe(duplex=False)
-        self._process = context.Process(target=run_worker, args=(bundle, asked, listener, said), name="serve")
+        self._process = context.Process(target=run, args=(said,), name="serve")
         self._process.start()
         said.close()
 
