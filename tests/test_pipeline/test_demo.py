@@ -470,15 +470,16 @@ def test_predict(demo, verb, new_images):
     lines = list(csv.DictReader(io.StringIO(answer.out)))
     naming = ["path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert"]
     nearest = ["nearest_1", "distance_1", "nearest_2", "distance_2", "nearest_3", "distance_3"]
-    assert list(lines[0]) == naming + nearest
+    assert list(lines[0]) == [*naming, *nearest, "p_value"]
     assert all(line["nearest_1"].startswith("5/") for line in lines[:2])
     assert all(float(line["distance_1"]) <= float(line["distance_2"]) <= float(line["distance_3"]) for line in lines)
     assert float(lines[2]["distance_1"]) > float(lines[0]["distance_3"])
     assert [line["path"] for line in lines] == [str(paths[0]), str(paths[2]), str(paths[3])]
     assert [line["decision"] for line in lines] == ["ID", "ID", "OOD"]
     assert [line["prediction"] for line in lines[:2]] == ["5", "5"]
-    assert answer.err.startswith(f"{paths[1]}: cannot be used: ")
-    assert answer.err.count("\n") == 1
+    unusable, promise = answer.err.splitlines()
+    assert unusable.startswith(f"{paths[1]}: cannot be used: ")
+    assert promise.startswith("the threshold: of 100 ID images about ")
     # What the table was made of: the same image, the same score.
     found = samples(demo, "pretrained-mofe-refit-default-0-predicted")
     row = next(i for i, name in enumerate(found["id"]) if name == id_ and found["set"][i] == "digits-test")
