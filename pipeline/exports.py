@@ -33,9 +33,9 @@ from stages.extraction.fill import made_with
 from stages.inputs.images import ImageError, decode_image
 from stages.results.method import NO_ROUTING, Method, recommended_of
 from stages.results.scored_study import ScoredStudy
+from stages.score import ADMIT
 from stages.scorers import reads_head
 
-_ADMIT = (0.95, 0.99)  # shares of ID whose thresholds are told
 _SPARE = 4  # candidates of either kind beside those that become golden: some may be at the threshold
 _ID_ROLES, _OOD_ROLES = ("id-test", "id-val", "id-train"), ("near-ood", "far-ood")  # where golden rows come from
 _METRICS = ("n_id", "n_ood", "auroc", "auroc_lo", "auroc_hi", "fpr95", "fpr95_lo", "fpr95_hi")
@@ -182,7 +182,7 @@ def _about(workspace: Workspace, backbone: StudyBackbone, deciding: DecidingDete
         "classes": len(source.data.class_names),
         "sets": [_set_line(backbone.cache(entry), entry) for entry in workspace.config.sets],
         "calibration": {"rows": len(scores), "exact": fitted.is_exact},
-        "thresholds": [asdict(threshold_at(scores, admit)) for admit in _ADMIT],
+        "thresholds": [asdict(threshold_at(scores, admit)) for admit in ADMIT],
         "metrics": metrics,
         "not_measured": not_measured,
         "made_with": made_with(),

@@ -20,40 +20,45 @@ NAMES: Mapping[str, str] = {
 }  # those of DINOv2 have seeded weights
 
 
+def of_network(what: str, proves: str, run: str, name: str, **limits: Any) -> Step:
+    """A step on one network."""
+    return Step(f"{what}: {NAMES[name]}", proves, f"{HERE}.{run}", {"name": name}, **limits)
+
+
 def features(name: str) -> Step:
     """Features of a network."""
     proves = "extraction gives the CPU's features, to a tolerance of each precision"
-    return Step(f"features: {NAMES[name]}", proves, f"{HERE}.features:compare", {"name": name})
+    return of_network("features", proves, "features:compare", name)
 
 
 def mixture(name: str) -> Step:
     """A mixture on its features."""
     proves = "a mixture that is trained has the CPU's losses; rows a second, memory"
-    return Step(f"mixture: {NAMES[name]}", proves, f"{HERE}.training:mixture", {"name": name})
+    return of_network("mixture", proves, "training:mixture", name)
 
 
 def fine_tune(name: str) -> Step:
     """Its fine-tune."""
     proves = "a backbone that is fine-tuned has the CPU's losses; images a second, memory"
-    return Step(f"fine-tune: {NAMES[name]}", proves, f"{HERE}.tuning:fine_tune", {"name": name}, limit_s=45)
+    return of_network("fine-tune", proves, "tuning:fine_tune", name, limit_s=45)
 
 
 def same_training(name: str) -> Step:
     """A mixture twice."""
     proves = "a mixture that is trained again has the same bits, in half precision and in full"
-    return Step(f"same training: {NAMES[name]}", proves, f"{HERE}.training:same_bits", {"name": name})
+    return of_network("same training", proves, "training:same_bits", name)
 
 
 def refining(name: str) -> Step:
     """What follows a mixture's training."""
     proves = "rows as the experts see them, and heads that are fitted on them, are the CPU's"
-    return Step(f"refining: {NAMES[name]}", proves, f"{HERE}.refining:refining", {"name": name})
+    return of_network("refining", proves, "refining:refining", name)
 
 
 def experts(name: str) -> Step:
     """Both ways of experts."""
     proves = "experts that are stacked compute what they do one after another; rows a second both ways"
-    return Step(f"experts: {NAMES[name]}", proves, f"{HERE}.experts:compare", {"name": name}, limit_s=45)
+    return of_network("experts", proves, "experts:compare", name, limit_s=45)
 
 
 def of_size(what: str, proves: str, run: str, name: str, large: bool = False, **limits: Any) -> Step:
