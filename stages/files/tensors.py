@@ -25,9 +25,12 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> str:
 def read_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
     """Read named arrays; None where there is no such file or it is damaged."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, TypeError):  # TypeError: of a type that numpy does not have
+        tensors = load_file(path)
+    except (OSError, SafetensorError, TypeError, AttributeError):  # the last two: of a type that numpy does not have
         return None
+    # Packages add types to numpy when something imports them (ml_dtypes: bfloat16). What a file holds, and whether it
+    # is damaged, must not depend on that: none of ours has such an array.
+    return tensors if all(array.dtype.isbuiltin == 1 for array in tensors.values()) else None
 
 
 def write_described(path: Path, tensors: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:

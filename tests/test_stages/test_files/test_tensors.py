@@ -63,6 +63,16 @@ def test_hostile_header_is_refused(tmp_path):
     assert read_tensors(tmp_path / "it.safetensors") is None
 
 
+def test_types_that_a_package_adds_to_numpy_are_still_refused(tmp_path):
+    """ONNX imports one that makes numpy know bfloat16: whether a file is damaged does not depend on who ran before."""
+    pytest.importorskip("ml_dtypes")
+    for name, stored in (("BF16", 2), ("F8_E4M3", 1), ("F8_E5M2", 1), ("F8_E8M0", 1)):
+        encoded = json.dumps({"x": {"dtype": name, "shape": [2], "data_offsets": [0, 2 * stored]}}).encode()
+        content = len(encoded).to_bytes(8, "little") + encoded + bytes(2 * stored)
+        (tmp_path / "it.safetensors").write_bytes(content)
+        assert read_tensors(tmp_path / "it.safetensors") is None, name
+
+
 def test_no_file_and_a_folder_in_its_place(tmp_path):
     assert read_tensors(tmp_path / "it") is None
     (tmp_path / "it").mkdir()
