@@ -11,7 +11,7 @@ from stages.scorers.scorer import Scorer
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- scores: begin -->\n", "<!-- scores: end -->\n"
 _READ = ("features", "logits", "others", "other", "patches", "head")
-_FITTED_ON = {"bank": "training", "select": "held-out"}
+_FITTED_ON = {"bank": "training", "select": "held-out", "labels": "labels"}
 
 
 def scores_table() -> str:

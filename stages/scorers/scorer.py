@@ -22,6 +22,7 @@ from stages.scorers.inputs import ROWS_AT_ONCE, ScoreInputs, naming_rows
 from stages.scorers.settings import check_settings
 from stages.scorers.shared.arrays import labels_within
 
+FITTED_ON = frozenset({"bank", "select", "head", "labels"})  # needs that no row has which is only scored
 _NO_EXPERT = "none"
 
 
@@ -75,8 +76,8 @@ class Scorer(ABC):
         cost: multiplications a row that is scored, up to a constant: N training rows, D features, C classes, P patches
             an image, E experts.
         needs: of ``features``, ``logits``, ``others``, ``other``, ``patches`` (what `score` reads of a row), ``head``
-            (the weights that make the logits), ``bank`` (ID training rows, with labels, to fit on) and ``select``
-            (held-out ID rows to choose settings on).
+            (the weights that make the logits), ``bank`` (ID training rows to fit on), ``select`` (held-out ID rows to
+            choose settings on) and ``labels`` (the class of each row that it is fitted on).
         profiles: settings that another implementation's defaults differ in, by profile; the fields' own defaults are
             the paper's.
         follows: settings that come from ``[score]`` itself: ``k``, ``temperature``.
@@ -194,7 +195,7 @@ class Scorer(ABC):
             InputError: rows that lack what the score needs, or routed to an expert without training rows.
         """
         self._check_fitted()
-        for name in sorted(self.needs - {"bank", "select", "head"}):
+        for name in sorted(self.needs - FITTED_ON):
             if not x.has(name):
                 raise InputError(f"{self.name} needs {name}, which these rows do not have")
         if self._fits:

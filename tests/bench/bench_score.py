@@ -22,7 +22,7 @@ from stages.scorers.inputs import ScoreInputs
 BANK, SELECT, ID, OOD, SETS, DIM, CLASSES = 100_000, 10_000, 50_000, 10_000, 5, 384, 100
 # Compare every row with every row of the bank; gmm multiplies it with C matrices of D x D, 1.5e12 products in all.
 SEARCHED = ("knn", "knn-mean", "nnguide", "relation", "gmm")
-GIVEN = {"features", "logits", "head", "bank", "select"}  # all that every study has
+GIVEN = {"features", "logits", "head", "bank", "select", "labels"}  # all that every study has
 SOME = 2_000  # rows that those are timed on, and scaled to all
 INTERVALS = 1000
 

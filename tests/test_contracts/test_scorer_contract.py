@@ -11,7 +11,7 @@ from stages.errors import InputError, StageError
 from stages.heads.affine import LinearHead
 from stages.scorers import SCORERS, get_scorer, restored
 from stages.scorers.inputs import ScoreInputs
-from stages.scorers.scorer import ScorerState
+from stages.scorers.scorer import FITTED_ON, ScorerState
 
 pytestmark = pytest.mark.parametrize("name", SCORERS)
 
@@ -60,7 +60,7 @@ def test_a_score_a_row_finite_float32(fitted, experts):
 def test_it_names_itself_and_what_it_reads(name, fitted):
     assert fitted.name == name
     assert fitted.needs
-    assert fitted.needs <= {"logits", "features", "others", "other", "patches", "head", "bank", "select"}
+    assert fitted.needs <= {"logits", "features", "others", "other", "patches", "head", "bank", "select", "labels"}
 
 
 def test_the_score_of_a_row_is_its_own(fitted, experts):
@@ -98,11 +98,22 @@ def test_it_needs_no_more_than_it_says(name, experts):
         return ScoreInputs(**{field: getattr(x, field) for field in wanted}, expert=x.expert)
 
     scorer, train, select, x = get_scorer(name), rows(80, 0, experts), rows(40, 3, experts), rows(9, 1, experts)
-    read = sorted(scorer.needs - {"bank", "select", "head"})
+    read = sorted(scorer.needs - FITTED_ON)
     expected = get_scorer(name).fit(train, select).score(x)
-    fitted_on = [*read, "labels", *({"features", "head"} if "head" in scorer.needs else ())]
+    fitted_on = [*read, *(scorer.needs & {"labels"}), *({"features", "head"} if "head" in scorer.needs else ())]
     scorer.fit(only(train, *dict.fromkeys(fitted_on)), only(select, *dict.fromkeys(fitted_on)))
     np.testing.assert_array_equal(scorer.score(only(x, *read)), expected)
+
+
+def test_who_reads_classes_says_so(name, experts):
+    """ID training images may have no labels: whatever says that it needs none is scored all the same."""
+    train, select = (replace(rows(n, seed, experts), labels=None) for n, seed in ((80, 0), (40, 3)))
+    scorer = get_scorer(name)
+    if "labels" not in scorer.needs:
+        assert np.isfinite(scorer.fit(train, select).score(rows(9, 1, experts))).all()
+        return
+    with pytest.raises(InputError, match="labels"):
+        scorer.fit(train, select)
 
 
 def test_rows_to_fit_on_may_be_a_file(name, experts, tmp_path):
@@ -116,7 +127,7 @@ def test_rows_to_fit_on_may_be_a_file(name, experts, tmp_path):
 
 
 def test_what_it_needs_and_does_not_get_is_named(name, fitted):
-    read = sorted(fitted.needs - {"bank", "select", "head"})
+    read = sorted(fitted.needs - FITTED_ON)
     with pytest.raises(StageError, match=f"{read[0]}"):
         fitted.score(ScoreInputs(labels=np.zeros(3, dtype=int)))
 

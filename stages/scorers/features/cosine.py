@@ -44,7 +44,7 @@ class CosineScorer(Scorer):
     says: ClassVar[str] = "minus the cosine to the nearest class mean"
     paper: ClassVar[str] = "Bitterwolf 2023"
     cost: ClassVar[str] = "C·D"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank", "labels"})
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> NDArray[np.float64]:
         """Class means, [C, D]."""

@@ -126,7 +126,7 @@ class _TiedScorer(Scorer):
         ridge: added to the diagonal of the scatter n · Σ before it is inverted; with it nothing is left out.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank", "labels"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {"openood": {"shrinkage": "none", "rank_rtol": "float32"}, "pytorch-ood": {"shrinkage": "none", "ridge": 1e-6}}
     )
@@ -244,6 +244,7 @@ class SSDScorer(_TiedScorer):
     says: ClassVar[str] = "distance to the mean of all, normalised features"
     paper: ClassVar[str] = "Sehwag 2021"
     cost: ClassVar[str] = "D²"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
     normalise: ClassVar[bool] = True
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> TiedGaussians:

@@ -56,7 +56,7 @@ class NCMScorer(Scorer):
     says: ClassVar[str] = "distance to the nearest mean of normalised features"
     paper: ClassVar[str] = "Mensink 2013"
     cost: ClassVar[str] = "C·D"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "bank", "labels"})
     side_by_side: ClassVar[bool] = False  # faiss has threads of its own
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> FeatureBank:

@@ -62,7 +62,7 @@ class SHEScorer(Scorer):
     says: ClassVar[str] = "minus the product with the predicted class's pattern"
     paper: ClassVar[str] = "Zhang 2023"
     cost: ClassVar[str] = "D"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank", "labels"})
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Patterns:
         """Mean of each class's correctly classified rows.

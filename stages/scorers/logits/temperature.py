@@ -115,7 +115,7 @@ class TemperatureScalingScorer(Scorer):
     says: ClassVar[str] = "the same as MSP, T fitted on held-out ID"
     paper: ClassVar[str] = "Guo 2017"
     cost: ClassVar[str] = "C"
-    needs: ClassVar[frozenset[str]] = frozenset({"logits", "select"})
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "select", "labels"})
     profiles: ClassVar = {"openood": {"steps": 50}, "pytorch-ood": {"start": 1.0, "steps": 50}}
 
     start: Temperature = 1.5
