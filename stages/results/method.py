@@ -5,7 +5,7 @@ else, before any run.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,6 +64,8 @@ class Method:
 RECOMMENDED = Method("pretrained", "mofe", "refit", "default", "predicted", "knn+energy")
 FROZEN_KNN = Method("pretrained", "cls", NO_HEAD, "", NO_ROUTING, "knn")  # stands first in every table
 FROZEN_SUM = Method("pretrained", "cls", "probe", "", NO_ROUTING, RECOMMENDED.score)  # the same without a mixture
+FROZEN_MAHALANOBIS = replace(FROZEN_KNN, score="mahalanobis-pp")  # its covariance is shrunk where rows are few
+FROZEN_MEANS_SUM = replace(FROZEN_SUM, score="ncm+energy")
 
 
 def recommended_of(has_experts: bool) -> Method:
@@ -72,7 +74,7 @@ def recommended_of(has_experts: bool) -> Method:
 
 
 # What every other method is compared with, by the name that columns of differences end in: ``auroc_minus_knn``.
-BASELINES = {method.score: method for method in (FROZEN_KNN, FROZEN_SUM)}
+BASELINES = {method.score: method for method in (FROZEN_KNN, FROZEN_SUM, FROZEN_MAHALANOBIS, FROZEN_MEANS_SUM)}
 
 
 def samples_path(folder: Path, method: Method, seed: int | None) -> Path:

@@ -21,21 +21,23 @@ from stages.errors import InputError
 from stages.files.documents import read_document
 from stages.results.method import RECOMMENDED
 from stages.results.table import read_summary
+from stages.scorers import reads_head
 from tests.test_pipeline.command import pipeline, refused
 from tests.test_pipeline.tiny import ADAPTERS, STUDY, draw
 
-MORE = """
-scores = ["msp", "energy", "knn", "knn+energy"]
+SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "mahalanobis-pp"]
+MORE = f"""
+scores = {json.dumps(SCORES)}
 top2 = true
 
 [[variants]]
 name = "dense-1"
-set = { "train.experts" = 1 }
+set = {{ "train.experts" = 1 }}
 seeds = [0]
 
 [[variants]]
 name = "static"
-set = { "train.mixup" = "static" }
+set = {{ "train.mixup" = "static" }}
 seeds = [1]
 """
 
@@ -97,8 +99,8 @@ def test_every_method_of_both_benchmarks(finished):
     assert {line["benchmark"] for line in lines} == {"one", "two"}
     own = [line for line in lines if line["benchmark"] == "one" and line["group"] == "near"]
     assert [(line["features"], line["variant"], line["routing"], line["score"], line["n_seeds"]) for line in own] == [
-        *(("cls", "", "none", score, "1") for score in ("msp", "energy", "knn", "knn+energy")),
-        *(("mofe", "default", "predicted", score, "2") for score in ("msp", "energy", "knn", "knn+energy")),
+        *(("cls", "", "none", score, "1") for score in SCORES),
+        *(("mofe", "default", "predicted", score, "2") for score in SCORES),
         ("mofe", "default", "top2", "knn+energy", "2"),
         ("mofe", "default", "oracle", "knn+energy", "2"),
         ("mofe", "dense-1", "predicted", "knn+energy", "1"),
@@ -318,8 +320,7 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
     own = [line for line in lines if line["backbone"] == "finetuned"]
     near = [(line["features"], line["head"], line["score"], line["n_seeds"]) for line in own if line["group"] == "near"]
     assert near == [
-        *(("cls", "none" if score == "knn" else "finetune", score, "1") for score in ("msp", "energy", "knn")),
-        ("cls", "finetune", "knn+energy", "1"),
+        *(("cls", "finetune" if reads_head(score) else "none", score, "1") for score in SCORES),
         ("cls", "probe", "knn+energy", "1"),
         *[("mofe", "refit", "knn+energy", "1")] * 2,
     ]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.results.method import BASELINES, HEADS, NO_ROUTING, RECOMMENDED, ROUTINGS, Method, samples_path
+from stages.scorers import reads_head
 
 # As `pipeline.config` allows a variant to be called; words that names are made of come often.
 WORDS = st.sampled_from(["group", "refit", "none", "0", "predicted", "x", "-", ".", "_", "dense"])
@@ -50,6 +51,12 @@ def test_all_scores_of_a_head_share_a_file_with_a_column_each():
     knn, energy = BASELINES["knn+energy"], replace(BASELINES["knn+energy"], score="energy", calibrated=True)
     assert samples_path(Path(), knn, None) == samples_path(Path(), energy, None)
     assert (knn.column, energy.column) == ("knn+energy", "energy (calibrated)")
+
+
+def test_baselines_are_of_frozen_features():
+    assert list(BASELINES) == ["knn", "knn+energy", "mahalanobis-pp", "ncm+energy"]
+    assert {method.features for method in BASELINES.values()} == {"cls"}
+    assert all(method.head == ("probe" if reads_head(score) else "none") for score, method in BASELINES.items())
 
 
 def test_a_line_of_a_table_names_its_method():
