@@ -69,6 +69,8 @@ class Sets:
             table = self.table(entry)
             if entry in self.config.sets_of("id-train", "id-val", "id-test"):
                 _check_labels(entry, table, known)
+            elif entry in self.config.sets_of("cs-id"):  # labels are needed for its accuracy alone
+                _check_classes(entry, table, known)
 
     def spec_of_arrays(self, backbone: StudyBackbone) -> FeatureSpec:
         """What the features of sets are that came as arrays; refuses those that do not go together."""
@@ -150,7 +152,12 @@ def _check_labels(entry: SetConfig, table: SampleTable, known: Sequence[str]) ->
             f"set {entry.name!r}: {len(without)} of {len(table)} {unit_of(entry)} (the first: "
             f"{table.ids[without[0]]!r}) have no label: give {how}"
         )
-    places = np.array(match_classes(table.class_names, known))
+    _check_classes(entry, table, known)
+
+
+def _check_classes(entry: SetConfig, table: SampleTable, known: Sequence[str]) -> None:
+    """Refuse an ID set that has samples of a class that id-train does not have."""
+    places = np.array([*match_classes(table.class_names, known), 0])  # no label, -1, is no other class
     if len(others := np.flatnonzero(places[table.labels] < 0)):
         unknown = [table.class_names[place] for place in np.flatnonzero(places < 0)]
         raise InputError(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.backbones import StudyBackbone
 from pipeline.workspace import Workspace
-from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
+from stages.detection.sources import CS_ID, BackboneSource, MixtureFolder, ScoredSet
 from stages.errors import InputError
 from stages.files.documents import digest_of
 from stages.heads.choose import FittedHeads, load_heads
@@ -13,7 +13,7 @@ from stages.training.identity import probe_identity, read_finetuned_head
 
 NO_VARIANT = "none"  # the backbone's own features
 
-_GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far"}
+_GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far", "cs-id": CS_ID}
 
 
 def sources_to_score(workspace: Workspace, which: str, fits: bool = True) -> list[BackboneSource]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
@@ -18,7 +19,7 @@ from stages.detection.conformal import ThresholdEstimate, threshold_at
 from stages.detection.detectors import FittedDetector
 from stages.detection.routing import Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST
-from stages.detection.sources import BackboneSource, ScoredSet
+from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
 from stages.detection.subject import NO_HEAD, Subject
 from stages.errors import InputError
 from stages.id_data.overlap import Overlap, find_overlaps
@@ -27,7 +28,7 @@ from stages.metrics.ranking import OODMetrics, ood_metrics
 from stages.progress import NullProgress, Progress
 from stages.results.method import Method
 from stages.results.remarks import Remarks
-from stages.results.table import Evaluator, MethodRun
+from stages.results.table import Evaluator, Failures, MethodRun
 from stages.results.writer import SampleBlock, ScoresWriter
 from stages.scorers import needs_of
 from stages.scorers.neighbours.store import NeighbourStore
@@ -85,7 +86,7 @@ class _Scoring:
     """Scores one choice of features after the other: numbers go to the writer, what is worth saying to the remarks.
 
     Args:
-        tests: the ID test set and the OOD sets.
+        tests: the ID test set, the OOD sets and the covariate-shifted ID sets.
         config: scores, k, temperature.
         writer: of the scores.
         progress: counts detectors.
@@ -98,9 +99,11 @@ class _Scoring:
         self.remarks = Remarks({set_key(test): test.cache.image_hashes for test in tests})
         self._config = config
         self._progress = progress
-        self._oods = [(test.name, test.group) for test in tests if test.group != "id"]
+        others = [(test.name, test.group) for test in tests if test.group != "id"]
+        self._oods = [(name, group) for name, group in others if group != CS_ID]
+        self._shifted = [name for name, group in others if group == CS_ID]
         sizes = {set_key(test): test.cache.n_rows for test in tests}
-        self._evaluator = Evaluator(self._oods, sizes, config.bootstrap)
+        self._evaluator = Evaluator(others, sizes, config.bootstrap)
 
     def score(self, subject: RoutedSubject, source: BackboneSource) -> None:
         """Score every set with every detector of a choice of features."""
@@ -109,28 +112,29 @@ class _Scoring:
         detectors = subject.factory.detectors()
         self._progress.start(len(detectors), "detector", f"score {_slug(subject.factory.subject)}")
         scored: dict[str, list[tuple[FittedDetector, Scores]]] = {}  # by routing
+        predicted = {routing: subject.predictions(routing) for routing in subject.routings}
+        first = predicted[subject.routings[0]]
         for detector, routes in zip(detectors, subject.scores(detectors), strict=True):
             for routing, scores in routes.items():
-                self._evaluate(detector, routing, scores)
+                failures = _failures(subject, predicted.get(routing, first), detector.head)
+                self._evaluate(detector, routing, scores, failures)
                 scored.setdefault(routing, []).append((detector, scores))
             self._remark(detector, next(iter(routes.values())))
             self._progress.advance()
         self._progress.close()
-        predicted = {routing: subject.predictions(routing) for routing in subject.routings}
         self._record(subject, detectors, predicted)
         self._say_what_is_left_out(subject, source)
         for routing, results in scored.items():
-            classes = predicted.get(routing, predicted[subject.routings[0]])
-            self._write_samples(subject, routing, results, classes, source)
+            self._write_samples(subject, routing, results, predicted.get(routing, first), source)
 
-    def _evaluate(self, detector: FittedDetector, routing: str, scores: Scores) -> None:
+    def _evaluate(self, detector: FittedDetector, routing: str, scores: Scores, failures: Failures) -> None:
         """Rows of the table, and thresholds."""
         key = detector.subject.key
         method = Method(
             key.backbone, key.features, detector.head, key.variant, routing, detector.score, detector.calibrated
         )
         run = MethodRun(method, key.seed, json.dumps(detector.params, sort_keys=True), self._config.profile)
-        self.writer.rows += self._evaluator.rows(run, scores["id"], scores)
+        self.writer.rows += self._evaluator.rows(run, scores["id"], scores, failures)
         for estimate in _thresholds(detector, routing):
             self.writer.add_threshold(run, estimate)
             if why := estimate.too_few:
@@ -152,6 +156,16 @@ class _Scoring:
             asdict(subject.key) | {"head": head, "accuracy": accuracy, "n": len(routed.sets["id"])}
             for head, accuracy in _accuracy(routed, predicted[routed.routings[0]]).items()
         ]
+        for name in self._shifted:
+            labels = routed.sets[name].labels
+            known = labels >= 0
+            record.shifted_accuracy += [
+                asdict(subject.key)
+                | {"head": head, "set": name, "accuracy": float(np.mean(classes[known] == labels[known]))}
+                | {"n": int(known.sum())}
+                for head, classes in predicted[routed.routings[0]][name].items()
+                if known.any()
+            ]
         if any("k" in part.scorer.follows for detector in detectors for part in detector.parts):
             record.k.append(asdict(subject.key) | factory.k_record | {"k": factory.k})
             if factory.k_record["rule"] == SMALLEST:
@@ -231,11 +245,11 @@ def _first_row(routed: RoutedSubject, oods: Sequence[tuple[str, str]]) -> str:
 def _check(sources: Sequence[BackboneSource]) -> None:
     for source in sources:
         groups = [test.group for test in source.tests]
-        if groups.count("id") != 1 or len(groups) < 2:
+        if groups.count("id") != 1 or not {"near", "far"} & set(groups):
             raise InputError("score needs one set with role id-test and at least one with role near-ood or far-ood")
         for test in source.tests:
             if test.group != "id" and test.name in TAKEN_NAMES:
-                raise InputError(f"an OOD set is called {test.name!r}, a word of the table's own: give it another name")
+                raise InputError(f"a set is called {test.name!r}, a word of the table's own: give it another name")
             if test.cache.n_rows == 0:
                 raise InputError(
                     f"set {test.name!r} has no usable {unit(test.cache)}: see {test.cache.path / 'failures.jsonl'}"
@@ -244,6 +258,15 @@ def _check(sources: Sequence[BackboneSource]) -> None:
         for cache in (source.data.held_out, *(test.cache for test in source.tests)):
             if difference := cache.spec.first_difference(train.spec):
                 raise CacheMismatchError(f"{cache.path}: its features are not those of {train.path}: {difference}")
+
+
+def _failures(routed: RoutedSubject, classes: Predictions, head: str) -> dict[str, NDArray[np.int8]]:
+    """Of each set: which rows a head gets wrong, see `Failures`; of none where there is no head."""
+    return {
+        name: np.where(rows.labels < 0, -1, classes[name][head] != rows.labels).astype(np.int8)
+        for name, rows in routed.sets.items()
+        if head in classes[name]
+    }
 
 
 def _thresholds(detector: FittedDetector, routing: str) -> list[ThresholdEstimate]:

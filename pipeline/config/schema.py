@@ -84,7 +84,7 @@ class SetConfig(StageConfig):
     """One set of samples and its role in the study."""
 
     name: FolderName
-    role: Literal["id-train", "id-val", "id-test", "near-ood", "far-ood"]
+    role: Literal["id-train", "id-val", "id-test", "near-ood", "far-ood", "cs-id"]
     images: str | None = None
     root: str | None = None  # folder that the paths of a list are relative to; its own folder where nothing is given
     # A list, or a text file with a class a line. Of images: those of other classes are left out. Of features: the names
@@ -231,7 +231,7 @@ class RunConfig(StageConfig):
             if (n := len(self.sets_of(role))) > 1:
                 yield f"sets: {n} sets have role {role}, must be at most one"
         for entry in self.sets:
-            if entry.name == "average" or (entry.name in TAKEN_NAMES and entry.role in _OOD_ROLES):
+            if entry.name == "average" or (entry.name in TAKEN_NAMES and entry.role in (*_OOD_ROLES, "cs-id")):
                 yield f"sets.{entry.name}: this name is a word of the table's own"
             for key in ("root", "path_column", "label_column"):
                 if entry.images is None and getattr(entry, key) is not None:

@@ -172,6 +172,8 @@ def _sections(study: ReportedStudy, progress: Progress, most_pictures: int) -> d
         "config_text": json.dumps(config, indent=2, ensure_ascii=False),
         "table": sections.table(study),
         "sets": sections.per_set(study),
+        "selective": sections.selective(study),
+        "shifted": sections.shifted(study),
         "distributions": sections.distributions(study, progress),
         "maps": maps.feature_maps(study, progress),
         "variants": mixtures.variants(study),

@@ -9,6 +9,7 @@ from pipeline.report.figures import epoch_panel, histogram_panel, range_panel, r
 from pipeline.report.study import ReportedStudy
 from pipeline.report.wording import COMPARED_METRICS, SHOWN_METRICS, method_name, percent
 from stages.detection.conformal import BatchPromise, FalseAlarms, rows_for_threshold
+from stages.metrics.selective import SELECTIVE
 from stages.progress import Progress
 from stages.results.method import FROZEN_KNN, NO_HEAD, Method
 from stages.results.scored_study import Line
@@ -97,6 +98,39 @@ def distributions(study: ReportedStudy, progress: Progress) -> dict[str, Any]:
         panels[ood].append(("ROC", roc_panel(f"ROC of ID against {ood}", curves)))
         progress.advance()
     return {"methods": methods, "panels": panels, "seed": scored.first_seed(shown[-1])}
+
+
+def selective(study: ReportedStudy) -> dict[str, Any]:
+    """AURC and AUGRC of the methods that stand in front and have a head, under their features; the best of each."""
+    scored = study.scored
+    lines = {method: line for method in scored.lines if (line := scored.average(method)) is not None}
+    shown = [method for method, line in lines.items() if _stands_in_front(method) and line.get("aurc_mean") is not None]
+    spectrum = [f"fsood_{name}" for name in SELECTIVE] if scored.shifted else []
+    columns = [f"{name}_mean" for name in (*SELECTIVE, *spectrum)]
+    return {
+        "parts": _sections(study, shown),
+        "columns": columns,
+        "titles": [metric.title for metric in SELECTIVE.values()],
+        "best": {
+            column: min((own for method in shown if (own := lines[method][column]) is not None), default=None)
+            for column in columns
+        },
+    }
+
+
+def shifted(study: ReportedStudy) -> dict[str, Any]:
+    """Covariate-shifted ID sets beside the ID test set, and ID with them in it, for the methods that are compared."""
+    scored = study.scored
+    found = accuracy_over_seeds(
+        scored.id.get("shifted_accuracy", []), ("backbone", "features", "variant", "head", "set")
+    )
+    accuracy = {
+        (method, line["set"]): line
+        for method in study.compared
+        for line in found
+        if all(line[name] == getattr(method, name) for name in ("backbone", "features", "variant", "head"))
+    }
+    return {"sets": scored.shifted, "accuracy": accuracy, "methods": study.compared}
 
 
 def accuracy_over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:

@@ -213,7 +213,7 @@ class FinetuneConfig(PresetConfig):
         return self
 
 
-TAKEN_NAMES = ("id", "average")  # words of the table's own, which no OOD set may be called
+TAKEN_NAMES = ("id", "average")  # words of the table's own, which no set with a row of its own may be called
 
 Profile = Literal["paper", "openood", "pytorch-ood"]  # whose defaults, where implementations of a score differ
 

@@ -12,7 +12,7 @@ from stages.detection.detectors import FittedDetector, gate_share, gate_weighted
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
-from stages.detection.sources import BackboneSource, ScoredSet
+from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
 from stages.detection.subject import SetRows
 from stages.id_data.rows import labels_in
 from stages.progress import Progress
@@ -102,15 +102,19 @@ def _top2_predictions(rows: SetRows, twins: SetRows) -> dict[str, NDArray[np.int
     return found
 
 
+def _labels(test: ScoredSet, names: Sequence[str]) -> NDArray[np.int32]:
+    """Class of each row of a set, -1 where it has none: OOD rows, and those of `CS_ID` that came without a label."""
+    if test.group not in ("id", CS_ID):
+        return np.full(test.cache.n_rows, -1, np.int32)
+    return labels_in(test.cache, names, partly=test.group == CS_ID)
+
+
 def routed_subjects(
     source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, progress: Progress
 ) -> Iterator[RoutedSubject]:
     """Every choice of features of one backbone, one at a time: only one is in memory."""
     names = source.data.class_names
-    labels = {
-        test.name: labels_in(test.cache, names) if test.group == "id" else np.full(test.cache.n_rows, -1, np.int32)
-        for test in source.tests
-    }
+    labels = {test.name: _labels(test, names) for test in source.tests}
     frozen = FrozenFeatures(source)
     # The frozen kNN is what everything is compared with, asked for or not.
     asked = config.scores if "knn" in config.scores else ["knn", *config.scores]

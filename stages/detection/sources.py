@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from stages.networks.backbone import Backbone
 
 
+CS_ID = "cs-id"  # group of the covariate-shifted ID sets: other images of the ID classes, in no average of OOD sets
+
+
 @dataclass(frozen=True)
 class ScoredSet:
-    """A set to score: its cache, and ``id``, ``near`` or ``far``."""
+    """A set to score: its cache, and ``id``, ``near``, ``far`` or `CS_ID`."""
 
     name: str
     group: str
@@ -45,7 +48,7 @@ class BackboneSource:
         probe: the linear probe.
         finetuned_head: weight ``[C, D]`` and bias ``[C]`` that were trained with the backbone, if it was.
         mixtures: trained on its cache.
-        tests: the ID test set and the OOD sets, as this backbone sees them.
+        tests: the ID test set, the OOD sets and the covariate-shifted ID sets, as this backbone sees them.
         architecture: gives the untrained network, whose end stored experts are loaded into.
         network: gives the network that the caches were made with, whose end makes patch tokens; None where there is
             none to be had.

@@ -178,18 +178,23 @@ def _check_folds(
         )
 
 
-def labels_in(cache: FeatureCache, class_names: Sequence[str]) -> Labels:
+def labels_in(cache: FeatureCache, class_names: Sequence[str], partly: bool = False) -> Labels:
     """Labels of another ID set as numbers of the study's classes, matched by name.
 
+    Args:
+        cache: of the set.
+        class_names: of the study.
+        partly: whether rows may have no label; theirs is -1.
+
     Raises:
-        InputError: rows without label or of a class that id-train does not have.
+        InputError: rows without label, or of a class that id-train does not have.
     """
     places = match_classes(cache.class_names, class_names)
     given = np.asarray(cache.labels)
-    if len(without := np.flatnonzero(given < 0)):
+    if len(without := np.flatnonzero(given < 0)) and not partly:
         raise InputError(f"set {cache.manifest.dataset!r}: {_some(cache, without)} have no label")
-    labels: Labels = np.asarray(places, np.int32)[given]
-    if len(others := np.flatnonzero(labels < 0)):
+    labels: Labels = np.asarray([*places, -1], np.int32)[given]  # -1, no label, is the last place
+    if len(others := np.flatnonzero((labels < 0) & (given >= 0))):
         unknown = [cache.class_names[number] for number in np.unique(given[others])]
         raise InputError(
             f"set {cache.manifest.dataset!r}: {_some(cache, others)} have classes that id-train does not have: "

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.detection.sources import CS_ID
 from stages.errors import InputError
 from stages.files.documents import CONTENTS, changed_files, read_document
 from stages.results.method import FROZEN_KNN, Method, samples_path
@@ -106,6 +107,15 @@ class ScoredStudy:
     @cached_property
     def oods(self) -> list[tuple[str, str]]:
         """(name, group) of each OOD set, as the study has them."""
+        return [(ood, group) for ood, group in self._sets if group != CS_ID]
+
+    @cached_property
+    def shifted(self) -> list[str]:
+        """Names of the covariate-shifted ID sets."""
+        return [name for name, group in self._sets if group == CS_ID]
+
+    @cached_property
+    def _sets(self) -> list[tuple[str, str]]:
         return list(dict.fromkeys((row["ood"], row["group"]) for row in self.rows if row["ood"] != "average"))
 
     @cached_property
@@ -192,8 +202,8 @@ class ScoredStudy:
         return path, read_file(path, lambda path: pq.read_table(path, columns=wanted).select(wanted))
 
     def _by_set(self, path: Path, sets: NDArray[np.str_], values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        oods = [ood for ood, _ in self.oods]
-        found = {"id": values[~np.isin(sets, oods)]} | {ood: values[sets == ood] for ood in oods}
+        others = [name for name, _ in self._sets]
+        found = {"id": values[~np.isin(sets, others)]} | {name: values[sets == name] for name in others}
         if empty := [name for name, own in found.items() if not len(own)]:
             raise InputError(f"{path} holds no image of {empty[0]}: run make score")
         return found

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -12,24 +12,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.detection.sources import CS_ID
 from stages.files.documents import write_text
 from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.intervals import Difference, Interval, SetParts, auroc_interval, fpr95_interval, verdicts
 from stages.metrics.ranking import METRICS, ood_metrics
+from stages.metrics.selective import SELECTIVE, selective_metrics
 from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table, mean_text
 from stages.results.method import BASELINES, Method
 
 GROUPS = ("near", "far", "all")
 _COMPARED = [metric.name for metric in METRICS.values() if metric.compared]  # with a difference to each baseline
+# The same with id-test and the covariate-shifted ID sets as one ID set: full-spectrum OOD (Zhang et al., OpenOOD v1.5).
+_FULL_SPECTRUM = tuple(f"fsood_{name}" for name in (*METRICS, *SELECTIVE))
+_BESIDE = (*SELECTIVE, *_FULL_SPECTRUM)  # empty where there is no head, no label, or no covariate-shifted ID set
 COLUMNS = (  # of table.csv
     *("backbone", "features", "head", "variant", "seed", "routing", "score", "params", "profile", "calibrated"),
     *("ood", "group", "n_id", "n_ood"),
     *METRICS,
     *(f"{metric}_{end}" for metric in _COMPARED for end in Interval._fields),
+    *(*SELECTIVE, "fsood_n_id", *_FULL_SPECTRUM),
 )
 _INTERVALS: Mapping[str, Callable[[Sequence[SetParts]], Interval]] = {"auroc": auroc_interval, "fpr95": fpr95_interval}
 
 Replicates = Mapping[str, NDArray[np.float64]]  # of compared metrics, [R]; of the same resamples for every method
+Scored = Mapping[str, NDArray[np.float32]]  # of each set, ``[n]``
+Failures = Mapping[str, NDArray[np.int8]]  # of each ID set, ``[n]``: 1 wrong, 0 right, -1 where nobody knows
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,13 @@ class OODRow:
     Attributes:
         run: what was scored.
         ood: name of the OOD set, or ``"average"``.
-        group: ``near`` or ``far``; of averages also ``all``.
+        group: ``near``, ``far`` or `CS_ID`; of averages also ``all``.
         n_id: ID rows.
         n_ood: OOD rows.
         metrics: of `stages.metrics.ranking.METRICS`, fractions.
         intervals: 95 %, of those that are compared.
+        beside: areas of selective classification on ID rows, and what the full spectrum of ID rows makes of all that;
+            what is not there is empty.
     """
 
     run: MethodRun
@@ -76,6 +86,7 @@ class OODRow:
     n_ood: int
     metrics: Mapping[str, float]
     intervals: Mapping[str, Interval]
+    beside: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -87,6 +98,7 @@ class OODRow:
             for end, value in zip(own._fields, own, strict=True)
         }
         found = self.run.columns | {"ood": self.ood, "group": self.group} | sizes | dict(self.metrics) | ends
+        found |= dict.fromkeys(("fsood_n_id", *_BESIDE)) | dict(self.beside)
         return {column: found[column] for column in COLUMNS}
 
 
@@ -94,13 +106,14 @@ class Evaluator:
     """Metrics and paired bootstrap of one study's sets.
 
     Args:
-        oods: name and group (``near`` or ``far``) of each OOD set, in order.
+        oods: name and group of each OOD set (``near`` or ``far``) and of each covariate-shifted ID set (`CS_ID`).
         sizes: rows of each set, the ID test set's under ``"id"``.
         replicates: R.
     """
 
     def __init__(self, oods: Sequence[tuple[str, str]], sizes: dict[str, int], replicates: int) -> None:
-        self.oods = list(oods)
+        # Shifted ID last: so the others have the resamples that they have without it.
+        self.oods = sorted(oods, key=lambda ood: ood[1] == CS_ID)
         self._sizes = sizes
         self._replicates = replicates
 
@@ -112,14 +125,19 @@ class Evaluator:
         return {name: resample_counts(self._sizes[name], self._replicates, seed) for seed, name in enumerate(names)}
 
     def rows(
-        self, run: MethodRun, id_scores: NDArray[np.float32], ood_scores: Mapping[str, NDArray[np.float32]]
+        self,
+        run: MethodRun,
+        id_scores: NDArray[np.float32],
+        ood_scores: Scored,
+        failures: Failures | None = None,
     ) -> list[tuple[OODRow, Replicates]]:
-        """Rows of one detector: each OOD set, then the averages (none for oracle routing, a diagnostic).
+        """Rows of one detector: each set, then the averages over OOD sets (none for oracle routing, a diagnostic).
 
         Args:
             run: what names the detector.
             id_scores: ``[n_id]``, higher = more OOD.
-            ood_scores: ``[n_ood]`` of each OOD set.
+            ood_scores: ``[n]`` of each other set.
+            failures: which ID rows its head gets wrong, those of the ID test set under ``"id"``; None without a head.
         """
         result: list[tuple[OODRow, Replicates]] = []
         names = [ood for ood, _ in self.oods]
@@ -127,15 +145,41 @@ class Evaluator:
             id_scores, [ood_scores[ood] for ood in names], self.counts["id"], [self.counts[ood] for ood in names]
         )
         parts = dict(zip(names, SetParts.of_each(id_scores, [ood_scores[ood] for ood in names]), strict=True))
+        beside = self._beside({"id": id_scores} | dict(ood_scores), failures or {})
         for (ood, group), drawn in zip(self.oods, resampled, strict=True):
             found = asdict(ood_metrics(id_scores, ood_scores[ood]))
-            metrics = {name: found[name] for name in METRICS}
-            row = OODRow(run, ood, group, found["n_id"], found["n_ood"], metrics, _intervals([parts[ood]]))
+            metrics, intervals = {name: found[name] for name in METRICS}, _intervals([parts[ood]])
+            row = OODRow(run, ood, group, found["n_id"], found["n_ood"], metrics, intervals, beside[ood])
             result.append((row, drawn))
         if run.method.routing == "oracle":
             return result
-        groups = {name: [pair for pair in result if name in ("all", pair[0].group)] for name in GROUPS}
+        of_ood = [pair for pair in result if pair[0].group != CS_ID]
+        groups = {name: [pair for pair in of_ood if name in ("all", pair[0].group)] for name in GROUPS}
         return result + [_average(name, own, parts) for name, own in groups.items() if own]
+
+    def _beside(self, scores: Scored, failures: Failures) -> dict[str, dict[str, float | None]]:
+        """Of each set: what its row has beside the metrics; see `OODRow`."""
+        own = _selective(scores, failures, ["id"])
+        spectrum = ["id", *(name for name, group in self.oods if group == CS_ID)]
+        if len(spectrum) == 1:
+            return {ood: own for ood, _ in self.oods}
+        ids = np.concatenate([scores[name] for name in spectrum])
+        whole = {f"fsood_{name}": value for name, value in _selective(scores, failures, spectrum).items()}
+        found: dict[str, dict[str, float | None]] = {}
+        for ood, group in self.oods:
+            found[ood] = own
+            if group != CS_ID:
+                metrics = asdict(ood_metrics(ids, scores[ood]))
+                del metrics["n_ood"]
+                found[ood] = own | {f"fsood_{name}": value for name, value in metrics.items()} | whole
+        return found
+
+
+def _selective(scores: Scored, failures: Failures, sets: Sequence[str]) -> dict[str, float | None]:
+    """Areas of selective classification on several sets as one; empty where a head says nothing of one of them."""
+    if not failures.keys() >= set(sets):
+        return dict.fromkeys(SELECTIVE)
+    return selective_metrics(*(np.concatenate([own[name] for name in sets]) for own in (scores, failures)))
 
 
 def _average(
@@ -145,8 +189,18 @@ def _average(
     first, rows = members[0][0], [row for row, _ in members]
     metrics = {name: float(np.mean([row.metrics[name] for row in rows])) for name in METRICS}
     intervals = _intervals([parts[row.ood] for row in rows])
-    average = OODRow(first.run, "average", group, first.n_id, sum(row.n_ood for row in rows), metrics, intervals)
+    beside = {name: _mean([row.beside[name] for row in rows]) for name in first.beside}
+    n_ood = sum(row.n_ood for row in rows)
+    average = OODRow(first.run, "average", group, first.n_id, n_ood, metrics, intervals, beside)
     return average, {name: np.mean([drawn[name] for _, drawn in members], axis=0) for name in _COMPARED}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of what there is everywhere; what is the same everywhere stays as it is."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return known[0] if len(set(known)) == 1 else float(np.mean(known))
 
 
 def _intervals(sets: Sequence[SetParts]) -> dict[str, Interval]:
@@ -154,7 +208,7 @@ def _intervals(sets: Sequence[SetParts]) -> dict[str, Interval]:
 
 
 def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]:
-    """One line per method and OOD set over seeds: mean, standard deviation, n, and paired differences.
+    """One line per method and set over seeds: mean, standard deviation, n, and paired differences.
 
     The difference of a method to a baseline is that of the means over seeds; its interval resamples ID and OOD images
     alike for both, and seeds where there are several. What it says holds the false discovery rate of all differences
@@ -177,11 +231,16 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
             for metric in _COMPARED:
                 column = f"{metric}_minus_{label}"
                 line |= dict.fromkeys(difference_columns(column))
-                if reference is None or method == baseline:
+                if reference is None or method == baseline or group == CS_ID:  # where neither direction is better
                     continue
                 sides = (over_seeds(members, metric), over_seeds(reference, metric))
                 seeded = any(row.run.seed is not None for row, _ in (*members, *reference))
                 found.append((line, metric, column, Difference.of(*sides, seeded, first.n_id, first.n_ood)))
+        for name in _BESIDE:
+            known = [value for row, _ in members if (value := row.beside.get(name)) is not None]
+            whole = len(known) == len(members)
+            line[f"{name}_mean"] = float(np.mean(known)) if whole else None
+            line[f"{name}_std"] = float(np.std(known, ddof=1)) if whole and len(known) > 1 else None
         lines.append(line)
     told = verdicts([one for *_, one in found], [METRICS[metric].higher_is_better for _, metric, _, _ in found])
     for (line, _, column, one), says in zip(found, told, strict=True):
@@ -236,7 +295,7 @@ def _parse(column: str, text: str) -> Any:
         return int(text)
     if column.endswith("_says"):
         return text or None
-    if column.startswith(tuple(METRICS)):
+    if column.startswith((*METRICS, *_BESIDE)):
         return float(text) if text else None
     return csv_cell_text(text)
 

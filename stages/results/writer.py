@@ -37,6 +37,7 @@ class IdRecord:
 
     Attributes:
         accuracy: of each head on ID test rows.
+        shifted_accuracy: of each head on the labelled rows of each covariate-shifted ID set.
         router: accuracy, load and cost of each mixture's router.
         k: of each choice of features, and by which rule.
         split: the rule of each backbone.
@@ -48,6 +49,7 @@ class IdRecord:
     k: list[dict[str, Any]] = field(default_factory=list)
     split: dict[str, str] = field(default_factory=dict)
     overlap: list[dict[str, Any]] = field(default_factory=list)
+    shifted_accuracy: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

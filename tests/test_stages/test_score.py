@@ -20,7 +20,7 @@ from stages.config import ScoreConfig, TrainConfig
 from stages.detection.conformal import FalseAlarms
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
-from stages.detection.sources import BackboneSource, MixtureFolder, ScoredSet
+from stages.detection.sources import CS_ID, BackboneSource, MixtureFolder, ScoredSet
 from stages.errors import InputError
 from stages.extract import ExtractOptions, extract_set
 from stages.files.documents import read_document
@@ -29,6 +29,7 @@ from stages.id_data.rows import id_data
 from stages.id_data.tokens import read_tokens
 from stages.inputs.images import ImageReader, list_images
 from stages.inputs.images.table import FileRange
+from stages.metrics.selective import augrc, aurc
 from stages.mixture.refine import refine
 from stages.mixture.refined import Routes, load_refined, refined_path
 from stages.mixture.storage import load_mixture
@@ -189,6 +190,68 @@ def test_the_same_again_gives_the_same_bytes(source, folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     for file in (folder / "samples").iterdir():
         assert pq.read_table(tmp_path / "samples" / file.name).equals(pq.read_table(file))
+
+
+# ------------------------------------------------------------------------- covariate-shifted ID, and what is risked
+
+
+@pytest.fixture(scope="module")
+def shifted(source, tmp_path_factory):
+    """Scores of the frozen features with other images of the ID classes beside: those that trained, for want of any."""
+    folder = tmp_path_factory.mktemp("shifted") / "scores"
+    tests = (ScoredSet("sketches", CS_ID, source.data.train), *source.tests)
+    return folder, score([replace(source, tests=tests, mixtures=())], CONFIG, folder)
+
+
+def test_shifted_id_is_scored_apart(shifted, table, folder):
+    own, result = shifted
+    of_ood = [row for row in result.rows if row["group"] != CS_ID]
+    plain = [row for row in table if row["features"] == "cls"]
+    assert [{k: v for k, v in row.items() if not k.startswith("fsood")} for row in of_ood] == [
+        {k: v for k, v in row.items() if not k.startswith("fsood")} for row in plain
+    ]
+    for row in of_ood:
+        samples = samples_of(own, row)
+        scores = samples[column_of(row)].astype(np.float64)
+        ids = scores[np.isin(samples["set"], ["test", "sketches"])]
+        assert row["fsood_n_id"] == len(ids)
+        if row["ood"] != "average":
+            oods = scores[samples["set"] == row["ood"]]
+            truth = np.repeat([0, 1], [len(ids), len(oods)])
+            assert row["fsood_auroc"] == pytest.approx(roc_auc_score(truth, np.concatenate([ids, oods])), abs=1e-9)
+    assert {row["ood"] for row in result.rows if row["group"] == CS_ID} == {"sketches"}
+
+
+def test_accuracy_on_shifted_id_is_that_of_its_labelled_images(shifted):
+    own, result = shifted
+    (entry,) = json.loads((own / "id.json").read_text())["shifted_accuracy"]
+    samples = samples_of(own, next(row for row in result.rows if row["head"] == "probe"))
+    rows = samples["set"] == "sketches"
+    assert (entry["set"], entry["head"], entry["n"]) == ("sketches", "probe", rows.sum())
+    assert entry["accuracy"] == np.mean(samples["label"][rows] == samples["prediction"][rows])
+
+
+def test_images_of_shifted_id_that_stand_in_another_set_are_named(shifted, source):
+    _, result = shifted
+    assert any(f"{source.data.train.n_rows} of sketches in train" in note for note in result.notes)
+
+
+def test_shifted_id_is_no_ood_set(source, tmp_path):
+    tests = (source.tests[0], ScoredSet("sketches", CS_ID, source.data.train))
+    with pytest.raises(InputError, match="at least one with role near-ood or far-ood"):
+        score([replace(source, tests=tests)], CONFIG, tmp_path)
+
+
+def test_what_is_risked_follows_from_the_samples(table, folder):
+    for row in table:
+        if row["head"] == "none":
+            assert (row["aurc"], row["augrc"]) == (None, None)
+            continue
+        samples = samples_of(folder, row)
+        ids = samples["set"] == "test"
+        wrong = samples["label"][ids] != samples["prediction"][ids]
+        assert row["aurc"] == pytest.approx(aurc(samples[column_of(row)][ids], wrong), abs=1e-12)
+        assert row["augrc"] == pytest.approx(augrc(samples[column_of(row)][ids], wrong), abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------- routing

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from stages.detection.sources import CS_ID
 from stages.metrics.ranking import METRICS
+from stages.metrics.selective import augrc, aurc
 from stages.results.method import FROZEN_KNN
 from stages.results.table import (
+    COLUMNS,
     Evaluator,
     MethodRun,
     compact,
@@ -109,6 +112,87 @@ def test_the_same_study_draws_the_same_resamples(evaluator, rows):
     assert [row for row, _ in again] == [row for row, _ in rows]
     for (_, one), (_, other) in zip(again, rows, strict=True):
         np.testing.assert_array_equal(one["fpr95"], other["fpr95"])
+
+
+# ------------------------------------------------------------------------------- the full spectrum, and what is risked
+
+SHIFTED = {"sketches": 90, "blurred": 40}
+
+
+@pytest.fixture(scope="module")
+def spectrum():
+    """Two covariate-shifted ID sets, which stand among the OOD sets, and failures of a head on all ID rows."""
+    rng = np.random.default_rng(5)
+    ids, oods = draw(1.5)
+    shifted = {name: rng.normal(0.3, size=n).round(2).astype(np.float32) for name, n in SHIFTED.items()}
+    oods = {"sketches": shifted.pop("sketches")} | oods | shifted
+    sets = [("sketches", CS_ID), *OODS, ("blurred", CS_ID)]
+    failures = {name: (rng.random(n) < 0.3).astype(np.int8) for name, n in ({"id": 300} | SHIFTED).items()}
+    failures["blurred"][:7] = -1  # nobody knows
+    return Evaluator(sets, SIZES | SHIFTED, replicates=400), ids, oods, failures
+
+
+def test_shifted_id_stands_apart_and_moves_nothing_else(spectrum, rows):
+    evaluator, ids, oods, failures = spectrum
+    own = evaluator.rows(KNN, ids, oods, failures)
+    of_ood = [(row, drawn) for row, drawn in own if row.group != CS_ID]
+    assert [(row.ood, row.group) for row, _ in own if row.group == CS_ID] == [("sketches", CS_ID), ("blurred", CS_ID)]
+    for (row, drawn), (plain, plainly_drawn) in zip(of_ood, rows, strict=True):
+        assert replace(row, beside=plain.beside) == plain
+        np.testing.assert_array_equal(drawn["auroc"], plainly_drawn["auroc"])
+
+
+def test_the_full_spectrum_has_all_id_rows_as_one_set(spectrum):
+    evaluator, ids, oods, failures = spectrum
+    everything = np.concatenate([ids, oods["sketches"], oods["blurred"]])
+    found = {(row.ood, row.group): row.columns for row, _ in evaluator.rows(KNN, ids, oods, failures)}
+    for ood, group in OODS:
+        truth = np.repeat([0, 1], [len(everything), SIZES[ood]])
+        columns, scores = found[ood, group], np.concatenate([everything, oods[ood]])
+        assert columns["fsood_n_id"] == 430
+        assert columns["fsood_auroc"] == pytest.approx(roc_auc_score(truth, scores))
+        assert columns["fsood_fpr95"] == pytest.approx(plain_fpr95(everything, oods[ood]))
+        assert columns["fsood_fpr95_ood"] == pytest.approx(plain_fpr95(-oods[ood], -everything))
+    near, members = found["average", "near"], [found[ood, "near"]["fsood_auroc"] for ood in ("shapes", "letters")]
+    assert near["fsood_n_id"] == 430
+    assert near["fsood_auroc"] == pytest.approx(np.mean(members))
+    assert found["sketches", CS_ID]["fsood_auroc"] is None
+
+
+def test_what_is_risked_hangs_on_id_rows_alone(spectrum):
+    evaluator, ids, oods, failures = spectrum
+    rows = [row.columns for row, _ in evaluator.rows(KNN, ids, oods, failures)]
+    assert {row["aurc"] for row in rows} == {aurc(ids, failures["id"])}
+    assert {row["augrc"] for row in rows} == {augrc(ids, failures["id"])}
+    known = np.concatenate([ids, oods["sketches"], oods["blurred"][7:]])
+    wrong = np.concatenate([failures["id"], failures["sketches"], failures["blurred"][7:]])
+    assert {row["fsood_augrc"] for row in rows if row["group"] != CS_ID} == {augrc(known, wrong)}
+    without = [row.columns for row, _ in evaluator.rows(KNN, ids, oods)]
+    assert {(row["aurc"], row["fsood_aurc"]) for row in without} == {(None, None)}
+
+
+def test_without_shifted_id_the_columns_are_there_and_empty(rows):
+    for row, _ in rows:
+        assert list(row.columns) == list(COLUMNS)
+        assert {value for name, value in row.columns.items() if name.startswith("fsood")} == {None}
+
+
+def test_the_summary_has_shifted_id_without_verdicts(spectrum, tmp_path):
+    evaluator, ids, oods, failures = spectrum
+    seeds = []
+    for seed in (0, 1):
+        seeds += evaluator.rows(replace(MOFE, seed=seed), ids + np.float32(seed), oods, failures)
+    summary = summarise([*evaluator.rows(KNN, ids, oods), *seeds])
+    (line,) = lines_of(summary, features="mofe", ood="sketches")
+    assert {line[f"auroc_minus_knn{end}"] for end in ("", "_lo", "_hi", "_says")} == {None}
+    (near,) = lines_of(summary, features="mofe", ood="average", group="near")
+    values = [row.columns["fsood_auroc"] for row, _ in seeds if (row.ood, row.group) == ("average", "near")]
+    assert near["fsood_auroc_mean"] == pytest.approx(np.mean(values))
+    assert near["fsood_auroc_std"] == pytest.approx(np.std(values, ddof=1))
+    (plain,) = lines_of(summary, features="cls", ood="average", group="near")
+    assert (plain["aurc_mean"], plain["fsood_aurc_mean"]) == (None, None)
+    write_table(tmp_path, [row.columns for row, _ in seeds], summary)
+    assert read_summary(tmp_path) == summary
 
 
 # --------------------------------------------------------------------------------------------------------- summary
