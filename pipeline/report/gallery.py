@@ -59,11 +59,11 @@ def galleries(study: ReportedStudy, most: int = MOST_PICTURES) -> list[dict[str,
         return []
     samples = study.scored.samples(method, study.scored.first_seed(method))
     n = min(_MOST_OF_A_SET, most // len(samples))
-    groups = {"id": ""} | dict(study.oods)
+    groups = dict.fromkeys(("id", *study.scored.shifted), "") | dict(study.oods)
     found = []
     for name, (rows, scores) in samples.items():
         # The least like their kind first; equal ones in the order of the set.
-        order = np.argsort(-scores if name == "id" else scores, kind="stable")[:n]
+        order = np.argsort(scores if groups[name] else -scores, kind="stable")[:n]
         own = study.id_test if name == "id" else name
         reason, thumbnails = _thumbnails(study, own, rows.id[order].tolist())
         pictures = [

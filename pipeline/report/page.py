@@ -73,6 +73,7 @@ def report_identity(study: ReportedStudy) -> str:
     stages = {name: stage for name, stage in study.record.get("stages", {}).items() if name != "report"}
     described = [path.with_name(name) for path in study.training_files() for name in (path.name, "mofe.json")]
     described += sorted(study.folder.glob("model/*/*/seed-*/refined/final/**/*.json"))
+    shown = (study.id_test, *study.scored.shifted, *(ood for ood, _ in study.oods))
     here = Path(__file__)
     code = [*here.parent.glob("*.py"), *here.parents[1].glob("templates/*")]
     return fingerprint(
@@ -81,7 +82,7 @@ def report_identity(study: ReportedStudy) -> str:
             "record": study.record | {"stages": stages},
             "models": {str(path.relative_to(study.folder)): digest_of(path) for path in described},
             "features": {name: cache.digest for name, cache in study.evidence.caches.items()},
-            "images": {name: _images_digest(study, name) for name in (study.id_test, *(ood for ood, _ in study.oods))},
+            "images": {name: _images_digest(study, name) for name in shown},
             "code": {path.name: digest_of(path) for path in sorted(code)},
         }
     )

@@ -176,7 +176,7 @@ class Evaluator:
 
 
 def _selective(scores: Scored, failures: Failures, sets: Sequence[str]) -> dict[str, float | None]:
-    """Areas of selective classification on several sets as one; empty where of one of them nobody knows what is wrong."""
+    """Areas of selective classification on several sets as one; empty where of one of them nothing is known."""
     if not all(name in failures and (failures[name] >= 0).any() for name in sets):
         return dict.fromkeys(SELECTIVE)
     return selective_metrics(*(np.concatenate([own[name] for name in sets]) for own in (scores, failures)))

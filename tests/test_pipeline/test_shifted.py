@@ -1,4 +1,4 @@
-"""A set of role ``cs-id``, other images of the ID classes, from the experiment file to the report; on drawn features."""
+"""A set of role ``cs-id``, other images of the ID classes, from the experiment file to the report: drawn features."""
 
 import csv
 import json
