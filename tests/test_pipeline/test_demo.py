@@ -58,7 +58,18 @@ COLUMNS = [
     "auroc_hi",
     "fpr95_lo",
     "fpr95_hi",
+    "aurc",
+    "augrc",
+    "fsood_n_id",
+    "fsood_auroc",
+    "fsood_fpr95",
+    "fsood_fpr95_ood",
+    "fsood_aupr_in",
+    "fsood_aupr_out",
+    "fsood_aurc",
+    "fsood_augrc",
 ]
+INTERVALS = ("auroc_lo", "auroc_hi", "fpr95_lo", "fpr95_hi")
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +251,8 @@ def test_columns_and_values_of_the_table(table):
         assert 0 <= float(row["auroc_lo"]) <= float(row["auroc"]) <= float(row["auroc_hi"]) <= 1
         assert 0 <= float(row["fpr95_lo"]) <= float(row["fpr95_hi"]) <= 1
         assert all(0 <= float(row[name]) <= 1 for name in ("fpr95", "fpr95_ood", "aupr_in", "aupr_out"))
+        assert {row["aurc"] == "", row["augrc"] == ""} == {row["head"] == "none"}
+        assert {value for name, value in row.items() if name.startswith("fsood")} == {""}  # no set is cs-id
 
 
 def test_frozen_knn_stands_first(table):
@@ -441,7 +454,7 @@ def test_one_backbone_of_two(copied, table):
     done("score", DEMO, *settings(f"work={copied}", "score.bootstrap=100"), "--backbone", "finetuned")
     again = csv_lines(copied / "scores" / "table.csv")
     assert {row["backbone"] for row in again} == {"pretrained", "finetuned"}
-    assert again[0] == {**table[0], **{n: again[0][n] for n in COLUMNS[-4:]}}  # still compared with the frozen kNN
+    assert again[0] == {**table[0], **{n: again[0][n] for n in INTERVALS}}  # still compared with the frozen kNN
     done("score", DEMO, *settings(f"work={copied}", "score.bootstrap=100"), "--backbone", "pretrained")
     assert {row["backbone"] for row in csv_lines(copied / "scores" / "table.csv")} == {"pretrained"}
     assert not list((copied / "scores" / "samples").glob("finetuned-*"))
