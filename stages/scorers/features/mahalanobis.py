@@ -1,15 +1,19 @@
-"""Mahalanobis distances with one covariance: to the nearest class mean, relative to the mean of all, to the mean."""
+"""Mahalanobis distances with one covariance: to the nearest class mean, relative to the mean of all, to the mean.
+
+Features are as they are, divided by their norms, or by a power of them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stages.id_data.lazy import Floats
+from stages.metrics.ranking import auroc
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.scorer import Scorer
 from stages.scorers.shared.moments import (
@@ -18,11 +22,16 @@ from stages.scorers.shared.moments import (
     Matrix,
     RankTolerance,
     float64_rows,
+    known_labels,
     moments_of,
     squared_distances,
     whitened,
 )
+from stages.scorers.shared.pairs import seeded_share
 from stages.scorers.shared.shrinkage import ShrinkageRule, Shrunk, shrunk_scatter
+
+BETA_GRID = (0.0, 0.5, 1.0, 1.5, 2.0)
+_ROWS_TO_CHOOSE = 16384  # a beta by
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,29 +59,34 @@ class TiedGaussians:
         origin = means.mean(axis=0)
         return cls(origin, whiten, (means - origin) @ whiten, shrinkage, remark)
 
-    def nearest(self, features: ArrayLike, normalise: bool = False) -> NDArray[np.float64]:
-        """min_c (z − μ_c)ᵀ Σ⁺ (z − μ_c) of features [n, D], [n] float64.
+    def distances(self, features: ArrayLike, normalise: float = False) -> NDArray[np.float64]:
+        """(z − μ_c)ᵀ Σ⁺ (z − μ_c) of features [n, D] and every class, [n, C] float64.
 
         Raises:
             InputError: another D, NaN or inf.
         """
         rows = float64_rows(features, normalise, len(self.whiten))
         rows -= self.origin
-        return squared_distances(whitened(rows, self.whiten), self.means).min(axis=1)
+        return squared_distances(whitened(rows, self.whiten), self.means)
+
+    def nearest(self, features: ArrayLike, normalise: float = False) -> NDArray[np.float64]:
+        """The least of `distances` over the classes, [n] float64."""
+        return self.distances(features, normalise).min(axis=1)
 
 
-def mahalanobis_score(features: ArrayLike, classes: TiedGaussians, normalise: bool = False) -> Floats:
+def mahalanobis_score(features: ArrayLike, classes: TiedGaussians, normalise: float = False) -> Floats:
     """min_c (z − μ_c)ᵀ Σ⁺ (z − μ_c); higher = more OOD.
 
     Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks", NeurIPS
     2018. On ℓ2-normalised features Mahalanobis++: Mueller and Hein, "Mahalanobis++: Improving OOD Detection via Feature
-    Normalization", ICML 2025; and with one mean for all classes SSD: Sehwag et al., "SSD: A Unified Framework for
-    Self-Supervised Outlier Detection", ICLR 2021.
+    Normalization", ICML 2025; between and beyond the two, on z / ‖z‖^β, Janiak et al., "A Geometry-Based View of
+    Mahalanobis OOD Detection", arXiv 2510.15202. With one mean for all classes SSD: Sehwag et al., "SSD: A Unified
+    Framework for Self-Supervised Outlier Detection", ICLR 2021.
 
     Args:
         features: [n, D], any float type; computed in float64.
         classes: class means, and the covariance Σ of the training rows around their own class's.
-        normalise: take z / ‖z‖.
+        normalise: take z / ‖z‖; a number β: z / ‖z‖^β.
 
     Returns:
         [n] float32, at least 0.
@@ -139,6 +153,11 @@ class _TiedScorer(Scorer):
     def _moments(self, train: ScoreInputs, by_class: bool = True) -> FeatureMoments:
         return moments_of(train, self.name, self.normalise, by_class)
 
+    def _tied(self, train: ScoreInputs, normalise: float) -> TiedGaussians:
+        """Class means and their covariance."""
+        moments = moments_of(train, self.name, normalise)
+        return self._gaussians(moments.class_means, self._shrunk(train, moments), len(moments))
+
     def _shrunk(self, train: ScoreInputs, moments: FeatureMoments) -> Shrunk:
         rule = "none" if self.ridge and self.shrinkage == "auto" else self.shrinkage
         return shrunk_scatter(train, self.name, moments, rule)
@@ -176,8 +195,7 @@ class MahalanobisScorer(_TiedScorer):
 
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> TiedGaussians:
         """Class means and their covariance."""
-        moments = self._moments(train)
-        return self._gaussians(moments.class_means, self._shrunk(train, moments), len(moments))
+        return self._tied(train, self.normalise)
 
     def judge(self, x: ScoreInputs, memory: TiedGaussians) -> Floats:
         """Squared distance to the nearest class mean, [n]."""
@@ -193,6 +211,93 @@ class MahalanobisPPScorer(MahalanobisScorer):
     says: ClassVar[str] = "the same as Mahalanobis, normalised features"
     paper: ClassVar[str] = "Mueller 2025"
     normalise: ClassVar[bool] = True
+
+
+class RadialGaussians(NamedTuple):
+    """Gaussians of features divided by a power of their norm.
+
+    Attributes:
+        gaussians: of z / ‖z‖^β.
+        beta: β.
+        auroc: by which it was chosen; None where it was given, or where there was nothing to choose it by.
+    """
+
+    gaussians: TiedGaussians
+    beta: float
+    auroc: float | None
+
+
+@dataclass(eq=False)
+class RadialMahalanobisScorer(_TiedScorer):
+    """`mahalanobis_score` of z / ‖z‖^β; β = 0 is `MahalanobisScorer`, β = 1 `MahalanobisPPScorer`.
+
+    Attributes:
+        beta: β. ``"auto"`` chooses one of `BETA_GRID` by ID training rows alone, as `chosen_beta` does.
+    """
+
+    name: ClassVar[str] = "mahalanobis-radial"
+    title: ClassVar[str] = "radial Mahalanobis"
+    says: ClassVar[str] = "the same as Mahalanobis, features divided by a power of their norm"
+    paper: ClassVar[str] = "Janiak 2025"
+    cost: ClassVar[str] = "D² + C·D"
+
+    beta: Annotated[float, Field(ge=0, le=2)] | Literal["auto"] = "auto"
+
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> RadialGaussians:
+        """β, and class means and covariance of the features that it gives."""
+        beta, area = self.chosen_beta(train) if self.beta == "auto" else (float(self.beta), None)
+        return RadialGaussians(self._tied(train, beta), beta, area)
+
+    def chosen_beta(self, train: ScoreInputs) -> tuple[float, float | None]:
+        """The β that best tells rows of a class that is left out from rows whose class is there, and its AUROC.
+
+        Every second row of each class is fitted on; each of the others plays ID by its distance to the nearest class
+        mean, and OOD by that to the nearest of another class. The best AUROC wins, the β nearest to 1 among equals; 1
+        where no two classes have a row to fit on, or none has a second row. No OOD row is looked at. The paper chooses
+        β by the geometry of ID rows too; its rule is not in its abstract, and no code of its authors was found.
+        """
+        labels = known_labels(train, self.name)
+        some = np.arange(len(labels))
+        if len(labels) > _ROWS_TO_CHOOSE:
+            some = seeded_share(len(labels), _ROWS_TO_CHOOSE / len(labels))
+        second = _second_of_class(labels[some])
+        fitted, asked, classes = some[~second], some[second], np.unique(labels[some])
+        if len(classes) < 2 or not len(asked):
+            return 1.0, None
+        half = ScoreInputs(features=train.take(fitted).need("features", self.name), labels=labels[fitted])
+        features, own = train.take(asked).need("features", self.name), np.searchsorted(classes, labels[asked])
+        areas: dict[float, float] = {}
+        for beta in BETA_GRID:
+            distances = self._tied(half, beta).distances(features, beta)
+            inside = distances.min(axis=1)
+            distances[np.arange(len(own)), own] = np.inf
+            areas[beta] = auroc(inside, distances.min(axis=1))
+        best = max(areas, key=lambda beta: (areas[beta], -abs(beta - 1)))
+        return best, areas[best]
+
+    def judge(self, x: ScoreInputs, memory: RadialGaussians) -> Floats:
+        """Squared distance to the nearest class mean, [n]."""
+        return mahalanobis_score(x.need("features", self.name), memory.gaussians, memory.beta)
+
+    def facts(self, memory: Any) -> dict[str, Any]:
+        """What those of the family have, and β with its AUROC where it was to be chosen."""
+        chosen = {} if self.beta != "auto" else {"beta_used": memory.beta}
+        return super().facts(memory.gaussians) | chosen | ({} if memory.auroc is None else {"beta_auroc": memory.auroc})
+
+    def remark(self, memory: Any) -> str:
+        """Whether Σ is not the rows' own, and whether there was a β to choose."""
+        nothing = "beta is 1, for no ID class can be left out and be told from others"
+        unchosen = nothing if self.beta == "auto" and memory.auroc is None else ""
+        return "; ".join(said for said in (super().remark(memory.gaussians), unchosen) if said)
+
+
+def _second_of_class(labels: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """[n] whether a row is the second, fourth, … of its class."""
+    order = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    second = np.empty(len(labels), dtype=bool)
+    second[order] = (np.arange(len(labels)) - np.repeat(starts, counts)) % 2 == 1
+    return second
 
 
 @dataclass(eq=False)

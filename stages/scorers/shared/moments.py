@@ -166,7 +166,7 @@ class FeatureMoments:
     Variances", 1979: only positive terms are added, so that nothing cancels however far from 0 the features lie.
 
     Args:
-        normalise: take every row divided by its Euclidean norm (in float64; a zero row stays zero).
+        normalise: power of its Euclidean norm that every row is divided by, as in `float64_rows`.
         scatter: False gathers counts and means alone, and does none of the D × D work.
 
     Attributes:
@@ -180,7 +180,7 @@ class FeatureMoments:
     ([[2.0, 0.0], [0.0, 4.0]], [[2.0, 0.0], [0.0, 0.0]])
     """
 
-    def __init__(self, normalise: bool = False, scatter: bool = True) -> None:
+    def __init__(self, normalise: float = False, scatter: bool = True) -> None:
         self.normalise = normalise
         self.scatter = scatter
         self.classes = np.zeros(0, dtype=np.int64)
@@ -272,7 +272,7 @@ class FeatureMoments:
 
 
 def moments_of(
-    train: ScoreInputs, who: str, normalise: bool = False, by_class: bool = True, scatter: bool = True
+    train: ScoreInputs, who: str, normalise: float = False, by_class: bool = True, scatter: bool = True
 ) -> FeatureMoments:
     """Moments of ID training rows, read block by block.
 
@@ -321,10 +321,15 @@ def known_labels(train: ScoreInputs, who: str) -> NDArray[np.integer]:
     return labels
 
 
-def float64_rows(features: ArrayLike, normalise: bool = False, dim: int | None = None) -> NDArray[np.float64]:
+def float64_rows(features: ArrayLike, normalise: float = False, dim: int | None = None) -> NDArray[np.float64]:
     """A copy of features [n, D] in float64, divided by their Euclidean norms where asked; a zero row stays zero.
 
     `stages.scorers.neighbours.bank.l2_normalise` rounds to float32, which dividing by a small variance would blow up.
+
+    Args:
+        features: [n, D], any float type.
+        normalise: power of its norm that a row is divided by: True, 1, makes all norms 1; False, 0, leaves the rows.
+        dim: the D that they must have.
 
     Raises:
         InputError: not two-dimensional, NaN or inf, or a D that is not ``dim``.
@@ -332,6 +337,8 @@ def float64_rows(features: ArrayLike, normalise: bool = False, dim: int | None =
     rows = np.array(checked_dim(features, dim), dtype=np.float64)
     if normalise:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        if normalise != 1:
+            np.power(norms, normalise, out=norms, where=norms > 0)
         np.divide(rows, norms, out=rows, where=norms > 0)
     return rows
 

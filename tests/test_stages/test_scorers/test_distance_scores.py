@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import multivariate_normal
+from scipy.optimize import brentq
+from scipy.special import iv
+from scipy.stats import multivariate_normal, vonmises_fisher
+from sklearn.metrics import roc_auc_score
 
 from stages.errors import InputError, StageError
 from stages.heads.affine import LinearHead
@@ -21,11 +24,12 @@ from stages.scorers.subspace.neco import NECOScorer, neco_score
 from stages.scorers.subspace.pnml import pnml_score
 from stages.scorers.subspace.vim import ViMScorer, virtual_origin
 
-GAUSSIAN = ("mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm")
+GAUSSIAN = ("mahalanobis", "mahalanobis-pp", "mahalanobis-radial", "relative-mahalanobis", "relative-mahalanobis-pp",
+            "ssd", "gmm", "wdiscood")  # fmt: skip
 SUBSPACE = ("vim", "residual", "neco")
 HEAD = ("she", "fdbd", "nci", "pnml")
 PAIRS = ("nnguide", "relation")
-EVERY = (*GAUSSIAN, *SUBSPACE, *HEAD, *PAIRS, "cosine", "knn-mean")
+EVERY = (*GAUSSIAN, *SUBSPACE, *HEAD, *PAIRS, "cosine", "vmf", "knn-mean")
 
 C, D = 4, 7
 
@@ -81,6 +85,50 @@ def normalised(plain):
         return plain(*(ScoreInputs(features=unit(each.features), labels=each.labels) for each in (train, x)))
 
     return on_unit_rows
+
+
+def radial(z, beta):
+    return z / np.linalg.norm(z, axis=1, keepdims=True) ** beta
+
+
+def plain_radial(train, x):
+    """β told by rows whose own class is left out, each row alone; every second row of a class is fitted on."""
+    number = np.array([np.sum(train.labels[:i] == label) for i, label in enumerate(train.labels)])
+    half, asked, areas = number % 2 == 0, number % 2 == 1, {}
+    for beta in (1.0, 0.5, 1.5, 0.0, 2.0):
+        z = radial(train.features, beta)
+        away = distances(z[asked], *covariance_around_class_means(z[half], train.labels[half]))
+        left_out = [np.delete(row, label).min() for row, label in zip(away, train.labels[asked], strict=True)]
+        areas[beta] = roc_auc_score(np.repeat([0, 1], len(away)), np.r_[away.min(axis=1), left_out])
+    beta = max(areas, key=areas.get)
+    each = (ScoreInputs(features=radial(rows.features, beta), labels=rows.labels) for rows in (train, x))
+    return plain_mahalanobis(*each)
+
+
+def plain_wdiscood(train, x):
+    """As the authors' code has it: whitened on both sides, the discriminants from a general eigenproblem."""
+    z = unit(train.features)
+    values, vectors = np.linalg.eigh(covariance_around_class_means(z, train.labels)[1])
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    white, seen = z @ root, unit(x.features) @ root
+    means, within = covariance_around_class_means(white, train.labels)
+    apart = means - white.mean(axis=0)
+    ratios, found = np.linalg.eig(np.linalg.inv(within + 1e-5 * np.eye(D)) @ (apart.T @ apart / C))
+    discriminants = np.real(found[:, np.argsort(-np.real(ratios))[: C - 1]]).T
+    basis = np.linalg.svd(discriminants, full_matrices=False)[2]
+    left = np.eye(D) - basis.T @ basis
+    nearest = np.linalg.norm((seen[:, None] - means) @ discriminants.T, axis=2).min(axis=1)
+    return nearest + np.linalg.norm((seen - white.mean(axis=0)) @ left, axis=1)
+
+
+def plain_vmf(train, x):
+    z = unit(train.features)
+    cosines = [a @ b for i, a in enumerate(z) for j, b in enumerate(z) if i != j and train.labels[i] == train.labels[j]]
+    length = np.sqrt(np.mean(cosines))
+    kappa = brentq(lambda k: iv(D / 2, k) / iv(D / 2 - 1, k) - length, 0.1, 500)
+    means = unit(np.stack([z[train.labels == c].mean(axis=0) for c in range(C)]))
+    density = sum(vonmises_fisher(mean, kappa).pdf(unit(x.features)) / C for mean in means)
+    return -np.log(density)
 
 
 def plain_gmm(train, x):
@@ -174,6 +222,9 @@ PLAIN = {
     "mahalanobis-pp": normalised(plain_mahalanobis),
     "relative-mahalanobis": plain_relative,
     "relative-mahalanobis-pp": normalised(plain_relative),
+    "mahalanobis-radial": plain_radial,
+    "wdiscood": plain_wdiscood,
+    "vmf": plain_vmf,
     "ssd": plain_ssd,
     "gmm": plain_gmm,
     "residual": plain_residual,
@@ -227,7 +278,9 @@ def test_subspaces_and_products_know_no_axes(seed):
         np.testing.assert_allclose(other, plain, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["mahalanobis-pp", "relative-mahalanobis-pp", "ssd", "pnml", "cosine"])
+@pytest.mark.parametrize(
+    "name", ["mahalanobis-pp", "relative-mahalanobis-pp", "ssd", "pnml", "cosine", "wdiscood", "vmf"]
+)
 def test_only_the_direction_counts_where_features_are_normalised(name):
     train, x = rows(), rows(n=9, seed=1)
     scorer = get_scorer(name).fit(train)
@@ -341,7 +394,9 @@ def test_without_a_fit_there_is_no_score(name):
         get_scorer(name).score(rows(n=3))
 
 
-@pytest.mark.parametrize("name", ["mahalanobis", "relative-mahalanobis-pp", "gmm", "she", "cosine"])
+@pytest.mark.parametrize(
+    "name", ["mahalanobis", "mahalanobis-radial", "relative-mahalanobis-pp", "gmm", "she", "cosine", "wdiscood", "vmf"]
+)
 def test_rows_of_no_class_are_refused(name):
     train = rows()
     train.labels[5] = -1

@@ -22,7 +22,8 @@ from stages.scorers.shared.shrinkage import (
     shrunk_scatter,
 )
 
-INVERTS = ("mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "pnml")
+INVERTS = ("mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm", "pnml",
+           "wdiscood")  # fmt: skip
 SPLITS = ("residual", "vim", "neco")
 
 
