@@ -74,7 +74,7 @@ class Scorer(ABC):
         says: what is high for an OOD row, in a few words.
         paper: first author and year; the formula's docstring has all of it.
         cost: multiplications a row that is scored, up to a constant: N training rows, D features, C classes, P patches
-            an image, E experts.
+            an image, E experts, M random features or landmarks.
         needs: of ``features``, ``logits``, ``others``, ``other``, ``patches`` (what `score` reads of a row), ``head``
             (the weights that make the logits), ``bank`` (ID training rows to fit on), ``select`` (held-out ID rows to
             choose settings on) and ``labels`` (the class of each row that it is fitted on).

@@ -11,7 +11,6 @@ import torch
 from pytorch_ood import detector
 from scipy.stats import multivariate_normal
 from sklearn.covariance import EmpiricalCovariance
-from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import cosine_similarity
@@ -21,6 +20,7 @@ from torch.nn.functional import normalize as torch_normalize
 from stages.heads.affine import LinearHead
 from stages.scorers import get_scorer
 from stages.scorers.inputs import ScoreInputs
+from tests.test_parity.digits import digits_rows
 
 TOLERANCE = {"gmm": 1e-5}
 # Differences of two large numbers, which cross 0: the tolerance is a share of the largest score, not of each.
@@ -29,17 +29,7 @@ DIFFERENCES = ("relative-mahalanobis", "relative-mahalanobis-pp", "vim")
 
 @pytest.fixture(scope="module")
 def digits():
-    """Digits 0 to 6 as ID, 7 to 9 as OOD: 24 principal components of each image, and a softmax head on them."""
-    images, labels = load_digits(return_X_y=True)
-    known = labels < 7
-    features = (PCA(24, svd_solver="full").fit(images[known]).transform(images) / 10 + 0.5).astype(np.float32)
-    model = LogisticRegression(max_iter=500, C=0.1).fit(features[known][::2], labels[known][::2])
-    head = LinearHead(model.coef_.astype(np.float32), model.intercept_.astype(np.float32))
-    rows = {"train": known & (np.cumsum(known) % 2 == 1), "test": known & (np.cumsum(known) % 2 == 0), "ood": ~known}
-    return {
-        name: ScoreInputs(features[mask], head.logits(features[mask]), labels[mask], head=head)
-        for name, mask in rows.items()
-    }
+    return digits_rows()
 
 
 @pytest.fixture(scope="module")

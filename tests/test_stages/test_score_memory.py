@@ -23,6 +23,7 @@ from stages.scorers.shared.quantiles import column_quantiles
 DIM, CLASSES = 256, 4
 FEW = 5_000  # more than a block, so that both sizes fill one
 OF_MIXTURES_OR_IMAGES = {"mos", "other", "patch-knn"}
+PARAMS = {"corp": {"features": 64}, "kpca-nystrom": {"landmarks": 64}}  # their own memory, whatever the rows
 COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many training rows
 
 
@@ -59,7 +60,7 @@ def source_of(tmp_path_factory):
 
 
 def peak_of(source, scores, folder):
-    config = ScoreConfig(scores=sorted(scores), k=5, bootstrap=100)
+    config = ScoreConfig(scores=sorted(scores), k=5, bootstrap=100, params=PARAMS)
     for cache in (source.data.train, *(test.cache for test in source.tests)):
         assert cache.ids is not None  # what says which row is which is held: it is no feature
         assert cache.image_hashes is not None

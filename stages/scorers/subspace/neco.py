@@ -10,6 +10,7 @@ from pydantic import Field
 from stages.id_data.lazy import Floats
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.scorer import Scorer
+from stages.scorers.shared.components import explaining
 from stages.scorers.shared.moments import RANK_RTOL, Matrix, float64_rows, moments_of
 
 
@@ -95,10 +96,8 @@ class NECOScorer(Scorer):
         if not variances.max() > 0:  # no direction in which rows differ: nothing lies inside
             return Principal(moments.mean, scale, np.zeros((moments.dim, 0)))
         lengths, directions = total.over(scale).spectrum()
-        explained = np.cumsum(lengths)
-        # Less a rounding, or a share of 1 might never be reached.
-        enough = int(np.searchsorted(explained, self.variance * explained[-1] * (1 - 1e-12))) + 1
-        return Principal(moments.mean, scale, np.ascontiguousarray(directions[:, : self.dim or enough]))
+        dim = self.dim or explaining(lengths, self.variance)
+        return Principal(moments.mean, scale, np.ascontiguousarray(directions[:, :dim]))
 
     def judge(self, x: ScoreInputs, memory: Principal) -> Floats:
         """Negative share of the principal subspace, times the largest logit where asked, [n]."""

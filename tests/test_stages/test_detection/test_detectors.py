@@ -273,7 +273,7 @@ def test_every_score_on_every_head_that_it_reads():
 def test_what_reads_a_head():
     gaussian = {"mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm"}
     gaussian |= {"mahalanobis-radial", "wdiscood", "vmf"}
-    of_features = {"knn", "knn-mean", "ncm", "cosine", "mos", "patch-knn", *gaussian}
+    of_features = {"knn", "knn-mean", "ncm", "cosine", "cop", "corp", "mos", "patch-knn", *gaussian}
     assert {name for name in (*SCORERS, "knn+energy", "knn+gmm") if not reads_head(name)} == of_features | {"knn+gmm"}
     with pytest.raises(InputError, match="'energy'"):
         reads_head("knn+enrgy")
