@@ -20,7 +20,7 @@ from stages.config import BackboneConfig
 from stages.errors import InputError
 from stages.extraction.begun import chosen_spec
 from stages.files.documents import read_document, write_document
-from stages.id_data.rows import IdData, id_data
+from stages.id_data.rows import IdData, has_classes, id_data
 from stages.inputs.arrays import ARRAY_SEMANTICS, ArrayTable
 from stages.machine import default_device
 from stages.networks.compute import COMPUTE_BATCH, COMPUTE_THREADS, EXTRACTION_SEMANTICS
@@ -316,13 +316,17 @@ class StudyBackbone:
 
         Of a backbone that was fine-tuned only rows that it never saw can calibrate. So a study that fine-tunes is not
         cross-fitted: all of its rows, those of the pre-trained backbone too, train, select and calibrate on the same.
+        Where there are no labels, the clusters that stand for classes are those of the pre-trained backbone's features.
         """
         (train,), val = self.config.sets_of("id-train"), self.config.sets_of("id-val")
+        cache = self.cache(train)
+        own = self.tuned_from is None or has_classes(cache.labels)
         return id_data(
-            self.cache(train),
+            cache,
             self.cache(val[0]) if val else None,
             self.config.split.val,
             cross_fit=self.config.finetune is None,
+            classes_of=None if own or self.tuned_from is None else self.tuned_from.id_data(),
         )
 
 

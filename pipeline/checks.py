@@ -18,7 +18,7 @@ from pipeline.workspace import Workspace
 from stages.detection.frozen import cannot_read_patches
 from stages.errors import InputError
 from stages.finetune import check_finetune
-from stages.id_data.rows import IdData, Labels, check_split
+from stages.id_data.rows import IdData, Labels, check_split, has_classes
 from stages.inputs.images import SampleTable
 from stages.inputs.images.names import match_classes
 from stages.machine import default_device
@@ -34,6 +34,8 @@ from stages.training.tensorboard import require_tensorboard
 
 _Network = Callable[[], Backbone]  # the backbone, with weights or without
 _Listing = Callable[[SetConfig], SampleTable]  # what a set holds
+_Names = tuple[str, ...] | None  # of the classes that have images; None where there are none to tell apart
+_FEWEST = 2  # classes that there are in any case
 
 
 def check_before_extraction(workspace: Workspace, network: _Network | None = None) -> None:
@@ -98,7 +100,7 @@ def check_study(
         check_decode(config.backbone, default_device(), built.data_config)
     check_patches(config, names, spec, to_train, network)
     if spec is None:
-        _check_scores(config, len(names), network)
+        _check_scores(config, _count(names), network)
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -121,12 +123,12 @@ def check_scalars(config: RunConfig) -> None:
             require_tensorboard(f"{key}.tensorboard")
 
 
-def check_mixtures(config: RunConfig, names: tuple[str, ...], spec: FeatureSpec | None) -> None:
+def check_mixtures(config: RunConfig, names: _Names, spec: FeatureSpec | None) -> None:
     """Refuse settings of any variant that cannot be, before the first of them is trained.
 
     Args:
         config: the study.
-        names: of the classes that have images.
+        names: of the classes that have images; None where clusters of images are to stand for them.
         spec: what there is to train on, where it is known.
 
     Raises:
@@ -134,13 +136,19 @@ def check_mixtures(config: RunConfig, names: tuple[str, ...], spec: FeatureSpec 
     """
     for variant, train in config.variant_configs().items():
         with _about(variant):
-            settings = resolve_settings(train, len(names), spec)
-            check_groups(settings.experts, settings.grouping, names)
+            settings = resolve_settings(train, _count(names), spec)
+            if names is not None:
+                check_groups(settings.experts, settings.grouping, names)
+            elif settings.grouping not in ("balanced", "kmeans"):
+                raise InputError(
+                    f"train.grouping: {settings.grouping} names the classes of each group, and id-train has none to "
+                    'tell apart: give "balanced" or "kmeans"'
+                )
 
 
 def check_patches(
     config: RunConfig,
-    names: tuple[str, ...],
+    names: _Names,
     spec: FeatureSpec | None,
     to_train: Collection[str],
     network: _Network,
@@ -149,7 +157,7 @@ def check_patches(
 
     Args:
         config: the study.
-        names: of the classes that have images.
+        names: as of `check_mixtures`.
         spec: what there is to train on, where it is known.
         to_train: variants of which a mixture is still to be trained.
         network: the backbone, asked for where not all patches are kept and an end is to read them.
@@ -161,7 +169,7 @@ def check_patches(
     if patches == "full":
         return
     for variant, train in config.variant_configs().items():
-        kind = resolve_settings(train, len(names), spec).expert
+        kind = resolve_settings(train, _count(names), spec).expert
         if variant in to_train and kind in ("end", "dense") and not network().end_reads(patches):
             with _about(variant):
                 raise cannot_read(kind, network().config.name, patches)
@@ -177,23 +185,35 @@ def check_tuning(config: RunConfig, table: _Listing, network: _Network) -> None:
         return
     names, n_train = _split(config, table)
     settings = resolve_recipe(config.finetune, n_train)
-    check_finetune(config.backbone, settings, len(names), network)
+    check_finetune(config.backbone, settings, _count(names), network)
 
 
-def _split(config: RunConfig, table: _Listing) -> tuple[tuple[str, ...], int]:
+def _count(names: _Names) -> int:
+    return _FEWEST if names is None else len(names)
+
+
+def _split(config: RunConfig, table: _Listing) -> tuple[_Names, int]:
     """Names of the classes that have images, and how many images train; refuses sets that cannot be split."""
     (train,), val = config.sets_of("id-train"), config.sets_of("id-val")
     samples = table(train)
+    if not has_classes(samples.labels):
+        sizes = [len(samples), *(len(table(entry)) for entry in val)]
+        alone = [np.zeros(size, np.int32) for size in sizes]
+        return None, _check_split(config, ("all",), alone[0], alone[1] if val else None)
     used, labels = np.unique(samples.labels, return_inverse=True)
     names = tuple(samples.class_names[number] for number in used)
     held_out: Labels | None = None
     if val:
         others = table(val[0])
         held_out = np.asarray(match_classes(others.class_names, names), np.int32)[others.labels]
+    return names, _check_split(config, names, labels.astype(np.int32), held_out)
+
+
+def _check_split(config: RunConfig, names: tuple[str, ...], labels: Labels, held_out: Labels | None) -> int:
+    """How many images train; refuses sets that cannot be split."""
+    (train,) = config.sets_of("id-train")
     what = "image" if train.features is None else "row"
-    numbers = labels.astype(np.int32)
-    cross_fit = config.finetune is None
-    return names, check_split(train.name, names, numbers, held_out, config.split.val, cross_fit, what)
+    return check_split(train.name, names, labels, held_out, config.split.val, config.finetune is None, what)
 
 
 def _check_scores(config: RunConfig, n_classes: int, network: _Network) -> None:

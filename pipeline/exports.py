@@ -56,7 +56,8 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
     backbone = next(workspace.existing(which))
     samples = _golden_samples(workspace, backbone)  # images that are not there any more are said before work
     source = source_to_predict(workspace, backbone, asked.variant)
-    method, config = recommended_of(bool(source.mixtures)), workspace.config.score
+    method = recommended_of(bool(source.mixtures), source.data.labels == "given")
+    config = workspace.config.score
     deciding = DecidingDetector(source, config, asked.score_name or method.score, method.head, workspace.progress)
     about = _about(workspace, backbone, deciding)
     proof = _proof_images(workspace, backbone) if asked.onnx else None

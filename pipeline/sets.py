@@ -15,6 +15,7 @@ from cache import FeatureSpec
 from pipeline.backbones import StudyBackbone
 from pipeline.config import RunConfig, SetConfig
 from stages.errors import InputError
+from stages.id_data.rows import has_classes
 from stages.inputs.arrays import ARRAY_SUFFIXES, ArrayTable, is_glob, list_arrays
 from stages.inputs.images import Columns, SampleTable, list_images, only_classes
 from stages.inputs.images.names import match_classes, unlike
@@ -64,13 +65,15 @@ class Sets:
     def check(self) -> None:
         """Refuse sets that are not there or cannot be scored before hours of extraction rather than after."""
         (train,) = self.config.sets_of("id-train")
-        known = self.table(train).class_names
+        known = self.table(train)
         for entry in self.config.sets:
             table = self.table(entry)
+            if _may_lack(entry, table, known):
+                continue
             if entry in self.config.sets_of("id-train", "id-val", "id-test"):
-                _check_labels(entry, table, known)
+                _check_labels(entry, table, known.class_names)
             elif entry in self.config.sets_of("cs-id"):  # labels are needed for its accuracy alone
-                _check_classes(entry, table, known)
+                _check_classes(entry, table, known.class_names)
 
     def spec_of_arrays(self, backbone: StudyBackbone) -> FeatureSpec:
         """What the features of sets are that came as arrays; refuses those that do not go together."""
@@ -141,7 +144,23 @@ class Sets:
             return list_arrays(path, columns, classes)
         table = list_arrays(path, columns, classes or train.classes)
         own = path == train.features and columns == train.columns
+        if own and "logits" in table.columns and (table.samples.labels < 0).all():
+            raise InputError(
+                f"{path}: has logits, and no label that says which class a column is: give label, or leave logits out "
+                'by columns = { cls = "cls" }'
+            )
         return table.of_classes((table if own else self.arrays(train)).samples.class_names)
+
+
+def _may_lack(entry: SetConfig, table: SampleTable, train: SampleTable) -> bool:
+    """Whether nobody asks for the labels of an ID set.
+
+    They stand for nothing where id-train has none; a test set may have none at all, and where id-train has one class,
+    which tells nothing apart, so may an id-val set.
+    """
+    if (train.labels < 0).all():
+        return True
+    return bool((table.labels < 0).all()) and (entry.role == "id-test" or not has_classes(train.labels))
 
 
 def _check_labels(entry: SetConfig, table: SampleTable, known: Sequence[str]) -> None:

@@ -48,13 +48,16 @@ def source_to_predict(workspace: Workspace, backbone: StudyBackbone, variant: st
     Args:
         workspace: the study.
         backbone: whose features.
-        variant: whose mixture, that of the first seed; None: the first; `NO_VARIANT`: no mixture.
+        variant: whose mixture, that of the first seed; None: the first, or none where clusters of ID images stand for
+            classes; `NO_VARIANT`: no mixture.
 
     Raises:
         InputError: no such variant; a model that is not there or not of now.
     """
     mixtures = workspace.mixtures(backbone)
-    if variant is not None:
+    if variant is None and backbone.id_data().labels == "clusters":
+        mixtures = []
+    elif variant is not None:
         known = [*dict.fromkeys(name for name, _ in mixtures), NO_VARIANT]
         if variant not in known:
             raise InputError(f"--variant: {variant!r} is none of {', '.join(known)}")

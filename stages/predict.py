@@ -85,7 +85,7 @@ class Predictor:
         progress: Progress | None = None,
         per: Per = "all",
     ) -> None:
-        method = recommended_of(bool(source.mixtures))
+        method = recommended_of(bool(source.mixtures), source.data.labels == "given")
         deciding = DecidingDetector(source, config, score or method.score, method.head, progress)
         self.fitted = deciding.fitted
         self.detector = deciding.detector(per)

@@ -20,10 +20,10 @@ from stages.detection.detectors import FittedDetector
 from stages.detection.routing import Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
-from stages.detection.subject import NO_HEAD, Subject
+from stages.detection.subject import NO_HEAD, Subject, known_route
 from stages.errors import InputError
 from stages.id_data.overlap import Overlap, find_overlaps
-from stages.id_data.rows import unit
+from stages.id_data.rows import IdData, Labelling, unit
 from stages.metrics.ranking import OODMetrics, ood_metrics
 from stages.progress import NullProgress, Progress
 from stages.results.method import Method
@@ -79,7 +79,7 @@ def score(
     scoring.writer.id.overlap = [asdict(overlap) for overlap in overlaps]
     table, summary = scoring.writer.finish(identity)
     told = _overlap_notes(overlaps, unit(sources[0].data.train), folder / "id.json")
-    return ScoreResult(table, summary, [*told, *scoring.remarks.notes()])
+    return ScoreResult(table, summary, [*_labels_notes(sources[0].data), *told, *scoring.remarks.notes()])
 
 
 class _Scoring:
@@ -117,7 +117,7 @@ class _Scoring:
         for detector, routes in zip(detectors, subject.scores(detectors), strict=True):
             for routing, scores in routes.items():
                 failures = _failures(subject, predicted.get(routing, first), detector.head)
-                self._evaluate(detector, routing, scores, failures)
+                self._evaluate(detector, routing, scores, failures, source.data.labels)
                 scored.setdefault(routing, []).append((detector, scores))
             self._remark(detector, next(iter(routes.values())))
             self._progress.advance()
@@ -127,13 +127,16 @@ class _Scoring:
         for routing, results in scored.items():
             self._write_samples(subject, routing, results, predicted.get(routing, first), source)
 
-    def _evaluate(self, detector: FittedDetector, routing: str, scores: Scores, failures: Failures) -> None:
+    def _evaluate(
+        self, detector: FittedDetector, routing: str, scores: Scores, failures: Failures, labels: Labelling
+    ) -> None:
         """Rows of the table, and thresholds."""
         key = detector.subject.key
         method = Method(
             key.backbone, key.features, detector.head, key.variant, routing, detector.score, detector.calibrated
         )
-        run = MethodRun(method, key.seed, json.dumps(detector.params, sort_keys=True), self._config.profile)
+        known = labels if labels == "given" or detector.reads_classes else "none"
+        run = MethodRun(method, key.seed, json.dumps(detector.params, sort_keys=True), self._config.profile, known)
         self.writer.rows += self._evaluator.rows(run, scores["id"], scores, failures)
         for estimate in _thresholds(detector, routing):
             self.writer.add_threshold(run, estimate)
@@ -276,9 +279,13 @@ def _thresholds(detector: FittedDetector, routing: str) -> list[ThresholdEstimat
     return [threshold_at(scores, admit) for admit in ADMIT]
 
 
-def _accuracy(routed: RoutedSubject, predicted: Predictions) -> dict[str, float]:
-    labels = routed.sets["id"].labels
-    return {head: float(np.mean(classes == labels)) for head, classes in predicted["id"].items()}
+def _accuracy(routed: RoutedSubject, predicted: Predictions) -> dict[str, float | None]:
+    """Share of ID test rows that each head is right of; None where nobody knows their classes."""
+    return {head: _share(classes, routed.sets["id"].labels) for head, classes in predicted["id"].items()}
+
+
+def _share(found: NDArray[np.integer], truth: NDArray[np.integer]) -> float | None:
+    return float(np.mean(found == truth)) if (truth >= 0).all() else None
 
 
 def _router_record(routed: RoutedSubject, predicted: Mapping[str, Predictions]) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def _router_record(routed: RoutedSubject, predicted: Mapping[str, Predictions]) 
         | mixture.about
         | {
             "experts": subject.n_experts,
-            "accuracy": float(np.mean(test.expert == mixture.group[test.labels])),
+            "accuracy": _share(known_route(test.expert), np.where(test.labels < 0, -1, mixture.group[test.labels])),
             "id_accuracy": {routing: _accuracy(routed, classes) for routing, classes in predicted.items()},
             "load": loads,
         }
@@ -308,6 +315,15 @@ def _sets(source: BackboneSource) -> list[tuple[str, FeatureCache]]:
     held_out = [data.held_out] if data.split.held_out == "id-val" else []
     fitted = [(cache.manifest.dataset, cache) for cache in (data.train, *held_out)]
     return fitted + [(test.name, test.cache) for test in source.tests]
+
+
+def _labels_notes(data: IdData) -> list[str]:
+    if data.labels == "given":
+        return []
+    return [
+        f"id-train has no classes to tell apart: {data.n_classes} clusters of its features stand for them; what "
+        "depends on these has labels = clusters in table.csv, what does not labels = none"
+    ]
 
 
 def _overlap_notes(overlaps: Sequence[Overlap], noun: str, where: Path) -> list[str]:

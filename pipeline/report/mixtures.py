@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.report.figures import Points, Series, line_panel, scatter_panel
-from pipeline.report.sections import accuracy_over_seeds, best
+from pipeline.report.sections import accuracy_over_seeds, best, mean_if_known
 from pipeline.report.study import ReportedStudy, TrainingLog
 from pipeline.report.wording import COMPARED_METRICS, score_title
 from stages.mixture.mixup import class_difficulty
@@ -33,7 +33,7 @@ def routers(study: ReportedStudy) -> list[Line]:
             classes.setdefault(expert, []).append(name)
         share = {name: [n / sum(load) for n in load] for name, load in line["load"].items()}
         accuracy = {
-            routing: float(np.mean([seed[routing][_COST_HEAD] for seed in own])) for routing in line["id_accuracy"]
+            routing: mean_if_known([seed[routing][_COST_HEAD] for seed in own]) for routing in line["id_accuracy"]
         }
         own_experts = _experts(study, line, groups)
         lines.append(line | {"classes": classes, "share": share, "id_accuracy": accuracy, "by_expert": own_experts})
@@ -50,7 +50,7 @@ def _id_samples(study: ReportedStudy, backbone: str, variant: str) -> Samples | 
 def _experts(study: ReportedStudy, line: Line, groups: Mapping[str, int]) -> dict[str, Any] | None:
     """Of the first seed: where ID test images of each group went, and how well each expert did with what it got."""
     samples = _id_samples(study, line["backbone"], line["variant"])
-    if samples is None or samples.expert is None or not groups:
+    if samples is None or samples.expert is None or not groups or not (samples.label != "").all():
         return None
     own = np.asarray([groups[name] for name in samples.label.tolist()])
     right = samples.prediction == samples.label

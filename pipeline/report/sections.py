@@ -134,16 +134,27 @@ def shifted(study: ReportedStudy) -> dict[str, Any]:
 
 
 def accuracy_over_seeds(records: Sequence[Line], names: Sequence[str]) -> list[Line]:
-    """Accuracies as mean and standard deviation over seeds."""
+    """Accuracies as mean and standard deviation over seeds; None where ID test images have no labels."""
     by_name: dict[tuple[Any, ...], list[Line]] = {}
     for record in records:
         by_name.setdefault(tuple(record[name] for name in names), []).append(record)
     lines = []
     for members in by_name.values():
         values = [record["accuracy"] for record in members]
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        lines.append(members[0] | {"accuracy_mean": float(np.mean(values)), "accuracy_std": deviation})
+        known = None not in values
+        deviation = float(np.std(values, ddof=1)) if known and len(values) > 1 else None
+        lines.append(members[0] | {"accuracy_mean": mean_if_known(values), "accuracy_std": deviation})
     return lines
+
+
+def mean_if_known(values: Sequence[float | None]) -> float | None:
+    """Mean of accuracies; None where one is not known.
+
+    >>> mean_if_known([0.5, 1.0]), mean_if_known([None])
+    (0.75, None)
+    """
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def training(study: ReportedStudy, progress: Progress) -> list[dict[str, Any]]:

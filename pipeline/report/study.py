@@ -17,7 +17,7 @@ from pipeline.report.figures import Series
 from stages.errors import InputError
 from stages.files.documents import digest_of, read_document
 from stages.inputs.images import SampleTable
-from stages.results.method import BASELINES, FROZEN_SUM, RECOMMENDED, Method
+from stages.results.method import BASELINES, FROZEN_KNN, FROZEN_SUM, RECOMMENDED, Method
 from stages.results.scored_study import DAMAGE, Line, ScoredStudy, read_file
 from stages.results.table import GROUPS
 
@@ -196,6 +196,8 @@ def _is_as_left(metrics: Path) -> bool:
 
 def _recommended(scored: ScoredStudy) -> Method | None:
     """The recommended method of the first variant that has it, or the same score without a mixture."""
+    if scored.rows[0].get("labels") == "none":  # ID images without classes
+        return FROZEN_KNN
     found = [method for method in scored.lines if replace(method, variant=RECOMMENDED.variant) == RECOMMENDED]
     return next((method for method in (*found, FROZEN_SUM) if method in scored.lines), None)
 

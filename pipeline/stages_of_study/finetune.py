@@ -83,6 +83,7 @@ class Finetune(Stage):
         about: dict[str, Any] = read_document(backbone.finetune_folder / "finetune.json") or {}
         line = (
             f"{self.name}: {'done' if done else 'fresh'}, epoch {about['best_epoch']} kept, "
-            f"held-out ID accuracy {100 * about['select_accuracy']:.1f} %, {backbone.finetune_folder}"
+            f"held-out ID accuracy{'' if self._data.labels == 'given' else ' by clusters'} "
+            f"{100 * about['select_accuracy']:.1f} %, {backbone.finetune_folder}"
         )
         return Done([line], fresh=not done)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.detection.calibration import ExpertCalibration, Standardiser, sum_scores
-from stages.detection.subject import SetRows, Subject, known_route
+from stages.detection.subject import NO_HEAD, SetRows, Subject, known_route
 from stages.errors import NotFiniteError
 from stages.id_data.lazy import Floats
 from stages.scorers.inputs import check_finite
@@ -115,6 +115,12 @@ class FittedDetector:
     def is_routed(self) -> bool:
         """Whether its score of a row depends on the expert that the row went to."""
         return self.subject.n_experts > 0 and any("others" not in part.scorer.needs for part in self.parts)
+
+    @property
+    def reads_classes(self) -> bool:
+        """Whether its score depends on which class ID rows are of: by experts, a head, or what a part was fitted on."""
+        parts = (part.head != NO_HEAD or "labels" in part.scorer.needs for part in self.parts)
+        return self.subject.n_experts > 0 or any(parts)
 
     @property
     def is_exact(self) -> bool:

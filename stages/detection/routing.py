@@ -14,7 +14,7 @@ from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
 from stages.detection.subject import SetRows
-from stages.id_data.rows import labels_in
+from stages.id_data.rows import IdData, labels_of_test
 from stages.progress import Progress
 from stages.scorers.neighbours.store import NeighbourStore
 
@@ -34,7 +34,7 @@ class RoutedSubject:
     Attributes:
         factory: of its detectors.
         sets: rows of each set, routed where there are experts.
-        oracle: ID test rows routed by their true label; None without experts.
+        oracle: ID test rows routed by their true label; None without experts, or labels.
         second: rows of each set through the router's second choice; None where no top-2 rows are asked.
         mixture: the trained mixture; None for the backbone's own features.
     """
@@ -50,7 +50,8 @@ class RoutedSubject:
         """Ways to send rows to experts, what the router does first; ``none`` without experts."""
         if self.mixture is None:
             return ("none",)
-        return ("predicted", *(["top2"] if self.second is not None else []), "oracle")
+        more = {"top2": self.second, "oracle": self.oracle}
+        return ("predicted", *(name for name, rows in more.items() if rows is not None))
 
     def scores(self, detectors: Sequence[FittedDetector]) -> list[dict[str, Scores]]:
         """Of each detector: scores of each set by each routing that it depends on."""
@@ -102,19 +103,18 @@ def _top2_predictions(rows: SetRows, twins: SetRows) -> dict[str, NDArray[np.int
     return found
 
 
-def _labels(test: ScoredSet, names: Sequence[str]) -> NDArray[np.int32]:
-    """Class of each row of a set, -1 where it has none: OOD rows, and those of `CS_ID` that came without a label."""
+def _labels(test: ScoredSet, data: IdData) -> NDArray[np.int32]:
+    """Class of each row of a set, -1 where it has none: OOD rows, and ID rows that came without a label."""
     if test.group not in ("id", CS_ID):
         return np.full(test.cache.n_rows, -1, np.int32)
-    return labels_in(test.cache, names, partly=test.group == CS_ID)
+    return labels_of_test(test.cache, data, partly=test.group == CS_ID)
 
 
 def routed_subjects(
     source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, progress: Progress
 ) -> Iterator[RoutedSubject]:
     """Every choice of features of one backbone, one at a time: only one is in memory."""
-    names = source.data.class_names
-    labels = {test.name: _labels(test, names) for test in source.tests}
+    labels = {test.name: _labels(test, source.data) for test in source.tests}
     frozen = FrozenFeatures(source)
     # The frozen kNN is what everything is compared with, asked for or not.
     asked = config.scores if "knn" in config.scores else ["knn", *config.scores]
@@ -126,7 +126,9 @@ def routed_subjects(
         refined = RefinedFeatures(source, folder, progress)
         sets = {set_key(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
         id_test = next(test for test in source.tests if test.group == "id")
-        oracle = refined.rows(id_test.name, id_test.cache, labels[id_test.name], oracle=True)
+        oracle = None
+        if (labels[id_test.name] >= 0).all():
+            oracle = refined.rows(id_test.name, id_test.cache, labels[id_test.name], oracle=True)
         second = None
         if top2 := config.top2 and refined.n_experts > 1:
             second = {set_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}

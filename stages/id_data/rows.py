@@ -1,19 +1,22 @@
 """What stage two and three know of the ID data: sealed caches, labels in the study's classes, and the split."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache import FeatureCache
+from cache import FeatureCache, arrays_sha256
 from stages.errors import InputError
+from stages.id_data.clusters import Clusters, find_clusters, first_by_hash
 from stages.id_data.lazy import LazyArray, RowNumbers
 from stages.id_data.split import Fold, Rows, Split, split_rows, split_with_validation_set
 from stages.inputs.images.names import match_classes, unlike
 
 Labels = NDArray[np.int32]
+Labelling = Literal["given", "clusters"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class IdData:
         held_out_labels: ``[N']`` class of each of its rows.
         class_names: the C classes, in the order of their numbers.
         split: which rows train, select and calibrate.
+        labels: whose the classes are: ``given``, or ``clusters`` of the rows that stand for them where none are.
     """
 
     train: FeatureCache
@@ -35,6 +39,7 @@ class IdData:
     held_out_labels: Labels
     class_names: tuple[str, ...]
     split: Split
+    labels: Labelling = "given"
 
     @property
     def n_classes(self) -> int:
@@ -44,7 +49,8 @@ class IdData:
     @property
     def identity(self) -> dict[str, Any]:
         """By its bytes what all that is trained on these rows is made of: features, names of the classes, split."""
-        return {
+        own = {"train": self.train_labels, "held-out": self.held_out_labels}
+        return ({} if self.labels == "given" else {"clusters": arrays_sha256(own)}) | {
             "id-train": self.train.digest,
             "held-out": self.held_out.digest,
             "classes": list(self.class_names),
@@ -63,26 +69,38 @@ class IdData:
         return {name: fold.train for name, fold in self.runs()} | {"final": self.split.final_train}
 
 
-def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cross_fit: bool = True) -> IdData:
+def id_data(
+    train: FeatureCache,
+    val: FeatureCache | None,
+    val_share: float,
+    cross_fit: bool = True,
+    classes_of: IdData | None = None,
+) -> IdData:
     """Open the ID side of a study.
 
+    Where id-train has no labels, or one class, clusters of its features stand for classes (`stages.id_data.clusters`):
+    found on training rows, and every other row is of the nearest. Rows are then held out by image hash alone.
+
     Args:
-        train: cache of the id-train set; every row needs a label.
+        train: cache of the id-train set; every row has a label, or none has.
         val: cache of the id-val set, if the study has one.
         val_share: share of id-train to hold out where there is no id-val set.
         cross_fit: see `stages.id_data.split.split_rows`.
+        classes_of: what other features make of the same images, whose clusters these rows are to have as well.
 
     Raises:
-        InputError: unlabelled rows, fewer than two classes, classes with too few rows, labels that id-train lacks.
+        InputError: some rows without a label, classes with too few rows, labels that id-train lacks; rows that make no
+            two clusters where there are no labels.
     """
     labels = np.asarray(train.labels)
     names = train.class_names
+    if not has_classes(labels):
+        return _without_classes(train, val, val_share, cross_fit, classes_of)
     if len(without := np.flatnonzero(labels < 0)):
         how = "give a folder per class, or a list with labels" if unit(train) == "image" else "give label"
         raise InputError(f"id-train set {train.manifest.dataset!r}: {_some(train, without)} have no label: {how}")
     counts = np.bincount(labels, minlength=len(names))
     used = np.flatnonzero(counts)
-    _check_count(len(used), train.manifest.dataset, unit(train))
     names = tuple(names[index] for index in used)
     labels = np.searchsorted(used, labels).astype(np.int32)
     if val is None:
@@ -93,6 +111,81 @@ def id_data(train: FeatureCache, val: FeatureCache | None, val_share: float, cro
         split = split_with_validation_set(len(labels), held_labels, val.image_hashes)
     _check_folds(split, labels, names, train.manifest.dataset, unit(train))
     return IdData(train, labels, held_out, held_labels, names, split)
+
+
+def has_classes(labels: Labels) -> bool:
+    """Whether rows of id-train ``[N]`` have classes to tell apart; not where all are of one, or none has a label."""
+    return bool((labels != labels[:1]).any())
+
+
+def _without_classes(
+    train: FeatureCache, val: FeatureCache | None, val_share: float, cross_fit: bool, classes_of: IdData | None
+) -> IdData:
+    alone, held_out = np.zeros(train.n_rows, np.int32), train if val is None else val
+    if val is None:
+        split = split_rows(alone, train.image_hashes, val_share, cross_fit)
+    else:
+        split = split_with_validation_set(len(alone), np.zeros(val.n_rows, np.int32), val.image_hashes)
+    _check_folds(split, alone, ("all",), train.manifest.dataset, unit(train))
+    if classes_of is None:
+        found = _clustered(_Unlabelled(train.digest, held_out.digest, split.digest, train, held_out, split))
+        names, labels, held_labels = found.clusters.names, found.train, found.held_out
+    else:
+        names = classes_of.class_names
+        labels = _by_id(train, classes_of.train, classes_of.train_labels)
+        held_labels = labels if val is None else _by_id(val, classes_of.held_out, classes_of.held_out_labels)
+    split = replace(split, rule=f"{split.rule}; no classes to tell apart, {len(names)} clusters of cls stand for them")
+    _check_folds(split, labels, names, train.manifest.dataset, unit(train))
+    return IdData(train, labels, held_out, held_labels, names, split, "clusters")
+
+
+@dataclass(frozen=True)
+class _Unlabelled:
+    """Rows to be clustered, the same where their digests are."""
+
+    train_digest: str
+    held_out_digest: str
+    split_digest: str
+    train: FeatureCache = field(compare=False)
+    held_out: FeatureCache = field(compare=False)
+    split: Split = field(compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Clustered:
+    """Clusters, and which of them every row is of."""
+
+    clusters: Clusters
+    train: Labels
+    held_out: Labels
+
+
+@lru_cache(maxsize=8)  # a verb opens the same data many times
+def _clustered(rows: _Unlabelled) -> _Clustered:
+    train, hashes = rows.train, rows.train.image_hashes
+    sample = first_by_hash(rows.split.final_train, hashes)
+    features = np.concatenate([values for _, values in read_blocks(train, "cls", sample)])
+    clusters = find_clusters(features, hashes[sample])
+    if len(clusters) < 2:
+        raise InputError(
+            f"id-train set {train.manifest.dataset!r}: its {train.n_rows} {unit(train)}s have no classes to tell "
+            "apart, and are too few or too much alike for clusters to stand for them: give more that differ, or labels"
+        )
+    labels = _nearest_of(clusters, train)
+    return _Clustered(clusters, labels, labels if rows.held_out is train else _nearest_of(clusters, rows.held_out))
+
+
+def _nearest_of(clusters: Clusters, cache: FeatureCache) -> Labels:
+    blocks = read_blocks(cache, "cls", np.arange(cache.n_rows))
+    return np.concatenate([np.zeros(0, np.int32), *(clusters.of(values) for _, values in blocks)])
+
+
+def _by_id(cache: FeatureCache, known: FeatureCache, labels: Labels) -> Labels:
+    """Classes of rows, as the rows of the same images have them in another cache."""
+    of_id = dict(zip(known.ids.tolist(), labels.tolist(), strict=True))
+    if absent := [row for row, name in enumerate(cache.ids.tolist()) if name not in of_id]:
+        raise InputError(f"{cache.path}: {_some(cache, np.asarray(absent))} are not in {known.path}: run make extract")
+    return np.array([of_id[name] for name in cache.ids.tolist()], np.int32)
 
 
 def check_split(
@@ -119,9 +212,8 @@ def check_split(
         How many images train the first fold's model, if all of them differ and can be used.
 
     Raises:
-        InputError: fewer than two classes, classes or an id-val set with too few images.
+        InputError: classes or an id-val set with too few images.
     """
-    _check_count(len(class_names), dataset, what)
     if val_labels is not None:
         split = split_with_validation_set(len(labels), val_labels, _any_hashes(len(val_labels)))
         _check_folds(split, labels, class_names, dataset, what)
@@ -142,11 +234,6 @@ def check_split(
 def _any_hashes(n: int) -> NDArray[np.uint8]:
     """``[n, 32]`` of which no two are alike."""
     return np.arange(4 * n, dtype=np.uint64).view(np.uint8).reshape(n, 32)
-
-
-def _check_count(n_classes: int, dataset: str, what: str) -> None:
-    if n_classes < 2:
-        raise InputError(f"id-train set {dataset!r} has {n_classes} class with {what}s: at least 2 are needed")
 
 
 def _check_folds(
@@ -201,6 +288,22 @@ def labels_in(cache: FeatureCache, class_names: Sequence[str], partly: bool = Fa
             f"{unlike(unknown, class_names)}"
         )
     return labels
+
+
+def labels_of_test(cache: FeatureCache, data: IdData, partly: bool = False) -> Labels:
+    """Labels of ID test rows as numbers of the study's classes; -1 where these are clusters, or no row has a label.
+
+    Args:
+        cache: of the set.
+        data: of the study.
+        partly: whether some rows may have no label.
+
+    Raises:
+        InputError: some rows without label, or of a class that id-train does not have.
+    """
+    if data.labels == "clusters" or (np.asarray(cache.labels) < 0).all():
+        return np.full(cache.n_rows, -1, np.int32)
+    return labels_in(cache, data.class_names, partly)
 
 
 def _some(cache: FeatureCache, rows: Rows) -> str:

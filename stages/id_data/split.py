@@ -1,6 +1,7 @@
 """The held-out split: which ID rows train, which select, which calibrate; the same for every method and seed.
 
-Rows are held out per class by the hash of their image, so that renaming, reordering or adding images of other classes
+Rows are held out per class by the hash of their image, where there are classes (of images without labels all rows are
+as of one), so that renaming, reordering or adding images of other classes
 changes nothing, and identical images stand on the same side. Held-out rows are halved, again by hash: *select* (early
 stopping, difficulty, head strength, k) and *calibrate* (standardisation, calibration over experts, thresholds). An odd
 row of a class is dealt over the whole set, so that both halves have rows however few a class has.
@@ -98,7 +99,7 @@ def split_rows(labels: NDArray[np.int32], image_hashes: NDArray[np.uint8], val: 
     """Split id-train where no set is id-val.
 
     Args:
-        labels: ``[N]`` class of each row.
+        labels: ``[N]`` class of each row; one for all where there are no labels.
         image_hashes: ``[N, 32]`` SHA-256 of each image.
         val: share of each class to hold out.
         cross_fit: False where a backbone is trained on these rows (fine-tuning): features of rows that it has seen
@@ -108,9 +109,10 @@ def split_rows(labels: NDArray[np.int32], image_hashes: NDArray[np.uint8], val: 
     out = _place_in_class(labels, keys) < val
     select, calibrate = _halves(np.flatnonzero(out), labels, image_hashes)
     scarce = _scarce(labels, select, calibrate)
+    share = f"{val:g} of id-train{' per class' if len(np.unique(labels)) > 1 else ''} by image hash"
     if not cross_fit or not scarce:
         train = np.flatnonzero(~out)
-        rule = f"held-out split: {val:g} of id-train per class by image hash, halved into select and calibrate{scarce}"
+        rule = f"held-out split: {share}, halved into select and calibrate{scarce}"
         return Split("id-train", (Fold(train, select, calibrate),), train, rule)
     select = _without_last_two(np.flatnonzero(out), labels, keys)
     rest = np.setdiff1d(np.arange(len(labels)), select)
@@ -120,7 +122,7 @@ def split_rows(labels: NDArray[np.int32], image_hashes: NDArray[np.uint8], val: 
     dealt = (_dealt(fold.calibrate, labels, image_hashes, N_PARTS // CROSS_FITTING_FOLDS) for fold in folds)
     parts = tuple(Part(index, rows) for index, own in enumerate(dealt) for rows in own)
     rule = (
-        f"cross-fitting: {val:g} of id-train per class by image hash selects, {len(folds)} folds of the rest calibrate "
+        f"cross-fitting: {share} selects, {len(folds)} folds of the rest calibrate "
         f"(a half of that share would have fewer than {MIN_ROWS} rows of a class), banks and heads leave out "
         f"{len(parts)} parts in turn"
     )

@@ -68,9 +68,13 @@ FROZEN_MAHALANOBIS = replace(FROZEN_KNN, score="mahalanobis-pp")  # its covarian
 FROZEN_MEANS_SUM = replace(FROZEN_SUM, score="ncm+energy")
 
 
-def recommended_of(has_experts: bool) -> Method:
-    """What decides of new images where nothing is asked: the sum of kNN and energy; each alone fails somewhere."""
-    return RECOMMENDED if has_experts else FROZEN_SUM
+def recommended_of(has_experts: bool, has_classes: bool = True) -> Method:
+    """What decides of new images where nothing is asked: the sum of kNN and energy; each alone fails somewhere.
+
+    Where ID images have no classes it is kNN, which asks for none; the head then says what an image is called.
+    """
+    method = RECOMMENDED if has_experts else FROZEN_SUM
+    return method if has_classes else replace(method, score=FROZEN_KNN.score)
 
 
 # What every other method is compared with, by the name that columns of differences end in: ``auroc_minus_knn``.

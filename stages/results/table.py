@@ -32,6 +32,7 @@ COLUMNS = (  # of table.csv
     *METRICS,
     *(f"{metric}_{end}" for metric in _COMPARED for end in Interval._fields),
     *(*SELECTIVE, "fsood_n_id", *_FULL_SPECTRUM),
+    "labels",
 )
 _INTERVALS: Mapping[str, Callable[[Sequence[SetParts]], Interval]] = {"auroc": auroc_interval, "fpr95": fpr95_interval}
 
@@ -49,17 +50,19 @@ class MethodRun:
         seed: None where nothing is random.
         params: settings of the score, as JSON.
         profile: whose defaults they follow.
+        labels: whose classes it depends on: ``given``, ``clusters`` of ID rows without labels, or ``none`` of these.
     """
 
     method: Method
     seed: int | None
     params: str
     profile: str
+    labels: str = "given"
 
     @property
     def columns(self) -> dict[str, Any]:
         """As tables have it."""
-        own = {"seed": self.seed, "params": self.params, "profile": self.profile}
+        own = {"seed": self.seed, "params": self.params, "profile": self.profile, "labels": self.labels}
         return asdict(self.method) | own
 
 
