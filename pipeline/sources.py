@@ -55,14 +55,12 @@ def source_to_predict(workspace: Workspace, backbone: StudyBackbone, variant: st
         InputError: no such variant; a model that is not there or not of now.
     """
     mixtures = workspace.mixtures(backbone)
-    if variant is None and backbone.id_data().labels == "clusters":
-        mixtures = []
-    elif variant is not None:
+    if variant is not None:
         known = [*dict.fromkeys(name for name, _ in mixtures), NO_VARIANT]
         if variant not in known:
             raise InputError(f"--variant: {variant!r} is none of {', '.join(known)}")
         mixtures = [mixture for mixture in mixtures if mixture[0] == variant]
-    return _source(workspace, backbone, mixtures[:1], [], fits=True)
+    return _source(workspace, backbone, mixtures[:1], [], fits=True, of_clusters=variant is not None)
 
 
 def _source(
@@ -71,11 +69,15 @@ def _source(
     mixtures: Sequence[tuple[str, int]],
     tests: Sequence[ScoredSet],
     fits: bool,
+    of_clusters: bool = True,
 ) -> BackboneSource:
+    """A backbone with some mixtures; unless `of_clusters`, without those of classes that are clusters."""
     workspace.check_caches(backbone, "id-train", "id-val", *(_GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
     folders = [
-        MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed)) for variant, seed in mixtures
+        MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed))
+        for variant, seed in mixtures
+        if of_clusters or data.labels == "given"
     ]
     probe = _probe(workspace, backbone, data, fits)
     documents = [backbone.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]

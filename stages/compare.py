@@ -1,7 +1,8 @@
 """Scores of one's own arrays, without caches and stages: `compare_scores`, for notebooks and scripts."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,9 +12,10 @@ from stages.config import TAKEN_NAMES, Profile
 from stages.detection.calibration import Standardiser, sum_scores
 from stages.errors import InputError
 from stages.heads.affine import LinearHead
+from stages.id_data.clusters import Clusters, find_clusters, first_by_hash
 from stages.inputs.images.names import beyond_classes, class_order, class_texts, match_classes, tidy, unlike
 from stages.metrics.ranking import METRICS, ood_metrics
-from stages.scorers import get_scorer
+from stages.scorers import get_scorer, scorer_class
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.scorer import Scorer
 
@@ -66,8 +68,9 @@ def compare_scores(
     lists or tensors, on any device and of any float type.
 
     Args:
-        train: ID training rows; many scores need their labels. A mapping may have ``class_names`` as well, those of the
-            C classes in the order of logits and head; needed where labels are names and there are any.
+        train: ID training rows. Many scores need their labels; where there are none, and no logits or head, clusters of
+            the features stand for classes (`stages.id_data.clusters`). A mapping may have ``class_names`` as well,
+            those of the C classes in the order of logits and head; needed where labels are names and there are any.
         test: ID test rows.
         ood: OOD rows by the name of their set; rows alone are one set, ``"ood"``.
         scores: names of `stages.scorers.SCORERS`, or sums such as ``"knn+energy"``; or one of them; or a mapping of
@@ -95,7 +98,10 @@ def compare_scores(
     _check_widths(read | {f"ood {name!r}": rows for name, rows in oods.items()})
     number = _Classes(read["train"], classifier, class_names)
     fitting, test_rows, *others = (number.inputs(who, rows) for who, rows in read.items())
-    select = others[0] if others else None
+    needs = frozenset().union(*(scorer_class(part).needs for parts in asked.values() for part in parts))
+    clusters = _clusters_of(fitting) if "labels" in needs else None
+    fitting = _labelled(fitting, clusters)
+    select = _labelled(others[0], clusters) if others else None
     sets = {"id": test_rows} | {name: number.inputs(name, rows, of_id=False) for name, rows in oods.items()}
 
     fitted: dict[str, _Fitted] = {}  # by name and settings: one in a sum as well is fitted and scored once
@@ -110,7 +116,8 @@ def compare_scores(
         score: _sums(score, parts, select) if len(parts) > 1 else parts[0].scores for score, parts in by_score.items()
     }
     rows = [row for score, parts in by_score.items() for row in _metrics(score, parts, found[score])]
-    notes = [f"{each.scorer.name}: {remark}" for each in fitted.values() for remark in each.scorer.remarks()]
+    notes = [] if clusters is None else [f"train has no labels: {len(clusters)} clusters of it stand for classes"]
+    notes += [f"{each.scorer.name}: {remark}" for each in fitted.values() for remark in each.scorer.remarks()]
     sums = [score for score, parts in by_score.items() if len(parts) > 1]
     notes += [f"{score}: {said}" for score in sums if select is not None and (said := Standardiser.remark(len(select)))]
     return Comparison(rows, found, list(dict.fromkeys(notes)))
@@ -270,6 +277,24 @@ class _Classes:
         if self._n is not None and (numbers >= self._n).any():
             raise beyond_classes(who, numbers, self._n, "classes", "the classes are")
         return numbers
+
+
+def _clusters_of(train: ScoreInputs) -> Clusters | None:
+    """What stands for classes; None where rows have labels, classes by their logits, or make no two clusters."""
+    if train.labels is not None or train.features is None or train.has("logits"):
+        return None
+    features = train.need("features", "clustering")
+    hashes = np.array([list(hashlib.sha256(row.tobytes()).digest()) for row in features], np.uint8)
+    sample = first_by_hash(np.arange(len(features)), hashes)
+    found = find_clusters(features[sample], hashes[sample])
+    return found if len(found) > 1 else None
+
+
+def _labelled(rows: ScoreInputs, clusters: Clusters | None) -> ScoreInputs:
+    """The same rows, each of the cluster that it is nearest to, where clusters stand for classes."""
+    if clusters is None or rows.features is None:
+        return rows
+    return replace(rows, labels=clusters.of(rows.need("features", "clustering")))
 
 
 def _are_names(labels: NDArray[Any]) -> bool:

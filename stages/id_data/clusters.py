@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-K_GRID = (*range(2, 11), 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
+CLUSTER_GRID = (*range(2, 11), 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
 MOST_ROWS = 2048  # that clusters are found on: the first by image hash
 LEAST_ROWS = 5  # of them in a cluster; the rows of smaller ones go to the nearest other
 _PER_CLUSTER = 10  # rows, on average, below which a k is not tried, but for the smallest
 
-Matrix = NDArray[np.float64]
+_Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Clusters:
         silhouette: mean over the rows that they were found on, −1 to 1.
     """
 
-    centres: Matrix
+    centres: _Matrix
     silhouette: float
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Clusters:
         return _nearest(unit_rows(features), self.centres)
 
     @classmethod
-    def _from(cls, rows: Matrix, distances: Matrix, labels: NDArray[np.int32]) -> Self:
+    def _from(cls, rows: _Matrix, distances: _Matrix, labels: NDArray[np.int32]) -> Self:
         """Of rows and the cluster of each: those with too few rows are given up, and their rows go to others."""
         counts = np.bincount(labels)
         kept = [number for number in np.argsort(-counts, kind="stable") if counts[number] >= LEAST_ROWS]
@@ -58,7 +58,9 @@ class Clusters:
         return cls(centres, _silhouette(distances, _nearest(rows, centres)))
 
 
-def find_clusters(features: NDArray[np.floating], hashes: NDArray[np.uint8], grid: Sequence[int] = K_GRID) -> Clusters:
+def find_clusters(
+    features: NDArray[np.floating], hashes: NDArray[np.uint8], grid: Sequence[int] = CLUSTER_GRID
+) -> Clusters:
     """The clusters of ID rows that are best told apart; fewer than two where rows are too few or too much alike.
 
     Args:
@@ -92,14 +94,14 @@ def first_by_hash(rows: NDArray[np.int64], hashes: NDArray[np.uint8], most: int 
     return np.sort(rows[order[:most]])
 
 
-def unit_rows(features: NDArray[np.floating]) -> Matrix:
+def unit_rows(features: NDArray[np.floating]) -> _Matrix:
     """Rows ``[n, D]`` divided by their lengths, in float64; a row of zeros stays one."""
     rows = np.asarray(features, dtype=np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
-def _k_means(rows: Matrix, k: int) -> NDArray[np.int32]:
+def _k_means(rows: _Matrix, k: int) -> NDArray[np.int32]:
     from sklearn.cluster import KMeans  # a second, for those alone whose images have no labels
     from sklearn.exceptions import ConvergenceWarning
 
@@ -109,7 +111,7 @@ def _k_means(rows: Matrix, k: int) -> NDArray[np.int32]:
     return labels
 
 
-def _distances(rows: Matrix) -> Matrix:
+def _distances(rows: _Matrix) -> _Matrix:
     """Euclidean, ``[n, n]``."""
     squares = np.einsum("nd,nd->n", rows, rows)
     found = np.sqrt(np.maximum(squares[:, None] + squares - 2 * (rows @ rows.T), 0))
@@ -117,12 +119,12 @@ def _distances(rows: Matrix) -> Matrix:
     return np.asarray(found, dtype=np.float64)
 
 
-def _nearest(rows: Matrix, centres: Matrix) -> NDArray[np.int32]:
+def _nearest(rows: _Matrix, centres: _Matrix) -> NDArray[np.int32]:
     away = np.einsum("kd,kd->k", centres, centres) - 2 * (rows @ centres.T)
     return away.argmin(axis=1).astype(np.int32)
 
 
-def _silhouette(distances: Matrix, labels: NDArray[np.int32]) -> float:
+def _silhouette(distances: _Matrix, labels: NDArray[np.int32]) -> float:
     """Mean of (b − a) / max(a, b): a to the rows of the own cluster, b to those of the nearest other one."""
     n, k = len(labels), int(labels.max()) + 1
     member = np.zeros((n, k))

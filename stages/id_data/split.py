@@ -1,10 +1,10 @@
 """The held-out split: which ID rows train, which select, which calibrate; the same for every method and seed.
 
 Rows are held out per class by the hash of their image, where there are classes (of images without labels all rows are
-as of one), so that renaming, reordering or adding images of other classes
-changes nothing, and identical images stand on the same side. Held-out rows are halved, again by hash: *select* (early
-stopping, difficulty, head strength, k) and *calibrate* (standardisation, calibration over experts, thresholds). An odd
-row of a class is dealt over the whole set, so that both halves have rows however few a class has.
+as of one), so that renaming, reordering or adding images of other classes changes nothing, and identical images stand
+on the same side. Held-out rows are halved, again by hash: *select* (early stopping, difficulty, head strength, k) and
+*calibrate* (standardisation, calibration over experts, thresholds). An odd row of a class is dealt over the whole set,
+so that both halves have rows however few a class has.
 
 Where a class would have fewer than `MIN_ROWS` rows in a half, the whole share selects and the other rows are
 cross-fitted: K models, each without a part of them that it calibrates, and a final model of all of them. Every model,

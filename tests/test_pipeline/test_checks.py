@@ -42,6 +42,7 @@ def home(tmp_path_factory):
     draw(home / "images" / "threes", "sklearn:digits[3]/test", 2, nested=False)
     draw(home / "images" / "photos", "sklearn:photos", 2)
     draw(home / "images" / "one-class", "sklearn:digits[0]/train", 8)
+    draw(home / "images" / "flat", "sklearn:digits[0-1]/train", 1, nested=False)
     draw(home / "images" / "small", "sklearn:digits[0-1]/train", 8)
     draw(home / "images" / "small", "sklearn:digits[2]/train", 1)
     study = STUDY.replace("photos.tar", "photos")
@@ -72,13 +73,19 @@ def many_classes(home):
 GMM = 'score.scores=["knn+gmm"]'
 
 KINDS = {
-    "fewer than two classes": (
+    "a grouping of classes where there is one": (
         "study",
         lambda home: [
             f"sets.train.images={home / 'images/one-class'}",
             f"sets.test.images={home / 'images/one-class'}",
+            f"train.grouping={home / 'groups.json'}",
         ],
-        "id-train set 'train' has 1 class with images: at least 2 are needed",
+        "groups.json names the classes of each group, and id-train has none to tell apart",
+    ),
+    "two images without a label": (
+        "study",
+        lambda home: [f"sets.train.images={home / 'images/flat'}"],
+        "no image is left to calibrate on: give 3 different images of a class or more",
     ),
     "a class too small to hold out": (
         "study",

@@ -85,6 +85,17 @@ def test_plain_arrays_are_enough_for_knn(mine):
     np.testing.assert_array_equal(plain.scores["knn"]["far"], compare_scores(**mine).scores["knn"]["far"])
 
 
+def test_clusters_stand_for_classes_where_there_are_none(mine):
+    """Three classes that are apart: found again, and numbered otherwise."""
+    plain = {name: mine[name]["features"] for name in ("train", "test", "held_out")}
+    found = compare_scores(**plain, ood=mine["ood"], scores=["knn", "ncm", "knn+ncm"])
+    known = compare_scores(**mine | {"head": None}, scores=["knn", "ncm", "knn+ncm"])
+    for score in ("knn", "ncm", "knn+ncm"):
+        np.testing.assert_allclose(found.scores[score]["near"], known.scores[score]["near"], rtol=1e-5)
+    assert found.notes == ["train has no labels: 3 clusters of it stand for classes"]
+    assert compare_scores(**plain, ood=mine["ood"], scores=["knn", "ssd"]).notes == []
+
+
 def test_every_score_of_features_and_logits_runs(mine):
     names = [name for name, scorer in SCORERS.items() if not scorer.needs & {"others", "other", "patches"}]
     found = compare_scores(**mine, scores=names)

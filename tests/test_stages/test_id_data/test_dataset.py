@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 
 from cache import CacheBuilder, FeatureCache, InputSet, InputTable, commit_shard, plan_shards
 from stages.errors import InputError
 from stages.extract import import_set
-from stages.id_data.rows import epoch_windows, id_data, labels_in, read_blocks
+from stages.id_data.clusters import find_clusters
+from stages.id_data.rows import epoch_windows, id_data, labels_in, labels_of_test, read_blocks
 from stages.id_data.split import split_rows
 from stages.id_data.tokens import read_tokens
 from stages.inputs.arrays import list_arrays
@@ -113,9 +115,72 @@ def test_rows_without_a_label_are_refused(cache_of):
         id_data(cache_of("train", [0, -1, 1, -1], ("ant", "bee")), None, 0.2)
 
 
-def test_one_class_is_refused(cache_of):
-    with pytest.raises(InputError, match="'train' has 1 class"):
-        id_data(cache_of("train", [1] * 9, ("ant", "bee")), None, 0.2)
+@pytest.fixture
+def imported(caches, tmp_path):
+    """Features of real images, four digits, as arrays: ``imported(name, n, label=...)``, of the first rows of a set."""
+
+    def make(name: str, n: int = 400, **more) -> FeatureCache:
+        rows = np.random.default_rng(0).permutation(caches[name].n_rows)[:n]
+        np.savez(tmp_path / f"{name}.npz", cls=caches[name].read("cls", rows), **more, id=caches[name].ids[rows])
+        arrays = list_arrays(str(tmp_path / f"{name}.npz"))
+        return import_set(name, arrays, arrays.spec("drawn", "float32"), tmp_path)
+
+    return make
+
+
+def test_clusters_stand_for_classes_where_there_are_no_labels(imported):
+    """Rows are held out by hash alone; clusters are found on those that train, and are mostly of one digit."""
+    train = imported("train")
+    found = id_data(train, None, 0.2)
+    assert found.labels == "clusters"
+    split = split_rows(np.zeros(train.n_rows, np.int32), train.image_hashes, 0.2)
+    assert found.split.digest == split.digest
+    assert (
+        found.split.rule == f"{split.rule}; no classes to tell apart, {found.n_classes} clusters of cls stand for them"
+    )
+    digits = np.array([int(name[0]) for name in train.ids])
+    assert adjusted_rand_score(digits, found.train_labels) > 0.3
+    hashes, rows = train.image_hashes, found.split.final_train
+    clusters = find_clusters(train.read("cls", rows), hashes[rows])
+    np.testing.assert_array_equal(found.train_labels, clusters.of(train.read("cls")))
+    assert found.held_out_labels is found.train_labels
+
+
+def test_one_class_is_as_none(imported):
+    found = id_data(imported("train", 100, label=np.full(100, 3)), imported("test", 40), 0.2)
+    assert found.labels == "clusters"
+    assert found.split.held_out == "id-val"
+    assert len(found.held_out_labels) == 40
+    assert labels_of_test(found.held_out, found).tolist() == [-1] * 40
+
+
+def test_other_features_of_the_same_images_have_the_same_clusters(imported, caches):
+    """Those of a backbone that was fine-tuned, in whatever order its rows stand."""
+    first = id_data(imported("train", 60), None, 0.2)
+    ids = first.train.ids[::-1]
+    other = FeatureCache(first.train.path, first.train.manifest)
+    vars(other)["ids"] = ids
+    again = id_data(other, None, 0.2, classes_of=first)
+    np.testing.assert_array_equal(again.train_labels, first.train_labels[::-1])
+    vars(other)["ids"] = np.array([*ids[:-1], "new"])
+    with pytest.raises(InputError, match=r"1 of 60 rows \(the first: 'new'\) are not in .*: run make extract"):
+        id_data(other, None, 0.2, classes_of=first)
+
+
+def test_identity_tells_clusters_apart(imported):
+    found = id_data(imported("train", 60), None, 0.2)
+    assert id_data(found.train, None, 0.2).identity == found.identity
+    other = replace(found, train_labels=np.roll(found.train_labels, 1))
+    assert other.identity != found.identity
+    assert "clusters" not in replace(found, labels="given").identity
+
+
+def test_id_test_has_labels_or_none(cache_of):
+    data = id_data(cache_of("train", [0, 1] * 30, ("ant", "bee")), None, 0.2)
+    assert labels_of_test(cache_of("none", [-1, -1], ()), data).tolist() == [-1, -1]
+    assert labels_of_test(cache_of("all", [0, 1], ("bee", "ant")), data).tolist() == [1, 0]
+    with pytest.raises(InputError, match=r"'some': 1 of 2 images .* no label"):
+        labels_of_test(cache_of("some", [0, -1], ("bee", "ant")), data)
 
 
 def test_class_of_one_image_is_refused_by_name(cache_of):
