@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 CLUSTER_GRID = (*range(2, 11), 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
-MOST_ROWS = 2048  # that clusters are found on: the first by image hash
-LEAST_ROWS = 5  # of them in a cluster; the rows of smaller ones go to the nearest other
+CLUSTERED_ROWS = 2048  # that clusters are found on: the first by image hash
+SMALLEST_CLUSTER = 5  # of them in a cluster; the rows of smaller ones go to the nearest other
 _PER_CLUSTER = 10  # rows, on average, below which a k is not tried, but for the smallest
 
 _Matrix = NDArray[np.float64]
@@ -51,7 +51,7 @@ class Clusters:
     def _from(cls, rows: _Matrix, distances: _Matrix, labels: NDArray[np.int32]) -> Self:
         """Of rows and the cluster of each: those with too few rows are given up, and their rows go to others."""
         counts = np.bincount(labels)
-        kept = [number for number in np.argsort(-counts, kind="stable") if counts[number] >= LEAST_ROWS]
+        kept = [number for number in np.argsort(-counts, kind="stable") if counts[number] >= SMALLEST_CLUSTER]
         if len(kept) < 2:
             return cls(rows[:0], -1.0)
         centres = np.stack([rows[labels == number].mean(axis=0) for number in kept])
@@ -64,7 +64,7 @@ def find_clusters(
     """The clusters of ID rows that are best told apart; fewer than two where rows are too few or too much alike.
 
     Args:
-        features: ``[n, D]``, at most `MOST_ROWS` of them are wanted.
+        features: ``[n, D]``, at most `CLUSTERED_ROWS` of them are wanted.
         hashes: ``[n, 32]`` of the image of each: they alone say in which order rows come.
         grid: numbers of clusters to try.
     """
@@ -74,7 +74,7 @@ def find_clusters(
     found = Clusters(rows[:0], -1.0)
     most = max(2, len(rows) // _PER_CLUSTER)
     for k in (k for k in grid if k <= most):
-        if len(rows) < 2 * LEAST_ROWS or not distances.any():
+        if len(rows) < 2 * SMALLEST_CLUSTER or not distances.any():
             break
         other = Clusters._from(rows, distances, _k_means(rows, k))
         if other.silhouette > found.silhouette:
@@ -82,7 +82,7 @@ def find_clusters(
     return found
 
 
-def first_by_hash(rows: NDArray[np.int64], hashes: NDArray[np.uint8], most: int = MOST_ROWS) -> NDArray[np.int64]:
+def first_by_hash(rows: NDArray[np.int64], hashes: NDArray[np.uint8], most: int = CLUSTERED_ROWS) -> NDArray[np.int64]:
     """Up to so many of some rows, those whose image hashes come first; ascending.
 
     Args:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from stages.id_data.clusters import LEAST_ROWS, find_clusters, first_by_hash, unit_rows
+from stages.id_data.clusters import SMALLEST_CLUSTER, find_clusters, first_by_hash, unit_rows
 
 
 def blobs(k, n, dim=24, spread=0.15, seed=0):
@@ -40,7 +40,7 @@ def test_one_blob_is_two_clusters_or_more_with_enough_rows_each():
     features, _, hashes = blobs(1, 150)
     found = find_clusters(features, hashes)
     assert len(found) >= 2
-    assert np.bincount(found.of(features)).min() >= LEAST_ROWS
+    assert np.bincount(found.of(features)).min() >= SMALLEST_CLUSTER
 
 
 def test_a_stray_row_is_no_cluster():
@@ -53,7 +53,12 @@ def test_a_stray_row_is_no_cluster():
 
 @pytest.mark.parametrize(
     "features",
-    [np.ones((40, 8)), np.zeros((40, 8)), np.arange(1, 41)[:, None] * np.ones((1, 8)), blobs(2, 2 * LEAST_ROWS - 1)[0]],
+    [
+        np.ones((40, 8)),
+        np.zeros((40, 8)),
+        np.arange(1, 41)[:, None] * np.ones((1, 8)),
+        blobs(2, 2 * SMALLEST_CLUSTER - 1)[0],
+    ],
     ids=["all alike", "all zero", "one direction", "too few"],
 )
 def test_what_makes_no_two_clusters_has_none(features):
