@@ -68,17 +68,16 @@ def find_clusters(
         hashes: ``[n, 32]`` of the image of each: they alone say in which order rows come.
         grid: numbers of clusters to try.
     """
-    order = np.lexsort(hashes.T[::-1])
-    rows = unit_rows(features[order])
-    distances = _distances(rows)
-    found = Clusters(rows[:0], -1.0)
-    most = max(2, len(rows) // _PER_CLUSTER)
-    for k in (k for k in grid if k <= most):
+    rows = unit_rows(features[np.lexsort(hashes.T[::-1])])
+    found, most = Clusters(rows[:0], -1.0), max(2, len(rows) // _PER_CLUSTER)
+    with threadpool_limits(1):  # sums of several threads round in the order in which these end
+        distances = _distances(rows)
         if len(rows) < 2 * SMALLEST_CLUSTER or not distances.any():
-            break
-        other = Clusters._from(rows, distances, _k_means(rows, k))
-        if other.silhouette > found.silhouette:
-            found = other
+            return found
+        for k in (k for k in grid if k <= most):
+            other = Clusters._from(rows, distances, _k_means(rows, k))
+            if other.silhouette > found.silhouette:
+                found = other
     return found
 
 
@@ -105,7 +104,7 @@ def _k_means(rows: _Matrix, k: int) -> NDArray[np.int32]:
     from sklearn.cluster import KMeans  # a second, for those alone whose images have no labels
     from sklearn.exceptions import ConvergenceWarning
 
-    with warnings.catch_warnings(), threadpool_limits(1):  # sums of several threads round in the order of their ends
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # rows of fewer than k places make fewer clusters
         labels: NDArray[np.int32] = KMeans(k, n_init=3, random_state=0).fit(rows).labels_.astype(np.int32)
     return labels
