@@ -155,11 +155,11 @@ def test_knn_is_that_of_the_rows_that_train_whatever_their_labels(tmp_path):
 
 
 def test_what_was_made_stays_fresh_and_other_rows_are_another_study(copy):
-    before = snapshot(copy.parent / "work" / "model", copy.parent / "caches", copy.parent / "work" / "scores")
-    said = done("run", copy)
-    assert "fresh" in said.out
-    assert snapshot(copy.parent / "work" / "model", copy.parent / "caches", copy.parent / "work" / "scores") == before
-    assert "would run" not in done("run", copy, "--dry-run").out
+    folders = [copy.parent / "work" / name for name in ("cache", "scores", "report")]
+    before = snapshot(*folders)
+    assert "train pretrained default seed 0: fresh" in done("run", copy).out
+    assert snapshot(*folders) == before
+    assert "would" not in done("run", copy, "--dry-run").out
     cls, truth = rows(240, (0, 1, 2, 3), 0)
     np.savez(copy.parent / "train.npz", cls=cls, label=truth)
     done("run", copy)
