@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 CLUSTER_GRID = (*range(2, 11), 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
-CLUSTERED_ROWS = 2048  # that clusters are found on: the first by image hash
+CLUSTERED_ROWS = 1024  # that clusters are found on: the first by image hash
 SMALLEST_CLUSTER = 5  # of them in a cluster; the rows of smaller ones go to the nearest other
 _PER_CLUSTER = 10  # rows, on average, below which a k is not tried, but for the smallest
 
@@ -106,7 +106,7 @@ def _k_means(rows: _Matrix, k: int) -> NDArray[np.int32]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # rows of fewer than k places make fewer clusters
-        labels: NDArray[np.int32] = KMeans(k, n_init=3, random_state=0).fit(rows).labels_.astype(np.int32)
+        labels: NDArray[np.int32] = KMeans(k, n_init=2, random_state=0).fit(rows).labels_.astype(np.int32)
     return labels
 
 
