@@ -85,7 +85,7 @@ KINDS = {
     "two images without a label": (
         "study",
         lambda home: [f"sets.train.images={home / 'images/flat'}"],
-        "no image is left to calibrate on: give 3 different images of a class or more",
+        "no image is left to select on: give 3 different images of a class or more",
     ),
     "a class too small to hold out": (
         "study",
