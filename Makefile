@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 EXPERIMENT ?= pipeline/experiments/demo.toml
 WORK ?= runs/results
+STUDY ?= pipeline/experiments/dinov2-imagenet.toml
+STUDIES ?= runs/study
 ARGS ?=
 BIN := $(VENV)/bin
 # faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
@@ -13,7 +15,7 @@ STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_o
 VERBS := run predict export serve verify info
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
+.PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
 	bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve check-gpu clean
 
 help: ## List the targets
@@ -37,6 +39,10 @@ demo: $(READY) ## All three stages on real images and weights from the package r
 results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results, ARGS="--page FILE"); pipeline/benchmark/README.md
 	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/benchmark/README.md))
 	$(BIN)/python -m pipeline results '$(DATA)' --work '$(WORK)' $(ARGS)
+
+study: $(READY) ## Several backbones against published numbers: STUDY=file.toml DATA=folder (STUDIES=runs/study); pipeline/reproduction/README.md
+	@$(if $(DATA),,$(error DATA is missing: make study DATA=folder, see pipeline/reproduction/README.md))
+	$(BIN)/python -m pipeline study '$(STUDY)' '$(DATA)' --work '$(STUDIES)' $(ARGS)
 
 pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=folder, as for results
 	@$(if $(DATA),,$(error DATA is missing: make pseudo-ood DATA=folder, see pipeline/benchmark/README.md))

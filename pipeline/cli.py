@@ -31,6 +31,7 @@ from pipeline.options import (
     PAGE,
     REHASH,
     SCHEDULER,
+    SELECTION,
     SERVING,
     SET,
     SET_NAME,
@@ -42,6 +43,7 @@ from pipeline.options import (
     asked,
 )
 from pipeline.processes import SaidElsewhereError, is_first, started, together
+from pipeline.reproduction.selection import Selection
 from pipeline.stages_of_study import STAGES, Listed
 from pipeline.terminal import complain, explain, show
 from stages.errors import PeerLostError
@@ -218,6 +220,20 @@ def results(data: Path, work: Path, choice: Choice, page: Path | None, asked: As
     from pipeline.benchmark.run import run_results
 
     show(run_results(data, work, choice, asked.run_options(), dry_run=asked.dry_run, page=page))
+
+
+@verbs.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="STUDY.toml")
+@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/study", show_default=True, help="Where to.")
+@SELECTION
+@DEBUG
+@asked(DRY_RUN, SCHEDULER, WORKERS)
+def study(path: Path, data: Path, work: Path, selection: Selection, asked: Asked) -> None:
+    """Several backbones on the images in the folder DATA, held to the published numbers that STUDY.toml names."""
+    from pipeline.reproduction.run import run_reproduction
+
+    show(run_reproduction(path, data, work, selection, asked.run_options(), dry_run=asked.dry_run))
 
 
 @verbs.command()

@@ -19,6 +19,7 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.deciding import Deciding, Exporting, Serving, Watching
+from pipeline.reproduction.selection import Selection
 from stages.config import nearest
 from stages.scorers import SCORERS, unknown_part
 
@@ -277,6 +278,18 @@ CHOICE = gathered(
     ),
     click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them."),
     click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well."),
+)
+SELECTION = gathered(
+    "selection",
+    Selection,
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every run."),
+    click.option(
+        "--only",
+        metavar="NAME,…",
+        callback=lambda _context, _option, names: None if names is None else names.split(","),
+        help="Of the runs, only these.",
+    ),
+    click.option("--available", is_flag=True, help="Leave runs out whose images or weights are missing."),
 )
 PAGE = click.option(
     "--page",

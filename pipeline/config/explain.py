@@ -49,6 +49,12 @@ def problem_lines(error: ValidationError, document: Any, model: type[BaseModel])
     return lines
 
 
+def first_problem(error: ValidationError, document: Any, model: type[BaseModel]) -> str:
+    """The first line of `problem_lines`, and how many others there are."""
+    first, *others = problem_lines(error, document, model)
+    return first + (f" (and {len(others)} more)" if others else "")
+
+
 def _key(loc: tuple[int | str, ...], document: Any, may_be_absent: bool) -> str:
     """Dotted key as the user writes it: entries of lists by name, members of unions left out."""
     key, node = "", document

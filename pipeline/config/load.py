@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.explain import as_given, problem_lines
+from pipeline.config.explain import as_given, first_problem
 from pipeline.config.schema import ConfigError, FeaturesConfig, RunConfig
 from stages.config import nearest
 
@@ -57,10 +57,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
-        first, *others = problem_lines(error, document, RunConfig)
-        where = "--set " if _comes_from(overridden, first) else f"{path}: "
-        more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{where}{first}{more}") from error
+        first = first_problem(error, document, RunConfig)
+        raise ConfigError(f"{'--set ' if _comes_from(overridden, first) else f'{path}: '}{first}") from error
 
 
 def features_config(given: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()) -> FeaturesConfig:
@@ -79,8 +77,7 @@ def features_config(given: Mapping[str, Mapping[str, Any]], overrides: Sequence[
     try:
         return FeaturesConfig.model_validate(document)
     except ValidationError as error:
-        first, *others = problem_lines(error, document, FeaturesConfig)
-        raise ConfigError(first + (f" (and {len(others)} more)" if others else "")) from error
+        raise ConfigError(first_problem(error, document, FeaturesConfig)) from error
 
 
 def _comes_from(overridden: Iterable[str], problem: str) -> bool:
@@ -97,7 +94,7 @@ def _open(path: str, data: object, above: tuple[str, ...] = ()) -> dict[str, Any
         data: what the paths of sets are relative to, where that is known already.
         above: absolute paths of the files that extend this one.
     """
-    raw, here = _read(path), os.path.abspath(path)
+    raw, here = read_toml(path), os.path.abspath(path)
     folder, where = os.path.dirname(here), f"{path}: "
     data = data or _resolve(raw.get("data"), folder, folder, where, "data")
     parent: dict[str, Any] = {}
@@ -121,7 +118,12 @@ def _are_tables(below: dict[str, Any], above: dict[str, Any], key: str) -> bool:
     return isinstance(below[key], dict) and isinstance(above[key], dict)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file as it stands.
+
+    Raises:
+        ConfigError: no such file, no text, or no TOML.
+    """
     try:
         return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:

@@ -9,10 +9,13 @@ from PIL import Image
 
 from pipeline.benchmark.run import STUDIES
 from pipeline.config import load_config
+from pipeline.reproduction.document import every_score, load_study, run_configs
+from pipeline.reproduction.selection import Selection
 from tests.test_pipeline.command import done
 
 EXPERIMENTS = Path(__file__).parents[2] / "pipeline" / "experiments"
-OTHERS = {EXPERIMENTS / "demo.toml", *STUDIES}  # run for real by their own tests
+REPRODUCED = EXPERIMENTS / "dinov2-imagenet.toml"  # a study file, which names runs of experiment files
+OTHERS = {EXPERIMENTS / "demo.toml", *STUDIES, REPRODUCED}  # run for real by their own tests, but for the last
 PAPERS = sorted(set(EXPERIMENTS.glob("*.toml")) - OTHERS)
 CLASSES = [line for line in (EXPERIMENTS / "imagenet-100.txt").read_text().splitlines() if not line.startswith("#")]
 OTHER_CLASS = "n01440764"  # of ImageNet-1K, not of ImageNet-100
@@ -47,6 +50,8 @@ def data(tmp_path_factory):
         for part in ("train", "val", "test")
     }
     lists |= {f"test_{name}": [f"{name}/a.jpg -1", f"{name}/b.jpg -1"] for name in (*OPENOOD, "textures")}
+    shifted = [f"imagenet_{name}" for name in ("v2", "c", "r", "es")]
+    lists |= {f"test_{name}": [f"{name}/a.jpg 0", f"{name}/b.jpg 1"] for name in shifted}
     for name, lines in lists.items():
         path = root / "benchmark_imglist" / "imagenet" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +67,7 @@ def test_all_of_the_papers_studies_are_here():
         "imagenet-1k",
         "imagenet-100",
         "openood-imagenet-1k",
+        "openood-fs-imagenet-1k",
         *(f"pilot-{name}" for name in ("dino", "dinov2", "mae", "clip", "openclip", "siglip")),
     }
 
@@ -107,3 +113,24 @@ def test_imagenet_100_is_a_hundred_classes():
     assert len(set(CLASSES)) == 100
     assert all(re.fullmatch(r"n\d{8}", name) for name in CLASSES)
     assert OTHER_CLASS not in CLASSES
+
+
+@pytest.mark.parametrize("run", load_study(REPRODUCED).runs, ids=lambda run: run.name)
+def test_a_run_of_the_study_has_its_network_and_what_its_targets_are_of(run, tmp_path):
+    study = load_study(REPRODUCED)
+    config = run_configs(study, REPRODUCED, tmp_path, tmp_path, Selection(only=[run.name]))[run.name]
+    name = config.backbone.name
+    assert name in timm.list_models(name.split(".")[0] + "*", pretrained="." in name)
+    oods = {"near", "far", "all", *(entry.name for entry in config.sets_of("near-ood", "far-ood"))}
+    for target in study.targets_of(run.name):
+        assert target.needs_features_alone or (target.score in config.score.scores and target.of in oods)
+        assert bool(config.sets_of("cs-id")) >= target.measure.startswith("fsood")
+
+
+def test_the_study_is_all_of_dinov2_by_every_score():
+    study = load_study(REPRODUCED)
+    readme = {"dinov2-s": 79.0, "dinov2-b": 82.1, "dinov2-l": 83.5, "dinov2-g": 83.5}
+    assert {target.run: target.value for target in study.targets if target.needs_features_alone} == readme
+    assert study.set["score.scores"] == "every"
+    assert {"knn", "mahalanobis-pp", "energy", "knn+energy"} <= set(every_score())
+    assert not {"patch-knn", "mos", "other"} & set(every_score())

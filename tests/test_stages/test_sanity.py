@@ -8,8 +8,9 @@ from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from cache import CacheBuilder, InputSet, InputTable, commit_shard, plan_shards, sha256
+from stages.errors import InputError
 from stages.inputs.images import list_images
-from stages.sanity import check_features, find_same_bytes, leave_one_out_accuracy, same_bytes_notes
+from stages.sanity import check_features, find_same_bytes, knn_accuracy, leave_one_out_accuracy, same_bytes_notes
 from tests.test_cache.toy import make_spec
 from tests.test_stages.test_inputs.test_images import save
 
@@ -150,3 +151,33 @@ def test_images_of_equal_bytes_are_found_and_conflicts_of_their_labels(copies):
 def test_images_that_differ_are_no_finding(caches):
     assert find_same_bytes(caches["train"]) == []
     assert same_bytes_notes(caches["train"], [], "all.jsonl") == []
+
+
+def test_knn_accuracy_is_scikit_learns_vote_of_weighted_neighbours(tmp_path):
+    """DINOv2's: 20 neighbours by cosine, exp(cos / 0.07) each; rows without a label neither vote nor count."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 3, size=260)
+    features = np.eye(6)[labels] + rng.normal(scale=0.7, size=(260, 6))
+    train, test = (
+        sealed(tmp_path / name, features[own], labels[own])
+        for name, own in (("train", slice(None, 160)), ("test", slice(160, None)))
+    )
+    voters, judged = labels[:160] >= 0, labels[160:] >= 0
+    vote = KNeighborsClassifier(20, weights=lambda far: np.exp((1 - far) / 0.07), metric="cosine", algorithm="brute")
+    vote.fit(features[:160][voters], labels[:160][voters])
+    right = vote.score(features[160:][judged], labels[160:][judged])
+    assert 0.5 < right < 1
+    assert knn_accuracy(train, test) == pytest.approx(right)
+
+
+def test_knn_accuracy_takes_as_many_neighbours_as_there_are(tmp_path):
+    features = np.eye(6)[:3]
+    train, test = (sealed(tmp_path / name, features, np.arange(3)) for name in ("train", "test"))
+    assert knn_accuracy(train, test) == 1
+
+
+def test_knn_accuracy_needs_labels(tmp_path):
+    train = sealed(tmp_path / "train", np.eye(6)[:3], np.arange(3))
+    test = sealed(tmp_path / "test", np.eye(6)[:3], np.full(3, -1))
+    with pytest.raises(InputError, match="no row of pets has a label"):
+        knn_accuracy(train, test)

@@ -2,7 +2,8 @@
 
 A network is found by its tensors' names, below whatever prefix or key they stand (``state_dict.model.`` of Lightning,
 ``module.`` of DDP, ``teacher.backbone.``). transformers' layouts of DINOv2, DINOv3, ViT and SigLIP are renamed and
-their q, k and v joined; timm's own conversions read many more. What is known and not read is named.
+their q, k and v joined, and torchvision's of ViT; timm's own conversions read many more. What is known and not read is
+named.
 """
 
 import re
@@ -58,7 +59,7 @@ def find_network(tensors: Mapping[str, Tensor], needed: Collection[str]) -> Foun
         return Found(_below(tensors, prefix), prefix)
     if any(name.endswith("visual.class_embedding") for name in tensors) and "norm_pre.weight" not in names:
         raise InputError("it is of CLIP (visual.…): give a name of CLIP as backbone.name, vit_…_clip_…")
-    for anchor, rename in _TRANSFORMERS.items():
+    for anchor, rename in _EMBEDDED_BY.items():
         if prefixes := [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]:
             prefix = _only(prefixes)
             state = _below(tensors, prefix)
@@ -102,7 +103,7 @@ def _without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> Ma
     return {re.sub(r"(^|\.)blocks\.\d+\.(\d+\.)", r"\1blocks.\2", name): x for name, x in tensors.items()}
 
 
-# --------------------------------------------------------------------------------------------- transformers' layouts
+# --------------------------------------------------------------------------- transformers' layouts, and torchvision's
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -148,6 +149,18 @@ _SIGLIP: Rules = (
     (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
     (r"^head\.layernorm\.", "attn_pool.norm."),
     (r"^head\.mlp\.", "attn_pool.mlp."),
+)
+_TORCHVISION: Rules = (
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_(1|2)\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+    (r"^encoder\.ln\.", "norm."),
 )
 
 
@@ -204,8 +217,13 @@ def _siglip(state: State) -> State:
     return state
 
 
+def _torchvision(state: State) -> State:
+    return _renamed(state, _TORCHVISION)
+
+
 # By the name of the patch embedding, which no two of them share.
-_TRANSFORMERS: dict[str, Callable[[State], State]] = {
+_EMBEDDED_BY: dict[str, Callable[[State], State]] = {
+    "conv_proj.weight": _torchvision,
     "embeddings.patch_embeddings.projection.weight": _vit,
     "embeddings.patch_embeddings.weight": _dinov3,
     "embeddings.patch_embedding.weight": _siglip,

@@ -99,6 +99,22 @@ def check_source(config: BackboneConfig) -> None:
         )
 
 
+def why_unreachable(config: BackboneConfig) -> str | None:
+    """Why weights cannot be had now, in one line; None where they are there, or the hub has them and answers.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    cfg = pretrained_cfg(config.name)
+    try:
+        check_source(config)
+        if config.weights == "hub" and cfg is not None:
+            _reach_hub(cfg.hf_hub_id)
+    except Exception as error:  # the hub client raises whatever its transport raises
+        return first_line(error)
+    return None
+
+
 def create_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
     """A timm model without classifier and, unless ``kwargs`` say otherwise, without weights.
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 from transformers import (
     BeitConfig,
     BeitModel,
@@ -181,6 +182,17 @@ def test_what_is_not_of_the_features_is_said(tmp_path):
     assert load_model(config, **TIMM).notes == (
         "backbone.weights: not used of model.safetensors: classifier.bias, classifier.weight",
     )
+
+
+def test_torchvisions_file_gives_its_own_features(tmp_path):
+    model = draw(VisionTransformer(32, 16, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192, num_classes=5))
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    config = BackboneConfig(name="vit_base_patch16_224", weights=str(tmp_path / "vit.pth"), image_size=32)
+    model.heads = nn.Identity()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        ours, theirs = build_model(config, **TIMM).eval()(images), model.eval()(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
