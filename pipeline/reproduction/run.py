@@ -48,7 +48,7 @@ def run_reproduction(
     selection = selection or Selection()
     document = load_study(path)
     configs = run_configs(document, path, data, work, selection)
-    lacking = missing_things(configs)
+    lacking = missing_things(configs, data)
     yield from (f"missing: {what}: needed by {', '.join(runs)}" for what, runs in lacking.items())
     incomplete = {run for runs in lacking.values() for run in runs}
     complete = {name: config for name, config in configs.items() if name not in incomplete}

@@ -175,7 +175,7 @@ def test_what_is_missing_is_said_before_any_work_a_line_each(home, tmp_path):
     answer = pipeline("study", path, home, "--work", tmp_path / "work")
     assert answer.status == 2
     assert [line.split(": needed by")[0] for line in answer.out.splitlines()] == [
-        f"missing: {home}/images/more-photos.tar (images of set photos)",
+        f"missing: {home}/images/more-photos.tar",
         "missing: weights of tf_efficientnet_lite0: "
         f'backbone.weights: no file {home}/weights/none.pth: give "hub", "embedded" or a .safetensors or .pth file',
     ]
@@ -187,7 +187,7 @@ def test_runs_that_have_everything_can_go_on_without_the_others(home):
     path = home / "some.toml"
     path.write_text(STUDY + target("knn-accuracy", 50, run="larger"))
     said = done("study", path, home, "--work", home / "work", "--available").out
-    assert f"missing: {home}/images/more-photos.tar (images of set photos): needed by larger" in said
+    assert f"missing: {home}/images/more-photos.tar: needed by larger\n" in said
     assert verdicts(home / "work") == ["not run: images or weights are missing"]
 
 
