@@ -68,6 +68,7 @@ COLUMNS = [
     "fsood_aupr_out",
     "fsood_aurc",
     "fsood_augrc",
+    "labels",
 ]
 INTERVALS = ("auroc_lo", "auroc_hi", "fpr95_lo", "fpr95_hi")
 
@@ -244,6 +245,7 @@ def test_columns_and_values_of_the_table(table):
         "group": {"near", "far", "all"},
         "n_id": {"505"},
         "n_ood": {"533", "154", "687"},
+        "labels": {"given"},
     }
     assert {name: {row[name] for row in table} for name in expected} == expected
     for row in table:
