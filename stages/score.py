@@ -31,6 +31,8 @@ from stages.results.remarks import Remarks
 from stages.results.table import Evaluator, Failures, MethodRun
 from stages.results.writer import SampleBlock, ScoresWriter
 from stages.scorers import needs_of
+from stages.scorers.neighbours.knn import KNNScorer
+from stages.scorers.neighbours.space import RAW
 from stages.scorers.neighbours.store import NeighbourStore
 
 ADMIT = (0.95, 0.99)
@@ -169,10 +171,12 @@ class _Scoring:
                 for head, classes in predicted[routed.routings[0]][name].items()
                 if known.any()
             ]
-        if any("k" in part.scorer.follows for detector in detectors for part in detector.parts):
-            record.k.append(asdict(subject.key) | factory.k_record | {"k": factory.k})
-            if factory.k_record["rule"] == SMALLEST:
-                self.remarks.say(f"k = {factory.k}", SMALLEST, _words(subject))
+        scorers = (part.scorer for detector in detectors for part in detector.parts)
+        for space in dict.fromkeys(scorer.space for scorer in scorers if isinstance(scorer, KNNScorer)):
+            k, how = factory.k_in(space)
+            record.k.append(asdict(subject.key) | how | {"k": k} | ({} if space == RAW else {"space": space}))
+            if how["rule"] == SMALLEST:
+                self.remarks.say(f"k = {k}", SMALLEST, _words(subject))
         if subject.n_experts:
             record.router.append(_router_record(routed, predicted))
 
@@ -232,7 +236,8 @@ def _sample_blocks(
 
 def _first_row(routed: RoutedSubject, oods: Sequence[tuple[str, str]]) -> str:
     """The frozen kNN in a line, said before its intervals and all else are computed."""
-    (routes,) = routed.scores([routed.factory.detector(NO_HEAD, "knn")])
+    detector = routed.factory.detector(NO_HEAD, "knn")
+    (routes,) = routed.scores([detector])
     scores = routes["none"]
     found: dict[str, list[OODMetrics]] = {}
     for ood, group in oods:
@@ -242,7 +247,7 @@ def _first_row(routed: RoutedSubject, oods: Sequence[tuple[str, str]]) -> str:
         f"FPR95 {100 * np.mean([each.fpr95 for each in own]):.1f}"
         for group, own in found.items()
     ]
-    return f"frozen knn, k = {routed.factory.k}: {'; '.join(groups)}"
+    return f"frozen knn, k = {detector.params['k']}: {'; '.join(groups)}"
 
 
 def _check(sources: Sequence[BackboneSource]) -> None:

@@ -1,6 +1,6 @@
 """Detectors of a subject: which scores apply to it, fitted once each and put together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from stages.detection.subject import NO_HEAD, Subject, known_route
 from stages.id_data.lazy import Floats
 from stages.scorers import get_scorer, needs_of, reads_head, scorer_class
 from stages.scorers.neighbours.knn import KNNScorer
+from stages.scorers.neighbours.space import RAW, SpaceName
 from stages.scorers.neighbours.store import NeighbourStore
 from stages.scorers.scorer import Scorer
 
@@ -35,17 +36,30 @@ class DetectorFactory:
         self.subject = subject
         self.config = config
         self._neighbours = neighbours
-        self.k_record: dict[str, Any] = {"rule": "given"}
         self._parts: dict[tuple[str, str], FittedScore] = {}
-        self._k: int | None = None if config.k == "auto" else config.k
+        self._k: dict[SpaceName, tuple[int, dict[str, Any]]] = {}
 
     @property
     def k(self) -> int:
-        """As given, or by the one rule from left-out ID classes (`stages.detection.selection.choose_k`)."""
-        if self._k is None:
+        """That of raw features."""
+        return self.k_in(RAW)[0]
+
+    @property
+    def k_record(self) -> dict[str, Any]:
+        """How it came, for the record."""
+        return self.k_in(RAW)[1]
+
+    def k_in(self, space: SpaceName) -> tuple[int, dict[str, Any]]:
+        """The k of neighbours that are searched in a space, and how it came.
+
+        As given, or by the one rule from left-out ID classes (`stages.detection.selection.choose_k`), in each space.
+        """
+        if self.config.k != "auto":
+            return self.config.k, {"rule": "given"}
+        if space not in self._k:
             folds = [SearchFold(run.bank.inputs(NO_HEAD), run.select.inputs(NO_HEAD)) for run in self.subject.runs]
-            self._k, self.k_record = choose_k(folds, neighbours=self._neighbours)
-        return self._k
+            self._k[space] = choose_k(folds, neighbours=self._neighbours, space=space)
+        return self._k[space]
 
     def detectors(self) -> list[FittedDetector]:
         """Every score for every head that it applies to; with experts, raw and calibrated."""
@@ -133,11 +147,15 @@ class DetectorFactory:
         given = self.config.params.get(name, {})
         params: dict[str, Any] = {}
         for followed in scorer_class(name).follows - given.keys():
-            params[followed] = self.k if followed == "k" else self.config.temperature
+            params[followed] = self._k_of(given) if followed == "k" else self.config.temperature
         scorer = get_scorer(name, self.config.profile, **params, **given)
         if isinstance(scorer, KNNScorer):
             scorer.neighbours = self._neighbours
         return scorer
+
+    def _k_of(self, given: Mapping[str, Any]) -> int:
+        """What the rule gives for a score with these settings."""
+        return self.k_in(str(given.get("space", RAW)))[0]
 
 
 def _parts_of(head: str, score: str) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from stages.errors import InputError
 from stages.metrics.ranking import auroc
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.knn import ExpertBanks
+from stages.scorers.neighbours.space import RAW, SpaceName
 from stages.scorers.neighbours.store import NeighbourStore
 
 K_GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -25,7 +26,10 @@ class SearchFold(NamedTuple):
 
 
 def choose_k(
-    folds: Sequence[SearchFold], grid: Sequence[int] = K_GRID, neighbours: NeighbourStore | None = None
+    folds: Sequence[SearchFold],
+    grid: Sequence[int] = K_GRID,
+    neighbours: NeighbourStore | None = None,
+    space: SpaceName = RAW,
 ) -> tuple[int, dict[str, Any]]:
     """The k that best tells left-out ID classes from the others.
 
@@ -40,6 +44,7 @@ def choose_k(
         folds: one for a held-out set; several where cross-fitting replaces it.
         grid: candidates; those above half of the smallest bank are dropped, for they would be clipped.
         neighbours: remembers what was searched.
+        space: where to search; fitted on the rows that are searched in, without those of the group that plays OOD.
 
     Returns:
         k, and the record: the rule, the grid, mean AUROC for each k, how many classes, groups, folds and rows.
@@ -61,7 +66,7 @@ def choose_k(
     }
     for groups in dict.fromkeys((max(2, min(_MAX_CLASS_GROUPS, len(classes) // 2)), len(classes))):
         found = [
-            _pseudo_ood_auroc(fold, classes[group::groups], candidates, neighbours)
+            _pseudo_ood_auroc(fold, classes[group::groups], candidates, neighbours, space)
             for fold in folds
             for group in range(groups)
         ]
@@ -81,7 +86,11 @@ def _smallest_bank(train: ScoreInputs) -> int:
 
 
 def _pseudo_ood_auroc(
-    fold: SearchFold, left_out: np.ndarray, candidates: Sequence[int], neighbours: NeighbourStore | None
+    fold: SearchFold,
+    left_out: np.ndarray,
+    candidates: Sequence[int],
+    neighbours: NeighbourStore | None,
+    space: SpaceName,
 ) -> tuple[list[float] | None, int]:
     """AUROC for each candidate, from one search; and how many queries an emptied expert's bank could not answer."""
     bank = fold.bank.take(~np.isin(fold.bank.need("labels", "choosing k"), left_out))
@@ -92,7 +101,7 @@ def _pseudo_ood_auroc(
     pseudo_ood = np.isin(queries.need("labels", "choosing k"), left_out)
     if not len(bank) or pseudo_ood.all() or not pseudo_ood.any():
         return None, dropped
-    banks, columns = ExpertBanks(bank), np.asarray(candidates) - 1
+    banks, columns = ExpertBanks(bank, space=space), np.asarray(candidates) - 1
     blocks = [banks.distances(block, candidates[-1], neighbours)[:, columns] for block in queries.blocks()]
     distances = np.concatenate(blocks).T
     return [auroc(own[~pseudo_ood], own[pseudo_ood]) for own in distances], dropped

@@ -33,7 +33,7 @@ IndexKind = Literal["flat", "ivf", "hnsw"]
 _BLOCK = 1024
 _SMALL = 128
 _BANK_BLOCK = 1 << 16  # rows
-_HELD_BYTES = 4 << 30  # of unit vectors; a larger bank is read anew for every search
+HELD_BYTES = 4 << 30  # of unit vectors; a larger bank is read anew for every search
 _PROBES = 32  # cells
 _LINKS, _BREADTH, _BREADTH_OF_BUILD = 32, 256, 200  # HNSW's M, efSearch, efConstruction
 # 2 − 2·cos cancels for near neighbours: a float32 cosine is good to 1.5e-7, which is 1e-6 in the distance at 0.15 and
@@ -77,7 +77,7 @@ class FeatureBank:
         features: ArrayLike | LazyArray,
         device: Literal["auto", "cpu"] = "auto",
         index: IndexKind = "flat",
-        held_bytes: int = _HELD_BYTES,
+        held_bytes: int = HELD_BYTES,
         block_rows: int = _BANK_BLOCK,
         probes: int = _PROBES,
     ) -> None:

@@ -11,6 +11,7 @@ from stages.errors import InputError
 from stages.id_data.lazy import Floats
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank, IndexKind
+from stages.scorers.neighbours.space import RAW, Space, SpaceName, bank_in, queries_in
 from stages.scorers.neighbours.store import NeighbourStore
 from stages.scorers.scorer import Scorer
 from stages.scorers.shared.pairs import seeded_share
@@ -47,18 +48,21 @@ class ExpertBanks:
     Args:
         train: ID training rows with ``features``, and ``expert`` where each expert has a subspace of its own.
         device: as in `FeatureBank`.
+        space: as in `Space.of`, of each expert's rows.
 
     Raises:
         InputError: no rows, no features, or NaN or inf in one.
     """
 
-    def __init__(self, train: ScoreInputs, device: Literal["auto", "cpu"] = "auto") -> None:
+    def __init__(self, train: ScoreInputs, device: Literal["auto", "cpu"] = "auto", space: SpaceName = RAW) -> None:
         if not len(train):
             raise InputError("a bank needs ID training rows, none given")
         features = train.need_unread("a bank")
         self._routed = train.expert is not None
         expert = np.zeros(len(train), dtype=int) if train.expert is None else train.expert
-        self.banks = {int(e): FeatureBank(features[expert == e], device) for e in np.unique(expert)}
+        rows = {int(e): features[expert == e] for e in np.unique(expert)}
+        self._spaces = {e: Space.of(space, ScoreInputs(features=own), "a bank") for e, own in rows.items()}
+        self.banks = {e: FeatureBank(bank_in(self._spaces[e], own), device) for e, own in rows.items()}
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -93,12 +97,8 @@ class ExpertBanks:
         distances = np.empty((len(x), k_max), dtype=np.float32)
         for e, bank in self.banks.items():
             rows = np.flatnonzero(expert == e)
-            k = min(k_max, len(bank))
-            found = (
-                bank.search(features[rows], k)[0]
-                if neighbours is None
-                else neighbours.distances(bank, features[rows], k).T
-            )
+            k, queries = min(k_max, len(bank)), queries_in(self._spaces[e], features[rows])
+            found = bank.search(queries, k)[0] if neighbours is None else neighbours.distances(bank, queries, k).T
             distances[rows, :k] = found
             distances[rows, k:] = found[:, -1:]
         return distances
@@ -114,6 +114,8 @@ class KNNScorer(Scorer):
         index: as in `FeatureBank`; what an approximate one finds of the exact neighbours of some held-out ID rows
             (training rows where none were given) is in ``params()`` as ``recall``.
         bank: share of the ID training rows to search in, drawn at random once and for all; the paper's code takes 0.5.
+        space: where to search: ``"raw"``, or as in `Space.of`, fitted on all ID training rows; the distance is that of
+            the directions there.
         device: as in `FeatureBank`.
 
     Raises:
@@ -128,50 +130,61 @@ class KNNScorer(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank"})
     side_by_side: ClassVar[bool] = False  # faiss has threads of its own
     follows: ClassVar[frozenset[str]] = frozenset({"k"})
+    few_rows: ClassVar[str] = "fewer rows than k: the farthest is the k-th"
 
     k: Annotated[int, Field(ge=1)] = 50
     index: IndexKind = "flat"
     bank: Annotated[float, Field(gt=0, le=1)] = 1.0
+    space: SpaceName = RAW
     device: Literal["auto", "cpu"] = "auto"
     neighbours: NeighbourStore | None = field(init=False, repr=False, default=None)
 
     def settings(self) -> dict[str, Any]:
-        """k, and what is not the exact search in all rows; the device changes no result."""
+        """k, and what is not the exact search in all raw rows; the device changes no result."""
         approximate = {} if self.index == "flat" else {"index": self.index}
-        return {"k": self.k} | approximate | ({} if self.bank == 1 else {"bank": self.bank})
+        where = {} if self.space == RAW else {"space": self.space}
+        return {"k": self.k} | approximate | ({} if self.bank == 1 else {"bank": self.bank}) | where
 
-    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> "Searched":
-        """The bank."""
+    def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> "SearchedIn":
+        """The bank, and the space where it is not that of the features."""
         features = train.need_unread("a bank")
+        space = Space.of(self.space, train, self.name)
         if self.bank < 1:
             features = features[seeded_share(len(features), self.bank)]
-        bank = FeatureBank(features, self.device, self.index)
+        bank = FeatureBank(bank_in(space, features), self.device, self.index)
         if self.neighbours is None:  # else all may be known, and nothing searched
             bank.prepare()
         judged = features if select is None or not len(select) else select.need_unread("the recall of an index")
         some = np.sort(np.random.default_rng(0).permutation(len(judged))[:_RECALL_ROWS])
-        return Searched(bank, np.asarray(judged[some]))
+        searched = Searched(bank, queries_in(space, np.asarray(judged[some])))
+        return searched if space is None else (space, searched)
 
-    def judge(self, x: ScoreInputs, memory: "Searched") -> Floats:
+    def judge(self, x: ScoreInputs, memory: "SearchedIn") -> Floats:
         """Distance to the k-th neighbour, [n]."""
-        return self._distances(x, memory, min(self.k, len(memory.bank)) - 1)[-1]
+        return self._distances(x, memory)[-1]
 
-    def _distances(self, x: ScoreInputs, memory: "Searched", first: int) -> Floats:
-        """Distances to the neighbours from `first` on to the k-th, [k − first, n]."""
-        features, k = x.need("features", self.name), min(self.k, len(memory.bank))
+    def _distances(self, x: ScoreInputs, memory: "SearchedIn", nearer: bool = False) -> Floats:
+        """Distances to the k-th neighbour [1, n], or to all k, the nearest first, [k, n]."""
+        space, searched = _apart(memory)
+        queries, k = queries_in(space, x.need("features", self.name)), min(self.k, len(searched.bank))
+        first = 0 if nearer else k - 1
         if self.neighbours is None:
-            return memory.bank.search(features, k)[0].T[first:]
-        return self.neighbours.distances(memory.bank, features, k, first)
+            return searched.bank.search(queries, k)[0].T[first:]
+        return self.neighbours.distances(searched.bank, queries, k, first)
 
-    def facts(self, memory: "Searched") -> dict[str, Any]:
-        """``k_used``, where a bank has fewer than k rows; ``recall`` of an approximate index."""
-        n = len(memory.bank)
+    def facts(self, memory: "SearchedIn") -> dict[str, Any]:
+        """``k_used``, where a bank has fewer than k rows; ``recall`` of an approximate index; facts of the space."""
+        space, searched = _apart(memory)
+        n = len(searched.bank)
         clipped = {"k_used": n} if n < self.k else {}
-        return clipped if self.index == "flat" else clipped | {"recall": memory.recall(min(self.k, n))}
+        recall = {} if self.index == "flat" else {"recall": searched.recall(min(self.k, n))}
+        return clipped | recall | ({} if space is None else space.facts)
 
-    def remark(self, memory: "Searched") -> str:
-        """Whether a bank has fewer than k rows."""
-        return "fewer rows than k: the farthest is the k-th" if len(memory.bank) < self.k else ""
+    def remark(self, memory: "SearchedIn") -> str:
+        """Whether a bank has fewer than k rows; what there is to say of the space."""
+        space, searched = _apart(memory)
+        few = self.few_rows if len(searched.bank) < self.k else ""
+        return "; ".join(said for said in (few, "" if space is None else space.remark) if said)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,3 +200,10 @@ class Searched:
         if k not in self.recalls:
             self.recalls[k] = round(self.bank.recall(self.judged, k), 4)
         return self.recalls[k]
+
+
+SearchedIn = Searched | tuple[Space, Searched]  # in the features' own space, or in another
+
+
+def _apart(memory: SearchedIn) -> tuple[Space | None, Searched]:
+    return memory if isinstance(memory, tuple) else (None, memory)

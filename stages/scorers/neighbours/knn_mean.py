@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from stages.id_data.lazy import Floats
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank
-from stages.scorers.neighbours.knn import KNNScorer, Searched
+from stages.scorers.neighbours.knn import KNNScorer, SearchedIn
 
 
 def knn_mean_score(features: ArrayLike, bank: FeatureBank, k: int) -> Floats:
@@ -45,11 +45,8 @@ class KNNMeanScorer(KNNScorer):
     says: ClassVar[str] = "mean distance to the k nearest"
     paper: ClassVar[str] = "Angiulli 2002"
     cost: ClassVar[str] = "N·D"
+    few_rows: ClassVar[str] = "fewer rows than k: all are averaged"
 
-    def judge(self, x: ScoreInputs, memory: Searched) -> Floats:
+    def judge(self, x: ScoreInputs, memory: SearchedIn) -> Floats:
         """Mean distance to the neighbours, [n]."""
-        return self._distances(x, memory, 0).mean(axis=0, dtype=np.float64).astype(np.float32)
-
-    def remark(self, memory: Searched) -> str:
-        """Whether a bank has fewer than k rows."""
-        return "fewer rows than k: all are averaged" if len(memory.bank) < self.k else ""
+        return self._distances(x, memory, nearer=True).mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -290,6 +290,18 @@ def test_k_is_given_or_chosen_from_bank_and_select_rows_alone(folds):
     assert (auto.k, auto.k_record) == (expected, record)
 
 
+def test_k_is_chosen_where_neighbours_are_searched():
+    frozen = subject(folds=2)
+    folds = [SearchFold(run.bank.inputs("none"), run.select.inputs("none")) for run in frozen.runs]
+    expected = {space: choose_k(folds, space=space) for space in ("raw", "whitened")}
+    assert expected["raw"][1]["auroc"] != expected["whitened"][1]["auroc"]
+    auto = make(frozen, k="auto", params={"knn": {"space": "whitened"}})
+    assert auto.detector("none", "knn").params["k"] == expected["whitened"][0]
+    assert auto.detector("none", "knn-mean").params == {"k": expected["raw"][0]}
+    assert auto.k_in("whitened") == expected["whitened"]
+    assert (auto.k, auto.k_record) == expected["raw"]
+
+
 def test_temperature_reaches_the_scorer():
     frozen, test = subject(), draw(30, 7)
     warm = make(frozen, temperature=10.0).detector("probe", "energy")

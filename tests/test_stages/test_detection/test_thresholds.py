@@ -49,6 +49,17 @@ def test_with_few_rows_a_class_no_fewer_are_admitted_than_it_says(study, per_cla
     assert len(found) < len(OF_FEATURES) / 4
 
 
+@pytest.mark.parametrize("per_class", [20, 100])
+@pytest.mark.parametrize("space", ["whitened", "pca:0.9"])
+def test_so_they_are_by_neighbours_in_another_space(study, per_class, space):
+    """Which is fitted without the row, as the bank is."""
+    config = ScoreConfig(
+        scores=["knn", "knn-mean"], k=3, params={"knn": {"space": space}, "knn-mean": {"space": space}}
+    )
+    found = (study(per_class, seed) for seed in range(3))
+    assert outside(own.judged(FrozenFeatures(own.source), config) for own in found) == {}
+
+
 def test_so_they_are_by_scores_of_a_mixture(study, tmp_path):
     """Refitted heads, banks and class means, as they are and on their experts' scales."""
     config = TrainConfig(expert="frozen", experts=2, epochs=4)
