@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from stages.id_data.lazy import Floats, LazyArray, ReadOnce, Rows2D
 from stages.scorers.inputs import ROWS_AT_ONCE, ScoreInputs
 from stages.scorers.neighbours.bank import HELD_BYTES
+from stages.scorers.shared.components import explaining
 from stages.scorers.shared.moments import Matrix, float64_rows, moments_of, whitened
 from stages.scorers.shared.shrinkage import shrunk_scatter, varies
 
@@ -76,10 +77,7 @@ class Space:
                 moments.mean, shrunk.scatter.whitening() * np.sqrt(len(moments)), shrunk.intensity, shrunk.remark
             )
         variances, components = moments.within.spectrum()
-        explained = np.cumsum(variances)
-        # Less a rounding, or a share of 1 might never be reached.
-        enough = int(np.searchsorted(explained, share * explained[-1] * (1 - 1e-12))) + 1
-        return cls(moments.mean, np.ascontiguousarray(components[:, :enough]))
+        return cls(moments.mean, np.ascontiguousarray(components[:, : explaining(variances, share)]))
 
     @property
     def facts(self) -> dict[str, Any]:
