@@ -30,6 +30,7 @@ from pipeline.options import (
     OF_STAGES,
     PAGE,
     REHASH,
+    RUNTIME,
     SCHEDULER,
     SELECTION,
     SERVING,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from cache import FeatureCache
     from pipeline.predictions import Format
     from pipeline.study import Study
+    from stages.detection.runtime import RuntimeName
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,8 +244,30 @@ def study(path: Path, data: Path, work: Path, selection: Selection, asked: Asked
 @DECIDING_BACKBONE
 @DECIDING
 @FORMAT
-def predict(experiment: Experiment, paths: tuple[str, ...], backbone: str, deciding: Deciding, form: "Format") -> None:
-    """Score new images: score, p-value, threshold, decision, class, expert, the nearest training images."""
+@RUNTIME
+def predict(
+    experiment: Experiment,
+    paths: tuple[str, ...],
+    backbone: str,
+    deciding: Deciding,
+    form: "Format",
+    runtime: "RuntimeName",
+) -> None:
+    """Score new images by a study or by an exported FILE.ood: score, p-value, decision, class, expert, neighbours."""
+    if _is_exported(experiment):
+        if backbone != "pretrained":
+            raise click.UsageError(f"--backbone chooses among those of a study; {experiment.path} has one")
+        from pipeline.predictions import predict_by_bundle
+        from pipeline.progress import TqdmProgress
+
+        progress = TqdmProgress()
+        try:
+            show(predict_by_bundle(experiment.path, paths, deciding, form, runtime, progress))
+        finally:
+            progress.close()
+        return
+    if runtime != "torch":
+        raise click.UsageError("--runtime is of exported detectors; export the study with --onnx, and give that file")
     with _study(experiment.config("predict", backbone), RunOptions()) as study:
         show(study.predict(paths, deciding, form, backbone))
 
@@ -302,11 +326,7 @@ def verify(experiment: Experiment, repair: bool) -> None:
 @EXPERIMENT
 def info(experiment: Experiment) -> None:
     """Show the caches and models of EXPERIMENT.toml, one CACHE folder, or one exported file, at a glance."""
-    from stages.files.archive import is_archive
-
-    if is_archive(experiment.path):
-        if experiment.overrides:
-            raise click.UsageError(f"--set changes an experiment file; {experiment.path} is an exported detector")
+    if _is_exported(experiment):
         from pipeline.exports import bundle_lines
 
         show(bundle_lines(Path(experiment.path)))
@@ -318,6 +338,17 @@ def info(experiment: Experiment) -> None:
     from pipeline.one_cache import cache_lines
 
     show(cache_lines(cache))
+
+
+def _is_exported(given: Experiment) -> bool:
+    """Whether the path is an exported detector in place of an experiment file."""
+    from stages.files.archive import is_archive
+
+    if not is_archive(given.path):
+        return False
+    if given.overrides:
+        raise click.UsageError(f"--set changes an experiment file; {given.path} is an exported detector")
+    return True
 
 
 def _cache_folder(given: Experiment) -> "FeatureCache | None":

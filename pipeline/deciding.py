@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stages.detection.detector import Per
+    from stages.detection.runtime import RuntimeName
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,16 @@ class Watching:
         seed: of the places that are drawn, see `DriftMonitor`.
         state: file to go on from, and to leave the state in; None: nothing is kept.
         prometheus: file to leave the last values in, as text for Prometheus; None: none is written.
+        strict: whether the stream is compared with itself alone, see `stages.detection.drift.DriftMonitor`.
+        runtime: what runs the network.
     """
 
     alpha: float = 0.01
     seed: int = 0
     state: Path | None = None
     prometheus: Path | None = None
+    strict: bool = False
+    runtime: "RuntimeName" = "torch"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Serving:
         max_bytes: of a request.
         max_pixels: of an image, before it is decoded.
         timeout: seconds until a request is refused, its way through the network included.
+        runtime: what runs the network.
     """
 
     host: str = "127.0.0.1"
@@ -80,3 +86,4 @@ class Serving:
     max_bytes: int = 20 << 20
     max_pixels: int = 50_000_000
     timeout: float = 30
+    runtime: "RuntimeName" = "torch"

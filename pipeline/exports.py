@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from stages.detection.graph import require_onnx
 from stages.detection.proof import PROOF_BATCHES, PROOF_IMAGES
 from stages.detection.subject import NO_HEAD
 from stages.errors import InputError
-from stages.export import GoldenSamples, export_detector, spread
+from stages.export import GoldenSamples, even_shares, export_detector, spread
 from stages.extraction.fill import made_with
 from stages.inputs.images import ImageError, decode_image
 from stages.results.method import NO_ROUTING, Method, recommended_of
@@ -95,7 +95,8 @@ def _golden_samples(workspace: Workspace, backbone: StudyBackbone) -> GoldenSamp
     rows = [row for row in chain.from_iterable(zip_longest(*sides)) if row is not None]
     named = [(row.entry.name, row.id) for row in rows]
     if not workspace.config.has_features:
-        return GoldenSamples(named, [_image(workspace, row) for row in rows], None)
+        files = _Files(workspace)
+        return GoldenSamples(named, [_image(files, row) for row in rows], None)
     names = rows[0].cache.spec.datasets() if rows else {}
     arrays = {name: np.concatenate([row.cache.read(name, np.array([row.row])) for row in rows]) for name in names}
     return GoldenSamples(named, None, arrays)
@@ -119,10 +120,10 @@ def _spread_over(backbone: StudyBackbone, sets: Sequence[SetConfig]) -> list[_Ro
     return [row for row in chain.from_iterable(zip_longest(*found)) if row is not None]
 
 
-def _image(workspace: Workspace, row: _Row) -> Image.Image:
+def _image(files: "_Files", row: _Row) -> Image.Image:
     """An image of the study, read again."""
     with _there_still(row):
-        return decode_image(_file(workspace, row))
+        return decode_image(files.read(row))
 
 
 @contextmanager
@@ -130,31 +131,41 @@ def _there_still(row: _Row) -> Iterator[None]:
     """Around reading an image again."""
     try:
         yield
-    except (ValueError, ImageError) as error:
+    except (KeyError, ImageError) as error:
         raise InputError(
             f"set {row.entry.name!r}: {row.id} is not there as it was extracted, and export reads images again, "
             "to prove the detector by: run make extract"
         ) from error
 
 
-def _file(workspace: Workspace, row: _Row) -> bytes:
-    """Bytes of an image of the study; raises ValueError or `ImageError` where it is not there."""
-    table = workspace.sets.table(row.entry)
-    index = table.ids.index(row.id)
-    return table.reader(index, index + 1).read(0)
+class _Files:
+    """Files of the images of a study, found by their ids."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._sets = workspace.sets
+        self._places: dict[str, dict[str, int]] = {}
+
+    def read(self, row: _Row) -> bytes:
+        """Bytes of one; raises KeyError or `ImageError` where it is not there."""
+        table, name = self._sets.table(row.entry), row.entry.name
+        if name not in self._places:
+            self._places[name] = {id_: place for place, id_ in enumerate(table.ids)}
+        place = self._places[name][row.id]
+        return table.reader(place, place + 1).read(0)
 
 
 def _proof_images(workspace: Workspace, backbone: StudyBackbone) -> Iterator[tuple[str, bytes]]:
     """Name and file of images of all sets in turn, drawn from each, `PROOF_IMAGES` or all there are."""
+    entries, files = workspace.config.sets, _Files(workspace)
+    caches = [backbone.cache(entry) for entry in entries]
+    shares = even_shares([cache.n_rows for cache in caches], PROOF_IMAGES)
     drawn = []
-    for entry in workspace.config.sets:
-        cache = backbone.cache(entry)
-        numbers = np.random.default_rng(0).permutation(cache.n_rows)[:PROOF_IMAGES]
+    for entry, cache, share in zip(entries, caches, shares, strict=True):
+        numbers = np.random.default_rng(0).permutation(cache.n_rows)[:share]
         drawn.append([_Row(entry, cache, row, str(cache.ids[row])) for row in numbers.tolist()])
-    rows = (row for row in chain.from_iterable(zip_longest(*drawn)) if row is not None)
-    for row in islice(rows, PROOF_IMAGES):
+    for row in (row for row in chain.from_iterable(zip_longest(*drawn)) if row is not None):
         with _there_still(row):
-            yield f"{row.entry.name}/{row.id}", _file(workspace, row)
+            yield f"{row.entry.name}/{row.id}", files.read(row)
 
 
 # ----------------------------------------------------------------------------------------------------- where it is from

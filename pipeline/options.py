@@ -263,6 +263,13 @@ DECIDING = gathered(
         help="Judge the images together: at most this share of those flagged is ID, on average.",
     ),
 )
+RUNTIME = click.option(
+    "--runtime",
+    type=click.Choice(["torch", "onnx"]),
+    default="torch",
+    show_default=True,
+    help="What runs the network of an exported detector; onnx: of one that was exported with --onnx.",
+)
 FORMAT = click.option(
     "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."
 )
@@ -345,6 +352,13 @@ WATCHING = gathered(
         metavar="FILE.prom",
         help="Keep the last values in it, as text for Prometheus.",
     ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Compare the stream with itself alone: alpha is exact for every score, but OOD that is there from the "
+        "first image on is not noticed.",
+    ),
+    RUNTIME,
 )
 SERVING = gathered(
     "serving",
@@ -380,4 +394,5 @@ SERVING = gathered(
         show_default=True,
         help="Seconds until a request is refused.",
     ),
+    RUNTIME,
 )

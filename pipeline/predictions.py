@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,19 +14,24 @@ from pipeline.prepared import prepared_images
 from pipeline.sources import source_to_predict
 from pipeline.workspace import Workspace
 from stages.detection.conformal import BatchPromise
+from stages.detection.detector import Detector
 from stages.errors import InputError
-from stages.inputs.arrays import ArrayTable
+from stages.inputs.arrays import ArrayTable, list_arrays
 from stages.inputs.images import SampleTable, describe_left_out, list_images
 from stages.inputs.images.table import is_one_file
 from stages.metrics.discoveries import discoveries
 from stages.networks.preprocessing import check_decode
-from stages.predict import N_NEAREST, Prediction, Predictor
+from stages.predict import N_NEAREST, Prediction, Predictor, predictions_by
 from stages.progress import NullProgress, Progress
 from stages.results.formats import csv_text
+
+if TYPE_CHECKING:
+    from stages.detection.runtime import RuntimeName
 
 _BLOCK = 128  # images whose pixels are in memory at once
 _MANY = 256  # images, of which it is said how far they are
 Format = Literal["csv", "json"]
+_ABOUT = ("backbone", "features", "variant", "seed", "head", "score", "params")  # what is said of a detector
 _COLUMNS = ("path", "score", "threshold", "threshold_lo", "threshold_hi", "decision", "prediction", "expert")
 
 
@@ -58,13 +63,59 @@ def predict_paths(workspace: Workspace, paths: Sequence[str], deciding: Deciding
         )
     source, config = source_to_predict(workspace, backbone), workspace.config.score
     predictor = Predictor(source, config, deciding.score_name, progress, deciding.per)
-    predictions, unusable = predict_sources(predictor, paths, sources, progress)
-    batch = None if deciding.fdr is None else BatchPromise.of(predictor.threshold.n, len(predictions), deciding.fdr)
+    fitted = predictor.fitted
+    about = asdict(fitted.subject.key) | {"head": fitted.head, "score": fitted.score, "params": fitted.params}
+    return _predicted(predictor.detector, about, (paths, sources), deciding.fdr, form, progress)
+
+
+def predict_by_bundle(
+    bundle: str, paths: Sequence[str], deciding: Deciding, form: Format, runtime: "RuntimeName", progress: Progress
+) -> str:
+    """The same with an exported detector.
+
+    Args:
+        bundle: its file.
+        paths: images, folders, tars or lists; files of features, where it takes such.
+        deciding: what is promised.
+        form: of the text.
+        runtime: what runs its network.
+        progress: counts images, where they are many.
+    """
+    if deciding.score_name is not None:
+        raise InputError(f"--score chooses among the scores of a study; {bundle} has one, which `info` names")
+    detector = Detector.load(bundle, "auto", runtime, deciding.per)
+    sources = [_source_of(detector, path, progress) for path in paths]
+    about = {name: detector.about.get(name) for name in _ABOUT}
+    return _predicted(detector, about, (paths, sources), deciding.fdr, form, progress)
+
+
+def _source_of(detector: Detector, path: str, progress: Progress) -> SampleTable | ArrayTable:
+    """What an exported detector is to score."""
+    if detector.runtime.size:
+        return _listed_images(path, progress)
+    table, spec = list_arrays(path).of_classes(detector.class_names), detector.spec
+    network = (spec.backbone, spec.weights_sha, spec.expert_blocks, spec.image_size)
+    if difference := table.spec(spec.origin, spec.dtype, network).first_difference(spec):
+        raise InputError(f"{path}: other arrays than those of the detector: {difference}")
+    return table
+
+
+def _predicted(
+    detector: Detector,
+    about: Mapping[str, Any],
+    given: tuple[Sequence[str], Sequence[SampleTable | ArrayTable]],
+    fdr: float | None,
+    form: Format,
+    progress: Progress,
+) -> str:
+    """Text of what a detector says of all that was given: paths and what is at each."""
+    predictions, unusable = predict_sources(detector, *given, progress)
+    batch = None if fdr is None else BatchPromise.of(detector.threshold.n, len(predictions), fdr)
     if batch is not None:
         predictions = _flagged(predictions, batch)
-    for line in _promises(predictor, predictions, batch):
+    for line in _promises(detector, predictions, batch):
         print(line, file=sys.stderr)
-    return _json(predictor, predictions, unusable, batch) if form == "json" else _csv(predictions)
+    return _json(detector, about, predictions, unusable, batch) if form == "json" else _csv(predictions)
 
 
 def _flagged(predictions: Sequence[Prediction], batch: BatchPromise) -> list[Prediction]:
@@ -73,32 +124,37 @@ def _flagged(predictions: Sequence[Prediction], batch: BatchPromise) -> list[Pre
     return [replace(prediction, flagged=bool(flag)) for prediction, flag in zip(predictions, flags, strict=True)]
 
 
-def _promises(predictor: Predictor, predictions: Sequence[Prediction], batch: BatchPromise | None) -> Iterator[str]:
+def _promises(detector: Detector, predictions: Sequence[Prediction], batch: BatchPromise | None) -> Iterator[str]:
     """What is promised of the decisions, or why nothing is."""
     if batch is not None:
         flagged = sum(prediction.flagged is True for prediction in predictions)
         yield f"{flagged} of {batch.images} images flagged: of such at most {batch.fdr:.0%} are ID, on average"
     if batch is not None and batch.too_few:
         yield batch.too_few
-    if why := predictor.threshold.too_few:
+    if why := detector.threshold.too_few:
         yield f"no threshold, so no decision: {why}"
-    elif predictor.threshold.false_alarms is not None:
-        nearly = "" if predictor.fitted.is_exact else " (nearly: its scores are cross-fitted or put on a scale)"
-        yield f"the threshold: {predictor.threshold.false_alarms.words(predictor.threshold.n)}{nearly}"
+    elif detector.threshold.false_alarms is not None:
+        exact = detector.parts.calibration.exact
+        nearly = "" if exact else " (nearly: its scores are cross-fitted or put on a scale)"
+        yield f"the threshold: {detector.threshold.false_alarms.words(detector.threshold.n)}{nearly}"
 
 
 def _new_source(workspace: Workspace, path: str, spec: FeatureSpec) -> SampleTable | ArrayTable:
     """What is to be scored: images, or features as the study's sets have them."""
     if workspace.config.has_features:
         return workspace.sets.new_arrays(path, spec)
+    return _listed_images(path, workspace.progress)
+
+
+def _listed_images(path: str, progress: Progress) -> SampleTable:
     images = list_images(path)
     for note in (*images.notes, *filter(None, [describe_left_out(images.left_out)])):
-        workspace.progress.note(f"{path}: {note.removeprefix(f'{path}: ')}")
+        progress.note(f"{path}: {note.removeprefix(f'{path}: ')}")
     return images
 
 
 def predict_sources(
-    predictor: Predictor,
+    detector: Detector,
     paths: Sequence[str],
     sources: Sequence[SampleTable | ArrayTable],
     progress: Progress,
@@ -106,7 +162,7 @@ def predict_sources(
     """Score what no cache knows; images that cannot be used are listed on standard error, and are given back.
 
     Args:
-        predictor: of the study.
+        detector: of the study, or exported.
         paths: as they were given.
         sources: the images of each path, or its features.
         progress: counts images, where they are many.
@@ -126,15 +182,15 @@ def predict_sources(
         for start in range(0, len(names), _BLOCK):
             block = names[start : start + _BLOCK]
             if isinstance(source, ArrayTable):
-                arrays, _ = source.read(start, start + len(block), predictor.detector.spec)
-                predictions += predictor.predict(block, arrays)
+                arrays, _ = source.read(start, start + len(block), detector.spec)
+                predictions += predictions_by(detector, block, arrays)
             else:
-                read = prepared_images(predictor.detector, source.reader(start, start + len(block)))
+                read = prepared_images(detector, source.reader(start, start + len(block)))
                 pairs = list(zip(block, read, strict=True))
                 unusable += [UnusableImage(name, found) for name, found in pairs if isinstance(found, str)]
                 if usable := [(name, found) for name, found in pairs if not isinstance(found, str)]:
                     usable_names, pixels = zip(*usable, strict=True)
-                    predictions += predictor.predict(usable_names, np.stack(pixels))
+                    predictions += predictions_by(detector, usable_names, np.stack(pixels))
             progress.advance(len(block), failures=len(unusable))
     progress.close()
     for image in unusable:
@@ -158,17 +214,16 @@ def _csv(predictions: Sequence[Prediction]) -> str:
 
 
 def _json(
-    predictor: Predictor,
+    detector: Detector,
+    about: Mapping[str, Any],
     predictions: Sequence[Prediction],
     unusable: Sequence[UnusableImage],
     batch: BatchPromise | None,
 ) -> str:
-    detector = predictor.fitted
-    about = {"head": detector.head, "score": detector.score, "params": detector.params}
     document = {
-        "detector": asdict(detector.subject.key) | about,
-        "threshold": asdict(predictor.threshold),
-        "promise": {"per": predictor.detector.per, "exact": detector.is_exact},
+        "detector": about,
+        "threshold": asdict(detector.threshold),
+        "promise": {"per": detector.per, "exact": detector.parts.calibration.exact},
         "batch": None if batch is None else asdict(batch),
         "images": [asdict(prediction) for prediction in predictions],
         "unusable": [image._asdict() for image in unusable],

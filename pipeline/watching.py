@@ -18,7 +18,7 @@ from pipeline.terminal import complain
 from stages.detection.bundle import read_bundle
 from stages.detection.detector import Detector
 from stages.detection.drift import DriftMonitor, StreamReport, StreamState
-from stages.detection.parts import CalibrationRows
+from stages.detection.parts import DetectorParts
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document, write_text
 from stages.inputs.images import SampleTable, list_images
@@ -64,10 +64,10 @@ class StreamWatch:
             "calibration": fingerprint({"scores": scores}),
             "alpha": asked.alpha,
             "seed": asked.seed,
-        }
+        } | ({"strict": True} if asked.strict else {})
         self.last: str | None = None
         self._unusable = 0
-        self._monitor = DriftMonitor(calibration, asked.alpha, asked.seed, self._stored())
+        self._monitor = DriftMonitor(calibration, asked.alpha, asked.seed, self._stored(), asked.strict)
 
     def _stored(self) -> StreamState | None:
         path = self._asked.state
@@ -76,14 +76,16 @@ class StreamWatch:
         stored = read_document(path)
         if stored is None:
             raise InputError(f"{path}: damaged, or no state of a stream: delete it to begin anew")
-        for key, value in self._about.items():
-            if stored.get(key) != value:
-                raise InputError(
-                    f"{path}: a stream with {key} {stored.get(key)!r}, not {value!r}: give another --state, or delete "
-                    "it to begin anew"
-                )
-        self.last, self._unusable = stored["last"], stored["unusable"]
-        return StreamState(**stored["stream"])
+        for key in sorted((self._about.keys() | stored.keys()) - {"last", "unusable", "stream"}):
+            ours, theirs = self._about.get(key), stored.get(key)
+            if ours != theirs:
+                said = f"a stream with {key} {theirs!r}, not {ours!r}"
+                raise InputError(f"{path}: {said}: give another --state, or delete it to begin anew")
+        try:
+            self.last, self._unusable = stored["last"], stored["unusable"]
+            return StreamState(**stored["stream"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: no state of a stream: delete it to begin anew") from error
 
     def lines(self, stream: Iterable[Seen]) -> Iterator[str]:
         """JSON for each row; whatever was given is in the state and in Prometheus's file."""
@@ -118,22 +120,28 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         InputError: no detector, no images, a state of something else.
     """
     if source == "-":
-        calibration = read_bundle(bundle).parts.calibration
-        _say_what_holds(calibration)
-        yield from StreamWatch(calibration.scores, asked).lines(scores_of(sys.stdin))
+        parts = read_bundle(bundle).parts
+        _say_what_holds(parts, asked)
+        yield from StreamWatch(parts.calibration.scores, asked).lines(scores_of(sys.stdin))
         return
     images = list_images(source)  # a missing folder is said before work
     if len(images.class_names) > 1:
         complain(f"watch: {source} has a folder per class: a stream in the order of its classes drifts by itself")
-    detector = Detector.load(bundle)
-    _say_what_holds(detector.parts.calibration)
+    detector = Detector.load(bundle, runtime=asked.runtime)
+    _say_what_holds(detector.parts, asked)
     watch = StreamWatch(detector.parts.calibration.scores, asked)
     yield from watch.lines(_scored(detector, images, watch.last))
 
 
-def _say_what_holds(calibration: CalibrationRows) -> None:
-    if not calibration.exact:
-        complain("watch: alpha holds nearly: the calibration scores are cross-fitted or put on a scale")
+def _say_what_holds(parts: DetectorParts, asked: Watching) -> None:
+    """The first line: what is promised of false alarms, and whether exactly."""
+    promise = f"watch: a stream of ID images is ever called drifting with probability {asked.alpha:g} at most"
+    if parts.calibration.exact or asked.strict:
+        complain(f"{promise}, exactly")
+        return
+    scaled = parts.scales.standardisers or parts.scales.experts
+    why = "are on scales that they set" if scaled else "are by cross-fitted models, and not by the final one"
+    complain(f"{promise}, nearly: the calibration scores {why}; --strict makes it exact")
 
 
 def _scored(detector: Detector, images: SampleTable, last: str | None) -> Iterator[Seen]:

@@ -138,3 +138,17 @@ def spread(n: int, wanted: int) -> NDArray[np.intp]:
     ([0, 3, 6, 9], [0, 1])
     """
     return np.unique(np.linspace(0, n - 1, min(wanted, n)).round().astype(np.intp)) if n else np.zeros(0, np.intp)
+
+
+def even_shares(sizes: Sequence[int], wanted: int) -> list[int]:
+    """How many of sets of these sizes, so many in all or all there are, as evenly as their sizes let it be.
+
+    >>> even_shares([2, 100, 50], 30), even_shares([2, 3], 30)
+    ([2, 14, 14], [2, 3])
+    """
+    shares, left = [0] * len(sizes), wanted
+    smallest_first = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+    for rank, index in enumerate(smallest_first):
+        shares[index] = min(sizes[index], -(-left // (len(sizes) - rank)))
+        left -= shares[index]
+    return shares

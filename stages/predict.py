@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stages.config import ScoreConfig
 from stages.detection.conformal import ThresholdEstimate
 from stages.detection.deciding import DecidingDetector
-from stages.detection.detector import Nearest, Per
+from stages.detection.detector import Detector, Nearest, Per
 from stages.detection.sources import BackboneSource
 from stages.progress import Progress
 from stages.results.method import recommended_of
@@ -102,26 +102,33 @@ class Predictor:
             paths: what each is called.
             images: what `Detector.prepare` gave of each; or features, arrays by name.
         """
-        if isinstance(images, Mapping):
-            found = self.detector.score_features(images, N_NEAREST)
-        else:
-            found = self.detector.score_prepared(images, N_NEAREST)
-        nearest = _neighbours(found.nearest) if found.nearest else []
-        return [
-            Prediction(
-                path=path,
-                score=float(found.score[index]),
-                p_value=float(found.p_value[index]),
-                threshold=admits.threshold,
-                threshold_lo=admits.lo,
-                threshold_hi=admits.hi,
-                decision=str(found.decision[index]),
-                prediction=str(found.prediction[index]),
-                expert=None if found.expert is None else int(found.expert[index]),
-                nearest=nearest[index],
-            )
-            for index, (path, admits) in enumerate(zip(paths, found.admits, strict=True))
-        ]
+        return predictions_by(self.detector, paths, images)
+
+
+def predictions_by(
+    detector: Detector, paths: Sequence[str], images: NDArray[np.uint8] | Mapping[str, NDArray[Any]]
+) -> list[Prediction]:
+    """Decisions of any detector; arguments as of `Predictor.predict`."""
+    if isinstance(images, Mapping):
+        found = detector.score_features(images, N_NEAREST)
+    else:
+        found = detector.score_prepared(images, N_NEAREST)
+    nearest = _neighbours(found.nearest) if found.nearest else []
+    return [
+        Prediction(
+            path=path,
+            score=float(found.score[index]),
+            p_value=float(found.p_value[index]),
+            threshold=admits.threshold,
+            threshold_lo=admits.lo,
+            threshold_hi=admits.hi,
+            decision=str(found.decision[index]),
+            prediction=str(found.prediction[index]),
+            expert=None if found.expert is None else int(found.expert[index]),
+            nearest=nearest[index],
+        )
+        for index, (path, admits) in enumerate(zip(paths, found.admits, strict=True))
+    ]
 
 
 def _neighbours(nearest: Nearest) -> list[tuple[Neighbour, ...]]:

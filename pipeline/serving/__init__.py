@@ -1,9 +1,13 @@
 """`serve`: an exported detector that answers over HTTP.
 
-    supervisor.py   the command: holds the socket, starts the worker, replaces it when it dies, ends it when asked
-    worker.py       the other process: loads the detector, runs the event loop
-    app.py          what is answered: the event loop, which neither decodes nor computes
+    supervisor.py   the command: binds the socket, says what there is to say
+    front.py        its event loop, which neither decodes nor computes: whatever happens to the worker, it answers
+    app.py          what is answered over HTTP
     bodies.py       what stands in a request, within its limits
+    backend.py      the worker as it is known there: asked, watched, replaced when it dies or hangs
+    frames.py       what the two processes say to each other
+    worker.py       the other process: loads the detector, answers
+    answering.py    what a detector answers
     batches.py      threads that decode, one that runs the network on what they have ready
 
 LitServe is not what it is built on: version 0.2.19 answers a body that is neither JSON nor a form, and JSON that is

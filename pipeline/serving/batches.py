@@ -1,10 +1,11 @@
 """Between requests and the network: several are decoded side by side, and those that are ready go through together."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from stages.machine import usable_cores
 
@@ -17,6 +18,13 @@ Given = TypeVar("Given")
 _PATIENCE = 0.15
 
 
+class AtWork(NamedTuple):
+    """What a thread is at, and for how long."""
+
+    what: str
+    seconds: float
+
+
 class Batches(Generic[Prepared, Answer]):
     """Gathers what several ask, for one function that answers many at once.
 
@@ -26,22 +34,44 @@ class Batches(Generic[Prepared, Answer]):
     Args:
         answer: of each item of a batch, in its order; called by one thread.
         most: items of a batch.
+        patience: seconds that a batch waits for what is being prepared, at most.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Prepared]], Sequence[Answer]], most: int) -> None:
-        self._answer, self._most = answer, most
+    def __init__(
+        self, answer: Callable[[Sequence[Prepared]], Sequence[Answer]], most: int, patience: float = _PATIENCE
+    ) -> None:
+        self._answer, self._most, self._patience = answer, most, patience
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
         self._network = ThreadPoolExecutor(1, "network")
         self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answer]]] = asyncio.Queue()
         self._coming = 0  # that are being prepared
+        self._begun: dict[object, tuple[str, float]] = {}  # what threads are at, and since when
+
+    def at_work(self) -> AtWork | None:
+        """What has been computed for the longest, and is not done; None where all threads wait."""
+        if not (begun := list(self._begun.values())):
+            return None
+        what, since = min(begun, key=lambda each: each[1])
+        return AtWork(what, time.monotonic() - since)
 
     async def prepared(self, function: Callable[[], Given]) -> Given:
         """What a function gives, by a thread of its own; raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function)
+        return await self._by(self._decoders, "decoding", function)
 
     async def alone(self, function: Callable[[], Given]) -> Given:
         """What a function gives, between two batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._network, function)
+        return await self._by(self._network, "the network", function)
+
+    async def _by(self, pool: ThreadPoolExecutor, what: str, function: Callable[[], Given]) -> Given:
+        def noted() -> Given:
+            mark = object()
+            self._begun[mark] = what, time.monotonic()
+            try:
+                return function()
+            finally:
+                del self._begun[mark]
+
+        return await asyncio.get_running_loop().run_in_executor(pool, noted)
 
     async def ask(self, prepare: Callable[[], Prepared]) -> Answer:
         """The answer to what a function gives; raises what it raises, or what the batch raises."""
@@ -68,7 +98,7 @@ class Batches(Generic[Prepared, Answer]):
 
     async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answer]"]]:
         batch = [await self._ready.get()]
-        until = asyncio.get_running_loop().time() + _PATIENCE
+        until = asyncio.get_running_loop().time() + self._patience
         with suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 while len(batch) < self._most and (self._coming or not self._ready.empty()):
@@ -77,8 +107,8 @@ class Batches(Generic[Prepared, Answer]):
 
     async def _answered(self, asked: Sequence[tuple[Prepared, "asyncio.Future[Answer]"]]) -> None:
         try:
-            loop, items = asyncio.get_running_loop(), [item for item, _ in asked]
-            answers = await loop.run_in_executor(self._network, self._answer, items)
+            items = [item for item, _ in asked]
+            answers = await self.alone(lambda: self._answer(items))
         except Exception as error:
             for _, waiting in asked:
                 if not waiting.done():

@@ -1,18 +1,12 @@
-"""What stands in a request, within its limits: the bytes of one image, or features. Nothing of it touches a disk."""
+"""What stands in a request, within its limits: the bytes of one image, or JSON. Nothing of it touches a disk."""
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator
 
-import numpy as np
 import python_multipart  # noqa: F401  # Starlette reads forms by it, and misses it only when one comes
-from numpy.typing import NDArray
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-
-from stages.errors import InputError
 
 MOST_NEAREST = 100  # ID images that may be asked for
 _PIECE = 1 << 18  # bytes of a form that are searched at once
@@ -91,28 +85,3 @@ def nearest_of(request: Request) -> int:
     if not (given.isascii() and given.isdecimal()) or len(given) > 9 or int(given) > MOST_NEAREST:
         raise RefusedError(400, f"nearest: {given[:20]!r} given, must be a number up to {MOST_NEAREST}")
     return int(given)
-
-
-def features_of(body: bytes) -> Mapping[str, NDArray[np.float64]]:
-    """Arrays by name of ``{"features": {"cls": [[…], …]}}``; one array alone is ``cls``.
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        given: Any = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InputError("no JSON") from error
-    features = given.get("features") if isinstance(given, dict) else None
-    if isinstance(features, list):
-        features = {"cls": features}
-    if not isinstance(features, dict):
-        raise InputError('no features: give {"features": [[…], …]}, a row an image, or arrays by name')
-    return {name: _array(name, values) for name, values in features.items()}
-
-
-def _array(name: str, values: Any) -> NDArray[np.float64]:
-    try:
-        return np.array(values, dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"features: {name[:20]} is no array of numbers") from error

@@ -25,7 +25,7 @@ from stages.detection.detectors import raw_scores
 from stages.detection.golden import RUNTIME_TOLERANCE, TOLERANCE, check_golden
 from stages.detection.mondrian import GroupedCalibration
 from stages.detection.parts import NO_EXPERT, DetectorParts
-from stages.detection.runtime import NetworkRows, Runtime
+from stages.detection.runtime import NetworkRows, Runtime, RuntimeName
 from stages.detection.subject import NO_HEAD, SetRows, known_route, logits_by_head
 from stages.errors import InputError
 from stages.id_data.lazy import Floats, LazyArray, ReadOnce, Rows2D
@@ -141,7 +141,7 @@ class Detector:
         cls,
         path: str | os.PathLike[str],
         device: str = "cpu",
-        runtime: Literal["torch", "onnx"] = "torch",
+        runtime: RuntimeName = "torch",
         per: Per = "all",
     ) -> Self:
         """A detector from the file that ``python -m pipeline export`` wrote.

@@ -226,13 +226,21 @@ class DriftMonitor:
         alpha: probability of a false alarm ever.
         seed: of the places.
         state: of a stream that goes on; None begins one.
+        strict: whether the martingale compares the stream with itself alone, and the calibration rows only say where
+            cells end. Rows of a stream are scored by one function, so that ``alpha`` is exact then even where the
+            calibration rows were scored by another; what is there from the first row on is not noticed.
 
     Raises:
         InputError: no calibration scores, NaN or inf, ``alpha`` outside (0, 1), a state of other calibration rows.
     """
 
     def __init__(
-        self, calibration: ArrayLike, alpha: float = 0.01, seed: int = 0, state: StreamState | None = None
+        self,
+        calibration: ArrayLike,
+        alpha: float = 0.01,
+        seed: int = 0,
+        state: StreamState | None = None,
+        strict: bool = False,
     ) -> None:
         if not 0 < alpha < 1:
             raise InputError(f"alpha = {alpha} given, must be a probability between 0 and 1")
@@ -243,7 +251,7 @@ class DriftMonitor:
         self.state = state or StreamState(0, 0, [0] * len(self._cells.rows), [0.0] * N_BETS)
         if len(self.state.counts) != len(self._cells.rows):
             raise InputError("the state is that of a stream beside other calibration rows")
-        self._rows = self._cells.rows + np.array(self.state.counts, dtype=np.int64)
+        self._rows = np.array(self.state.counts, dtype=np.int64) + (0 if strict else self._cells.rows)
 
     def update(self, score: float) -> StreamReport:
         """One more row.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import CacheError, FeatureSpec
+from stages.detection.onnx_file import check_graph
 from stages.detection.parts import DetectorParts, MixtureParts
 from stages.detection.runtime import LARGEST_SIDE, NetworkRows
 from stages.errors import InputError
@@ -210,4 +211,5 @@ def load_onnx_runtime(parts: DetectorParts, graph: bytes | None, device: str = "
     except CacheError as error:
         raise InputError(f"spec: {error}") from error
     patches = any("patches" in needs_of(part.scorer.name) for part in parts.scores)
+    check_graph(graph)
     return OnnxRuntime(open_session(graph, device), spec, parts.mixture, patches)

@@ -6,13 +6,15 @@ runtime: torch (`stages.detection.torch_runtime`), or anything else that compute
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.id_data.lazy import Floats
 from stages.mixture.refined import Refined
+
+RuntimeName = Literal["torch", "onnx"]
 
 LARGEST_SIDE = 4096  # of a network's input, in pixels
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ ROOT = Path(__file__).parents[2]
 
 
 class Served:
-    """``python -m pipeline serve BUNDLE --port 0 OPTIONS``, once it answers.
+    """``python -m pipeline serve BUNDLE --port 0 OPTIONS``, or another command, once it answers.
 
     Attributes:
         said: its first line, on standard error.
         host, port: where it answers.
     """
 
-    def __init__(self, bundle: Path, *options: object) -> None:
-        command = [sys.executable, "-m", "pipeline", "serve", bundle, "--port", 0, *options]
-        self._process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    def __init__(self, bundle: Path, *options: object, command: Sequence[object] = ()) -> None:
+        said = [sys.executable, "-m", *(command or ("pipeline", "serve", bundle, "--port", 0, *options))]
+        self._process = subprocess.Popen(list(map(str, said)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert self._process.stderr is not None
         self.said = self._process.stderr.readline()
         self.host, port = self.said.partition("http://")[2].split(": ")[0].rsplit(":", 1)
@@ -52,8 +52,9 @@ class Served:
         return self.ask("POST", path, image)
 
     def worker(self) -> psutil.Process:
-        """The process that answers."""
-        (found,) = psutil.Process(self._process.pid).children()
+        """The process that computes: it was forked from one that the command has started."""
+        started = psutil.Process(self._process.pid).children()
+        (found,) = (own for each in started for own in each.children())
         return found
 
     def tell(self, number: signal.Signals) -> None:

@@ -21,6 +21,7 @@ from starlette.requests import Request
 
 from pipeline.deciding import Serving
 from pipeline.serving.app import application
+from pipeline.serving.backend import Backend
 from pipeline.serving.bodies import image_of
 from stages.config import ScoreConfig
 from stages.detection import Detector
@@ -31,6 +32,7 @@ from stages.inputs.images import decode_image
 from stages.train import train_probe
 from tests.test_docs.pages import page_with
 from tests.test_pipeline.command import refused
+from tests.test_pipeline.hanging import HANGS
 from tests.test_pipeline.served import ROOT, Served
 
 LIMITS = ("--max-bytes", 200_000, "--max-pixels", 4_000_000, "--timeout", 20)
@@ -121,10 +123,11 @@ def test_features_are_rows(server, detector, few):
 def test_it_says_what_it_is(server):
     assert server.said.startswith("serve: ")
     assert server.host == "127.0.0.1"
-    assert server.ask("GET", "/healthz") == (200, {"status": "ok"})
+    assert server.ask("GET", "/healthz") == (200, {"status": "ok", "workers_lost": 0})
     status, info = server.ask("GET", "/info")
     assert status == 200
     assert info["about"] == {"study": "few"}
+    assert info["runtime"] == "torch"
     assert info["takes"] == {"images": True, "features": ["cls"]}
     assert info["limits"] == {"bytes": 200_000, "pixels": 4_000_000, "seconds": 20}
 
@@ -225,13 +228,23 @@ def test_a_port_that_is_taken_and_a_file_that_is_none_are_said_before_work(bundl
 
 
 def test_a_worker_that_dies_is_replaced(server, images, scored):
-    first = server.worker()
-    first.kill()
-    first.wait()
+    server.worker().kill()
+    wait_for_loss(server, 1)
     status, answer = server.score(images[0])  # it waits for the next
     assert status == 200
     assert_is(answer, scored, 0)
-    assert server.worker().pid != first.pid
+    said = {"status": "ok", "workers_lost": 1, "last_lost": "died (SIGKILL)"}
+    assert server.ask("GET", "/healthz") == (200, said)
+
+
+def wait_for_loss(server, n, seconds=60):
+    """Until so many workers were lost; meanwhile it answers."""
+    for _ in range(int(20 * seconds)):
+        _, said = server.ask("GET", "/healthz")
+        if said["workers_lost"] == n:
+            return said
+        time.sleep(0.05)
+    raise AssertionError(said)
 
 
 def test_the_end_waits_for_requests(server, images, scored):
@@ -251,11 +264,51 @@ def test_the_end_waits_for_requests(server, images, scored):
     assert server.finish() == (0, "serve: the worker died (SIGKILL); another takes its place\n")
 
 
+def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
+    """In its network, for who asks for many neighbours; then as a whole."""
+    server = Served(bundle, command=("tests.test_pipeline.hanging", bundle, 1))
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda n: server.score(images[0], f"/score?nearest={n}"), (HANGS, 1, HANGS)))
+        assert all(status == 503 for status, _ in found)
+        assert {answer["error"] for _, answer in found} <= {"no answer within 1 s"}
+        assert wait_for_loss(server, 1)["last_lost"].startswith("hung: the network for ")
+        server.worker().suspend()
+        status, answer = server.score(images[0])
+        assert (status, answer) == (503, {"error": "no answer within 1 s"})
+        assert wait_for_loss(server, 2)["last_lost"] == "hung: nothing was heard of it for 6 s"
+        for _ in range(100):  # it begins anew
+            status, answer = server.score(images[0])
+            if status == 200:
+                break
+        assert_is(answer, scored, 0)
+        server.tell(signal.SIGTERM)
+        assert server.finish()[0] == 0
+    finally:
+        server.kill()
+
+
+def test_what_a_lost_worker_had_is_told_so(bundle, images):
+    """Of one that is killed while it is at work."""
+    server = Served(bundle, command=("tests.test_pipeline.hanging", bundle, 30))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.score, images[0], f"/score?nearest={HANGS}")
+            while not answer.running():
+                time.sleep(0.01)
+            time.sleep(1)
+            server.worker().kill()
+            reason = "the worker died (SIGKILL), and another takes its place: ask again"
+            assert answer.result() == (503, {"error": reason})
+    finally:
+        server.kill()
+
+
 # --------------------------------------------------------------------------------------------------- what needs a clock
 
 
-def asked_alone(detector, pieces, **limits):
-    """Status and JSON of the application where its batches do not run; the body is never whole unless its last is."""
+def asked_alone(pieces, **limits):
+    """Status and JSON of the application where there is no worker; the body is never whole unless its last is."""
     sent, pieces = [], list(pieces)
 
     async def receive():
@@ -268,17 +321,18 @@ def asked_alone(detector, pieces, **limits):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": []}
-    asyncio.run(application(detector, Serving(**limits))(scope, receive, send))
+    asked = Serving(**limits)
+    asyncio.run(application(Backend(print, asked.timeout), asked)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(detector):
-    status, answer = asked_alone(detector, [(b"\x89PNG", True)], timeout=0.05)
+def test_a_body_that_does_not_come_is_not_waited_for():
+    status, answer = asked_alone([(b"\x89PNG", True)], timeout=0.05)
     assert (status, answer) == (408, {"error": "the body did not come in time"})
 
 
-def test_an_answer_that_does_not_come_is_not_waited_for(detector, images):
-    status, answer = asked_alone(detector, [(images[0], False)], timeout=0.2)
+def test_an_answer_that_does_not_come_is_not_waited_for(images):
+    status, answer = asked_alone([(images[0], False)], timeout=0.2)
     assert (status, answer) == (503, {"error": "no answer within 0.2 s"})
 
 

@@ -1,6 +1,7 @@
 """Many ask one at a time, and are answered together."""
 
 import asyncio
+from threading import Event
 
 import pytest
 
@@ -46,3 +47,26 @@ def test_a_batch_that_fails_is_told_to_all_in_it_and_the_next_goes_on():
     found = together(lambda items: [1 / item for item in items], 1, lambda: 4, lambda: 0, lambda: 2)
     assert found[::2] == [0.25, 0.5]
     assert isinstance(found[1], ZeroDivisionError)
+
+
+def test_it_is_known_what_is_computed_for_how_long():
+    async def crowd():
+        batches, begun, done = Batches(lambda items: items, 8), Event(), Event()
+        assert batches.at_work() is None
+
+        def slow():
+            begun.set()
+            done.wait()
+
+        asking = asyncio.create_task(batches.prepared(slow))
+        await asyncio.to_thread(begun.wait)
+        await asyncio.sleep(0.02)
+        found = batches.at_work()
+        done.set()
+        await asking
+        return found, batches.at_work()
+
+    found, after = asyncio.run(crowd())
+    assert found.what == "decoding"
+    assert found.seconds >= 0.02
+    assert after is None
