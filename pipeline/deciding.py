@@ -73,6 +73,7 @@ class Serving:
         port: 0: any that is free.
         device: where the network runs: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one.
         batch: images that go through the network together, at most.
+        patience: seconds that images wait for others to be decoded, at most; one that is alone does not wait.
         max_bytes: of a request.
         max_pixels: of an image, before it is decoded.
         timeout: seconds until a request is refused, its way through the network included.
@@ -83,6 +84,7 @@ class Serving:
     port: int = 8000
     device: str = "auto"
     batch: int = 64
+    patience: float = 0.15
     max_bytes: int = 20 << 20
     max_pixels: int = 50_000_000
     timeout: float = 30

@@ -39,7 +39,7 @@ class Answering:
 
     def __init__(self, detector: Detector, asked: Serving) -> None:
         self._detector, self._asked = detector, asked
-        self.batches: Batches[_Asked, Row] = Batches(self._rows, asked.batch)
+        self.batches: Batches[_Asked, Row] = Batches(self._rows, asked.batch, asked.patience)
 
     def info(self) -> Row:
         """Where the detector came from, what it takes and promises."""
@@ -114,9 +114,12 @@ def features_of(body: bytes) -> Mapping[str, NDArray[np.float64]]:
 
 def _array(name: str, values: Any) -> NDArray[np.float64]:
     try:
-        return np.array(values, dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"features: {name[:20]} is no array of numbers") from error
+        found = np.array(values)
+    except ValueError:  # rows of different lengths
+        found = np.array(None)
+    if found.dtype.kind not in "iuf":
+        raise InputError(f"features: {name[:20]} is no array of numbers")
+    return found.astype(np.float64)
 
 
 def image_rows(found: ImageScores, nearest: int) -> list[Row]:

@@ -13,10 +13,6 @@ Prepared = TypeVar("Prepared")
 Answer = TypeVar("Answer")
 Given = TypeVar("Given")
 
-# Seconds that a batch waits for images that are being decoded, at most; one that is alone does not wait. On a CPU a
-# pass that is not full costs as much as a full one, and decoding has the cores meanwhile.
-_PATIENCE = 0.15
-
 
 class AtWork(NamedTuple):
     """What a thread is at, and for how long."""
@@ -34,12 +30,11 @@ class Batches(Generic[Prepared, Answer]):
     Args:
         answer: of each item of a batch, in its order; called by one thread.
         most: items of a batch.
-        patience: seconds that a batch waits for what is being prepared, at most.
+        patience: seconds that a batch waits for what is being prepared, at most: on a CPU a pass that is not full costs
+            as much as a full one, and decoding has the cores meanwhile.
     """
 
-    def __init__(
-        self, answer: Callable[[Sequence[Prepared]], Sequence[Answer]], most: int, patience: float = _PATIENCE
-    ) -> None:
+    def __init__(self, answer: Callable[[Sequence[Prepared]], Sequence[Answer]], most: int, patience: float) -> None:
         self._answer, self._most, self._patience = answer, most, patience
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
         self._network = ThreadPoolExecutor(1, "network")

@@ -116,7 +116,7 @@ def _check_tensor(tensor: memoryview) -> None:
     if kind not in _BYTES or prod(dims) * _BYTES[kind] != len(raw):
         raise _refused(f"has a tensor of type {kind} and shape {str(dims)[:60]} in {len(raw)} bytes")
     if kind == _INT64 and any(_LARGEST_NUMBER < abs(each) < _NO_END for each in raw.cast("q").tolist()):
-        raise _refused(f"computes with whole numbers above {_LARGEST_NUMBER}, as no shape here has")
+        raise _refused(f"has whole numbers above {_LARGEST_NUMBER}, which no shape here needs")
 
 
 def _text(message: _Field, number: int) -> str:

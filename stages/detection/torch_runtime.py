@@ -167,7 +167,11 @@ class TorchRuntime:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self._network, self._spec)
+        spec, device = self._spec, self._network.device.type
+        if spec.compute.get("device") != device:
+            # One image in a pass as large as another device's would cost as much as hundreds.
+            spec = replace(spec, compute={**spec.compute, "batch": self._batch})
+        return Encoder(self._network, spec)
 
     @cached_property
     def _end(self) -> BackboneEnd:

@@ -1,8 +1,9 @@
 """How near a served detector comes to `Detector` in process, and whether it loses a request. ``make bench-serve``.
 
 On the loopback alone, clients on the same cores. The same JPEG files of 500 x 375 pixels in turn: `Detector.score` in
-this process, while the server waits; and HTTP, a connection a client, while this process only asks. Then good and bad
-requests, each of which has one right status, and the memory of the process that answers after each round.
+this process, while the server waits; and HTTP, a connection a client, while this process only asks. What HTTP and the
+copies between processes cost is told by files of the same size that are no images. Then good and bad requests, each of
+which has one right status, and the memory of the process that computes after each round. It takes a minute.
 """
 
 import argparse
@@ -11,9 +12,11 @@ import json
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,46 +47,66 @@ def main() -> None:
     """Measure and print; exits 1 where a request was lost or answered otherwise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, metavar="FILE.ood", help="a detector of images; by default a small one")
-    parser.add_argument("--images", type=int, default=384, help="of the comparison")
+    parser.add_argument("--images", type=int, default=128, help="of the comparison")
     parser.add_argument("--clients", type=int, default=32, help="that ask at once")
     parser.add_argument("--requests", type=int, default=1000, help="good and bad ones, in each of two rounds")
+    parser.add_argument("--patience", type=float, nargs="*", default=[Serving.patience], help="servers with these")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         bundle = given.bundle or small_bundle(folder)
         write_jpegs(folder / "jpeg", given.images)
         images = [path.read_bytes() for path in sorted((folder / "jpeg").iterdir())]
-        server = Served(bundle)
-        try:
-            compare(server, Detector.load(bundle, device="auto"), images, given.clients)
+        with ExitStack() as ended:
+            servers = {}
+            for patience in given.patience:
+                servers[patience] = Served(bundle, "--patience", patience)
+                ended.callback(end, servers[patience])
+            detector = Detector.load(bundle, device="auto")
+            for patience, server in servers.items():
+                compare(server, detector, images, given.clients, patience)
+            say_cost_of_http(server, images, given.clients)
             wrong = mixed_rounds(server, images, given.requests, given.clients)
-        finally:
-            server.tell(signal.SIGTERM)
-            server.finish()
     sys.exit(1 if wrong else 0)
 
 
+def end(server: Served) -> None:
+    """As it is ended by whoever runs it."""
+    server.tell(signal.SIGTERM)
+    server.finish()
+
+
 def small_bundle(folder: Path) -> Path:
-    """A detector of digits by EfficientNet-Lite0 at 224 px, with two experts."""
+    """A detector of digits by EfficientNet-Lite0 at 224 px, without experts."""
     draw(folder / "images" / "train", "sklearn:digits[0-2]/train", 24)
     draw(folder / "images" / "test", "sklearn:digits[0-2]/test", 8)
     draw(folder / "images" / "threes", "sklearn:digits[3]/test", 6, nested=False)
     draw(folder / "images" / "photos", "sklearn:photos", 4)
     text = STUDY.replace("photos.tar", "photos").replace("image_size = 32", "image_size = 224")
     (folder / "small.toml").write_text(text)
-    for verb in ("extract", "train", "score"):
-        done(verb, folder / "small.toml")
-    done("export", folder / "small.toml", "-o", folder / "small.ood")
+    done("extract", folder / "small.toml")
+    done("export", folder / "small.toml", "-o", folder / "small.ood", "--variant", "none")
     return folder / "small.ood"
 
 
-def compare(server: Served, detector: Detector, images: Sequence[bytes], clients: int) -> None:
+def compare(server: Served, detector: Detector, images: Sequence[bytes], clients: int, patience: float) -> None:
     """Rates of the same images, in process and over HTTP."""
     requests = [Request(image, "image/jpeg", 200) for image in images]
     table = rates(f"median of {RUNS} runs each, in turn; {len(images)} JPEG files, {clients} clients")
     limit, ours = in_turn(len(images), lambda: detector.score(images), lambda: answers(server, requests, clients))
-    row(table, "Detector in process, served", "images/s", limit, ours)
+    row(table, f"Detector in process, served; patience {patience:g} s", "images/s", limit, ours)
     Console().print(table)
+
+
+def say_cost_of_http(server: Served, images: Sequence[bytes], clients: int) -> None:
+    """Of requests as large as those of images, of which nothing is decoded."""
+    requests = [Request(b"none" + image[4:], "image/jpeg", 400) for image in images]
+    answers(server, requests, clients)
+    start = time.perf_counter()
+    answers(server, requests, clients)
+    each = (time.perf_counter() - start) / len(requests)
+    kib = sum(map(len, images)) / len(images) / 1024
+    print(f"of that, HTTP and the copies of {kib:.0f} KiB from process to process: {1e3 * each:.2f} ms an image")
 
 
 def answers(server: Served, requests: Sequence[Request], clients: int) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import false_discovery_control
 
 from cache import FeatureCache
@@ -183,6 +184,14 @@ def test_new_rows_are_scored_from_a_file(study, plain):
     near = csv.DictReader(io.StringIO(done("predict", *study, plain / "near.npz").out))
     assert np.median([float(row["score"]) for row in rows]) < np.median([float(row["score"]) for row in near])
     assert rows[0]["path"].startswith(str(plain / "test.npz"))
+
+
+def test_an_exported_detector_says_the_same_of_a_file(study, plain, tmp_path):
+    done("export", *study, "-o", tmp_path / "it.ood")
+    found, expected = (done("predict", *own, plain / "test.npz").out for own in ((tmp_path / "it.ood",), study))
+    assert found == expected
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    assert "a.png" in refused("predict", tmp_path / "it.ood", tmp_path / "a.png")
 
 
 def test_new_rows_are_judged_together_at_a_false_discovery_rate(study, plain):

@@ -141,6 +141,12 @@ BAD = {
     "too many bytes": (bytes(200_001), None, 413, "too large: 200000 bytes are the most"),
     "chunks without end": ([bytes(1000)] * 202, None, 413, "too large: 200000 bytes are the most"),
     "a form of text": (*form("a", b"no image"), 400, "not an image"),
+    "several files": (
+        form("a", b"x")[0].removesuffix(b"--\r\n") + b"\r\n" + form("b", b"y")[0],
+        form("a", b"")[1],
+        400,
+        "form: Too many files",
+    ),
     "a form without a boundary": (b"abc", "multipart/form-data", 400, "form: Missing boundary"),
     "half a form": (form("a", b"abc")[0][:40], form("a", b"")[1], 400, "form: no file in it"),
     "damaged JSON": (b"{", JSON, 400, "no JSON"),
@@ -149,6 +155,7 @@ BAD = {
     "features of another size": (b'{"features": [[1, 2]]}', JSON, 400, "features: cls has shape [1, 2]"),
     "features of no shape": (b'{"features": [[1], [1, 2]]}', JSON, 400, "features: cls is no array of numbers"),
     "features of words": (b'{"features": {"cls": {}}}', JSON, 400, "features: cls is no array of numbers"),
+    "features of texts": (b'{"features": [["1", "2"]]}', JSON, 400, "features: cls is no array of numbers"),
     "features that are not finite": (b'{"features": [[' + b"NaN," * 1279 + b"1]]}", JSON, 400, "no finite"),
     "names that are no text": (b'{"features": {"cls": [], "\\ud800": []}}', JSON, 400, "features: ? is none of"),
     "a name without end": (b'{"features": {"' + b"x" * 90_000 + b'": []}}', JSON, 400, "features: cls is missing"),
@@ -167,7 +174,9 @@ def test_what_cannot_be_scored_is_told_why(server, bad):
 def test_what_is_asked_wrongly_is_told_why(server, images):
     assert server.score(images[0], "/score?nearest=101")[0] == 400
     assert server.score(images[0], "/score?nearest=-1")[0] == 400
-    assert server.ask("GET", "/score")[0] == 405
+    for method in ("GET", "OPTIONS", "PUT"):
+        status, answer = server.ask(method, "/score")
+        assert (status, answer["error"].partition(":")[0]) == (405, "Method Not Allowed")
     status, answer = server.ask("GET", "/predict")
     assert (status, answer["error"]) == (404, "Not Found: POST /score, GET /info and GET /healthz are answered")
 
@@ -229,7 +238,7 @@ def test_a_port_that_is_taken_and_a_file_that_is_none_are_said_before_work(bundl
 
 def test_a_worker_that_dies_is_replaced(server, images, scored):
     server.worker().kill()
-    wait_for_loss(server, 1)
+    wait_for(server, workers_lost=1)
     status, answer = server.score(images[0])  # it waits for the next
     assert status == 200
     assert_is(answer, scored, 0)
@@ -237,11 +246,11 @@ def test_a_worker_that_dies_is_replaced(server, images, scored):
     assert server.ask("GET", "/healthz") == (200, said)
 
 
-def wait_for_loss(server, n, seconds=60):
-    """Until so many workers were lost; meanwhile it answers."""
-    for _ in range(int(20 * seconds)):
+def wait_for(server, **wanted):
+    """Until it says so of its health; meanwhile it answers."""
+    for _ in range(1200):
         _, said = server.ask("GET", "/healthz")
-        if said["workers_lost"] == n:
+        if said.items() >= wanted.items():
             return said
         time.sleep(0.05)
     raise AssertionError(said)
@@ -269,18 +278,16 @@ def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
     server = Served(bundle, command=("tests.test_pipeline.hanging", bundle, 1))
     try:
         with ThreadPoolExecutor(3) as pool:
-            found = list(pool.map(lambda n: server.score(images[0], f"/score?nearest={n}"), (HANGS, 1, HANGS)))
-        assert all(status == 503 for status, _ in found)
-        assert {answer["error"] for _, answer in found} <= {"no answer within 1 s"}
-        assert wait_for_loss(server, 1)["last_lost"].startswith("hung: the network for ")
+            found = list(pool.map(lambda _: server.score(images[0], f"/score?nearest={HANGS}"), range(3)))
+        assert found == [(503, {"error": "no answer within 1 s"})] * 3
+        assert wait_for(server, workers_lost=1, status="ok")["last_lost"].startswith("hung: the network for ")
         server.worker().suspend()
         status, answer = server.score(images[0])
         assert (status, answer) == (503, {"error": "no answer within 1 s"})
-        assert wait_for_loss(server, 2)["last_lost"] == "hung: nothing was heard of it for 6 s"
-        for _ in range(100):  # it begins anew
-            status, answer = server.score(images[0])
-            if status == 200:
-                break
+        assert wait_for(server, workers_lost=2)["last_lost"] == "hung: nothing was heard of it for 6 s"
+        wait_for(server, workers_lost=2, status="ok")
+        status, answer = server.score(images[0])
+        assert status == 200
         assert_is(answer, scored, 0)
         server.tell(signal.SIGTERM)
         assert server.finish()[0] == 0

@@ -12,7 +12,7 @@ def together(answer, most, *prepare):
     """What comes of each of those that ask at once: an answer, or an error."""
 
     async def crowd():
-        batches = Batches(answer, most)
+        batches = Batches(answer, most, patience=0.1)
         running = asyncio.create_task(batches.run())
         try:
             return await asyncio.gather(*map(batches.ask, prepare), return_exceptions=True)
@@ -51,7 +51,7 @@ def test_a_batch_that_fails_is_told_to_all_in_it_and_the_next_goes_on():
 
 def test_it_is_known_what_is_computed_for_how_long():
     async def crowd():
-        batches, begun, done = Batches(lambda items: items, 8), Event(), Event()
+        batches, begun, done = Batches(lambda items: items, 8, patience=0.1), Event(), Event()
         assert batches.at_work() is None
 
         def slow():

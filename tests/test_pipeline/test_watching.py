@@ -10,6 +10,7 @@ from pipeline.deciding import Watching
 from pipeline.watching import Seen, StreamWatch, scores_of
 from stages.detection.drift import DriftMonitor
 from stages.errors import InputError
+from stages.files.documents import read_document, write_document
 
 CALIBRATION = np.random.default_rng(0).normal(size=77).astype(np.float32)
 
@@ -81,6 +82,14 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=key):
             StreamWatch(calibration, asked)
+    with pytest.raises(InputError, match="strict None, not True"):
+        StreamWatch(CALIBRATION, Watching(state=path, strict=True))
+    stored = read_document(path)
+    for lacking in ("last", "stream"):
+        write_document(path, {key: value for key, value in stored.items() if key != lacking})
+        with pytest.raises(InputError, match="no state of a stream"):
+            StreamWatch(CALIBRATION, Watching(state=path))
+    write_document(path, stored)
     path.write_text(path.read_text().replace('"steps": 3', '"steps": 4'))
     with pytest.raises(InputError, match="damaged"):
         StreamWatch(CALIBRATION, Watching(state=path))

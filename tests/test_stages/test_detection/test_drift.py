@@ -177,3 +177,18 @@ def test_what_is_no_stream_beside_these_rows_is_refused():
     with pytest.raises(InputError, match="NaN or inf"):
         watch.update(math.nan)
     assert watch.state.steps == 0
+
+
+def test_strictly_a_stream_is_compared_with_itself_alone():
+    """Whatever calibrates, as long as it makes the same cells: the evidence is that of the stream."""
+    scores = np.random.default_rng(0).normal(size=50)
+    few, many = np.arange(-2.0, 3), np.repeat(np.arange(-2.0, 3), 40)
+    strict = [DriftMonitor(own, strict=True) for own in (few, many)]
+    plain = [DriftMonitor(own) for own in (few, many)]
+    found = [[own.update(each).log10_evidence for each in scores] for own in (*strict, *plain)]
+    assert found[0] == found[1]
+    assert found[2] != found[3]
+    shifted = DriftMonitor(few, strict=True)
+    for each in np.random.default_rng(1).normal(size=300) + 9 * (np.arange(300) >= 200):
+        drift = shifted.update(each).drift_at
+    assert drift > 200

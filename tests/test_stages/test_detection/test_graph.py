@@ -22,6 +22,7 @@ pytest.importorskip("onnx", reason="needs the extra export")
 pytest.importorskip("onnxruntime", reason="needs the extra export")
 
 from stages.detection.graph import OPSET, export_graph, require_onnx
+from stages.detection.onnx_file import check_graph
 from stages.detection.onnx_runtime import OnnxRuntime, open_session
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2}
@@ -71,7 +72,9 @@ def runtimes(backbone, mixture, patches="full", dtype="float32", gives_patches=F
     if mixture is not None:
         own = mixture.config
         parts = MixtureParts(own.groups, own.kind, own.router_input, own.copies, {})
-    session = open_session(export_graph(backbone, mixture, spec, gives_patches))
+    graph = export_graph(backbone, mixture, spec, gives_patches)
+    check_graph(graph)
+    session = open_session(graph)
     return TorchRuntime(spec, backbone, mixture, gives_patches), OnnxRuntime(session, spec, parts, gives_patches)
 
 
