@@ -50,7 +50,7 @@ DOORS = {
     "onnx": ("stages.detection.graph",),
     "onnxruntime": ("stages.detection.onnx_runtime",),
     "starlette": ("pipeline.serving",),
-    "uvicorn": ("pipeline.serving.worker",),
+    "uvicorn": ("pipeline.serving.front",),
 }
 CLOSED = {  # what a package may never import
     "cache": {"torch", "torchvision", "timm", "sklearn", "scipy", "PIL", "pydantic", "rich", "datasets"},

@@ -9,11 +9,13 @@ from contextlib import suppress
 from multiprocessing import get_context
 from typing import Any, Self
 
-from pipeline.serving.frames import HUNG, LIMIT, OWN, READY, Answer, Kind, Question, read_answer
+from pipeline.serving.frames import HUNG, LIMIT, OWN, READY, Answer, BodyKind, Question, read_answer
 from pipeline.terminal import complain
 from stages.errors import InputError, StageError
 
-Work = Callable[[socket.socket], None]  # what a worker does, given where it is asked; it travels to another process
+WorkerMain = Callable[
+    [socket.socket], None
+]  # what a worker does, given where it is asked; it travels to another process
 
 _SPARE = 5  # seconds beyond the timeout of requests that a worker may be silent
 # What the process has loaded that workers are forked from: the next is there in a second. It uses none of it, so that
@@ -38,7 +40,7 @@ class Backend:
         why: how the last of them was.
     """
 
-    def __init__(self, work: Work, timeout: float) -> None:
+    def __init__(self, work: WorkerMain, timeout: float) -> None:
         self._work, self._silence = work, timeout + _SPARE
         self._worker: _Worker | None = None
         self._ready = asyncio.Event()
@@ -73,7 +75,7 @@ class Backend:
             complain(f"serve: the worker {self.why}; another takes its place")
             await self.start()
 
-    async def ask(self, kind: Kind, body: bytes, nearest: int, seconds: float) -> Answer:
+    async def ask(self, kind: BodyKind, body: bytes, nearest: int, seconds: float) -> Answer:
         """Answer of the worker, which is waited for where there is none.
 
         Raises:
@@ -106,7 +108,7 @@ class _Worker:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
 
     @classmethod
-    async def started(cls, work: Work) -> Self:
+    async def started(cls, work: WorkerMain) -> Self:
         """A process that was forked from one which has loaded the libraries, and knows no connection."""
         context = get_context("forkserver")
         context.set_forkserver_preload(list(_LOADED))
@@ -131,9 +133,10 @@ class _Worker:
         info: dict[str, Any] = json.loads(said.body)
         return info
 
-    async def ask(self, kind: Kind, body: bytes, nearest: int, seconds: float) -> Answer:
+    async def ask(self, kind: BodyKind, body: bytes, nearest: int, seconds: float) -> Answer:
         self._asked += 1
-        number, answer = self._asked, asyncio.get_running_loop().create_future()
+        number = self._asked
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
             await self._writer.drain()  # of one that does not read, bodies wait here for their timeout

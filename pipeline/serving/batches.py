@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from stages.machine import usable_cores
 
 Prepared = TypeVar("Prepared")
-Answer = TypeVar("Answer")
+Answered = TypeVar("Answered")
 Given = TypeVar("Given")
 
 
@@ -21,7 +21,7 @@ class AtWork(NamedTuple):
     seconds: float
 
 
-class Batches(Generic[Prepared, Answer]):
+class Batches(Generic[Prepared, Answered]):
     """Gathers what several ask, for one function that answers many at once.
 
     While one batch runs, the next gathers; it goes once nothing more is being prepared. All methods are of one event
@@ -34,11 +34,11 @@ class Batches(Generic[Prepared, Answer]):
             as much as a full one, and decoding has the cores meanwhile.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Prepared]], Sequence[Answer]], most: int, patience: float) -> None:
+    def __init__(self, answer: Callable[[Sequence[Prepared]], Sequence[Answered]], most: int, patience: float) -> None:
         self._answer, self._most, self._patience = answer, most, patience
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
         self._network = ThreadPoolExecutor(1, "network")
-        self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answer]]] = asyncio.Queue()
+        self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answered]]] = asyncio.Queue()
         self._coming = 0  # that are being prepared
         self._begun: dict[object, tuple[str, float]] = {}  # what threads are at, and since when
 
@@ -68,14 +68,14 @@ class Batches(Generic[Prepared, Answer]):
 
         return await asyncio.get_running_loop().run_in_executor(pool, noted)
 
-    async def ask(self, prepare: Callable[[], Prepared]) -> Answer:
+    async def ask(self, prepare: Callable[[], Prepared]) -> Answered:
         """The answer to what a function gives; raises what it raises, or what the batch raises."""
         self._coming += 1
         try:
             item = await self.prepared(prepare)
         finally:
             self._coming -= 1
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
         self._ready.put_nowait((item, answer))
         return await answer
 
@@ -91,7 +91,7 @@ class Batches(Generic[Prepared, Answer]):
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._network.shutdown(wait=False, cancel_futures=True)
 
-    async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answer]"]]:
+    async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answered]"]]:
         batch = [await self._ready.get()]
         until = asyncio.get_running_loop().time() + self._patience
         with suppress(TimeoutError):
@@ -100,7 +100,7 @@ class Batches(Generic[Prepared, Answer]):
                     batch.append(await self._ready.get())
         return batch
 
-    async def _answered(self, asked: Sequence[tuple[Prepared, "asyncio.Future[Answer]"]]) -> None:
+    async def _answered(self, asked: Sequence[tuple[Prepared, "asyncio.Future[Answered]"]]) -> None:
         try:
             items = [item for item, _ in asked]
             answers = await self.alone(lambda: self._answer(items))

@@ -8,13 +8,13 @@ import json
 import struct
 from typing import Literal, NamedTuple
 
-Kind = Literal["image", "features"]
+BodyKind = Literal["image", "features"]
 
 OWN = 0  # number of what a worker says of itself; questions count from 1
 READY, ALIVE, HUNG = 200, 204, 503  # statuses of it, beside the exit status of one that cannot start
 LIMIT = 1 << 20  # bytes that either side takes before it reads them
 
-_KINDS: tuple[Kind, ...] = ("image", "features")
+_KINDS: tuple[BodyKind, ...] = ("image", "features")
 _QUESTION = struct.Struct("<QBHdQ")
 _ANSWER = struct.Struct("<QHQ")
 _MOST_SAID = 300  # characters of a reason
@@ -32,7 +32,7 @@ class Question(NamedTuple):
     """
 
     number: int
-    kind: Kind
+    kind: BodyKind
     nearest: int
     seconds: float
     body: bytes

@@ -10,7 +10,7 @@ import uvicorn
 
 from pipeline.deciding import Serving
 from pipeline.serving.app import application
-from pipeline.serving.backend import Backend, Work
+from pipeline.serving.backend import Backend, WorkerMain
 
 _IDLE = 75  # seconds that a connection without a request is kept
 _SPARE = 2  # seconds beyond the timeout of a request that is in flight when the end is asked for
@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def answer_requests(work: Work, asked: Serving, listener: socket.socket, begun: Callable[[], None]) -> None:
+async def answer_requests(work: WorkerMain, asked: Serving, listener: socket.socket, begun: Callable[[], None]) -> None:
     """Answer until SIGINT or SIGTERM, and finish then what is in flight; a second signal does not wait.
 
     Args:

@@ -13,10 +13,10 @@ from stages.errors import InputError
 from stages.files.archive import is_archive
 
 if TYPE_CHECKING:
-    from pipeline.serving.backend import Work
+    from pipeline.serving.backend import WorkerMain
 
 
-def serve_bundle(bundle: str, asked: Serving, work: "Work | None" = None) -> None:
+def serve_bundle(bundle: str, asked: Serving, work: "WorkerMain | None" = None) -> None:
     """Answer until SIGINT or SIGTERM; requests in flight are finished, a second signal ends them.
 
     A worker that dies or hangs is replaced: what it had is answered by 503, other requests wait for the next.
