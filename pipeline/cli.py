@@ -16,6 +16,7 @@ import click
 from pipeline.benchmark.choice import Choice
 from pipeline.config import RunConfig, RunOptions
 from pipeline.deciding import Deciding, Exporting, Serving, Watching
+from pipeline.detector_options import EXPORTING, RUNTIME, SERVING, WATCHING
 from pipeline.options import (
     CHOICE,
     DEBUG,
@@ -23,20 +24,16 @@ from pipeline.options import (
     DECIDING_BACKBONE,
     DRY_RUN,
     EXPERIMENT,
-    EXPORTING,
     FORMAT,
     MAX_FAILURES,
     NETWORK,
     OF_STAGES,
     PAGE,
     REHASH,
-    RUNTIME,
     SCHEDULER,
     SELECTION,
-    SERVING,
     SET,
     SET_NAME,
-    WATCHING,
     WORKERS,
     Asked,
     Experiment,

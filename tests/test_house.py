@@ -42,7 +42,7 @@ DOORS = {
     "faiss": ("stages.scorers.neighbours.bank",),
     "timm": ("stages.networks", "stages.training"),
     "distributed": ("pipeline.engine",),
-    "click": ("pipeline.cli", "pipeline.options", "pipeline.terminal"),
+    "click": ("pipeline.cli", "pipeline.options", "pipeline.detector_options", "pipeline.terminal"),
     "tqdm": ("pipeline.progress",),
     "matplotlib": ("pipeline.report.figures",),
     "jinja2": ("pipeline.report.page", "pipeline.report.study"),
