@@ -12,6 +12,7 @@ from cache.errors import (
     CacheInvalidError,
     CacheMismatchError,
     CacheNotFoundError,
+    CacheUnreachableError,
 )
 from cache.fingerprint import arrays_sha256, canonical_json, file_sha256, fingerprint, sha256
 from cache.folders import find_caches, next_cache_path
@@ -19,6 +20,7 @@ from cache.inputs import Failure, InputSet, InputTable
 from cache.lock import Lock
 from cache.manifest import Manifest, ShardInfo, resumed_with
 from cache.plan import ShardPlan, plan_shards
+from cache.remote import Place, RemotePath, is_remote, place
 from cache.repair import restore_manifest, unseal
 from cache.shard import list_datasets, read_dataset
 from cache.spec import FeatureSpec
@@ -32,6 +34,7 @@ __all__ = [
     "CacheInvalidError",
     "CacheMismatchError",
     "CacheNotFoundError",
+    "CacheUnreachableError",
     "Damage",
     "Failure",
     "FeatureCache",
@@ -40,6 +43,8 @@ __all__ = [
     "InputTable",
     "Lock",
     "Manifest",
+    "Place",
+    "RemotePath",
     "ShardInfo",
     "ShardPlan",
     "arrays_sha256",
@@ -48,8 +53,10 @@ __all__ = [
     "file_sha256",
     "find_caches",
     "fingerprint",
+    "is_remote",
     "list_datasets",
     "next_cache_path",
+    "place",
     "plan_shards",
     "read_dataset",
     "restore_manifest",

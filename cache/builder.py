@@ -19,6 +19,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -26,12 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
-from cache.files import check, disk_errors, sync_folder, write_file
+from cache.files import check, disk_errors, names_in, sync_folder, write_file
 from cache.fingerprint import canonical_json, fingerprint, sha256
 from cache.inputs import Failure, InputSet, InputTable, failures_to_jsonl
 from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo, own_settings, resumed_with
 from cache.plan import ShardPlan
+from cache.remote import Place, RemotePath, place
 from cache.shard import ShardFile, write_shard
 from cache.spec import FeatureSpec
 from cache.store import FeatureCache, read_sealed
@@ -51,7 +53,7 @@ class CacheBuilder:
     """
 
     def __init__(
-        self, path: Path, plan: BuildPlan, inputs: InputTable, lock: Lock, made_with: Mapping[str, Any]
+        self, path: Place, plan: BuildPlan, inputs: InputTable, lock: Lock, made_with: Mapping[str, Any]
     ) -> None:
         self.path = path
         self.plan = plan
@@ -65,7 +67,7 @@ class CacheBuilder:
     @classmethod
     def begin(
         cls,
-        path: str | Path,
+        path: str | Place,
         inputs: InputSet,
         spec: FeatureSpec,
         plans: Sequence[ShardPlan],
@@ -90,7 +92,7 @@ class CacheBuilder:
             CacheInvalidError: the arguments contradict one another.
             CacheError: a sealed cache or something else stands there, or the disk refuses.
         """
-        path = Path(path)
+        path = place(path)
         asked, listing = BuildPlan.make(inputs, spec, plans, made_with), inputs.listing
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ class CacheBuilder:
             raise
 
     @staticmethod
-    def _resume_or_create(path: Path, asked: BuildPlan, adopted: InputTable | None) -> BuildPlan:
+    def _resume_or_create(path: Place, asked: BuildPlan, adopted: InputTable | None) -> BuildPlan:
         if (path / MANIFEST).exists():
             raise CacheError(f"{path}: is sealed already; open it, or take another folder")
         try:
@@ -141,9 +143,11 @@ class CacheBuilder:
 
     def pending(self) -> tuple[ShardPlan, ...]:
         """Shards that are still to be made."""
-        for plan in self.plan.shards:
-            if plan.index not in self._records and (record := ShardRecord.read(self.path, plan)):
-                self._records[plan.index] = record
+        if unknown := [plan for plan in self.plan.shards if plan.index not in self._records]:
+            names = names_in(self.path)
+            for plan in unknown:
+                if record_name(plan) in names and (record := ShardRecord.read(self.path, plan)):
+                    self._records[plan.index] = record
         return tuple(plan for plan in self.plan.shards if plan.index not in self._records)
 
     def counts(self) -> tuple[int, int]:
@@ -196,7 +200,8 @@ class CacheBuilder:
         shards, row = [], 0
         for record in records:
             plan, file = record.plan, record.file
-            shards.append(ShardInfo(plan.name, row, file.rows, file.nbytes, file.sha256, plan.start, plan.stop))
+            rows_and_bytes = (row, file.rows, file.nbytes, file.sha256)
+            shards.append(ShardInfo(plan.name, *rows_and_bytes, plan.start, plan.stop, file.offsets))
             row += file.rows
         listing, failures = inputs.to_parquet(), failures_to_jsonl(f for record in records for f in record.failures)
         manifest = Manifest(
@@ -223,7 +228,7 @@ class CacheBuilder:
         return FeatureCache.open(self.path)
 
 
-def _keep_what_fits(path: Path, asked: BuildPlan, inputs: InputTable) -> bool:
+def _keep_what_fits(path: Place, asked: BuildPlan, inputs: InputTable) -> bool:
     """Remove all shards but those that are part of the plan asked for; False, and nothing done, where none is.
 
     The plan that stands there stays true: a kill in between leaves it with fewer shards done.
@@ -244,13 +249,15 @@ def _keep_what_fits(path: Path, asked: BuildPlan, inputs: InputTable) -> bool:
 
 
 def commit_shard(
-    path: str | Path,
+    path: str | Place,
     plan: ShardPlan,
     arrays: Mapping[str, npt.NDArray[np.floating[Any]]],
     rows: InputTable,
     failures: Sequence[Failure],
 ) -> None:
     """Write one shard of an unfinished cache and then its record; in any process, while a builder holds the cache.
+
+    To a store it is put whole, when it is whole in a temporary folder of this machine.
 
     Args:
         path: the cache's folder.
@@ -265,15 +272,24 @@ def commit_shard(
         CacheInvalidError: the arguments contradict one another or the cache's plan.
         CacheError: a feature cannot be stored (see ``write_shard``), or the disk refuses.
     """
-    path = Path(path)
+    path = place(path)
     cache_plan = BuildPlan.read(path)
     check(plan in cache_plan.shards, f"{path}: {plan} is not part of its plan")
     used = np.flatnonzero(~rows.failed)
     ShardRecord.make(plan, ShardFile(len(used), 0, ""), rows, failures)  # refuse before the shard is written
     file = _NO_FILE
     if len(used):
-        ids = [rows.ids[index] for index in used]
-        file = write_shard(path / plan.name, cache_plan.spec, arrays, rows.labels[used], ids, rows.sha256[used])
+        of = [rows.ids[index] for index in used]
+
+        def write(to: Path) -> ShardFile:
+            return write_shard(to, cache_plan.spec, arrays, rows.labels[used], of, rows.sha256[used])
+
+        if isinstance(path, RemotePath):
+            with TemporaryDirectory(prefix="shard-") as scratch:
+                file = write(Path(scratch) / plan.name)
+                (path / plan.name).put(Path(scratch) / plan.name)
+        else:
+            file = replace(write(path / plan.name), offsets={})  # of a file, HDF5 says them
     else:
         (path / plan.name).unlink(missing_ok=True)
     ShardRecord.make(plan, file, rows, failures).write(path)

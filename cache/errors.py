@@ -5,7 +5,8 @@ CacheError                   the cache could not do its work
 ├── CacheMismatchError       it was made from something else; names the first field that differs
 ├── CacheDamagedError        bytes are not those that were sealed
 ├── CacheInvalidError        a value that no cache has: hostile, unreadable, or of another schema
-└── CacheBusyError           another process is filling it
+├── CacheBusyError           another process is filling it
+└── CacheUnreachableError    the store that it is in does not answer, or refuses; says nothing of the cache
 """
 
 
@@ -31,3 +32,7 @@ class CacheInvalidError(CacheError):
 
 class CacheBusyError(CacheError):
     """Another process is filling the cache."""
+
+
+class CacheUnreachableError(CacheError):
+    """An object store does not answer, or refuses: no connection, bucket, credentials, permission or client."""

@@ -1,7 +1,8 @@
 """How files arrive and how JSON documents prove themselves.
 
 A file arrives whole or not at all: it is written under a temporary name in its own folder, flushed to the disk,
-renamed, and then the folder is flushed. A kill or a power cut leaves the old file, or the new one, or a ``*.tmp``.
+renamed, and then the folder is flushed. A kill or a power cut leaves the old file, or the new one, or a ``*.tmp``. An
+object of a store (`cache.remote`) arrives whole as it is put.
 
 A document is JSON whose first line is the SHA-256 of all bytes after that line, so any bit flip is found. A cache's are
 versioned: they say what schema they are of, and no other is read::
@@ -17,13 +18,14 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheNotFoundError
 from cache.fingerprint import canonical_json, sha256
+from cache.remote import Place, RemotePath, RemoteStat
 
 SCHEMA = 1  # of every versioned document; a change of meaning takes the next number
 TEMPORARY = ".tmp"
@@ -32,7 +34,7 @@ _DIGEST = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Place) -> Iterator[None]:
     """Turn an OSError of a write (disk full, no permission) into a CacheError that says how to go on."""
     try:
         yield
@@ -44,8 +46,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames and removals inside a folder survive a power cut."""
+def sync_folder(path: Place) -> None:
+    """Make renames and removals inside a folder survive a power cut; a store has them survive by itself."""
+    if isinstance(path, RemotePath):
+        return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -82,12 +86,15 @@ def arriving(path: Path) -> Iterator[io.RawIOBase]:
             raise
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
+def write_file(path: Place, data: bytes | memoryview) -> None:
     """Write a file that arrives whole or not at all, and is on the disk when this returns.
 
     Raises:
         CacheError: when the disk refuses (full, read-only); nothing is left behind.
     """
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
     with arriving(path) as file:
         write_all(file, data)
         os.fsync(file.fileno())
@@ -95,7 +102,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         sync_folder(path.parent)
 
 
-def write_versioned(path: Path, body: Mapping[str, Any]) -> None:
+def write_versioned(path: Place, body: Mapping[str, Any]) -> None:
     """Write a JSON document with digest and schema; lists of objects get a line per object, for eyes and for diff."""
     lines = []
     for key, value in {"schema": SCHEMA, **body}.items():
@@ -127,20 +134,61 @@ def is_stray(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _LEFT_BY_SYSTEMS
 
 
-def written_after(path: Path, document: Path) -> bool:
+def names_in(folder: Place) -> set[str]:
+    """Names of all that lies directly in a folder; none where there is no folder."""
+    try:
+        return {file.name for file in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def stats_of(folder: Place, names: Iterable[str]) -> Mapping[str, os.stat_result | RemoteStat]:
+    """Sizes and times of those of some files that are there, by name; of a store in one question."""
+    if isinstance(folder, RemotePath):
+        return folder.stats()
+    found = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            found[name] = (folder / name).stat()
+    return found
+
+
+def written_since(file: os.stat_result | RemoteStat, document: os.stat_result | RemoteStat | None) -> bool:
     """Whether a file may have been written to, moved or replaced since the document that has its digest was written.
 
     Told by their times, without reading: the time of change (ctime) is the kernel's, so a write that puts size and
     mtime back is seen as well. Bytes that a disk loses are not; only reading all of them finds those.
 
+    Args:
+        file: its sizes and times.
+        document: those of the document; None where it is not there.
+    """
+    return document is None or max(file.st_mtime_ns, file.st_ctime_ns) >= document.st_mtime_ns
+
+
+def written_after(path: Path, document: Path) -> bool:
+    """The same by their paths.
+
     Raises:
         OSError: one of them is not there.
     """
-    found = path.stat()
-    return max(found.st_mtime_ns, found.st_ctime_ns) >= document.stat().st_mtime_ns
+    return written_since(path.stat(), document.stat())
 
 
-def read_versioned(path: Path) -> dict[str, Any]:
+def touch(path: Place) -> None:
+    """Date a file anew.
+
+    Raises:
+        OSError: it is not there, or somebody else's.
+        CacheUnreachableError: its store refuses.
+    """
+    if isinstance(path, RemotePath):
+        path.touch()
+    else:
+        os.utime(path)
+
+
+def read_versioned(path: Place) -> dict[str, Any]:
     """Read what `write_versioned` wrote, without its digest and schema.
 
     Raises:

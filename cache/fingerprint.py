@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheInvalidError
+from cache.remote import Place, RemotePath
 
 # Sorted keys, no spaces, no NaN: equal values give equal bytes, in any process and on any machine.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -48,8 +48,10 @@ def fingerprint(value: Any) -> str:
     return sha256(canonical_json(value))
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Place) -> str:
     """SHA-256 of a file's bytes, in hex; memory stays flat."""
+    if isinstance(path, RemotePath):
+        return pieces_sha256(path.pieces())
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

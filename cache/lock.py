@@ -7,7 +7,8 @@
     caltech-1a2b3c4d.lock.takeover   … and whoever can create this one may remove the file of a holder that is gone
 
 Such a file says who created it. A holder on this machine is gone when its process is; one elsewhere when it has not
-touched its file for ten minutes, by the clock of the file system, which holders do every half minute.
+touched its file for ten minutes, by the clock of the file system, which holders do every half minute. An object store
+(`cache.remote`) has no locks either: there they are objects, created by conditional puts and dated by the store.
 """
 
 import errno
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Self
 
 from cache.errors import CacheBusyError, CacheError
-from cache.files import TEMPORARY, disk_errors
+from cache.files import TEMPORARY, disk_errors, touch
+from cache.remote import Place, RemotePath
 
 # What a file system answers that has no locks: NFS without its lock service, FUSE, Lustre without flock.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -108,17 +110,22 @@ class Lock:
         CacheError: the file cannot be written or locked.
     """
 
-    def __init__(self, path: Path, doing: str = "being filled") -> None:
-        self.path = path.with_name(f"{path.name}.lock")
+    def __init__(self, path: Place, doing: str = "being filled") -> None:
+        self.path: Place = path.with_name(f"{path.name}.lock")
         self.notice: str | None = None
         self._busy = f"{path} is {doing} by %s; wait for it, or stop it"
         self._held: _KernelLock | _FileLock
+        held = path.with_name(f"{path.name}.lock.held")
+        if isinstance(path, RemotePath):
+            self._held = _FileLock(held, self._busy)
+            return
+        own = path.with_name(f"{path.name}.lock")
         try:
-            self._held = _KernelLock(self.path, self._busy)
+            self._held = _KernelLock(own, self._busy)
         except _NoLocksError as error:
             with suppress(OSError):
-                self.path.unlink()
-            self._held = _FileLock(self.path.with_name(f"{self.path.name}.held"), self._busy)
+                own.unlink()
+            self._held = _FileLock(held, self._busy)
             self.notice = _notice(path.parent, str(error))
 
     def __enter__(self) -> Self:
@@ -231,29 +238,18 @@ class _KernelLock:
 class _FileLock:
     """A file that one process alone can create, where the file system has no locks."""
 
-    path: Path
+    path: Place
     busy: str
     _me: Holder = field(default_factory=Holder.here)
     _done: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        while not self._created():
+        while not _create(self.path, self._me):
             holder = _read_holder(self.path)
             if not self._is_gone(holder):
                 raise CacheBusyError(self.busy % (holder or "another process"))
             self._remove(holder)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
-
-    def _created(self) -> bool:
-        with disk_errors(self.path):
-            try:
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                return False
-            with suppress(OSError):  # a full disk: it is held all the same
-                os.write(descriptor, self._me.to_bytes())
-            os.close(descriptor)
-        return True
 
     def _is_gone(self, holder: Holder | None) -> bool:
         dead = None if holder is None else holder.is_dead
@@ -262,9 +258,7 @@ class _FileLock:
     def _remove(self, holder: Holder | None) -> None:
         """Remove the file of a holder that is gone, and no other: one process at a time looks again and removes."""
         takeover = self.path.with_suffix(".takeover")
-        try:
-            os.close(os.open(takeover, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError:
+        if not _create(takeover, self._me):
             if _age_s(takeover) > _TAKEOVER_S:
                 takeover.unlink(missing_ok=True)
             time.sleep(0.01)
@@ -277,10 +271,10 @@ class _FileLock:
 
     def _beat(self) -> None:
         while not self._done.wait(_BEAT_S):
-            with suppress(OSError):
+            with suppress(OSError, CacheError):
                 if self.taken_by() is not None:
                     return
-                os.utime(self.path)
+                touch(self.path)
 
     def taken_by(self) -> Holder | None:
         """Who has it now, where that is somebody else."""
@@ -290,24 +284,42 @@ class _FileLock:
     def release(self) -> None:
         if not self._done.is_set():
             self._done.set()
-            with suppress(OSError):
+            with suppress(OSError, CacheError):
                 if self.taken_by() is None:
                     self.path.unlink()
 
 
-def _read_holder(path: Path) -> Holder | None:
+def _create(path: Place, holder: Holder) -> bool:
+    """Create a file unless there is one; of several who do one alone is told True."""
+    if isinstance(path, RemotePath):
+        return path.create(holder.to_bytes())
+    with disk_errors(path):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        with suppress(OSError):  # a full disk: it is held all the same
+            os.write(descriptor, holder.to_bytes())
+        os.close(descriptor)
+    return True
+
+
+def _read_holder(path: Place) -> Holder | None:
     try:
         return Holder.parse(path.read_bytes())
     except OSError:
         return None
 
 
-def _age_s(path: Path) -> float:
+def _age_s(path: Place) -> float:
     """Seconds since a file was touched, by the clock of its file system; 0 where it is gone."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     with disk_errors(probe):
         try:
-            probe.touch(exist_ok=False)
+            if isinstance(probe, RemotePath):
+                probe.write_bytes(b"")
+            else:
+                probe.touch(exist_ok=False)
             return probe.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             return 0.0

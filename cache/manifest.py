@@ -9,12 +9,13 @@ name no file outside its folder and no row that its shards have no room for.
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from math import prod
 from typing import Any, Self
 
 from cache.files import check, check_fields, read_versioned, write_versioned
 from cache.fingerprint import fingerprint
 from cache.plan import ShardPlan
+from cache.remote import Place
 from cache.spec import FeatureSpec
 
 MANIFEST, COPY, INPUTS, FAILURES = "manifest.json", "manifest.copy.json", "inputs.parquet", "failures.jsonl"
@@ -28,7 +29,8 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a set: part of a folder's name
 class ShardInfo:
     """A sealed shard: rows ``start`` to ``start + rows``, made of inputs ``input_start`` to ``input_stop``.
 
-    A shard whose inputs all failed has no rows, no bytes and no file.
+    A shard whose inputs all failed has no rows, no bytes and no file. Where its rows are read as ranges of bytes,
+    ``offsets`` says where each dataset lies in the file: its first byte and how many it has. In a folder HDF5 says it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ShardInfo:
     sha256: str
     input_start: int
     input_stop: int
+    offsets: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # not written where it is empty
 
     @property
     def n_failures(self) -> int:
@@ -101,6 +104,7 @@ class Manifest:
             room = shard.nbytes == 0 if shard.rows == 0 else shard.nbytes > shard.rows * row_bytes
             check(room, f"manifest: {shard.rows} rows cannot stand in the {shard.nbytes} bytes of {name}")
             check(bool(_DIGEST.fullmatch(shard.sha256)), f"manifest: sha256 of {name} is no SHA-256")
+            check_offsets(shard.offsets, shard.rows, shard.nbytes, self.spec)
             row, input_, nbytes = row + shard.rows, shard.input_stop, nbytes + shard.nbytes
         counts, added = (self.n_rows, self.n_inputs, self.n_failures), (row, input_, input_ - row)
         check(counts == added, f"manifest: (rows, inputs, failures) are {counts}, its shards add up to {added}")
@@ -112,19 +116,19 @@ class Manifest:
         """Digest over spec and content: equal for equal features, whatever the place and the set's name."""
         return fingerprint([self.spec.fingerprint, self.content_sha256])
 
-    def write(self, path: Path, name: str = MANIFEST) -> None:
+    def write(self, path: Place, name: str = MANIFEST) -> None:
         """Write ``manifest.json`` into a cache's folder, and from then on the cache is sealed; or its copy."""
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         if not self.left_out:
             del body["left_out"]
-        shards = [asdict(shard) for shard in self.shards]
+        shards = [_without_empty_offsets(asdict(shard)) for shard in self.shards]
         write_versioned(
             path / name,
             body | {"spec": self.spec.to_dict(), "class_names": list(self.class_names), "shards": shards},
         )
 
     @classmethod
-    def read(cls, path: Path, name: str = MANIFEST) -> Self:
+    def read(cls, path: Place, name: str = MANIFEST) -> Self:
         """Read and check the manifest of a cache's folder, or its copy.
 
         Raises:
@@ -136,10 +140,48 @@ class Manifest:
         kinds |= dict.fromkeys(("n_inputs", "n_rows", "n_failures"), int)
         kinds |= {"spec": dict, "made_with": dict, "class_names": list, "shards": list, "left_out": dict}
         body = check_fields({"left_out": {}} | read_versioned(path / name), kinds, "manifest")
-        shard_kinds: dict[str, type] = {field.name: int for field in fields(ShardInfo)} | {"name": str, "sha256": str}
-        shards = tuple(ShardInfo(**check_fields(shard, shard_kinds, "manifest: shard")) for shard in body["shards"])
+        shards = tuple(map(_shard_from_dict, body["shards"]))
         spec = FeatureSpec.from_dict(body["spec"])
         return cls(**body | {"spec": spec, "class_names": tuple(body["class_names"]), "shards": shards})
+
+
+def check_offsets(offsets: Mapping[str, tuple[int, int]], rows: int, nbytes: int, spec: FeatureSpec) -> None:
+    """Raise CacheInvalidError unless datasets lie where they can in a shard, features all of them; or none is given.
+
+    Args:
+        offsets: first byte and number of bytes of each dataset.
+        rows: of the shard.
+        nbytes: of its file.
+        spec: what its features are.
+    """
+    lengths = {name: rows * prod(shape) * dtype.itemsize for name, (shape, dtype) in spec.datasets().items()}
+    check(not offsets or offsets.keys() >= lengths.keys(), "manifest: offsets are not those of all datasets")
+    for name, (start, length) in offsets.items():
+        fits = start >= 0 and length >= 0 and start + length <= nbytes
+        check(fits and length == lengths.get(name, length), f"manifest: {name} cannot lie at {[start, length]}")
+
+
+def offsets_from(body: Any) -> dict[str, tuple[int, int]]:
+    """Where datasets lie, as JSON has it.
+
+    Raises:
+        CacheInvalidError: it is no object of pairs of numbers.
+    """
+    pairs = list(body.values()) if isinstance(body, dict) else [None]
+    plain = all(isinstance(pair, list | tuple) and [type(end) for end in pair] == [int, int] for pair in pairs)
+    check(plain, f"offsets are {body!r:.60}, must be pairs of numbers")
+    return {name: (start, length) for name, (start, length) in body.items()}
+
+
+def _without_empty_offsets(shard: dict[str, Any]) -> dict[str, Any]:
+    return shard if shard["offsets"] else {name: value for name, value in shard.items() if name != "offsets"}
+
+
+def _shard_from_dict(body: Any) -> ShardInfo:
+    kinds: dict[str, type] = {field.name: int for field in fields(ShardInfo)}
+    kinds |= {"name": str, "sha256": str, "offsets": dict}
+    checked = check_fields({"offsets": {}} | body if isinstance(body, dict) else body, kinds, "manifest: shard")
+    return ShardInfo(**checked | {"offsets": offsets_from(checked["offsets"])})
 
 
 def check_made_with(made_with: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from cache.inputs import Failure, InputSet, InputTable
 from cache.lock import Lock
 from cache.manifest import COPY, INPUTS, MANIFEST, Manifest, resumed_with
 from cache.plan import ShardPlan
+from cache.remote import Place, RemotePath, place
 from cache.shard import ShardFile, ShardReader
 from cache.store import FeatureCache, alike, read_sealed
 from cache.unfinished import BuildPlan, ShardRecord, file_size, sweep
 
 
-def restore_manifest(path: str | Path) -> bool:
+def restore_manifest(path: str | Place) -> bool:
     """Put a damaged or lost manifest back from its copy, or the copy from the manifest; tidy up after killed processes.
 
     Returns:
@@ -31,7 +33,7 @@ def restore_manifest(path: str | Path) -> bool:
         CacheNotFoundError, CacheInvalidError: as ``FeatureCache.open``.
         CacheDamagedError: both are damaged.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_dir():
         raise CacheNotFoundError(f"{path}: no cache stands there")
     with Lock(path):
@@ -50,7 +52,7 @@ def restore_manifest(path: str | Path) -> bool:
 
 
 def unseal(
-    path: str | Path,
+    path: str | Place,
     damaged: Iterable[str],
     inputs: InputTable | None = None,
     made_with: Mapping[str, Any] | None = None,
@@ -73,7 +75,7 @@ def unseal(
             ``restore_manifest``.
         CacheMismatchError: the listing is not the one that the cache was made from.
     """
-    path = Path(path)
+    path = place(path)
     lock = Lock(path)
     try:
         cache = FeatureCache(path, read_sealed(path))
@@ -130,13 +132,17 @@ def _salvage(
             reasons[id_] for id_, failed in zip(rows.ids, rows.failed, strict=True) if failed and id_ in reasons
         ]
         if len(failures) == shard.n_failures:
-            file = ShardFile(shard.rows, shard.nbytes, shard.sha256)
+            file = ShardFile(shard.rows, shard.nbytes, shard.sha256, shard.offsets)
             records.append(ShardRecord.make(plan, file, rows, failures))
     return InputTable.listing(listing.ids, listing.labels, listing.sizes, listing.mtimes_ns), records
 
 
-def _rows_from_shard(path: Path, listed: InputTable) -> InputTable:
+def _rows_from_shard(path: Place, listed: InputTable) -> InputTable:
     """What a shard without failures knows of its inputs."""
+    if isinstance(path, RemotePath):
+        with TemporaryDirectory(prefix="shard-") as scratch:
+            path.fetch(Path(scratch) / path.name)
+            return _rows_from_shard(Path(scratch) / path.name, listed)
     reader = ShardReader(path)
     same_ids = [id_.encode("utf-8") for id_ in listed.ids] == reader.array("id").tolist()
     if not same_ids or not np.array_equal(listed.labels, reader.array("label")):

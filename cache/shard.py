@@ -22,7 +22,8 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -35,6 +36,7 @@ from cache.errors import CacheDamagedError, CacheError
 from cache.files import arriving, check, write_all
 from cache.fingerprint import pieces_sha256
 from cache.lock import NO_LOCKS
+from cache.remote import Place, RemotePath
 from cache.spec import FeatureSpec
 
 if TYPE_CHECKING:  # it takes a moment, and who only names what a cache holds needs none of it
@@ -48,11 +50,19 @@ _BLOCK = 1 << 20  # bytes that are cast or checked together: they stay in the ca
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard as it was written: rows, bytes of the file, SHA-256 of the file."""
+    """A shard as it was written.
+
+    Attributes:
+        rows: of every dataset.
+        nbytes: of the file.
+        sha256: of the file.
+        offsets: where each dataset lies in it: first byte, number of bytes.
+    """
 
     rows: int
     nbytes: int
     sha256: str
+    offsets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def write_shard(
@@ -116,7 +126,8 @@ def write_shard(
         for column in columns[: len(datasets)]:
             column.check_finite(ids)
         flushed.result()
-        return ShardFile(n, file.tell(), digest.result())
+        where = {column.name: (offsets[column.name] or 0, column.nbytes) for column in columns}
+        return ShardFile(n, file.tell(), digest.result(), where)
 
 
 @dataclass(frozen=True)
@@ -233,6 +244,28 @@ class _Skeleton(io.RawIOBase):
         return self.size
 
 
+def shard_layout(path: Place) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
+    """Where the datasets of a shard lie, as HDF5 says it: first byte, shape, dtype; those that are contiguous.
+
+    Raises:
+        CacheDamagedError: the shard is missing, or is not HDF5.
+    """
+    import h5py
+
+    try:
+        with path.open() if isinstance(path, RemotePath) else nullcontext(path) as source, _open(source) as file:
+            # An empty dataset has no offset; a chunked or compressed one neither, and cannot be mapped.
+            return {
+                name: (dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
+                for name, dataset in file.items()
+                if isinstance(dataset, h5py.Dataset)
+                and not dataset.dtype.hasobject  # of variable length: addresses, not bytes
+                and (dataset.size == 0 or dataset.id.get_offset() is not None)
+            }
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all that HDF5 makes of bad bytes
+        raise CacheDamagedError(f"{path}: cannot be opened as HDF5: {error}; run verify") from error
+
+
 class ShardReader:
     """Memory-maps the datasets of one shard.
 
@@ -255,7 +288,7 @@ class ShardReader:
             CacheDamagedError: the shard is missing, is not HDF5, or has no such contiguous dataset.
         """
         if self._layout is None:
-            self._layout = self._read_layout()
+            self._layout = shard_layout(self.path)
         if name not in self._layout:
             raise CacheDamagedError(f"{self.path}: has no dataset {name!r}; run verify")
         offset, shape, dtype = self._layout[name]
@@ -274,24 +307,8 @@ class ShardReader:
         """Let go of the mapping and its file descriptor; the next ``array`` maps again."""
         self._bytes = None
 
-    def _read_layout(self) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
-        import h5py
 
-        try:
-            with _open(self.path) as file:
-                # An empty dataset has no offset; a chunked or compressed one neither, and cannot be mapped.
-                return {
-                    name: (dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
-                    for name, dataset in file.items()
-                    if isinstance(dataset, h5py.Dataset)
-                    and not dataset.dtype.hasobject  # of variable length: addresses, not bytes
-                    and (dataset.size == 0 or dataset.id.get_offset() is not None)
-                }
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # all that HDF5 makes of bad bytes
-            raise CacheDamagedError(f"{self.path}: cannot be opened as HDF5: {error}; run verify") from error
-
-
-def _open(path: Path, **options: Any) -> "h5py.File":
+def _open(path: "Path | io.BufferedIOBase", **options: Any) -> "h5py.File":
     """A shard to read. HDF5 locks what it opens; where there are no locks it need not, for shards arrive by rename."""
     import h5py
 

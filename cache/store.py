@@ -1,23 +1,30 @@
 """FeatureCache: a sealed cache, to read from."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CacheDamagedError, CacheError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
-from cache.files import TEMPORARY, is_stray, written_after
+from cache.errors import (
+    CacheDamagedError,
+    CacheError,
+    CacheInvalidError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    CacheUnreachableError,
+)
+from cache.files import TEMPORARY, is_stray, stats_of, touch, written_since
 from cache.fingerprint import file_sha256, fingerprint, sha256
 from cache.inputs import Failure, InputTable, failures_from_jsonl
 from cache.lock import Lock
 from cache.manifest import COPY, FAILURES, INPUTS, MANIFEST, Manifest, ShardInfo
 from cache.mapped import MappedShards
+from cache.ranged import RangedShards
+from cache.remote import Place, RemotePath, place
 from cache.spec import FeatureSpec
 from cache.unfinished import PLAN, file_size, sweep
 
@@ -42,14 +49,14 @@ class FeatureCache:
         manifest: what it holds.
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place, manifest: Manifest) -> None:
+        self.path = path = place(path)
         self.manifest = manifest
         self._datasets = manifest.spec.datasets()
-        self._shards = MappedShards(self.path, manifest)
+        self._shards = RangedShards(path, manifest) if isinstance(path, RemotePath) else MappedShards(path, manifest)
 
     @classmethod
-    def open(cls, path: str | Path, expected: FeatureSpec | None = None) -> Self:
+    def open(cls, path: str | Place, expected: FeatureSpec | None = None) -> Self:
         """Open a sealed cache.
 
         Args:
@@ -62,7 +69,7 @@ class FeatureCache:
             CacheDamagedError, CacheInvalidError: its manifest is not one that was sealed, or lost; see
                 ``restore_manifest``.
         """
-        path = Path(path)
+        path = place(path)
         manifest = read_sealed(path)
         if expected and (difference := manifest.spec.first_difference(expected)):
             raise CacheMismatchError(f"{path}: made from something else: {difference}")
@@ -205,20 +212,21 @@ class FeatureCache:
             yield {name: self.read(name, batch) for name in names} | {"row": batch}
 
     def suspects(self) -> list[ShardInfo]:
-        """Shards that may have been written to since they were sealed, told without reading them, see `written_after`.
+        """Shards that may have been written to since they were sealed, told without reading them, see `written_since`.
 
         That is none as a rule, and all of a cache that was copied.
 
         Raises:
             CacheDamagedError: a shard is missing, or has another size.
         """
-        for shard in self.manifest.shards:
-            size = file_size(self.path / shard.name) if shard.rows else shard.nbytes
+        shards = [shard for shard in self.manifest.shards if shard.rows]
+        found = stats_of(self.path, [MANIFEST, *(shard.name for shard in shards)])
+        for shard in shards:
+            size = found[shard.name].st_size if shard.name in found else None
             if size != shard.nbytes:
                 what = "is missing" if size is None else f"has {size} bytes, must have {shard.nbytes}"
                 raise CacheDamagedError(f"{self.path / shard.name}: {what}; run verify")
-        manifest = self.path / MANIFEST
-        return [s for s in self.manifest.shards if s.rows and written_after(self.path / s.name, manifest)]
+        return [shard for shard in shards if written_since(found[shard.name], found.get(MANIFEST))]
 
     def check(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare the bytes of the shards that may have been written to with the manifest.
@@ -240,8 +248,8 @@ class FeatureCache:
             if progress:
                 progress(shard.nbytes)
         if suspects:
-            with suppress(OSError):  # somebody else's, or a disk that may only be read
-                os.utime(self.path / MANIFEST)
+            with suppress(OSError, CacheUnreachableError):  # somebody else's, or a disk that may only be read
+                touch(self.path / MANIFEST)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> list[Damage]:
         """Compare every byte of every file with the manifest: first names and sizes, then digests.
@@ -277,6 +285,8 @@ class FeatureCache:
         try:
             if Manifest.read(self.path) != self.manifest:
                 damages[MANIFEST] = "has changed since the cache was opened"
+        except CacheUnreachableError:
+            raise
         except CacheError as error:
             damages[MANIFEST] = str(error)
         if MANIFEST not in damages and not alike(self.path):
@@ -324,7 +334,7 @@ class FeatureCache:
         return numbers.astype(np.int64)
 
 
-def read_sealed(path: Path) -> Manifest:
+def read_sealed(path: Place) -> Manifest:
     """The manifest of a sealed cache.
 
     Raises:
@@ -349,7 +359,7 @@ def read_sealed(path: Path) -> Manifest:
         raise CacheDamagedError(f"{error}; verify --repair puts it back from its copy") from error
 
 
-def alike(path: Path) -> bool:
+def alike(path: Place) -> bool:
     """Whether a cache's manifest and its copy are both there, with the same bytes."""
     try:
         return (path / MANIFEST).read_bytes() == (path / COPY).read_bytes()

@@ -16,13 +16,12 @@ written, ``manifest.json`` is removed, then its copy: a copy beside a plan, with
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CacheError
+from cache.errors import CacheError, CacheUnreachableError
 from cache.files import (
     TEMPORARY,
     check,
@@ -35,8 +34,9 @@ from cache.files import (
 )
 from cache.fingerprint import fingerprint
 from cache.inputs import Failure, InputSet, InputTable
-from cache.manifest import COPY, check_dataset_name, check_made_with
+from cache.manifest import COPY, check_dataset_name, check_made_with, offsets_from
 from cache.plan import ShardPlan
+from cache.remote import Place
 from cache.shard import ShardFile
 from cache.spec import FeatureSpec, first_difference
 
@@ -110,12 +110,12 @@ class BuildPlan:
             return f"{', '.join(columns)} of the inputs are not those that it was begun with"
         return first_difference(self.to_dict(), {**asked.to_dict(), "made_with": dict(self.made_with)})
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """Write ``plan.json`` into the cache's folder."""
         write_versioned(path / PLAN, self.to_dict())
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Place) -> Self:
         """Read ``plan.json``.
 
         Raises:
@@ -167,7 +167,7 @@ class ShardRecord:
         )
         return cls(plan, file, fingerprint(rows.columns_sha256()), rows.sha256, rows.failed, tuple(failures))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """Write ``shard-00000.json`` into the cache's folder."""
         body = {
             "start": self.plan.start,
@@ -178,22 +178,28 @@ class ShardRecord:
             "failed": np.flatnonzero(self.failed).tolist(),
             "failures": [failure.to_dict() for failure in self.failures],
         }
+        if not self.file.offsets:
+            del body["offsets"]
         write_versioned(path / record_name(self.plan), body)
 
     @classmethod
-    def read(cls, path: Path, plan: ShardPlan) -> "ShardRecord | None":
+    def read(cls, path: Place, plan: ShardPlan) -> "ShardRecord | None":
         """The record of a finished shard; None where the shard is not done, or not whole, and is to be made again."""
         kinds: dict[str, type] = {"start": int, "stop": int, "rows": int, "nbytes": int, "sha256": str}
-        kinds |= {"inputs": str, "digests": str, "failed": list, "failures": list}
+        kinds |= {"inputs": str, "digests": str, "failed": list, "failures": list, "offsets": dict}
         try:
-            body = check_fields(read_versioned(path / record_name(plan)), kinds, record_name(plan))
+            body = {"offsets": {}} | read_versioned(path / record_name(plan))
+            body = check_fields(body, kinds, record_name(plan))
+            offsets = offsets_from(body["offsets"])
             failures = tuple(Failure.from_dict(failure) for failure in body["failures"])
             digests = np.frombuffer(bytes.fromhex(body["digests"]), np.uint8).reshape(len(plan), 32)
             failed = np.zeros(len(plan), np.bool_)
             failed[body["failed"]] = True
+        except CacheUnreachableError:  # nothing is known of it
+            raise
         except (CacheError, ValueError, IndexError):
             return None
-        file = ShardFile(body["rows"], body["nbytes"], body["sha256"])
+        file = ShardFile(body["rows"], body["nbytes"], body["sha256"], offsets)
         whole = file.rows + int(failed.sum()) == len(plan) == len(failures) + file.rows and file_size(
             path / plan.name
         ) == (file.nbytes if file.rows else None)
@@ -207,7 +213,7 @@ def record_name(plan: ShardPlan) -> str:
     return f"shard-{plan.index:05d}.json"
 
 
-def file_size(path: Path) -> int | None:
+def file_size(path: Place) -> int | None:
     """Bytes of a file; None where there is none."""
     try:
         return path.stat().st_size
@@ -215,12 +221,12 @@ def file_size(path: Path) -> int | None:
         return None
 
 
-def is_blank(path: Path) -> bool:
+def is_blank(path: Place) -> bool:
     """Whether a folder is missing, or empty but for what killed processes and systems left: free for a new cache."""
     return not path.exists() or (path.is_dir() and all(is_stray(file.name) for file in path.iterdir()))
 
 
-def sweep(path: Path, *, sealed: bool) -> None:
+def sweep(path: Place, *, sealed: bool) -> None:
     """Remove what killed processes left; from a sealed cache the records and then the plan as well.
 
     From an unfinished one a manifest's copy that sealing or unsealing left.
