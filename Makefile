@@ -16,7 +16,7 @@ VERBS := run predict export serve verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve check-gpu clean
+	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -68,10 +68,11 @@ lint: $(READY) ## Check style and types; changes nothing
 	@# What Linux alone has must not be called unguarded.
 	$(BIN)/mypy --platform darwin
 
-bench: bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve ## Measure every stage against its limit (some minutes; not a test)
+bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
 bench-decode: $(READY) ## The decoder alone, by threads and processes (ARGS=--ways, ARGS="--difference SOURCE")
 bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
+bench-store: $(READY) ## A cache in an object store against bare ranges of bytes (loopback only)
 bench-train: $(READY) ## Stage two against the bare training of one expert
 bench-finetune: $(READY) ## The end-to-end fine-tune against bare steps; memory with gradient checkpointing
 bench-score: $(READY) ## All scores and metrics of 100,000 rows
@@ -79,7 +80,7 @@ bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
 bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
-bench-extract bench-decode bench-cache bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve:
+bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers

@@ -20,7 +20,7 @@ from cache.inputs import Failure, InputSet, InputTable
 from cache.lock import Lock
 from cache.manifest import Manifest, ShardInfo, resumed_with
 from cache.plan import ShardPlan, plan_shards
-from cache.remote import Place, RemotePath, is_remote, place
+from cache.remote import Place, RemotePath, is_remote, place, read_ranges
 from cache.repair import restore_manifest, unseal
 from cache.shard import list_datasets, read_dataset
 from cache.spec import FeatureSpec
@@ -59,6 +59,7 @@ __all__ = [
     "place",
     "plan_shards",
     "read_dataset",
+    "read_ranges",
     "restore_manifest",
     "resumed_with",
     "sha256",

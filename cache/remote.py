@@ -326,7 +326,7 @@ def read_ranges(paths: Sequence[RemotePath], starts: Sequence[int], stops: Seque
     if not paths:
         return []
     with paths[0]._answers() as store:
-        found = store.cat_ranges([path.key for path in paths], list(starts), list(stops), on_error="return")
+        found: list[Any] = store.cat_ranges([path.key for path in paths], list(starts), list(stops), on_error="return")
     for index, data in enumerate(found):
         if isinstance(data, BaseException):
             if _code(data) in ("InvalidRange", "416"):  # it begins after the end

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec, file_sha256
+from cache import CacheMismatchError, CacheNotFoundError, FeatureCache, FeatureSpec, Place, file_sha256, place
 from cache.spec import first_difference
 from pipeline.config import RunConfig, SetConfig
 from stages.config import BackboneConfig
@@ -243,7 +243,7 @@ class StudyBackbone:
             entry.name: {
                 "images": entry.source,
                 "relative": self._relative(entry),
-                "path": os.path.relpath(caches[entry.name].path.resolve(), self.config.work.resolve()),
+                "path": self._stored_path(caches[entry.name].path),
                 "files": {os.path.relpath(file, self.config.work): _stamp(file) for file in files.get(entry.name, ())},
             }
             for entry in self.config.sets
@@ -253,6 +253,10 @@ class StudyBackbone:
             link["weights_file"] = {"stamp": _stamp(self.start.weights), "sha256": digest}
         if self._stored_link() != json.loads(json.dumps(link)):
             write_document(self.link_path, link)
+
+    def _stored_path(self, path: Place) -> str:
+        """Where a cache stands, relative to ``work``, or in which store."""
+        return os.path.relpath(path.resolve(), self.config.work.resolve()) if isinstance(path, Path) else str(path)
 
     def _relative(self, entry: SetConfig) -> str:
         """What a set is made from, relative to ``work``: so a study that is moved as a whole is found again."""
@@ -284,11 +288,11 @@ class StudyBackbone:
         except CacheNotFoundError as error:
             raise CacheNotFoundError(f"set {entry.name!r}: {error}: run make extract") from error
 
-    def cache_path(self, entry: SetConfig) -> Path:
+    def cache_path(self, entry: SetConfig) -> Place:
         """Folder of the cache of one set; raises as `cache` does, but for what is in the folder."""
         return self._linked(entry)[0]
 
-    def _linked(self, entry: SetConfig) -> tuple[Path, FeatureSpec]:
+    def _linked(self, entry: SetConfig) -> tuple[Place, FeatureSpec]:
         link = self._stored_link()
         if link is None:
             what = "is damaged" if self.link_path.exists() else "is missing"
@@ -306,7 +310,9 @@ class StudyBackbone:
                 "run make extract"
             )
         # Relative to ``work``, or where the file says that caches are: one of them or both may have been moved.
-        path = Path(os.path.normpath(self.config.work.resolve() / stored["path"]))
+        path = place(stored["path"])
+        if isinstance(path, Path):
+            path = Path(os.path.normpath(self.config.work.resolve() / path))
         if not path.is_dir():
             path = self.config.cache.root / path.name
         return path, FeatureSpec.from_dict(link["spec"])

@@ -89,7 +89,8 @@ def check_study(
         InputError: in the words of the stage that cannot work so.
     """
     check_folder("work", config.work)
-    check_folder("cache.root", config.cache.root)
+    if isinstance(config.cache.root, Path):  # a store says for itself what it refuses, when it is asked first
+        check_folder("cache.root", config.cache.root)
     names, _ = _split(config, table)
     check_mixtures(config, names, spec)
     if config.has_features or config.backbone is None:

@@ -349,11 +349,11 @@ def _is_exported(given: Experiment) -> bool:
 
 
 def _cache_folder(given: Experiment) -> "FeatureCache | None":
-    """The sealed cache at the path, or ``None`` where the path is no folder, so an experiment file."""
-    if not Path(given.path).is_dir():
+    """The sealed cache at the path or URL, or ``None`` where it is no folder, so an experiment file."""
+    from cache import FeatureCache, is_remote
+
+    if not is_remote(given.path) and not Path(given.path).is_dir():
         return None
     if given.overrides:
         raise click.UsageError(f"--set changes an experiment file; {given.path} is a folder")
-    from cache import FeatureCache
-
-    return FeatureCache.open(Path(given.path))
+    return FeatureCache.open(given.path)

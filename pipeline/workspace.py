@@ -54,7 +54,7 @@ class Workspace:
         self, config: RunConfig, options: RunOptions, on_trained: Callable[[str, float], None] | None = None
     ) -> None:
         for key, folder in (("work", config.work), ("cache.root", config.cache.root)):
-            if folder.exists() and not folder.is_dir():
+            if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
                 raise InputError(f"{key}: {folder} is a file, a folder is needed")
         self.config = config
         self.options = options

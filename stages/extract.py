@@ -25,8 +25,11 @@ from cache import (
     FeatureSpec,
     InputSet,
     InputTable,
+    Place,
+    RemotePath,
     ShardPlan,
     commit_shard,
+    place,
     plan_shards,
     resumed_with,
     unseal,
@@ -72,7 +75,7 @@ def extract_features(
     *,
     patches: str = "full",
     dtype: Literal["float16", "float32"] = "float16",
-    out: str | os.PathLike[str] = "cache",
+    out: str | os.PathLike[str] | RemotePath = "cache",
     name: str | None = None,
     options: ExtractOptions = ExtractOptions(),
 ) -> FeatureCache:
@@ -87,7 +90,7 @@ def extract_features(
             itself, of which more than the last block may lie behind the tap.
         patches: ``"full"``, ``"pool:G"`` or ``"none"``; see `cache.FeatureSpec`.
         dtype: as features are stored.
-        out: folder of all caches; the cache's own is ``<name>-<fingerprint8>`` below it.
+        out: folder of all caches, or its URL in an object store; the cache's own is ``<name>-<fingerprint8>`` below it.
         name: of the set; by default after the source.
         options: how the cache is filled.
 
@@ -106,8 +109,9 @@ def extract_features(
         backbone = BackboneConfig(name=backbone)
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, device=default_device())
     _check_decode(network)
-    spec = chosen_spec(network, dtype, patches, Path(out), len(samples))
-    return extract_set(name, samples, spec, Path(out), lambda: network, options=options)
+    root = place(out)
+    spec = chosen_spec(network, dtype, patches, root, len(samples))
+    return extract_set(name, samples, spec, root, lambda: network, options=options)
 
 
 def set_name(source: str) -> str:
@@ -132,7 +136,7 @@ def extract_set(
     name: str,
     samples: SampleTable,
     spec: FeatureSpec,
-    root: Path,
+    root: Place,
     backbone: Callable[[], Backbone],
     *,
     changes: Changes | None = None,
@@ -177,7 +181,7 @@ def import_set(
     name: str,
     arrays: ArrayTable,
     spec: FeatureSpec,
-    root: Path,
+    root: Place,
     *,
     changes: Changes | None = None,
     options: ExtractOptions = ExtractOptions(),

@@ -8,6 +8,7 @@
     small      `few` with its held-out share halved, however few rows: one model, no cross-fitting
     mixture    folder of a mixture of 2 experts trained on `data`, 2 epochs, seed 0
     probe      the linear probe on `data`
+    object_store  the proxy of an S3 server on this machine, with a bucket
     vit        a ViT of six small blocks with seeded random weights
     vit_data   the ID side of a study on its features of `few_images`, a quarter held out, never cross-fitted
 
@@ -33,6 +34,7 @@ from stages.id_data.rows import id_data
 from stages.inputs.images import list_images
 from stages.networks.backbone import load_backbone
 from stages.train import train_mofe, train_probe
+from tests.object_store import ObjectStore
 from tests.test_stages.small_vit import cached, small_vit
 
 torch.set_num_threads(1)
@@ -114,6 +116,16 @@ def mixture(backbone, data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def probe(data, tmp_path_factory):
     return train_probe(data, tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    store = ObjectStore()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store.proxy
+    store.close()
 
 
 @pytest.fixture(scope="session")

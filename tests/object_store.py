@@ -1,10 +1,4 @@
-"""An object store on this machine: moto's S3 server behind a proxy that can cut connections.
-
-    store = ObjectStore()          a process of its own, on 127.0.0.1
-    store.environment              what a process needs to find it, as users set it
-    with store.cut(after=1000):    connections end when the store has sent so many bytes
-
-"""
+"""An object store on this machine: moto's S3 server behind a proxy that can be told to fail."""
 
 import os
 import socket
@@ -14,114 +8,130 @@ import threading
 import urllib.request
 from contextlib import contextmanager, suppress
 
+BUCKET = "bucket"
 _SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-server.stop()
+sys.stdin.read()  # until whoever started it ends
 """
-BUCKET = "bucket"
+_REFUSAL = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+_DENIED = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
 
 
 class ObjectStore:
-    """The store, its proxy, and one bucket."""
+    """The store in a process of its own, its proxy, and one bucket.
+
+    Attributes:
+        proxy: what stands between.
+        environment: by which a process finds the store, as users set it.
+    """
 
     def __init__(self):
-        quiet = {"PYTHONWARNINGS": "ignore", "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 28)}
         self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-W", "ignore", "-c", _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | quiet,
         )
-        self.port = int(self._server.stdout.readline())
-        self.proxy = CuttingProxy(self.port)
+        port = int(self._server.stdout.readline())
+        self.proxy = Proxy(port)
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.port}",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "2",
+            "AWS_MAX_ATTEMPTS": "1",  # s3fs tries again as well
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1",
         }
-        self.make_bucket(BUCKET)
-
-    def make_bucket(self, name):
-        """A bucket more."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
-
-    @contextmanager
-    def cut(self, after, times=None):
-        """Cut connections when the store has sent so many bytes on them; all of them, or some."""
-        self.proxy.after, self.proxy.left = after, times
-        try:
-            yield self.proxy
-        finally:
-            self.proxy.after = self.proxy.left = None
 
     def close(self):
         """End it."""
         self.proxy.close()
-        self._server.stdin.close()
-        self._server.wait(10)
-        self._server.stdout.close()
+        self._server.kill()
+        self._server.communicate()
 
 
-class CuttingProxy:
-    """Forwards a port of this machine; cuts a connection after some bytes of the server where that is asked for.
+class Proxy:
+    """Forwards a port of this machine, and fails where it is told to.
 
     Attributes:
-        after: bytes of the server that are let through on one connection; None: all.
-        left: how many connections are cut from now on; None: all.
-        n_cut: how many were.
+        refuse: whether every request is answered by 403.
+        forget: name of a header of requests that never arrives, in lower case; None: all arrive.
+        n_cut: how many connections were cut, see `cut`.
         requests: first lines of all requests.
     """
 
     def __init__(self, target):
-        self.after = self.left = None
+        self.refuse, self.forget = False, None
         self.n_cut, self.requests = 0, []
+        self._after = self._times = None
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def _accept(self):
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._target))
-            for source, sink, down in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self._forward, args=(source, sink, down), daemon=True).start()
-
-    def _forward(self, source, sink, down):
-        sent = 0
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                if not down:
-                    sent = 0
-                    if data.split(b" ", 1)[0] in (b"GET", b"PUT", b"POST", b"HEAD", b"DELETE"):
-                        self.requests.append(data.split(b"\r\n", 1)[0].decode())
-                elif self.after is not None and self.left != 0 and sent + len(data) > self.after:
-                    sink.sendall(data[: max(self.after - sent, 0)])
-                    self.n_cut += 1
-                    self.left = None if self.left is None else self.left - 1
-                    break
-                sink.sendall(data)
-                sent += len(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+    @contextmanager
+    def cut(self, after, times=None):
+        """Cut a connection when the store has sent so many bytes of an answer; so many times, or always."""
+        self._after, self._times = after, times
+        try:
+            yield self
+        finally:
+            self._after = self._times = None
 
     def close(self):
         """No more connections."""
         self._listener.close()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                answered = [0]  # bytes, of the answer to the last request
+                threading.Thread(target=self._up, args=(client, server, answered), daemon=True).start()
+                threading.Thread(target=self._down, args=(server, client, answered), daemon=True).start()
+
+    def _up(self, client, server, answered):
+        with _both_ended(client, server):
+            while data := client.recv(1 << 16):
+                if data.split(b" ", 1)[0] in (b"GET", b"HEAD", b"PUT", b"POST", b"DELETE"):
+                    self.requests.append(data.split(b"\r\n", 1)[0].decode())
+                    answered[0] = 0
+                    if self.refuse:
+                        client.sendall(_DENIED % len(_REFUSAL) + _REFUSAL)
+                        return
+                    if self.forget is not None:
+                        lines = data.split(b"\r\n")
+                        data = b"\r\n".join(line for line in lines if not line.lower().startswith(self.forget))
+                server.sendall(data)
+
+    def _down(self, server, client, answered):
+        with _both_ended(client, server):
+            while data := server.recv(1 << 16):
+                if self._after is not None and self._times != 0 and answered[0] + len(data) > self._after:
+                    client.sendall(data[: max(self._after - answered[0], 0)])
+                    self.n_cut += 1
+                    self._times = None if self._times is None else self._times - 1
+                    return
+                client.sendall(data)
+                answered[0] += len(data)
+
+
+@contextmanager
+def _both_ended(*ends):
+    try:
+        with suppress(OSError):
+            yield
+    finally:
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

@@ -39,6 +39,7 @@ LEVELS = {entry: level for level, entries in enumerate(LAYERS) for entry in entr
 # A library, and the only places that know it: a package, or a module.
 DOORS = {
     "h5py": ("cache.shard",),
+    "fsspec": ("cache.remote",),
     "faiss": ("stages.scorers.neighbours.bank",),
     "timm": ("stages.networks", "stages.training"),
     "distributed": ("pipeline.engine",),

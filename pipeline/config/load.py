@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cache import is_remote
 from pipeline.config.explain import as_given, first_problem
 from pipeline.config.schema import ConfigError, FeaturesConfig, RunConfig
 from stages.config import nearest
@@ -32,6 +33,7 @@ _PATHS: dict[str, tuple[str, ...]] = {
     "variants.*.set.train.grouping": ("balanced", "kmeans"),
 }
 _BELOW_DATA = {"sets.*.images", "sets.*.features", "sets.*.root"}
+_IN_STORES = {"data", "cache.root", "sets.*.images", "sets.*.root"}  # may be a URL of an object store
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -153,7 +155,11 @@ def _resolve(value: Any, base: str, data: str, where: str, at: str = "") -> Any:
         return value
     if not value.strip() or "\0" in value:
         raise ConfigError(f"{where}{at}: {as_given(value)} given, must be a path")
-    return os.path.abspath(os.path.join(data if at in _BELOW_DATA else base, os.path.expanduser(value)))
+    below = data if at in _BELOW_DATA else base
+    path = value if is_remote(value) else os.path.join(below, os.path.expanduser(value))
+    if is_remote(path) and at not in _IN_STORES:
+        raise ConfigError(f"{where}{at}: {as_given(path)} given, must be a path of this machine")
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 def _override(document: dict[str, Any], text: str) -> str:

@@ -3,6 +3,7 @@
 A problem is one line that names the key, what was given and what is allowed.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,8 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from cache import CacheInvalidError, Place, place
 from pipeline.config.explain import as_given, problem_lines
 from stages.config import (
     ARRAY_KEYS,
@@ -57,9 +68,19 @@ def _patches(value: str) -> str:
     return value
 
 
+def _cache_root(value: Any) -> Place:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{as_given(value)} given, must be a folder, or s3://bucket/prefix")
+    try:
+        return place(value)
+    except CacheInvalidError as error:
+        raise ValueError(str(error)) from error
+
+
 FolderName = Annotated[str, AfterValidator(folder_name)]
 # Not strict: TOML knows text and lists, no paths and no tuples. What is inside stays strict.
 AbsolutePath = Annotated[Path, Field(strict=False)]
+CacheRoot = Annotated[Place, PlainValidator(_cache_root), PlainSerializer(str, return_type=str)]
 _Item = TypeVar("_Item")
 Several = Annotated[tuple[_Item, ...], Field(strict=False)]
 
@@ -67,7 +88,7 @@ Several = Annotated[tuple[_Item, ...], Field(strict=False)]
 class CacheConfig(StageConfig):
     """Where features are cached, and which."""
 
-    root: AbsolutePath
+    root: CacheRoot
     dtype: Literal["float16", "float32"] = "float16"
     patches: Annotated[str, AfterValidator(_patches)] = "full"
     expert_blocks: PositiveInt = 1

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cache import FeatureSpec, find_caches
+from cache import FeatureSpec, Place, find_caches
 
 if TYPE_CHECKING:  # timm and torch, for those alone who have a network
     from stages.networks.backbone import Backbone
 
 
 def chosen_spec(
-    backbone: "Backbone", dtype: Literal["float16", "float32"], patches: str, root: Path, n_images: int
+    backbone: "Backbone", dtype: Literal["float16", "float32"], patches: str, root: Place, n_images: int
 ) -> FeatureSpec:
     """The spec of an extraction, with what is left to a GPU chosen once: by the first cache of a network.
 
@@ -34,7 +33,7 @@ def chosen_spec(
     return spec
 
 
-def as_begun(spec: FeatureSpec, root: Path, choices: Sequence[Mapping[str, Any]]) -> FeatureSpec | None:
+def as_begun(spec: FeatureSpec, root: Place, choices: Sequence[Mapping[str, Any]]) -> FeatureSpec | None:
     """The spec that caches of these features have, begun or sealed, of whatever set; None where there are none.
 
     A GPU's memory, with more or less of it in use, may give another number of images a pass than the day before. Caches

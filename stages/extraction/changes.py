@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from cache import (
     FeatureCache,
     FeatureSpec,
     InputTable,
+    Place,
     find_caches,
     sha256,
 )
@@ -78,7 +78,7 @@ def compare_versions(
     name: str,
     samples: SampleTable,
     spec: FeatureSpec,
-    root: Path,
+    root: Place,
     *,
     rehash: bool = False,
     progress: Progress | None = None,
@@ -107,7 +107,7 @@ def compare_versions(
     return newest
 
 
-def _same_elsewhere(path: Path, images: "ImagesOfNow", spec: FeatureSpec) -> Changes | None:
+def _same_elsewhere(path: Place, images: "ImagesOfNow", spec: FeatureSpec) -> Changes | None:
     """What a cache of another set's name holds, where it is sealed and holds these very images; else None."""
     samples = images.samples
     with suppress(CacheError):  # unfinished or damaged: it is not this set's, so nothing is to be said of it

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from cache import (
     FeatureCache,
     FeatureSpec,
     InputSet,
+    Place,
     ShardPlan,
     find_caches,
     next_cache_path,
@@ -58,7 +58,7 @@ def made_with() -> dict[str, Any]:
 
 
 def begin_version(
-    root: Path, inputs: InputSet, spec: FeatureSpec, plans: Sequence[ShardPlan], made_with: Mapping[str, Any]
+    root: Place, inputs: InputSet, spec: FeatureSpec, plans: Sequence[ShardPlan], made_with: Mapping[str, Any]
 ) -> CacheBuilder:
     """Go on with an unfinished cache of these inputs, or of some of them, or begin the next version.
 

@@ -28,6 +28,7 @@ from cache import (
     InputSet,
     InputTable,
     Manifest,
+    Place,
     ShardInfo,
     ShardPlan,
     commit_shard,
@@ -93,14 +94,14 @@ def arrays_of(plan: ShardPlan) -> dict[str, np.ndarray]:
     }
 
 
-def begin(path: Path, n_shards: int) -> tuple[CacheBuilder, InputTable]:
+def begin(path: Place, n_shards: int) -> tuple[CacheBuilder, InputTable]:
     plans = plans_of(n_shards)
     zeros = np.zeros(plans[-1].stop, np.int64)
     inputs = InputTable.listing([f"class/{i:08d}.jpg" for i in range(len(zeros))], zeros, zeros, zeros)
     return CacheBuilder.begin(path, InputSet("bench", inputs, ["class"]), VIT_S, plans, {}), inputs
 
 
-def fill(path: Path, n_shards: int) -> FeatureCache:
+def fill(path: Place, n_shards: int) -> FeatureCache:
     builder, inputs = begin(path, n_shards)
     with builder:
         for plan in builder.pending():

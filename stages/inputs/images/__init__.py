@@ -14,9 +14,9 @@ image is decided in kind.py; other files are counted. Nothing is decoded while l
 none fails later, by `ImageError`, and is never left out silently.
 """
 
-import os
 from pathlib import Path
 
+from cache import CacheInvalidError, CacheUnreachableError
 from stages.errors import InputError
 from stages.inputs.images.classes import only_classes
 from stages.inputs.images.columns import USUAL, Columns
@@ -35,6 +35,7 @@ from stages.inputs.images.folder import find_files, is_image_file, list_file
 from stages.inputs.images.huggingface import is_huggingface, list_huggingface
 from stages.inputs.images.kind import IMAGE_SUFFIXES, describe_left_out
 from stages.inputs.images.listing import list_csv, list_parquet, list_text
+from stages.inputs.images.opening import is_folder, is_there
 from stages.inputs.images.packed import refuse_packed
 from stages.inputs.images.shards import is_pattern, list_pattern, list_tars_below
 from stages.inputs.images.table import ImageReader, SampleTable
@@ -68,7 +69,8 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
     Args:
         source: A folder of images, of tars or of Hugging Face `datasets`, an image file, a `.tar`, a pattern of several
             (`train-{0000..0146}.tar`, `train-*.tar`), a list (`.txt`, `.csv`, `.tsv`, `.parquet`), or an embedded set,
-            `"sklearn:…"`. A folder is one of tars where these lie in it and no image does, see `list_tars_below`.
+            `"sklearn:…"`. A folder is one of tars where these lie in it and no image does, see `list_tars_below`. All
+            but Hugging Face's may be in an object store: `s3://bucket/…`.
         root: The folder that the paths of a list are relative to; its own by default.
         columns: Which column of a table (`.csv`, `.tsv`, `.parquet`) or of Hugging Face `datasets` is the image and
             which its class, and which field of a WebDataset sample is its class; the usual names by default.
@@ -78,7 +80,7 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
 
     Raises:
         InputError: The source is missing, empty, unreadable or of no known kind, or `root` or `columns` are given where
-            there is no list and there are no columns.
+            there is no list and there are no columns; or its store does not answer.
 
     >>> digits = list_images("sklearn:digits[0-6]/test")
     >>> digits.class_names
@@ -86,21 +88,28 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
     >>> decode_image(digits.reader().read(0)).size
     (8, 8)
     """
+    try:
+        return _list_images(source, root, columns)
+    except (CacheInvalidError, CacheUnreachableError) as error:
+        raise InputError(str(error)) from error
+
+
+def _list_images(source: str, root: str | None, columns: Columns) -> SampleTable:
     suffix = Path(source).suffix.lower()
     if root is not None:
-        if (suffix != ".txt" and suffix not in _TABLES) or os.path.isdir(source):
+        if (suffix != ".txt" and suffix not in _TABLES) or is_folder(source):
             lists = ", ".join((".txt", *_TABLES))
             raise InputError(f"{source}: a root is for the paths of a list ({lists}), this is none: leave it out")
-        if not os.path.isdir(root):
+        if not is_folder(root):
             raise InputError(f"{source}: its root {root} is no folder; give the one that its paths are relative to")
     embedded = source.startswith("sklearn:")
-    is_several = not embedded and not os.path.exists(source) and is_pattern(source)
-    if not embedded and ("\0" in source or not (is_several or os.path.exists(source))):
+    is_several = not embedded and not is_there(source) and is_pattern(source)
+    if not embedded and ("\0" in source or not (is_several or is_there(source))):
         raise InputError(f"{source!r}: no such file or folder")
-    is_folder = os.path.isdir(source)
-    if is_folder and is_huggingface(source):
+    folder = not embedded and not is_several and is_folder(source)
+    if folder and is_huggingface(source):
         return list_huggingface(source, columns)
-    if not is_folder and not is_several and suffix in _TABLES:
+    if not folder and not is_several and suffix in _TABLES:
         return _TABLES[suffix](source, root, columns)
     if columns.path is not None:
         raise InputError(
@@ -109,10 +118,10 @@ def list_images(source: str, root: str | None = None, columns: Columns = USUAL) 
         )
     if is_several:
         return list_pattern(source, columns)
-    files = find_files(source) if is_folder else None
+    files = find_files(source) if folder else None
     if files is not None and (table := list_tars_below(source, files, columns)) is not None:
         return table
-    if not is_folder and suffix == ".tar":
+    if not folder and suffix == ".tar":
         return list_tar(source, columns)
     if columns.label is not None:
         raise InputError(

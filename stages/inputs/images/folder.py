@@ -1,14 +1,17 @@
-"""Images on disk: a folder per class (nested or not), a flat folder, one file."""
+"""Images on disk or in a store: a folder per class (nested or not), a flat folder, one file."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from cache import RemotePath, is_remote, read_ranges
 from stages.errors import InputError
-from stages.inputs.images.kind import SPECIAL, extension, is_hidden, is_image
+from stages.inputs.images.kind import HEAD_BYTES, SPECIAL, extension, is_hidden, is_image, is_image_head, is_image_name
+from stages.inputs.images.opening import absolute, file_stat, files_below, is_regular
 from stages.inputs.images.table import FileRange, Sample, SampleTable, first_folder, make_table
+
+_HEADS_AT_ONCE = 1000  # first bytes of objects that are asked for together
 
 
 class Files(NamedTuple):
@@ -36,6 +39,8 @@ def find_files(source: str) -> Files:
     A file that cannot be looked at (a broken link, say) is an image as well, whatever its name: reading it fails, and
     is then recorded.
     """
+    if is_remote(source):
+        return _find_objects(absolute(source))
     root, files = os.path.abspath(source), Files([], [], Counter())
     start_of_id = len(os.path.join(root, ""))
     for path in _files(root):
@@ -52,13 +57,13 @@ def find_files(source: str) -> Files:
 
 def list_file(source: str) -> SampleTable:
     """List one image file: a table of one row without a class."""
-    sample = file_sample(os.path.basename(source), os.path.abspath(source), None)
+    sample = file_sample(os.path.basename(source), absolute(source), None)
     return make_table(source, [] if sample is None else [sample])
 
 
 def is_image_file(path: str) -> bool:
     """Whether a path leads to a regular file that is an image by its name or its first bytes."""
-    return os.path.isfile(path) and _is_image(path)
+    return is_regular(path) and _is_image(path)
 
 
 def file_sample(sample_id: str, path: str, class_name: str | None) -> Sample | None:
@@ -67,12 +72,12 @@ def file_sample(sample_id: str, path: str, class_name: str | None) -> Sample | N
     A file that cannot be looked at (a broken link, say) is a sample as well: reading it fails, and is then recorded.
     """
     try:
-        now = os.stat(path)
+        now = file_stat(path)
     except OSError:
         return Sample(sample_id, class_name, 0, 0, FileRange(path))
-    if not stat.S_ISREG(now.st_mode):
+    if not now.is_regular:
         return None
-    return Sample(sample_id, class_name, now.st_size, now.st_mtime_ns, FileRange(path))
+    return Sample(sample_id, class_name, now.size, now.mtime_ns, FileRange(path))
 
 
 def _is_image(path: str) -> bool:
@@ -81,6 +86,26 @@ def _is_image(path: str) -> bool:
         return is_image(path, FileRange(path).head)
     except OSError:
         return True
+
+
+def _find_objects(url: str) -> Files:
+    """The same of a store; what does not say by its name that it is an image is asked for its first bytes."""
+    files = Files([], [], Counter())
+    found = {name: now for name, now in files_below(url).items() if not is_hidden(name)}
+    unsaid = [name for name in found if not is_image_name(name)]
+    heads: dict[str, bytes] = {}
+    for start in range(0, len(unsaid), _HEADS_AT_ONCE):
+        names = unsaid[start : start + _HEADS_AT_ONCE]
+        stops = [HEAD_BYTES] * len(names)
+        paths = [RemotePath(f"{url}/{name}") for name in names]
+        heads |= zip(names, read_ranges(paths, [0] * len(names), stops), strict=True)
+    for name, now in found.items():
+        if name in heads and not is_image_head(heads[name]):
+            files.others.append(name)
+        else:
+            content = FileRange(f"{url}/{name}", 0, now.size)
+            files.samples.append(Sample(name, first_folder(name), now.size, now.mtime_ns, content))
+    return files
 
 
 def _files(root: str) -> Iterator[str]:

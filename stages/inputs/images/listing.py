@@ -5,16 +5,18 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from cache import is_remote
 from stages.errors import InputError, reading
 from stages.inputs.arrow import is_text, scalars
 from stages.inputs.images.columns import PATH_NAMES, USUAL, Columns
 from stages.inputs.images.folder import file_sample
 from stages.inputs.images.names import class_texts, given_class, trimmed
-from stages.inputs.images.table import Sample, SampleTable, make_table
+from stages.inputs.images.opening import FileStat, absolute, files_below, open_file
+from stages.inputs.images.table import FileRange, Sample, SampleTable, make_table
 
 _SEPARATORS = ",;\t|"
 _LINE = re.compile(r"(\S.*?)\s+(-1|\d{1,9})")
@@ -73,7 +75,7 @@ def list_parquet(source: str, root: str | None = None, columns: Columns = USUAL)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with reading(source, OSError, pa.ArrowException), pq.ParquetFile(source) as file:
+    with reading(source, OSError, pa.ArrowException), open_file(source) as opened, pq.ParquetFile(opened) as file:
         names = file.schema_arrow.names
         path_name, label_name = columns.find_path(source, names), columns.find_label(source, names)
         if path_name is None:
@@ -121,8 +123,8 @@ def _no_paths(source: str, names: Iterable[str]) -> InputError:
 
 def _text(source: str) -> str:
     try:
-        with open(source, encoding="utf-8-sig") as file:
-            text = file.read()
+        with open_file(source) as file:
+            text = io.TextIOWrapper(io.BytesIO(file.read()), encoding="utf-8-sig").read()
     except OSError as error:
         raise InputError(f"{source}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -136,10 +138,11 @@ def _table(
     source: str, unit: str, rows: Iterable[tuple[int, str, str | None]], root: str | None, notes: Sequence[str] = ()
 ) -> SampleTable:
     """Table of (number of the line or row, path, class); paths are relative to the root, or to the list's folder."""
-    root, samples = os.path.abspath(root or os.path.dirname(os.path.abspath(source))), list[Sample]()
+    root, samples = absolute(root or os.path.dirname(absolute(source))), list[Sample]()
+    listed = files_below(root) if is_remote(root) else {}  # in one question, not one for each
     named: dict[str, int] = {}
     for number, path, class_name in rows:
-        sample = file_sample(posixpath.normpath(path), os.path.join(root, path), class_name)
+        sample = _listed_sample(path, root, class_name, listed)
         if sample is None:
             raise InputError(f"{source}, {unit} {number}: {path!r} is no file")
         if (first := named.setdefault(sample.id, number)) != number:
@@ -154,3 +157,14 @@ def _table(
             f"{samples[0].id!r}); paths are relative to {root}"
         )
     return make_table(source, samples, notes=notes)
+
+
+def _listed_sample(path: str, root: str, class_name: str | None, listed: Mapping[str, FileStat]) -> Sample | None:
+    """Sample of a path in a list; of one below the root in a store by what was listed there."""
+    sample_id, url = posixpath.normpath(path), os.path.join(root, path)
+    if is_remote(path) or not is_remote(root):
+        return file_sample(path if is_remote(path) else sample_id, path if is_remote(path) else url, class_name)
+    now = listed.get(sample_id)
+    if now is None:  # as a broken link: reading it fails, and is then recorded
+        return Sample(sample_id, class_name, 0, 0, FileRange(f"{root}/{sample_id}"))
+    return Sample(sample_id, class_name, now.size, now.mtime_ns, FileRange(f"{root}/{sample_id}", 0, now.size))

@@ -5,9 +5,7 @@ there are is settled here, since the library takes a damaged one, an early end, 
 one follows, all for the end.
 """
 
-import os
 import posixpath
-import stat
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import IO, NamedTuple
 from stages.errors import InputError
 from stages.inputs.images.decode import ImageError
 from stages.inputs.images.kind import HEAD_BYTES, is_hidden, is_image
+from stages.inputs.images.opening import file_stat, open_file
 from stages.inputs.images.packed import refuse_packed
 from stages.inputs.images.table import MAX_FILE_BYTES, Content, FileRange, Unusable, storable
 
@@ -79,13 +78,13 @@ def read_members(path: str) -> Members:
     """
     members = Members()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        now = file_stat(path)
+        if not now.is_regular:  # opening a pipe would wait for ever
             raise InputError(f"{path}: not a regular file; give a tar")
-        with open(path, "rb") as file:
-            now = os.fstat(file.fileno())
-            members.mtime_ns = now.st_mtime_ns
+        with open_file(path) as file:
+            members.mtime_ns = now.mtime_ns
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8") as tar:
-                _read_headers(path, tar, file, now.st_size, members)
+                _read_headers(path, tar, file, now.size, members)
     except _LIBRARY_ERRORS as error:
         refuse_packed(path)
         raise InputError(f"{path}: not a tar, or damaged where it begins: {error}; copy or make it again") from error

@@ -4,6 +4,7 @@ import os
 import shlex
 
 from stages.errors import InputError
+from stages.inputs.images.opening import open_file
 
 _HEAD_BYTES = 8
 _TO_OUTPUT = {  # first bytes -> what writes the unpacked file to its output
@@ -70,7 +71,7 @@ def refuse_packed(path: str, where: str = "") -> None:
 def _unpacking(path: str) -> str | None:
     """The command that unpacks a file; None where it is not compressed."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -13,11 +13,13 @@ from collections.abc import Collection, Iterator
 
 from braceexpand import braceexpand
 
+from cache import is_remote
 from stages.errors import InputError
 from stages.inputs.images.columns import Columns
 from stages.inputs.images.folder import Files
 from stages.inputs.images.kind import extension, is_image_name
 from stages.inputs.images.names import shown
+from stages.inputs.images.opening import absolute, is_folder, is_there, matches_below
 from stages.inputs.images.packed import is_packed, is_packed_tar, refuse_packed, unpacked_name
 from stages.inputs.images.table import SampleTable
 from stages.inputs.images.tar import Shard, list_tars
@@ -42,10 +44,10 @@ def list_pattern(source: str, columns: Columns) -> SampleTable:
     Raises:
         InputError: A shard is not there, compressed or no tar, or as `list_tars` raises it.
     """
-    folder, pattern = _fixed_folder(os.path.abspath(source))
+    folder, pattern = _fixed_folder(absolute(source))
     found, matched, missing = dict[str, None](), dict[str, None](), list[str]()
     for name in _expand(source, pattern):
-        if os.path.exists(os.path.join(folder, name)):
+        if is_there(os.path.join(folder, name)):
             found[name] = None
         elif _WILD.search(name) and (names := _matches(folder, name)):
             matched |= dict.fromkeys(names)
@@ -80,7 +82,7 @@ def list_tars_below(source: str, files: Files, columns: Columns) -> SampleTable 
     names = [*files.others, *unreadable]
     if shards := set(filter(_is_shard, names)):
         left_out = Counter(extension(name) for name in names if name not in shards) + files.special
-        return _list_shards(source, os.path.abspath(source), shards, left_out, columns)
+        return _list_shards(source, absolute(source), shards, left_out, columns)
     for name in sorted(filter(is_packed, names)):
         refuse_packed(os.path.join(source, name), where=f"{source}: no images, and {shown(name)} is")
     return None
@@ -107,7 +109,7 @@ def _list_shards(
 def _fixed_folder(path: str) -> tuple[str, str]:
     """The last folder of a pattern that is there as it is written, or has nothing to expand, and the rest."""
     folder, rest = os.path.split(path)
-    while is_pattern(folder) and not os.path.isdir(folder):
+    while is_pattern(folder) and not is_folder(folder):
         folder, name = os.path.split(folder)
         rest = os.path.join(name, rest)
     return folder, rest
@@ -125,6 +127,8 @@ def _expand(source: str, pattern: str) -> Iterator[str]:
 
 
 def _matches(folder: str, pattern: str) -> list[str]:
+    if is_remote(folder):
+        return matches_below(folder, pattern)
     names = glob.iglob(pattern, root_dir=folder, recursive=True)
     return sorted(name for name in names if not os.path.isdir(os.path.join(folder, name)))
 

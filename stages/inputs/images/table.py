@@ -1,7 +1,6 @@
 """What a source holds (`SampleTable`) and how its bytes are read (`ImageReader`)."""
 
 import os
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -10,10 +9,12 @@ from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
+from cache import is_remote
 from stages.errors import InputError
 from stages.inputs.images.decode import ImageError
 from stages.inputs.images.kind import HEAD_BYTES, IMAGE_SUFFIXES, describe_left_out
 from stages.inputs.images.names import number_classes, storable
+from stages.inputs.images.opening import file_stat, is_regular, read_part
 
 MAX_FILE_BYTES = 2**30  # larger than any image within the limit on pixels needs, smaller than a worker's memory
 
@@ -39,10 +40,13 @@ class FileRange(NamedTuple):
             ImageError: The file is gone, unreadable, too large or shorter than it was.
         """
         try:
-            now = os.stat(self.path)
-            if not stat.S_ISREG(now.st_mode):  # opening a pipe would wait for ever
-                raise ImageError("not a regular file")
-            if (now.st_size if self.size is None else self.size) > MAX_FILE_BYTES:
+            size = self.size
+            if size is None or not is_remote(self.path):  # a store is not asked for what a tar's header said
+                now = file_stat(self.path)
+                if not now.is_regular:  # opening a pipe would wait for ever
+                    raise ImageError("not a regular file")
+                size = now.size if size is None else size
+            if size > MAX_FILE_BYTES:
                 raise ImageError(f"too large: more than {MAX_FILE_BYTES >> 20} MiB")
             data = self._read(-1 if self.size is None else self.size)
         except OSError as error:
@@ -60,9 +64,7 @@ class FileRange(NamedTuple):
         return self._read(HEAD_BYTES if self.size is None else min(self.size, HEAD_BYTES))
 
     def _read(self, n_bytes: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(n_bytes)
+        return read_part(self.path, self.offset, n_bytes)
 
 
 class Unusable(NamedTuple):
@@ -173,7 +175,7 @@ def make_table(
 
 def is_one_file(path: str, ids: Sequence[str]) -> bool:
     """Whether a path is an image file by itself, and no folder, tar or list of images, by the ids listed of it."""
-    return tuple(ids) == (os.path.basename(path),) and os.path.isfile(path)
+    return tuple(ids) == (os.path.basename(path),) and is_regular(path)
 
 
 def first_folder(sample_id: str) -> str | None:

@@ -3,7 +3,6 @@
 The headers are read once, while listing; after that every image is a range of bytes of its tar, read without tarfile.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from stages.inputs.images.kind import SPECIAL, extension, is_hidden, is_image
 from stages.inputs.images.links import follow_links
 from stages.inputs.images.members import Members, SparseRange, first_bytes, read_members
 from stages.inputs.images.names import listed, shown
+from stages.inputs.images.opening import absolute, open_file
 from stages.inputs.images.table import Content, FileRange, Sample, SampleTable, Unusable, first_folder, make_table
 from stages.inputs.images.webdataset import SideFiles, keys_apart
 
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
 
 def list_tar(source: str, columns: Columns = USUAL) -> SampleTable:
     """List the images of one tar, see `list_tars`; their ids are the names of its members."""
-    return list_tars(source, [Shard(os.path.abspath(source))], columns)
+    return list_tars(source, [Shard(absolute(source))], columns)
 
 
 def list_tars(
@@ -100,7 +100,7 @@ class _Images:
     def add(self, shard: Shard, members: Members) -> None:
         files = follow_links(members)
         seen = [name for name in files if name not in members.hidden]
-        with open(shard.path, "rb") as file:
+        with open_file(shard.path) as file:
             images = [
                 name for name in seen if name in members.images or _is_linked_image(name, files[name], members, file)
             ]

@@ -12,7 +12,6 @@ An image takes the file of its own full stem (`22.05.cls` for `22.05.jpg`), else
 """
 
 import json
-import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -152,7 +151,8 @@ class SideFiles:
     def _bytes(self, member: str) -> bytes:
         content = self._files[member]
         if isinstance(content, FileRange) and content.size is not None and content.size <= _SMALL:
-            return os.pread(self._file.fileno(), content.size, content.offset)  # a million of them: opened once
+            self._file.seek(content.offset)  # a million of them: opened once
+            return self._file.read(content.size)
         return content.read()
 
 
