@@ -124,6 +124,7 @@ def object_store():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
             patch.setenv(name, value)
+        patch.setattr("s3fs.S3FileSystem.retries", 3)  # of 5: each waits longer than the one before
         yield store.proxy
     store.close()
 

@@ -95,10 +95,15 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                answered = [0]  # bytes, of the answer to the last request
-                threading.Thread(target=self._up, args=(client, server, answered), daemon=True).start()
-                threading.Thread(target=self._down, args=(server, client, answered), daemon=True).start()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+            answered = [0]  # bytes, of the answer to the last request
+            up = threading.Thread(target=self._up, args=(client, server, answered), daemon=True)
+            up.start()
+            self._down(server, client, answered)
+            up.join()
 
     def _up(self, client, server, answered):
         with _both_ended(client, server):
@@ -107,7 +112,8 @@ class Proxy:
                     self.requests.append(data.split(b"\r\n", 1)[0].decode())
                     answered[0] = 0
                     if self.refuse:
-                        client.sendall(_DENIED % len(_REFUSAL) + _REFUSAL)
+                        body = b"" if data.startswith(b"HEAD") else _REFUSAL
+                        client.sendall(_DENIED % len(body) + body)
                         return
                     if self.forget is not None:
                         lines = data.split(b"\r\n")

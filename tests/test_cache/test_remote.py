@@ -153,18 +153,17 @@ def killed_before_put(path, step):
 
 
 def test_killed_it_goes_on_and_seals_the_same_bytes(root, local):
-    path = root / "pets"
-    last = 1 + 2 * (len(local.manifest.shards) - 1) + 1 + 4  # plan, shards and records, listing, failures, manifests
-    for step in (0, 4, last - 1, last + 1):  # before the plan, amid shards, before the manifest, while it is tidied
+    last = 1 + 2 * len(local.manifest.shards) + 3  # the manifest, after plan, shards, records, listing, failures, copy
+    for step in (4, last, last + 1):  # amid shards, before the manifest, while what is sealed is tidied
+        path = root / f"pets-{step}"
         assert killed_before_put(path, step)
-        sealed = (path / "manifest.json").exists()
-        assert sealed == (step > last)
-        if not sealed:
+        if step <= last:
             with pytest.raises(CacheNotFoundError):
                 FeatureCache.open(path)
-    cache = FeatureCache.open(path)  # sealed, and tidied now
-    assert others(files(path)) == others(files(local.path))
-    assert cache.verify() == []
+            fill(path)
+        cache = FeatureCache.open(path)  # tidies
+        assert others(files(path)) == others(files(local.path))
+        assert cache.verify() == []
 
 
 def test_one_process_at_a_time(root, object_store):
