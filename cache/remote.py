@@ -346,7 +346,7 @@ def _store_of(bucket: str, process: int) -> "AbstractFileSystem":
         store = fsspec.filesystem("s3", use_listings_cache=False)
     except ImportError as error:
         raise CacheUnreachableError(
-            f"{SCHEME}{bucket}: the package s3fs is missing: install the extra s3, pip install 'mofe-feature-cache[s3]'"
+            f"{SCHEME}{bucket}: needs the package s3fs: pip install 'mofe-feature-cache[s3]'"
         ) from error
     try:
         store.info(bucket)
