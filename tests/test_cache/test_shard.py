@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import CacheDamagedError, CacheError, CacheInvalidError, file_sha256
-from cache.shard import ShardReader, write_shard
+from cache.shard import ShardReader, shard_layout, write_shard
 from tests.test_cache.toy import make_spec
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def test_a_truncated_shard_is_damage_and_not_a_crash(tmp_path):
     path = tmp_path / "shard.h5"
     write_shard(path, make_spec(), *shard_arguments(make_spec(), 50))
     reader = ShardReader(path)
-    reader._layout = reader._read_layout()  # known from before the file was cut
+    reader._layout = shard_layout(path)  # known from before the file was cut
     os.truncate(path, 4096)
     with pytest.raises(CacheDamagedError, match="'patches'"):
         reader.array("patches")

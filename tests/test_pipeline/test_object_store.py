@@ -15,7 +15,7 @@ URL = f"s3://{BUCKET}/study"
 
 @pytest.fixture(scope="module")
 def studies(object_store, tmp_path_factory):
-    """The same study of the same images twice, run once each: of a folder, and of the store."""
+    """The same study of the same images twice: of a folder, and of the store."""
     folder = tmp_path_factory.mktemp("studies")
     draw(folder / "images/train", "sklearn:digits[0-1]/train", 10)
     draw(folder / "images/test", "sklearn:digits[0-1]/test", 4)
@@ -27,8 +27,9 @@ def studies(object_store, tmp_path_factory):
     (folder / "remote.toml").write_text(remote.replace('work = "work"', 'work = "remote"'))
     for path in (folder / "images").rglob("*.png"):
         (RemotePath(URL) / str(path.relative_to(folder))).write_bytes(path.read_bytes())
-    done("run", folder / "local.toml")
-    done("run", folder / "remote.toml")
+    for verb in ("extract", "train", "score"):
+        done(verb, folder / "local.toml")
+        done(verb, folder / "remote.toml")
     return folder
 
 
