@@ -19,7 +19,7 @@ from errno import ENOENT
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cache.errors import CacheError, CacheInvalidError, CacheUnreachableError
 
@@ -286,7 +286,7 @@ class RemotePath:
         raise FileNotFoundError(ENOENT, os.strerror(ENOENT), self.url)
 
 
-Place = Union[Path, RemotePath]  # noqa: UP007 # where something stands
+Place = Path | RemotePath  # where something stands
 
 
 def is_remote(path: str) -> bool:
