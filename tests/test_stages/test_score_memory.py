@@ -16,7 +16,7 @@ from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
 from stages.score import score
 from stages.scorers import SCORERS
-from stages.scorers.features import vra
+from stages.scorers.features import mahalanobis, vra
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.shared.quantiles import column_quantiles
 
@@ -81,6 +81,7 @@ def test_four_times_the_rows_to_score_take_hardly_more_memory(source_of, tmp_pat
 def test_four_times_the_training_rows_take_hardly_more_memory(source_of, tmp_path, monkeypatch):
     monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, held_bytes=0))  # as one of 4 GiB
     monkeypatch.setattr(vra, "column_quantiles", partial(column_quantiles, strip_size=1 << 17))
+    monkeypatch.setattr(mahalanobis, "_ROWS_TO_CHOOSE", FEW)  # a beta by, of however many
     scores = set(SCORERS) - OF_MIXTURES_OR_IMAGES - COMPARES_ALL_PAIRS
     few, many = (peak_of(source_of(n, 500), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
     assert (many - few) / (3 * FEW) < 2 * DIM

@@ -137,13 +137,10 @@ class NACScorer(Scorer):
     def learn(self, train: ScoreInputs, select: ScoreInputs | None) -> Covered:
         """Bins of every neuron, counted over blocks of rows."""
         head = train.need_head(self.name)
-        edges, dim = self._edges(), head.weight.shape[1]
-        counts = np.zeros(dim * (len(edges) + 1), dtype=np.int64)
-        first = np.arange(dim) * (len(edges) + 1)
+        counts = np.zeros((head.weight.shape[1], len(self._edges()) + 1), dtype=np.int64)
         for block in train.blocks():
-            bins = _bins_of(self._states(block, head), edges, self._upper)
-            counts += np.bincount((first + bins).ravel(), minlength=len(counts))
-        return Covered(head, np.minimum(counts.reshape(dim, -1) / self.full, 1.0), len(train))
+            counts += self._counted(block, head)
+        return Covered(head, np.minimum(counts / self.full, 1.0), len(train))
 
     def judge(self, x: ScoreInputs, memory: Covered) -> Floats:
         """Minus the coverage, [n]."""
@@ -152,6 +149,14 @@ class NACScorer(Scorer):
     def remark(self, memory: Covered) -> str:
         """Whether a bin can be covered at all."""
         return "" if memory.rows >= self.full else "no bin is covered in full, for there are fewer rows than that takes"
+
+    def _counted(self, x: ScoreInputs, head: LinearHead) -> NDArray[np.intp]:
+        """[D, bins] rows of a block in each bin."""
+        edges = self._edges()
+        bins = _bins_of(self._states(x, head), edges, self._upper)
+        dim, n_bins = bins.shape[1], len(edges) + 1
+        bins += np.arange(dim) * n_bins
+        return np.bincount(bins.ravel(), minlength=dim * n_bins).reshape(dim, n_bins)
 
     def _states(self, x: ScoreInputs, head: LinearHead) -> Matrix:
         return neuron_states(x.need("features", self.name), x.need("logits", self.name), head.weight, self.alpha)
