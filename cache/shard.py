@@ -7,6 +7,7 @@ Layout (n rows; every dataset contiguous, little-endian, at a multiple of 64 byt
     ├── tap_cls     [n, D']     float16 or float32    class token that enters the expert blocks, if known
     ├── registers   [n, R, D']  float16 or float32    absent where R = 0
     ├── patches     [n, P, D']  float16 or float32    row-major over the grid; absent where patches = "none"
+    ├── taps        [n, L, D"]  float16 or float32    after L blocks or stages, see ``FeatureSpec``; else absent
     ├── logits      [n, C]      float32               only where they came with features made elsewhere
     ├── label       [n]         int32                 -1: unknown
     ├── id          [n]         fixed-length UTF-8

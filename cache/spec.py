@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isqrt, prod
 from typing import Any, Self
@@ -29,8 +29,12 @@ _KINDS: dict[str, type] = {
     "semantics": int,
     "origin": str,
     "n_logits": int,
+    "taps": list,
+    "tap_widths": list,
+    "tap_tokens": int,
 }
-_UNSAID = {"origin": "", "n_logits": 0}  # left out where they say nothing: older caches do not have them
+# Left out where they say nothing: older caches do not have them.
+_UNSAID: dict[str, Any] = {"origin": "", "n_logits": 0, "taps": [], "tap_widths": [], "tap_tokens": 0}
 _LARGEST = 1 << 24  # no dimension of a real feature comes near; keeps products of hostile ones far from overflow
 
 
@@ -55,6 +59,9 @@ class FeatureSpec:
         origin: where features come from that were not extracted here, in their owner's words; empty for others. What
             is not known of such features is empty or 0: network, weights, image size, tap.
         n_logits: C of the ``logits`` that came with them; 0 where none did.
+        taps: blocks (ViT) or stages (CNN) after which ``taps`` are read, counted from 1, ascending; empty where none.
+        tap_widths: features of each; the dataset is as wide as the widest, zeros beyond.
+        tap_tokens: 2, class token and mean patch, or 1, the mean alone; 0 where there are no taps.
 
     Raises:
         CacheInvalidError: for values that no feature can have.
@@ -75,6 +82,9 @@ class FeatureSpec:
     semantics: int
     origin: str = ""
     n_logits: int = 0
+    taps: tuple[int, ...] = ()
+    tap_widths: tuple[int, ...] = ()
+    tap_tokens: int = 0
 
     def __post_init__(self) -> None:
         # One JSON round trip makes a private copy in which tuples are lists, so that equal means equal after reading.
@@ -82,7 +92,8 @@ class FeatureSpec:
         check_fields(body, _KINDS, "spec")
         object.__setattr__(self, "transform", body["transform"])
         object.__setattr__(self, "compute", body["compute"])
-        object.__setattr__(self, "grid", tuple(body["grid"]))
+        for name in ("grid", "taps", "tap_widths"):
+            object.__setattr__(self, name, tuple(body[name]))
         known = bool(self.backbone and self.weights_sha) or bool(self.origin)
         check(known, "spec: backbone and weights_sha must not be empty")
         least = 0 if self.origin else 1
@@ -100,6 +111,14 @@ class FeatureSpec:
         check(fits and (self.patches != "none" or self.grid == (0, 0)), f"spec: grid {self.grid} with {self.patches!r}")
         tokens = self.n_registers or prod(self.grid)
         check(bool(self.tap_dim or not tokens), "spec: tap_dim is 0, but there are registers or patches")
+        self._check_taps()
+
+    def _check_taps(self) -> None:
+        sizes = all(type(n) is int and 1 <= n <= _LARGEST for n in (*self.taps, *self.tap_widths))
+        ascending = sizes and list(self.taps) == sorted(set(self.taps))
+        check(ascending, f"spec: taps {list(self.taps)} must be ascending numbers from 1, tap_widths at least 1")
+        fits = len(self.tap_widths) == len(self.taps) and self.tap_tokens in ((1, 2) if self.taps else (0,))
+        check(fits, f"spec: {len(self.taps)} taps with {len(self.tap_widths)} tap_widths, {self.tap_tokens} tap_tokens")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -115,6 +134,8 @@ class FeatureSpec:
             shapes["registers"] = (self.n_registers, self.tap_dim)
         if self.patches != "none":
             shapes["patches"] = (prod(self.grid), self.tap_dim)
+        if self.taps:
+            shapes["taps"] = (len(self.taps), *((2,) if self.tap_tokens == 2 else ()), max(self.tap_widths))
         stored = {name: (shape, np.dtype(self.dtype).newbyteorder("<")) for name, shape in shapes.items()}
         if self.n_logits:  # float16 would move an energy by a thousandth
             stored["logits"] = ((self.n_logits,), np.dtype("<f4"))
@@ -125,6 +146,10 @@ class FeatureSpec:
         """Bytes of one image's features."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.datasets().values())
 
+    def without_taps(self) -> "FeatureSpec":
+        """The same features but for ``taps``: no other depends on them."""
+        return replace(self, taps=(), tap_widths=(), tap_tokens=0)
+
     def first_difference(self, asked: "FeatureSpec") -> str | None:
         """The first field in which this cached spec differs from the one asked for, or None.
 
@@ -134,7 +159,8 @@ class FeatureSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; those that say nothing are left out."""
-        body = {field.name: getattr(self, field.name) for field in fields(self)} | {"grid": list(self.grid)}
+        body = {field.name: getattr(self, field.name) for field in fields(self)}
+        body |= {name: list(body[name]) for name in ("grid", "taps", "tap_widths")}
         return {name: value for name, value in body.items() if name not in _UNSAID or value != _UNSAID[name]}
 
     @classmethod

@@ -122,6 +122,9 @@ class StudyBackbone:
             "batch": COMPUTE_BATCH,
             "threads": COMPUTE_THREADS,
             "semantics": EXTRACTION_SEMANTICS,
+            **(
+                {} if cache.taps is None else cache.model_dump(mode="json", include={"taps"})
+            ),  # as in links from before
         }
 
     def _asked_network(self, backbone: BackboneConfig) -> dict[str, Any]:
@@ -195,7 +198,7 @@ class StudyBackbone:
             return known
         if self.config.has_features:
             raise InputError("the sets' features are not in caches yet, or with other settings: run make extract")
-        return chosen_spec(self.loaded, cache.dtype, cache.patches, cache.root, n_images)
+        return chosen_spec(self.loaded, cache.dtype, cache.patches, cache.root, n_images, cache.taps)
 
     def given_spec(self, tables: Mapping[str, ArrayTable]) -> FeatureSpec:
         """What the features of a study are whose sets came as arrays, by name; only the first rows are read.

@@ -50,6 +50,7 @@ def cache_images(
                 backbone,
                 patches=config.cache.patches,
                 dtype=config.cache.dtype,
+                taps=config.cache.taps,
                 out=config.cache.root,
                 name=own,
                 options=ExtractOptions(

@@ -97,7 +97,8 @@ def check_study(
         return
     if spec is None:
         check_source(config.backbone)
-        built = network()  # an image size, or a tap, that it does not have
+        built = network()  # an image size, or taps, that it does not have
+        built.tap_layout(config.cache.taps)
         check_decode(config.backbone, default_device(), built.data_config)
     check_patches(config, names, spec, to_train, network)
     if spec is None:
@@ -219,6 +220,12 @@ def _check_split(config: RunConfig, names: tuple[str, ...], labels: Labels, held
 
 def _check_scores(config: RunConfig, n_classes: int, network: _Network) -> None:
     """Scores that the features to be extracted cannot have."""
+    if config.cache.taps is not None:
+        count = network().taps.count
+        asked = [(name, own.get("layers", "auto")) for name, own in config.score.params.items()]
+        for name, most in ((name, max(layers)) for name, layers in asked if layers != "auto"):
+            if most > count:
+                raise InputError(f"score.params.{name}.layers: {most} given, the network has {count} blocks or stages")
     patches = config.cache.patches
     for score in config.score.scores:
         if "patches" in needs_of(score) and patches == "none":

@@ -38,11 +38,17 @@ def cache_lines(cache: FeatureCache) -> list[str]:
         f"= {manifest.n_inputs} inputs, {len(manifest.class_names)} classes",
         f"features   {_network_line(spec)}",
         f"datasets   {datasets} as {spec.dtype}",
+        *([f"taps       after {_listed(spec)}"] if spec.taps else []),
         f"shards     {len(manifest.shards)}, {n_bytes / 2**20:.1f} MiB",
         *_left_out_lines(manifest.left_out),
         f"identity   fingerprint {cache.fingerprint[:8]}, with its inputs {cache.identity[:8]}",
         *([] if spec.origin else [f"origin     {cache.fingerprint}"]),
     ]
+
+
+def _listed(spec: FeatureSpec) -> str:
+    of = "class token and mean patch" if spec.tap_tokens == 2 else "the mean"
+    return f"blocks or stages {', '.join(map(str, spec.taps))}: {of}"
 
 
 def _network_line(spec: FeatureSpec) -> str:

@@ -106,13 +106,14 @@ class Network:
     size: int | None
     patches: str | None
     dtype: str | None
+    taps: Sequence[int] | str | None
     out: str
 
     def config(self, overrides: Sequence[str]) -> FeaturesConfig:
         """The same as an experiment file would say it."""
         given: dict[str, dict[str, Any]] = {
             "backbone": {"name": self.backbone, "weights": self.weights, "image_size": self.size},
-            "cache": {"root": self.out, "patches": self.patches, "dtype": self.dtype},
+            "cache": {"root": self.out, "patches": self.patches, "dtype": self.dtype, "taps": self.taps},
         }
         said = {
             table: {key: value for key, value in keys.items() if value is not None} for table, keys in given.items()
@@ -200,6 +201,15 @@ def _set_name(_context: click.Context, _option: click.Parameter, value: str | No
         raise click.BadParameter(str(error)) from error
 
 
+def _taps(_context: click.Context, _option: click.Parameter, value: str | None) -> Sequence[int] | str | None:
+    if value is None or value == "all":
+        return value
+    try:
+        return [int(number) for number in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f'{value!r} given, must be numbers with commas between them, or "all"') from error
+
+
 NETWORK = gathered(
     "network",
     Network,
@@ -210,6 +220,7 @@ NETWORK = gathered(
     click.option(
         "--dtype", type=click.Choice(["float16", "float32"]), help="As features are stored; float16 by default."
     ),
+    click.option("--taps", callback=_taps, metavar="N,N,…|all", help="Tokens after these blocks or stages as well."),
     click.option("--out", default="cache", show_default=True, metavar="FOLDER", help="Of all caches."),
 )
 SET_NAME = click.option(

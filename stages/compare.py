@@ -252,7 +252,7 @@ class _Classes:
         """Rows as scores take them; labels are those of ID rows alone."""
         if isinstance(rows, ScoreInputs):
             return rows
-        arrays = {name: array for name, array in rows.items() if name != "labels"}
+        arrays: dict[str, Any] = {name: array for name, array in rows.items() if name != "labels"}
         if not arrays:
             raise InputError(f"{who}: labels alone are no rows: give features or logits")
         if of_id and "labels" in rows:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from stages.inputs.images import SampleTable, list_dataset, list_images
 from stages.machine import default_device
 from stages.networks.backbone import Backbone, load_backbone
 from stages.networks.preprocessing import check_decode
+from stages.networks.taps import AskedTaps, Kept
 from stages.progress import NullProgress, Progress
 
 _WITHOUT_BACKBONE: Mapping[str, Any] = {}  # copying arrays depends on no version
@@ -73,11 +74,10 @@ def extract_features(
     images: str | os.PathLike[str] | SampleTable | Any,
     backbone: str | BackboneConfig | Backbone,
     *,
-    patches: str = "full",
-    dtype: Literal["float16", "float32"] = "float16",
     out: str | os.PathLike[str] | RemotePath = "cache",
     name: str | None = None,
     options: ExtractOptions = ExtractOptions(),
+    **kept: Unpack[Kept],
 ) -> FeatureCache:
     """Images in, a sealed cache out: no experiment file and no roles. Where it is sealed and fresh, only open it.
 
@@ -88,11 +88,10 @@ def extract_features(
             map-style dataset as `stages.inputs.images.list_dataset` takes it (a list of paths or of PIL images is one).
         backbone: name of a timm model, with weights of the hub and images of 224 pixels; its settings; or the network
             itself, of which more than the last block may lie behind the tap.
-        patches: ``"full"``, ``"pool:G"`` or ``"none"``; see `cache.FeatureSpec`.
-        dtype: as features are stored.
         out: folder of all caches, or its URL in an object store; the cache's own is ``<name>-<fingerprint8>`` below it.
         name: of the set; by default after the source.
         options: how the cache is filled.
+        kept: ``patches``, ``taps`` and ``dtype``: what is stored, and how, see `stages.networks.taps.Kept`.
 
     Returns:
         The cache: ``cache.read("cls")`` is ``[n, D]``, ``cache.ids``, ``cache.labels`` and ``cache.class_names`` say of
@@ -110,8 +109,19 @@ def extract_features(
     network = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, device=default_device())
     _check_decode(network)
     root = place(out)
-    spec = chosen_spec(network, dtype, patches, root, len(samples))
+    spec = _spec(network, root, len(samples), **kept)
     return extract_set(name, samples, spec, root, lambda: network, options=options)
+
+
+def _spec(
+    network: Backbone,
+    root: Place,
+    n_images: int,
+    dtype: Literal["float16", "float32"] = "float16",
+    patches: str = "full",
+    taps: AskedTaps = None,
+) -> FeatureSpec:
+    return chosen_spec(network, dtype, patches, root, n_images, taps)
 
 
 def set_name(source: str) -> str:

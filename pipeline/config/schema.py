@@ -77,6 +77,14 @@ def _cache_root(value: Any) -> Place:
         raise ValueError(str(error)) from error
 
 
+def _taps(value: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not value or len(set(value)) < len(value):
+        raise ValueError(f"{as_given(value)} given, must be one or more different numbers, counted from 1, or 'all'")
+    return tuple(sorted(value))
+
+
 FolderName = Annotated[str, AfterValidator(folder_name)]
 # Not strict: TOML knows text and lists, no paths and no tuples. What is inside stays strict.
 AbsolutePath = Annotated[Path, Field(strict=False)]
@@ -92,6 +100,8 @@ class CacheConfig(StageConfig):
     dtype: Literal["float16", "float32"] = "float16"
     patches: Annotated[str, AfterValidator(_patches)] = "full"
     expert_blocks: PositiveInt = 1
+    # Blocks or stages, from 1, after which class token and mean patch are kept as well.
+    taps: Annotated[Literal["all"] | Several[PositiveInt] | None, AfterValidator(_taps)] = None
 
 
 class FeaturesConfig(StageConfig):
@@ -289,6 +299,10 @@ class RunConfig(StageConfig):
                 get_scorer(name, self.score.profile, **settings)
             except InputError as error:
                 yield f"score.params.{error}"
+                continue
+            layers, taps = settings.get("layers", "auto"), self.cache.taps
+            if isinstance(taps, tuple) and layers != "auto" and (absent := sorted({*layers} - {*taps})):
+                yield f"score.params.{name}.layers: {absent[0]} given, must be some of cache.taps = {as_given(taps)}"
 
     def _source_problems(self) -> Iterator[str]:
         for entry in self.sets:
@@ -312,14 +326,14 @@ class RunConfig(StageConfig):
                 )
         if not given:
             return
-        if images := [entry.name for entry in self.sets if entry.images is not None]:
-            if given[0].origin and not re.fullmatch("[0-9a-f]{64}", given[0].origin):
-                yield (
-                    f"sets.{given[0].name}.origin: {as_given(given[0].origin)} given, but set {images[0]} has images: "
-                    "to show that both come from one network give the origin that info says of its cache, 64 digits"
-                )
-        elif "patches" in self.cache.model_fields_set:
-            yield f"cache.patches: says what to keep of images; of set {given[0].name} all is kept that its file has"
+        images = [entry.name for entry in self.sets if entry.images is not None]
+        if images and given[0].origin and not re.fullmatch("[0-9a-f]{64}", given[0].origin):
+            yield (
+                f"sets.{given[0].name}.origin: {as_given(given[0].origin)} given, but set {images[0]} has images: "
+                "to show that both come from one network give the origin that info says of its cache, 64 digits"
+            )
+        for key in [] if images else sorted({"patches", "taps"} & self.cache.model_fields_set):
+            yield f"cache.{key}: says what to keep of images; of set {given[0].name} all is kept that its file has"
         if self.finetune is not None:
             yield f"finetune: needs images; set {given[0].name} has features"
 

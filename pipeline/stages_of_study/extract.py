@@ -92,8 +92,9 @@ class Extract(BackboneStage):
         """Of features that were never extracted; the network's shape says it."""
         shape, cache = self.backbone.architecture, self.workspace.config.cache
         height, width = stored_grid(shape.grid, cache.patches)
-        item = 2 if cache.dtype == "float16" else 4
-        return item * (shape.dim + shape.tap_dim * (1 + shape.n_registers + height * width))
+        item, taps = 2 if cache.dtype == "float16" else 4, shape.tap_layout(cache.taps)
+        of_taps = len(taps.taps) * taps.tap_tokens * max(taps.tap_widths, default=0)
+        return item * (shape.dim + shape.tap_dim * (1 + shape.n_registers + height * width) + of_taps)
 
     def _plan_set(self, entry: SetConfig, spec: FeatureSpec | None, row_bytes: int) -> Lines:
         table = self.workspace.sets.table(entry)

@@ -20,6 +20,7 @@ from stages.detection.parts import (
     MixtureParts,
     NetworkParts,
     ScoreParts,
+    of_scores,
 )
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource
@@ -81,7 +82,7 @@ class DecidingDetector:
             per: as of `Detector`.
         """
         mixture = None if self._refined is None else self._refined.mixture()
-        spec, backbone = self.source.data.train.spec, self._running_network()
+        spec, backbone = of_scores(self.source.data.train.spec, self.parts), self._running_network()
         return Detector(self.parts, TorchRuntime(spec, backbone, mixture, self._reads_patches, self.device), per=per)
 
     @property
@@ -141,7 +142,8 @@ class DecidingDetector:
         if network is None or not self.takes_images:
             raise InputError("--onnx: this detector takes features: there is no network to export")
         mixture = None if self._refined is None else self._refined.mixture()
-        return export_graph(network, mixture, self.source.data.train.spec, self._reads_patches)
+        spec = of_scores(self.source.data.train.spec, self.parts)
+        return export_graph(network, mixture, spec, self._reads_patches)
 
     def _network_parts(self) -> NetworkParts | None:
         if self.source.network is None:

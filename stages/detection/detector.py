@@ -29,6 +29,7 @@ from stages.detection.runtime import NetworkRows, Runtime, RuntimeName
 from stages.detection.subject import NO_HEAD, SetRows, known_route, logits_by_head
 from stages.errors import InputError
 from stages.id_data.lazy import Floats, LazyArray, ReadOnce, Rows2D
+from stages.id_data.taps import TapRows
 from stages.inputs.images import ImageError, image_bytes
 from stages.machine import default_device, usable_cores
 from stages.scorers import restored
@@ -224,7 +225,7 @@ class Detector:
 
         Args:
             features: ``cls`` ``[n, D]``, or arrays by name as a cache has them: ``cls``, ``tap_cls``, ``registers``,
-                ``patches``, ``logits``.
+                ``patches``, ``logits``, ``taps``.
             nearest: as in `score`.
 
         Raises:
@@ -292,7 +293,10 @@ class Detector:
             features = LazyArray.of(np.asarray(rows.stored["cls"], dtype=np.float32))
             given = {"given": rows.stored["logits"]} if "logits" in rows.stored else {}
             logits: dict[str, Rows2D | ReadOnce] = {**logits_by_head(features, self.parts.heads), **given}
-            return SetRows(np.asarray(features), labels, logits, patches=rows.patches)
+            taps = None
+            if "taps" in rows.stored:
+                taps = TapRows.of(rows.stored["taps"], self.spec.taps, self.spec.tap_widths)
+            return SetRows(np.asarray(features), labels, logits, patches=rows.patches, taps=taps)
         features = LazyArray.of(refined.features)
         logits = {"trained": refined.logits, **logits_by_head(features, self.parts.heads, refined.expert)}
         others = refined.others if refined.others.shape[1] else None

@@ -105,6 +105,8 @@ class DetectorFactory:
             return "frozen features, for no patches are kept of what the experts make"
         if "patches" in needs and subject.bank.patches is None:
             return "patch tokens"
+        if "taps" in needs and subject.bank.taps is None:
+            return "frozen features with tokens after several blocks: cache.taps names them"
         if needs & {"head", "logits"} and not subject.heads:
             return "logits"
         if "head" in needs and not subject.bank.heads:

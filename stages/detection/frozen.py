@@ -20,6 +20,7 @@ from stages.heads.choose import FittedHeads, WhichHead, final_head, fold_head, p
 from stages.id_data.lazy import LazyArray
 from stages.id_data.rows import Labels, lazy_rows
 from stages.id_data.split import Rows
+from stages.id_data.taps import TapRows
 from stages.id_data.tokens import read_tokens
 from stages.mixture.refine import REFINE_BATCH
 from stages.networks.ends import BackboneEnd
@@ -121,7 +122,7 @@ class FrozenFeatures:
 
     def _rows(self, cached: "_CachedRows", labels: Labels, pick: WhichHead) -> SetRows:
         logits = logits_by_head(cached.features, self.row_heads(pick))
-        return SetRows(cached.features, labels, logits | cached.given, patches=cached.patches)
+        return SetRows(cached.features, labels, logits | cached.given, patches=cached.patches, taps=cached.taps)
 
     def row_heads(self, pick: WhichHead = final_head) -> dict[str, Head]:
         """Linear heads that rows are classified by, those of the final model by default."""
@@ -130,7 +131,7 @@ class FrozenFeatures:
     def _bank(self, train: "_CachedRows", rows: Rows, pick: WhichHead) -> SetRows:
         heads: dict[str, Head] = {name: pick(fitted).on_raw_features() for name, fitted in self._heads.items()}
         own, labels = train[rows], self.source.data.train_labels[rows]
-        return SetRows(own.features, labels, own.given, patches=own.patches, heads=heads)
+        return SetRows(own.features, labels, own.given, patches=own.patches, taps=own.taps, heads=heads)
 
     def _cached(self, cache: FeatureCache) -> "_CachedRows":
         has_patches = "patches" in cache.spec.datasets() and self.source.network is not None
@@ -144,18 +145,20 @@ class FrozenFeatures:
 
 @dataclass(frozen=True, eq=False)
 class _CachedRows:
-    """``cls`` of some rows, the logits that came with it, if any did, by the name of their head; patches."""
+    """``cls`` of some rows, the logits that came with it, if any did, by the name of their head; patches; taps."""
 
     features: LazyArray
     given: dict[str, LazyArray]
     patches: PatchTokens | None
+    taps: TapRows | None
 
     @classmethod
     def of(cls, cache: FeatureCache, patches: PatchTokens | None) -> "_CachedRows":
         n_logits = cache.spec.n_logits
         given = {_GIVEN_HEAD: lazy_rows(cache, "logits", n_logits)} if n_logits else {}
-        return cls(lazy_rows(cache, "cls", cache.spec.cls_dim), given, patches)
+        return cls(lazy_rows(cache, "cls", cache.spec.cls_dim), given, patches, TapRows.cached(cache))
 
     def __getitem__(self, rows: Rows) -> "_CachedRows":
         given = {name: logits[rows] for name, logits in self.given.items()}
-        return _CachedRows(self.features[rows], given, None if self.patches is None else self.patches[rows])
+        patches = None if self.patches is None else self.patches[rows]
+        return _CachedRows(self.features[rows], given, patches, None if self.taps is None else self.taps[rows])

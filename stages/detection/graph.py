@@ -23,6 +23,7 @@ from stages.mixture.model import MixtureOfFeatureExperts
 from stages.networks.backbone import Backbone
 from stages.networks.pillow_transform import PillowTransform
 from stages.networks.surgery import restore_forward
+from stages.networks.taps import stacked
 from stages.networks.tokens import Tokens, reduce_patches
 from stages.networks.weights.loading import first_line
 
@@ -35,7 +36,8 @@ class NetworkGraph(nn.Module):
     Args:
         backbone: on the CPU, in float32, traced by nobody else: tracing changes what it knows of its shapes.
         mixture: trained; None where the backbone's own features are scored.
-        spec: what a cache of these features holds: experts see features as it stores them.
+        spec: what a cache of these features holds: experts see features as it stores them. Taps are wanted where it has
+            them.
         patches: whether patch tokens after the final norm are wanted.
 
     Attributes:
@@ -52,6 +54,7 @@ class NetworkGraph(nn.Module):
         self._backbone = backbone
         self._dtype = getattr(torch, spec.dtype)
         self._option = spec.patches
+        self._taps = spec.taps
         self.model = backbone.model
         self.mixture = mixture
         self.end = backbone.end() if patches else None
@@ -63,8 +66,11 @@ class NetworkGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """``[n, 3, H, W]`` uint8 to the rows of each of `names`."""
         backbone = self._backbone
-        tokens = self._stored(backbone.tokens(backbone.preprocessing.normalise(pixels)))
+        with backbone.taps.reading(self._taps) as read:
+            tokens = self._stored(backbone.tokens(backbone.preprocessing.normalise(pixels)))
         found = {"cls": tokens.cls, "tap_cls": tokens.tap_cls}
+        if self._taps:
+            found["taps"] = stacked(read).to(self._dtype).float()
         if self.mixture is not None:
             found |= self._behind(self.mixture, tokens)
         if self.end is not None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cache import CacheError, FeatureSpec
 from stages.detection.onnx_file import check_graph
-from stages.detection.parts import DetectorParts, MixtureParts
+from stages.detection.parts import DetectorParts, MixtureParts, of_scores
 from stages.detection.runtime import LARGEST_SIDE, NetworkRows
 from stages.errors import InputError
 from stages.inputs.images import decode_image
@@ -43,7 +43,7 @@ class OnnxRuntime:
 
     Args:
         session: of the graph.
-        spec: of the detector's features.
+        spec: of the detector's features; without taps where the graph gives none.
         mixture: of the detector.
         patches: whether the graph gives patch tokens after the final norm.
         batch: images of a pass, the last one repeated, so that a row's bits are the same in any company.
@@ -73,7 +73,8 @@ class OnnxRuntime:
         if not 0 < self.size == self._transform.size <= LARGEST_SIDE:
             said = f"{self.size} given, its transform makes {self._transform.size}"
             raise InputError(f"spec.image_size: {said}, {LARGEST_SIDE} is the most")
-        self.reads = frozenset({"cls"})
+        self._stored = tuple(name for name in ("cls", "tap_cls", "taps") if name != "taps" or spec.taps)
+        self.reads = frozenset(self._stored) - {"tap_cls"}
         self._shapes = _row_shapes(spec, mixture, patches)
         self._names = list(self._shapes)
         taken, given = (
@@ -98,7 +99,7 @@ class OnnxRuntime:
         passes = [self._pass(pixels[start : start + self._batch]) for start in starts]
         found = {name: np.concatenate([each[name] for each in passes]) for name in self._names}
         dtype = np.dtype(self._spec.dtype)
-        stored = {name: found[name].astype(dtype) for name in ("cls", "tap_cls")}
+        stored = {name: found[name].astype(dtype) for name in self._stored}
         return NetworkRows(stored, _refined(found), found.get("patches"))
 
     def run_stored(self, arrays: Mapping[str, NDArray[Any]]) -> NetworkRows:
@@ -107,9 +108,9 @@ class OnnxRuntime:
         Raises:
             InputError: something of the graph stands behind the features.
         """
-        if self._shapes.keys() - {"cls", "tap_cls"}:
+        if self._shapes.keys() - {*self._stored}:
             raise InputError('by onnx this detector takes images alone: load it with runtime="torch" for features')
-        return NetworkRows({name: arrays[name] for name in ("cls", "tap_cls") if name in arrays})
+        return NetworkRows({name: arrays[name] for name in self._stored if name in arrays})
 
     def _pass(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         padded = np.concatenate([pixels, np.repeat(pixels[-1:], self._batch - len(pixels), axis=0)])
@@ -134,6 +135,8 @@ def _row_shapes(spec: FeatureSpec, mixture: MixtureParts | None, patches: bool) 
             shapes["other"] = ()
             if mixture.kind == "frozen":
                 shapes["others"] = (n_experts,)
+    if spec.taps:
+        shapes["taps"] = spec.datasets()["taps"][0]
     if patches:
         shapes["patches"] = None
     return shapes
@@ -212,4 +215,4 @@ def load_onnx_runtime(parts: DetectorParts, graph: bytes | None, device: str = "
         raise InputError(f"spec: {error}") from error
     patches = any("patches" in needs_of(part.scorer.name) for part in parts.scores)
     check_graph(graph)
-    return OnnxRuntime(open_session(graph, device), spec, parts.mixture, patches)
+    return OnnxRuntime(open_session(graph, device), of_scores(spec, parts), parts.mixture, patches)

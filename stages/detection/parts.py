@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache import FeatureSpec
 from stages.config import ExpertKind, RouterInput
 from stages.detection.detectors import Scales
 from stages.detection.subject import Head
+from stages.scorers import needs_of
 from stages.scorers.scorer import ScorerState
 
 NO_EXPERT = "none"
@@ -104,6 +106,11 @@ class DetectorParts:
     calibration: CalibrationRows
     class_names: tuple[str, ...]
     examples: dict[str, Examples]
+
+
+def of_scores(spec: FeatureSpec, parts: DetectorParts) -> FeatureSpec:
+    """What of its features a network is to make: without taps where none of a detector's scores reads them."""
+    return spec if any("taps" in needs_of(part.scorer.name) for part in parts.scores) else spec.without_taps()
 
 
 @dataclass(frozen=True, eq=False)

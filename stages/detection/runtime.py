@@ -25,7 +25,7 @@ class NetworkRows:
 
     Attributes:
         stored: what a cache would hold of each, in its type: ``cls`` ``[n, D]``, and where they are known ``tap_cls``
-            ``[n, D']`` and ``logits`` ``[n, C]``.
+            ``[n, D']``, ``logits`` ``[n, C]``, and where they are read ``taps``.
         refined: by the expert that each went to; None without experts.
         patches: ``[n, P, D]`` patch tokens after the final norm; None where nobody reads them.
     """

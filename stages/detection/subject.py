@@ -16,6 +16,7 @@ from stages.errors import InputError
 from stages.heads.affine import LinearHead
 from stages.id_data.lazy import Floats, LazyArray, ReadOnce, RowNumbers, Rows2D
 from stages.id_data.split import N_PARTS
+from stages.id_data.taps import TapRows
 from stages.scorers.inputs import LazyRows, ScoreInputs
 
 Head = LinearHead | tuple[LinearHead, ...]
@@ -38,6 +39,8 @@ class SetRows:
         other: ``[n]`` logit of the expert's "other" beside its trained head's; None where there is none.
         patches: ``[n, P, D]`` patch tokens after the final norm, read when they are asked for; None where there are
             none.
+        taps: tokens after several blocks or stages of the backbone, read when they are asked for; None where there are
+            none.
         heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
     """
 
@@ -49,6 +52,7 @@ class SetRows:
     others: Floats | None = None
     other: Floats | None = None
     patches: NDArray[np.floating] | LazyRows | None = None
+    taps: TapRows | None = None
     heads: dict[str, Head] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -65,13 +69,14 @@ class SetRows:
             self.other,
             self.patches,
             self.heads.get(head),
+            self.taps,
         )
 
     def take(self, rows: NDArray[np.integer] | slice) -> "SetRows":
         """The given rows, by number or by slice; features and logits are not read."""
         small = {
             name: None if (values := getattr(self, name)) is None else values[rows]
-            for name in ("expert", "confidence", "others", "other", "patches")
+            for name in ("expert", "confidence", "others", "other", "patches", "taps")
         }
         logits = {head: values[rows] for head, values in self.logits.items()}
         return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads)

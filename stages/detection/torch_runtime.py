@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from cache import CacheError, FeatureSpec
 from cache.spec import first_difference
 from stages.config import BackboneConfig
-from stages.detection.parts import DetectorParts, MixtureParts, NetworkParts
+from stages.detection.parts import DetectorParts, MixtureParts, NetworkParts, of_scores
 from stages.detection.runtime import LARGEST_SIDE, NetworkRows
 from stages.errors import InputError
 from stages.extraction.encoder import Encoder
@@ -45,7 +45,7 @@ class TorchRuntime:
     """Runs a backbone and the experts behind it.
 
     Args:
-        spec: what a cache of these features holds.
+        spec: what a cache of these features holds; without taps where nobody reads them.
         backbone: None where features come without one.
         mixture: trained; None where the backbone's own features are scored.
         patches: whether patch tokens after the final norm are wanted.
@@ -70,7 +70,8 @@ class TorchRuntime:
         self._lock = Lock()
         self._batch = COMPUTE_BATCH.get(device, COMPUTE_BATCH["cuda"])
         own = frozenset(("cls",) if mixture is None else mixture.config.reads)
-        self.reads = (own | ({"tap_cls", "registers", "patches"} if patches else frozenset())) & set(spec.datasets())
+        own |= {"tap_cls", "registers", "patches"} if patches else frozenset()
+        self.reads = (own | {"taps"}) & set(spec.datasets())
         # Where nobody reads patch tokens, a cache without them has the same other features.
         self._spec = spec if "patches" in self.reads else replace(spec, patches="none", grid=(0, 0))
         self.size = 0 if spec.origin or backbone is None else spec.image_size
@@ -118,7 +119,7 @@ class TorchRuntime:
         """What stands behind the backbone; passes have one shape, so that a row's bits are the same in any company."""
         n = len(stored["cls"])
         everybody = [np.arange(start, min(start + self._batch, n)) for start in range(0, n, self._batch)]
-        kept = {name: stored[name] for name in ("cls", "tap_cls", "logits") if name in stored}
+        kept = {name: stored[name] for name in ("cls", "tap_cls", "logits", "taps") if name in stored}
         refined = None
         if self._mixture is not None:
             chosen = np.concatenate(list(pool.map(lambda rows: self._route(stored, rows), everybody)))
@@ -198,7 +199,7 @@ def load_runtime(parts: DetectorParts, weights: Mapping[str, NDArray[Any]] | Non
     mixture = None
     if parts.mixture is not None:
         mixture = _stored_mixture(parts.mixture, spec, backbone)
-    return TorchRuntime(spec, backbone, mixture, patches, device)
+    return TorchRuntime(of_scores(spec, parts), backbone, mixture, patches, device)
 
 
 def _stored_backbone(
@@ -216,7 +217,8 @@ def _stored_backbone(
         model = create_model(config)
         model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
         backbone = Backbone(model, config, blocks, device)
-    found = backbone.feature_spec("float16" if spec.dtype == "float16" else "float32", spec.patches).to_dict()
+    dtype: Literal["float16", "float32"] = "float16" if spec.dtype == "float16" else "float32"
+    found = backbone.feature_spec(dtype, spec.patches, None if spec.origin else spec.taps or None).to_dict()
     # Of features that were made elsewhere the network's weights alone are known; where it runs golden rows tell.
     compared = {"weights_sha"} if spec.origin else found.keys() - {"compute"}
     ours, theirs = ({key: body.get(key) for key in sorted(compared)} for body in (spec.to_dict(), found))

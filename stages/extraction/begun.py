@@ -8,10 +8,16 @@ from cache import FeatureSpec, Place, find_caches
 
 if TYPE_CHECKING:  # timm and torch, for those alone who have a network
     from stages.networks.backbone import Backbone
+    from stages.networks.taps import AskedTaps
 
 
 def chosen_spec(
-    backbone: "Backbone", dtype: Literal["float16", "float32"], patches: str, root: Place, n_images: int
+    backbone: "Backbone",
+    dtype: Literal["float16", "float32"],
+    patches: str,
+    root: Place,
+    n_images: int,
+    taps: "AskedTaps" = None,
 ) -> FeatureSpec:
     """The spec of an extraction, with what is left to a GPU chosen once: by the first cache of a network.
 
@@ -21,8 +27,9 @@ def chosen_spec(
         patches: which of them, see `Backbone.feature_spec`.
         root: folder of all caches.
         n_images: of the sets that are to be extracted.
+        taps: see `Backbone.tap_layout`.
     """
-    spec = backbone.feature_spec(dtype, patches)
+    spec = backbone.feature_spec(dtype, patches, taps)
     begun = as_begun(spec, root, backbone.choices)
     if begun is not None:
         return begun

@@ -86,9 +86,14 @@ class Encoder:
         """Features of a batch that is where the backbone is."""
         backbone, spec = self.backbone, self.spec
         batch = backbone.preprocessing.normalise(batch)
-        tokens = reduce_patches(backbone.encode(batch), backbone.grid, spec.patches)
+        if spec.taps:
+            tokens, taps = backbone.encode_with_taps(batch, spec.taps)
+            rows = {"taps": taps}
+        else:
+            tokens, rows = backbone.encode(batch), {}
+        rows |= vars(reduce_patches(tokens, backbone.grid, spec.patches))
         # torch casts four times faster than numpy.
-        return {name: getattr(tokens, name).to(getattr(torch, spec.dtype)) for name in spec.datasets()}
+        return {name: rows[name].to(getattr(torch, spec.dtype)) for name in spec.datasets()}
 
     def _rows_of_gpu(self, images: list[Tensor]) -> dict[str, Tensor]:
         """Features in this thread's pinned memory, once they are there."""

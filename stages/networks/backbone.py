@@ -32,6 +32,7 @@ from stages.networks.ends import BackboneEnd, ConvolutionalEnd, ResidualEnd, Tra
 from stages.networks.preprocessing import Preprocessing
 from stages.networks.repeatable import repeatable
 from stages.networks.surgery import compile_parts, find_cut, restore_forward, uncompile_parts
+from stages.networks.taps import AskedTaps, TapLayout, Taps, layout_of, stacked
 from stages.networks.tokens import Tokens, reduce_patches, stored_grid
 from stages.networks.weights.loading import create_model, first_line, load_model, transform_config, transform_notes
 
@@ -58,6 +59,7 @@ class Backbone:
         grid: ``(h, w)`` of the patch tokens.
         compiled: whether torch.compile has replaced forward passes of its parts.
         cut: whether the end could be cut out; if not, `end` gives a `ResidualEnd`.
+        taps: reads what stands after its blocks or stages.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Backbone:
         self._hook = None
         if self._place is not None:
             self._hook = self._place.module.register_forward_pre_hook(self._tap, with_kwargs=True)
+        self.taps = Taps(model)
         self._block_kwargs: Mapping[str, Any] = {}
         self.data_config = transform_config(model, config)
         self.preprocessing = Preprocessing(self.data_config, config.decode)
@@ -98,8 +101,7 @@ class Backbone:
 
     def _describe(self) -> None:
         """Measure shapes, and whether the cut-out end reproduces the backbone, on two noise images."""
-        size = self.config.image_size
-        noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        size, noise = self.config.image_size, self._noise()
         self.grid: tuple[int, int] = (0, 0)
         try:
             tokens = self._encode(noise)
@@ -116,6 +118,11 @@ class Backbone:
             tokens = self._encode(noise)
         self.dim, self.tap_dim = tokens.cls.shape[1], tokens.tap_cls.shape[1]
         self.n_registers = tokens.registers.shape[1]
+        self.taps.n_tokens = int(self.has_class_token) + self.n_registers + tokens.patches.shape[1]
+
+    def _noise(self) -> Tensor:
+        size = self.config.image_size
+        return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def _end_reproduces(self, tokens: Tokens) -> bool:
         try:
@@ -200,6 +207,34 @@ class Backbone:
         return tokens.map(Tensor.float)
 
     @torch.inference_mode()
+    def encode_with_taps(self, images: Tensor, taps: Sequence[int]) -> tuple[Tokens, Tensor]:
+        """The same pass, and the tokens after some blocks or stages, float32 (see `stages.networks.taps.stacked`).
+
+        Args:
+            images: as of `encode`.
+            taps: numbers from 1, ascending.
+        """
+        with self.taps.reading(taps) as found:
+            tokens = self.encode(images)
+        return tokens, stacked(found)
+
+    @torch.inference_mode()
+    def tap_layout(self, asked: AskedTaps) -> TapLayout:
+        """What taps of a network are, measured on noise.
+
+        Args:
+            asked: numbers of blocks or stages from 1, all there are, or None for none.
+
+        Raises:
+            InputError: blocks or stages that it does not have, or that cannot be read.
+        """
+        if asked is None:
+            return TapLayout()
+        with self.taps.reading(self.taps.numbers(asked, self.config.name)) as found, repeatable(self.device):
+            self._encode(self._noise())
+        return layout_of(found, self.config.name)
+
+    @torch.inference_mode()
     def _encode(self, images: Tensor) -> Tokens:
         return self.tokens(images)
 
@@ -243,9 +278,8 @@ class Backbone:
 
         Rotary embeddings and relative positions of some families ask for all patches.
         """
-        size = self.config.image_size
-        noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
-        return runs_on(self.end(), reduce_patches(self._encode(noise), self.grid, patches).map(lambda x: x.cpu()))
+        tokens = reduce_patches(self._encode(self._noise()), self.grid, patches)
+        return runs_on(self.end(), tokens.map(lambda x: x.cpu()))
 
     def end(self) -> BackboneEnd:
         """A fresh, trainable copy of everything behind the tap, on the CPU."""
@@ -266,12 +300,13 @@ class Backbone:
         restore_forward(end)  # neither the tap nor what is compiled for the backbone's own tensors travels along
         return end
 
-    def feature_spec(self, dtype: Literal["float16", "float32"], patches: str) -> FeatureSpec:
+    def feature_spec(self, dtype: Literal["float16", "float32"], patches: str, taps: AskedTaps = None) -> FeatureSpec:
         """What a cache made with this backbone holds.
 
         Args:
             dtype: how features are stored.
             patches: ``"full"``, ``"pool:G"`` (adaptive average to G x G) or ``"none"``.
+            taps: as of `tap_layout`.
         """
         transform = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
         if self.config.recipe == "official":  # unsaid it is timm's, as in the caches from before there was another
@@ -300,6 +335,7 @@ class Backbone:
                 **({} if self.device.type == "cpu" else {"tf32": False}),  # see `repeatable`
             },
             semantics=EXTRACTION_SEMANTICS,
+            **self.tap_layout(taps)._asdict(),
         )
 
 

@@ -90,6 +90,16 @@ def end_copy(model: nn.Module, before: Sequence[str], sequence: str | None, keep
             setattr(model, name, module)
 
 
+def tap_points(model: nn.Module) -> list[nn.Module]:
+    """The blocks or stages after which tokens can be read; none where the model's family has no such sequence."""
+    for sequence in (*_SEQUENCES, "layers"):  # Swin's stages
+        parts = getattr(model, sequence, None)
+        if isinstance(parts, nn.Sequential | nn.ModuleList) and len(parts) > 1:
+            return list(parts)
+    numbered = [module for name, module in model.named_children() if name in _NUMBERED]
+    return numbered if len(numbered) > 1 else []
+
+
 def _parts(model: nn.Module) -> list[nn.Module]:
     """The blocks or stages that a backbone is made of."""
     for sequence in _SEQUENCES:
@@ -150,4 +160,5 @@ def restore_forward(model: nn.Module) -> None:
     for module in model.modules():
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks_with_kwargs.clear()
+        module._forward_hooks.clear()
         module.__dict__.pop("forward", None)

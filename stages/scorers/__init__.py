@@ -89,6 +89,8 @@ SCORERS = Registry({
     "knn-mean": "neighbours.knn_mean:KNNMeanScorer",
     "patch-knn": "neighbours.patch_knn:PatchKNNScorer",
     "other": "logits.other:OtherScorer",
+    "mm-pp": "layers.mm:MMPlusPlusScorer",
+    "knn-layers": "layers.knn:KNNLayersScorer",
 })  # fmt: skip
 
 

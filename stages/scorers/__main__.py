@@ -10,7 +10,7 @@ from stages.scorers.scorer import Scorer
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- scores: begin -->\n", "<!-- scores: end -->\n"
-_READ = ("features", "logits", "others", "other", "patches", "head")
+_READ = ("features", "logits", "others", "other", "patches", "taps", "head")
 _FITTED_ON = {"bank": "training", "select": "held-out", "labels": "labels"}
 
 

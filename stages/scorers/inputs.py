@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from stages.errors import InputError, NotFiniteError
 from stages.heads.affine import LinearHead
 from stages.id_data.lazy import Floats, ReadOnce, Rows2D
+from stages.id_data.taps import TapRows
 
 ROWS_AT_ONCE = 4096  # fitting and scoring: memory stays flat as rows grow
 
@@ -39,6 +40,7 @@ class ScoreInputs:
         other: [n] logit of the routed expert's "other", beside the ``logits`` of its own trained head.
         patches: [n, P, D] patch tokens after the final norm; an array, or rows that become one when they are read.
         head: the linear head that makes the logits: one for all rows, or one for each expert.
+        taps: tokens after several blocks or stages of the network.
 
     Raises:
         InputError: nothing given, numbers of rows that differ, or a head for each expert of rows that name none.
@@ -52,6 +54,7 @@ class ScoreInputs:
     other: NDArray[np.floating] | None = None
     patches: NDArray[np.floating] | LazyRows | None = None
     head: LinearHead | tuple[LinearHead, ...] | None = None
+    taps: TapRows | None = None
 
     def __post_init__(self) -> None:
         rows = {name: len(array) for name, array in self._arrays().items()}
@@ -63,7 +66,7 @@ class ScoreInputs:
     def __len__(self) -> int:
         return len(next(iter(self._arrays().values())))
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
+    def _arrays(self) -> dict[str, Any]:
         names = (each.name for each in fields(self) if each.name != "head")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -105,6 +108,12 @@ class ScoreInputs:
         if self.features is None:
             raise InputError(f"{who} needs features, which these rows do not have")
         return self.features
+
+    def need_taps(self, who: str) -> TapRows:
+        """The taps; an `InputError` that says who needs them where they are absent."""
+        if self.taps is None:
+            raise InputError(f"{who} needs taps, which these rows do not have")
+        return self.taps
 
     def need_head(self, who: str) -> LinearHead:
         """The one head of these rows, as it is on raw features.

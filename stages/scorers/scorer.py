@@ -75,9 +75,9 @@ class Scorer(ABC):
         paper: first author and year; the formula's docstring has all of it.
         cost: multiplications a row that is scored, up to a constant: N training rows, D features, C classes, P patches
             an image, E experts, M random features or landmarks.
-        needs: of ``features``, ``logits``, ``others``, ``other``, ``patches`` (what `score` reads of a row), ``head``
-            (the weights that make the logits), ``bank`` (ID training rows to fit on), ``select`` (held-out ID rows to
-            choose settings on) and ``labels`` (the class of each row that it is fitted on).
+        needs: of ``features``, ``logits``, ``others``, ``other``, ``patches``, ``taps`` (what `score` reads of a row),
+            ``head`` (the weights that make the logits), ``bank`` (ID training rows to fit on), ``select`` (held-out ID
+            rows to choose settings on) and ``labels`` (the class of each row that it is fitted on).
         profiles: settings that another implementation's defaults differ in, by profile; the fields' own defaults are
             the paper's.
         follows: settings that come from ``[score]`` itself: ``k``, ``temperature``.

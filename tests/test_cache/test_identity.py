@@ -57,6 +57,29 @@ def test_every_field_of_a_spec_changes_its_fingerprint():
     assert len({make_spec(**change).fingerprint for change in [{}, *changes]}) == len(changes) + 1
 
 
+def test_taps_are_another_dataset_and_nothing_is_said_of_none():
+    two = {"taps": (3, 12), "tap_widths": (6, 6), "tap_tokens": 2}
+    stages = {"taps": (1, 2), "tap_widths": (3, 5), "tap_tokens": 1}
+    plain, with_taps, of_stages = make_spec(), make_spec(**two), make_spec(**stages)
+    assert with_taps.datasets() == plain.datasets() | {"taps": ((2, 2, 6), np.dtype("<f2"))}
+    assert of_stages.datasets()["taps"] == ((2, 5), np.dtype("<f2"))  # as wide as the widest
+    assert FeatureSpec.from_dict(with_taps.to_dict()) == with_taps
+    assert not {"taps", "tap_widths", "tap_tokens"} & plain.to_dict().keys()
+    assert plain.fingerprint[:16] == "baad6228c1ade359"  # as before there were taps
+    assert with_taps.without_taps() == plain
+    assert len({spec.fingerprint for spec in (plain, with_taps, of_stages, make_spec(**two | {"taps": (3, 11)}))}) == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"taps": (12, 3)}, {"taps": (3, 3)}, {"taps": (0, 3)}, {"taps": ("3", 4)}, {"tap_widths": (6,)},
+     {"tap_widths": (6, 0)}, {"tap_tokens": 0}, {"tap_tokens": 3}, {"taps": (), "tap_widths": ()}],
+)  # fmt: skip
+def test_taps_that_cannot_be_are_refused(wrong):
+    with pytest.raises(CacheInvalidError, match="taps"):
+        make_spec(**{"taps": (3, 12), "tap_widths": (6, 6), "tap_tokens": 2} | wrong)
+
+
 def test_datasets_are_absent_where_there_is_nothing_to_store():
     spec = make_spec(n_registers=0, patches="none", grid=(0, 0), dtype="float32")
     assert spec.datasets() == {"cls": ((6,), np.dtype("<f4")), "tap_cls": ((4,), np.dtype("<f4"))}

@@ -19,8 +19,9 @@ from tests.test_cache.toy import make_spec
 
 ROOT = Path(__file__).parents[2]
 SPECS = st.builds(
-    lambda patches, **fields: make_spec(patches=patches[0], grid=patches[1], **fields),
+    lambda patches, taps, **fields: make_spec(patches=patches[0], grid=patches[1], **taps, **fields),
     patches=st.sampled_from([("none", (0, 0)), ("full", (1, 1)), ("full", (3, 2)), ("pool:2", (2, 2))]),
+    taps=st.sampled_from([{}, *({"taps": (2, 5), "tap_widths": (4, 3), "tap_tokens": n} for n in (1, 2))]),
     dtype=st.sampled_from(["float16", "float32"]),
     cls_dim=st.integers(1, 9),
     tap_dim=st.integers(1, 9),

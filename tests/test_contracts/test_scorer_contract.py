@@ -9,10 +9,12 @@ from safetensors.numpy import load, save
 
 from stages.errors import InputError, StageError
 from stages.heads.affine import LinearHead
+from stages.id_data.taps import TapRows
 from stages.scorers import SCORERS, get_scorer, restored
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.scorer import FITTED_ON, ScorerState
 
+LAYERS = (3, 6, 9)
 pytestmark = pytest.mark.parametrize("name", SCORERS)
 
 
@@ -27,11 +29,19 @@ def rows(n: int, seed: int, experts: int | None = None) -> ScoreInputs:
     others = np.clip((labels[:, None] % 2 != [0, 1]) + rng.normal(scale=0.2, size=(n, 2)), 0, 1).astype(np.float32)
     other = (3 - 6 * features[:, :5].max(axis=1)).astype(np.float32)
     patches = np.stack([features, features[:, ::-1], features / 2 + 0.1], axis=1)
+    taps = TapRows.of(taps_of(features), LAYERS)
     if experts is None:
-        return ScoreInputs(features, head_over().logits(features), labels, None, others, other, patches, head_over())
+        logits = head_over().logits(features)
+        return ScoreInputs(features, logits, labels, None, others, other, patches, head_over(), taps)
     heads = tuple(head_over(np.arange(5) % experts == e) for e in range(experts))
-    routed = ScoreInputs(features, None, labels, labels % experts, others, other, patches, heads)
+    routed = ScoreInputs(features, None, labels, labels % experts, others, other, patches, heads, taps)
     return replace(routed, logits=routed.need("logits", "a test"))
+
+
+def taps_of(features: np.ndarray) -> np.ndarray:
+    """[n, 3, 2, D]: after the second block half of the directions are gone."""
+    mean = np.roll(features, 1, axis=1)
+    return np.stack([np.stack([x, mean], 1) for x in (features + 0.1, features * (np.arange(12) < 6), features)], 1)
 
 
 def head_over(classes: np.ndarray | slice = slice(None)) -> LinearHead:
@@ -60,7 +70,8 @@ def test_a_score_a_row_finite_float32(fitted, experts):
 def test_it_names_itself_and_what_it_reads(name, fitted):
     assert fitted.name == name
     assert fitted.needs
-    assert fitted.needs <= {"logits", "features", "others", "other", "patches", "head", "bank", "select", "labels"}
+    known = {"logits", "features", "others", "other", "patches", "taps", "head", "bank", "select", "labels"}
+    assert fitted.needs <= known
 
 
 def test_the_score_of_a_row_is_its_own(fitted, experts):
@@ -75,13 +86,15 @@ def test_the_score_of_a_row_is_its_own(fitted, experts):
 
 def test_higher_is_more_ood(fitted, experts):
     inside, noise = rows(200, 1, experts), np.random.default_rng(2)
+    features = noise.normal(scale=[0.05] * 5 + [0.6] * 7, size=(200, 12)).astype(np.float32)
     outside = ScoreInputs(  # away from every class's direction
-        features=noise.normal(scale=[0.05] * 5 + [0.6] * 7, size=(200, 12)).astype(np.float32),
+        features=features,
         expert=inside.expert,
         others=noise.uniform(0.6, 1, size=(200, 2)),
         other=np.full(200, 2.0),
         patches=noise.normal(size=(200, 3, 12)),
         head=inside.head,
+        taps=TapRows.of(taps_of(features - np.eye(5, 12).sum(axis=0, dtype=np.float32)), LAYERS),
     )
     assert np.median(fitted.score(outside)) > np.median(fitted.score(inside))
 
@@ -138,6 +151,7 @@ def test_inputs_are_left_as_they_are(fitted, experts):
     fitted.score(x)
     for array in ("features", "logits", "others", "other", "patches"):
         np.testing.assert_array_equal(getattr(x, array), getattr(before, array))
+    np.testing.assert_array_equal(x.taps.read(LAYERS), before.taps.read(LAYERS))
 
 
 def test_half_precision_is_near_single(fitted, experts):
@@ -145,6 +159,7 @@ def test_half_precision_is_near_single(fitted, experts):
     half = replace(
         x,
         **{name: getattr(x, name).astype(np.float16) for name in ("features", "logits", "others", "other", "patches")},
+        taps=TapRows.of(taps_of(x.features).astype(np.float16), LAYERS),
     )
     scores = fitted.score(x)
     np.testing.assert_allclose(fitted.score(half), scores, atol=1e-2 * max(1, scores.std()))
@@ -173,7 +188,8 @@ def never_right(x: ScoreInputs, classes: list[int]) -> ScoreInputs:
 
 
 def with_features(x: ScoreInputs, features: np.ndarray) -> ScoreInputs:
-    return replace(x, features=features, logits=None, patches=np.repeat(features[:, None], 3, axis=1))
+    taps = TapRows.of(np.repeat(features[:, None, None], 3, axis=1).repeat(2, axis=2), LAYERS)
+    return replace(x, features=features, logits=None, patches=np.repeat(features[:, None], 3, axis=1), taps=taps)
 
 
 def with_zero_head(x: ScoreInputs) -> ScoreInputs:

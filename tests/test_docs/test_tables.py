@@ -22,7 +22,7 @@ IMAGENET = 1_281_167
 FAMILY = ("vit_small_patch14", "vit_base_patch14", "vit_large_patch14", "vit_giant_patch14")
 
 
-def row_bytes(name: str, size: int, patches: str) -> int:
+def row_bytes(name: str, size: int, patches: str, taps: int = 0) -> int:
     """Bytes of one image's features in float16, by the network's own shapes (nothing is computed or held in memory)."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
@@ -40,20 +40,24 @@ def row_bytes(name: str, size: int, patches: str) -> int:
         grid=stored_grid(model.patch_embed.grid_size, patches),
         compute={},
         semantics=1,
+        taps=tuple(range(1, taps + 1)),
+        tap_widths=(model.embed_dim,) * taps,
+        tap_tokens=2 if taps else 0,
     )
     return spec.row_bytes
 
 
 def bytes_table() -> str:
     lines = [
-        "| DINOv2 | px | `full` | with 4 registers | `pool:4` | `none` | 1.28 M images, `full` |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| DINOv2 | px | `full` | with 4 registers | `pool:4` | `none` | each of `taps` | 1.28 M images, `full` |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in FAMILY:
         for size in (224, 518):
             full, pooled, none = (row_bytes(f"{name}_dinov2", size, patches) for patches in ("full", "pool:4", "none"))
             registers = row_bytes(f"{name}_reg4_dinov2", size, "full")
-            cells = " | ".join(f"{n:,}" for n in (full, registers, pooled, none))
+            tap = row_bytes(f"{name}_dinov2", size, "none", taps=1) - none
+            cells = " | ".join(f"{n:,}" for n in (full, registers, pooled, none, tap))
             letter = {"giant": "g"}.get(name.split("_")[1], name.split("_")[1][0].upper())
             lines.append(f"| ViT-{letter}/14 | {size} | {cells} | {full * IMAGENET / 1e9:,.0f} GB |")
     return "\n".join(lines)

@@ -69,6 +69,23 @@ def test_image_files_given_by_themselves_are_one_set_and_a_name_may_be_given(hom
     assert "patches" not in cache.spec.datasets()
 
 
+def test_taps_are_kept_beside_all_else_and_a_study_that_asks_for_them_finds_the_cache(home, tmp_path):
+    shutil.copytree(home, tmp_path / "own")
+    home, asked = tmp_path / "own", ("--set", "cache.taps=[5,7]", "--set", f"cache.root={tmp_path / 'out'}")
+    planned = done("extract", home / "tiny.toml", "--dry-run", *asked).out
+    done("cache", home / "images" / "test", *NETWORK, "--taps", "7,5", "--out", tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("test-????????")
+    cache = FeatureCache.open(path)
+    assert cache.read("taps").shape == (12, 2, 320)
+    assert f"test: 12 images, would write {12 * cache.spec.row_bytes / 2**20:.1f} MiB" in planned
+    said = done("info", path).out
+    assert "taps [n, 2, 320]" in said
+    assert "taps       after blocks or stages 5, 7: the mean" in said
+    assert "3 of 4 sets extracted" in done("extract", home / "tiny.toml", *asked).out
+    assert "extract pretrained: fresh; " in done("extract", home / "tiny.toml", *asked).out
+    assert "would write" in done("extract", home / "tiny.toml", "--dry-run").out  # without taps it is another cache
+
+
 def test_shards_are_one_set_and_what_is_said_of_them_is_said(home, tmp_path):
     for number in range(2):
         with tarfile.open(tmp_path / f"s-{number}.tar", "w") as tar:
@@ -93,6 +110,11 @@ def test_shards_are_one_set_and_what_is_said_of_them_is_said(home, tmp_path):
         ),
         (["HOME/images/train", *NETWORK, "--name", "a/b"], "Invalid value for '--name'"),
         (["HOME/images/train", *NETWORK, "--patches", "all"], "cache.patches: \"all\" given, must be 'full', 'none'"),
+        (
+            ["HOME/images/train", *NETWORK, "--taps", "last"],
+            "Invalid value for '--taps': 'last' given, must be numbers",
+        ),
+        (["HOME/images/train", *NETWORK, "--taps", "8"], "cache.taps: [8] given, tf_efficientnet_lite0 has 7 blocks"),
         (["HOME/images/train", "--backbone", "tf_efficientnet_lite0", "--size", 4], "backbone.image_size: 4 given"),
         (["HOME/images/train", *NETWORK, "--set", "backbone.presision=1"], "backbone.presision: unknown key"),
         (["HOME/images/train", *NETWORK, "--set", "train.epochs=1"], "train: unknown key"),

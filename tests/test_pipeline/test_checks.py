@@ -162,6 +162,26 @@ KINDS = {
         lambda home: [*network(home, "resnet10t"), "cache.expert_blocks=4"],
         "cache.expert_blocks: 4 given, resnet10t has 4: give at most 3",
     ),
+    "taps after more blocks than the network has": (
+        "study",
+        lambda home: [*network(home, "resnet10t"), "cache.taps=[2,5]"],
+        "cache.taps: [2, 5] given, resnet10t has 4 blocks or stages, counted from 1",
+    ),
+    "a score of layers that the network does not have": (
+        "study",
+        lambda home: [*network(home, "resnet10t"), "cache.taps=all", "score.params={ mm-pp = { layers = [2, 7] } }"],
+        "score.params.mm-pp.layers: 7 given, the network has 4 blocks or stages",
+    ),
+    "a score of layers that are not kept": (
+        "study",
+        lambda home: ["cache.taps=[2,7]", "score.params={ mm-pp = { layers = [2, 5] } }"],
+        "score.params.mm-pp.layers: 5 given, must be some of cache.taps = [2, 7]",
+    ),
+    "taps of a network whose class token does not pass its blocks": (
+        "study",
+        lambda home: [*network(home, "xcit_nano_12_p16_224", 32), "cache.taps=all", "train.expert=adapter"],
+        "cache.taps: what xcit_nano_12_p16_224 makes after block or stage 1 cannot be read: leave it out",
+    ),
     "an image size off the grid of patches": (
         "study",
         lambda home: network(home, "test_vit", 50),

@@ -28,7 +28,10 @@ from stages.scorers import SCORERS
 from stages.train import train_mofe, train_probe
 
 # What frozen features without patch tokens have; DICE keeps a tenth of the weights, which here would be a handful.
-OF_FEATURES = [*(name for name in SCORERS if name not in ("mos", "other", "patch-knn")), "knn+energy"]
+OF_FEATURES = [
+    *(name for name in SCORERS if name not in ("mos", "other", "patch-knn", "mm-pp", "knn-layers")),
+    "knn+energy",
+]
 OF_MIXTURES = ["msp", "energy", "knn", "knn+energy", "ncm", "mos", "other"]  # of frozen experts
 PARAMS = {"dice": {"percentile": 50.0}, "corp": {"features": 128}}
 

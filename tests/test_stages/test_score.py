@@ -919,10 +919,11 @@ def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_p
     """Each by every head that it reads: finite, and the record says what came of which ID rows, by expert."""
     result = score([source], CONFIG.model_copy(update={"scores": list(SCORERS)}), tmp_path)
     ran = {name: {row["score"] for row in result.rows if row["features"] == name} for name in ("cls", "mofe")}
-    assert set(SCORERS) - ran["cls"] == {"mos", "other"}  # of a mixture alone
-    assert set(SCORERS) - ran["mofe"] == {"mos", "patch-knn"}
+    of_taps = {"mm-pp", "knn-layers"}  # which these caches do not have
+    assert set(SCORERS) - ran["cls"] == {"mos", "other", *of_taps}  # of a mixture alone
+    assert set(SCORERS) - ran["mofe"] == {"mos", "patch-knn", *of_taps}
     noted = {note.split(":")[0] for note in result.notes if ": it needs" in note}
-    assert {"mos", "patch-knn"} <= noted
+    assert {"mos", "patch-knn", *of_taps} <= noted
     shrunk = "ssd: the covariance is shrunk, for there are fewer than 10 rows a feature"
     assert f"{shrunk}: the backbone's own features, variant default" in result.notes
     assert np.isfinite([row["auroc"] for row in result.rows]).all()

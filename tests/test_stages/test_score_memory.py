@@ -22,7 +22,7 @@ from stages.scorers.shared.quantiles import column_quantiles
 
 DIM, CLASSES = 256, 4
 FEW = 5_000  # more than a block, so that both sizes fill one
-OF_MIXTURES_OR_IMAGES = {"mos", "other", "patch-knn"}
+OF_MIXTURES_OR_IMAGES = {"mos", "other", "patch-knn", "mm-pp", "knn-layers"}
 PARAMS = {"corp": {"features": 64}, "kpca-nystrom": {"landmarks": 64}}  # their own memory, whatever the rows
 COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many training rows
 

@@ -13,8 +13,9 @@
 The keys, of n rows: ``cls`` [n, D]; where they are known ``label`` [n] (class names, or class numbers from 0; −1:
 unknown), ``id`` [n] text (the row's number where there is none), ``logits`` [n, C] (column c is class number c, or the
 class that is named), and the tokens that enter the last blocks of the network, as `stages.networks.tokens.Tokens` has
-them: ``tap_cls`` [n, D'], ``registers`` [n, R, D'], ``patches`` [n, P, D'] or [n, h, w, D']. What is called otherwise
-is left out, unless it is named. bfloat16 is read as float32. Nothing in a file is ever run: no pickled objects.
+them: ``tap_cls`` [n, D'], ``registers`` [n, R, D'], ``patches`` [n, P, D'] or [n, h, w, D']. ``taps`` are vectors
+after L blocks or stages, [n, L, D], or class token and mean patch of each, [n, L, 2, D]. What is called otherwise is
+left out, unless it is named. bfloat16 is read as float32. Nothing in a file is ever run: no pickled objects.
 """
 
 import difflib
@@ -53,7 +54,7 @@ __all__ = [
     "row_bytes",
 ]
 
-_AXES = {"cls": (2,), "tap_cls": (2,), "registers": (3,), "patches": (3, 4), "logits": (2,)}
+_AXES = {"cls": (2,), "tap_cls": (2,), "registers": (3,), "patches": (3, 4), "logits": (2,), "taps": (3, 4)}
 _MOST_NAMES = 12  # that a message shows of those that are there
 _NEAR = 0.9  # names that are more alike than this are one word, misspelt or in another number
 
@@ -178,6 +179,8 @@ def _check_features(path: str, columns: Mapping[str, Column]) -> None:
             raise InputError(f"{path}: {name} is {column.dtype}, must be float16, float32 or float64{hint}")
     if not n:
         raise InputError(f"{path}: cls has no rows")
+    if "taps" in columns and len(shape := columns["taps"].shape) == 4 and shape[2] != 2:
+        raise InputError(f"{path}: taps has shape {shape}, must be [n, L, D] or [n, L, 2, D] (class token, mean patch)")
     tokens = [name for name in ("tap_cls", "registers", "patches") if name in columns]
     if tokens and "tap_cls" not in tokens:
         raise InputError(f"{path}: has {tokens[0]}, but no tap_cls: give the class token that stands before them")

@@ -119,7 +119,8 @@ class ArrayTable:
             end: name, digest of the weights, expert blocks and image size of the network whose end reads the tokens.
         """
         name, sha, blocks, size = end or ("", "", 0, 0)
-        tap, registers, logits = (self.columns.get(key) for key in ("tap_cls", "registers", "logits"))
+        tap, registers, logits, taps = (self.columns.get(key) for key in ("tap_cls", "registers", "logits", "taps"))
+        n_taps = taps.shape[1] if taps else 0
         return FeatureSpec(
             backbone=name,
             weights_sha=sha,
@@ -136,6 +137,9 @@ class ArrayTable:
             semantics=ARRAY_SEMANTICS,
             origin=origin,
             n_logits=logits.shape[1] if logits else 0,
+            taps=tuple(range(1, n_taps + 1)),
+            tap_widths=(taps.shape[-1] if taps else 0,) * n_taps,
+            tap_tokens=len(taps.shape) - 2 if taps else 0,
         )
 
     def read(self, start: int, stop: int, spec: FeatureSpec) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint8]]:

@@ -274,6 +274,7 @@ def test_what_reads_a_head():
     gaussian = {"mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "ssd", "gmm"}
     gaussian |= {"mahalanobis-radial", "wdiscood", "vmf"}
     of_features = {"knn", "knn-mean", "ncm", "cosine", "cop", "corp", "mos", "patch-knn", *gaussian}
+    of_features |= {"mm-pp", "knn-layers"}
     assert {name for name in (*SCORERS, "knn+energy", "knn+gmm") if not reads_head(name)} == of_features | {"knn+gmm"}
     with pytest.raises(InputError, match="'energy'"):
         reads_head("knn+enrgy")

@@ -78,6 +78,20 @@ def runtimes(backbone, mixture, patches="full", dtype="float32", gives_patches=F
     return TorchRuntime(spec, backbone, mixture, gives_patches), OnnxRuntime(session, spec, parts, gives_patches)
 
 
+@pytest.mark.parametrize("family", ["efficientnet", "registers", "siglip"])
+def test_taps_are_those_of_torch(family):
+    backbone = backbone_of(family)
+    spec = backbone.feature_spec("float32", "none", "all")
+    pixels = drawn_pixels(backbone.config.image_size, 5)
+    by_torch = TorchRuntime(spec, backbone, None).run(pixels).stored["taps"]
+    onnx = OnnxRuntime(open_session(export_graph(backbone, None, spec)), spec, None)
+    found = onnx.run(pixels).stored["taps"]
+    assert found.shape == (5, *spec.datasets()["taps"][0])
+    assert np.abs(found - by_torch).max() <= TOLERANCE * by_torch.std()
+    plain = OnnxRuntime(open_session(export_graph(backbone, None, spec.without_taps())), spec.without_taps(), None)
+    assert "taps" not in plain.run(pixels).stored
+
+
 def drawn_pixels(side, n=33):
     """Images of smooth spots, some of them dark: the router sends them to several experts."""
     generator = np.random.default_rng(0)

@@ -155,6 +155,21 @@ def test_only_cls_is_needed(tmp_path):
     assert table.dtype == "float32"
 
 
+@pytest.mark.parametrize(("shape", "tokens"), [((6, 3, 4), 1), ((6, 3, 2, 4), 2)])
+def test_taps_are_counted_from_one(shape, tokens, tmp_path):
+    rng = np.random.default_rng(0)
+    taps = rng.normal(size=shape).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", cls=rng.normal(size=(6, 5)), taps=taps)
+    spec = list_arrays(str(tmp_path / "mine.npz")).spec("mine", "float32")
+    assert (spec.taps, spec.tap_widths, spec.tap_tokens) == ((1, 2, 3), (4, 4, 4), tokens)
+    np.testing.assert_array_equal(
+        imported(list_arrays(str(tmp_path / "mine.npz")), tmp_path / "root").read("taps"), taps
+    )
+    np.savez(tmp_path / "wrong.npz", cls=rng.normal(size=(6, 5)), taps=np.ones((6, 3, 3, 4)))
+    with pytest.raises(InputError, match=r"taps has shape \(6, 3, 3, 4\), must be \[n, L, D\] or"):
+        list_arrays(str(tmp_path / "wrong.npz"))
+
+
 def test_half_precision_stays_what_it_is(rows, tmp_path):
     half = {name: array.astype(np.float16) if array.dtype == np.float32 else array for name, array in rows.items()}
     table = list_arrays(str(as_npz(tmp_path / "f.npz", half)))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from stages.heads.affine import LinearHead
+from stages.id_data.taps import TapRows
 from stages.scorers.inputs import ScoreInputs
 
 
@@ -16,4 +17,5 @@ def inputs(n=60, dim=8, classes=5, experts=None, seed=0, noise=0.2):
     head = LinearHead(np.eye(classes, dim) + np.linspace(0, 0.1, dim), np.linspace(-1, 1, classes))
     other = logits.mean(axis=1)
     patches = np.stack([features, features[:, ::-1]], axis=1)
-    return ScoreInputs(features, logits, labels, expert, others, other, patches, head)
+    taps = TapRows.of(np.stack([features + 0.1, features * np.linspace(1, 0, dim), features], axis=1), (1, 2, 3))
+    return ScoreInputs(features, logits, labels, expert, others, other, patches, head, taps)

@@ -1,0 +1,1 @@
+"""Scores of the tokens after several blocks or stages."""
