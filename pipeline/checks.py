@@ -27,7 +27,7 @@ from stages.mixture.model import cannot_read
 from stages.networks.backbone import Backbone, build_architecture
 from stages.networks.preprocessing import check_decode
 from stages.networks.weights.loading import check_source
-from stages.scorers import get_scorer, needs_of
+from stages.scorers import AUTO, get_scorer, needs_of, parts_of
 from stages.scorers.features.gmm import GMMScorer
 from stages.training.recipes import resolve_recipe, resolve_settings
 from stages.training.tensorboard import require_tensorboard
@@ -228,13 +228,15 @@ def _check_scores(config: RunConfig, n_classes: int, network: _Network) -> None:
                 raise InputError(f"score.params.{name}.layers: {most} given, the network has {count} blocks or stages")
     patches = config.cache.patches
     for score in config.score.scores:
+        if score == AUTO:
+            continue
         if "patches" in needs_of(score) and patches == "none":
             raise InputError(
                 f'score.scores: {score} reads patch tokens, and none are kept: give cache.patches = "full"'
             )
         if "patches" in needs_of(score) and patches != "full" and not network().end_reads(patches):
             raise cannot_read_patches(network().config.name, patches)
-        for part in score.split("+"):
+        for part, _ in parts_of(score):
             scorer = get_scorer(part, config.score.profile, **config.score.params.get(part, {}))
             if isinstance(scorer, GMMScorer):
                 scorer.check_size(n_classes, network().dim)

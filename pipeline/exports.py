@@ -19,6 +19,7 @@ from pipeline.sources import source_to_predict
 from pipeline.stages_of_study.score import stale_scores
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
+from stages.detection.auto import CHOSEN_FOLDER
 from stages.detection.bundle import GRAPH, read_about
 from stages.detection.conformal import threshold_at
 from stages.detection.deciding import DecidingDetector
@@ -34,7 +35,7 @@ from stages.inputs.images import ImageError, decode_image
 from stages.results.method import NO_ROUTING, Method, recommended_of
 from stages.results.scored_study import ScoredStudy
 from stages.score import ADMIT
-from stages.scorers import reads_head
+from stages.scorers import AUTO, reads_head
 
 _SPARE = 4  # candidates of either kind beside those that become golden: some may be at the threshold
 _ID_ROLES, _OOD_ROLES = ("id-test", "id-val", "id-train"), ("near-ood", "far-ood")  # where golden rows come from
@@ -56,9 +57,10 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
     backbone = next(workspace.existing(which))
     samples = _golden_samples(workspace, backbone)  # images that are not there any more are said before work
     source = source_to_predict(workspace, backbone, asked.variant)
-    method = recommended_of(bool(source.mixtures), source.data.labels == "given")
-    config = workspace.config.score
-    deciding = DecidingDetector(source, config, asked.score_name or method.score, method.head, workspace.progress)
+    config, choices = workspace.config.score, workspace.config.work / "scores" / CHOSEN_FOLDER
+    method = recommended_of(bool(source.mixtures), source.data.labels == "given", config.scores)
+    score = asked.score_name or method.score
+    deciding = DecidingDetector(source, config, score, method.head, workspace.progress, choices)
     about = _about(workspace, backbone, deciding)
     proof = _proof_images(workspace, backbone) if asked.onnx else None
     detector, shown = export_detector(asked.output, deciding, samples, about, asked.with_backbone, proof)
@@ -67,6 +69,9 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
         passes = ", ".join(map(str, PROOF_BATCHES))
         said = f"{shown.images} images in passes of {passes} are decided as by torch"
         lines.append(f"model.onnx: {said}, scores at most {shown.away:.1g} deviations apart")
+    if chosen := deciding.fitted.choice:
+        of = "the backbone's own features" if chosen["features"] == "cls" else "the experts' features"
+        lines.append(f"{AUTO}: {chosen['chosen']} on {of}: {chosen['auto']['rule']}")
     if why := detector.threshold.too_few:
         lines.append(f"no threshold, so it decides nothing: {why}")
     return lines
@@ -263,9 +268,10 @@ def bundle_lines(path: Path) -> Lines:
 
 def _origin_lines(about: Mapping[str, Any]) -> Iterator[str]:
     network, data = about["network"], about["data"]
+    chosen = f" ({about['params']['chosen']})" if about["score"] == AUTO else ""
     of = f"{about['backbone']}, {about['features']} features" + (f", {about['variant']}" if about["variant"] else "")
     seed = "" if about["seed"] is None else f", seed {about['seed']}"
-    yield f"study      {about['study']}: {about['score']} by head {about['head']}, {of}{seed}"
+    yield f"study      {about['study']}: {about['score']}{chosen} by head {about['head']}, {of}{seed}"
     if network["name"]:
         size, weights = network["image_size"], network["weights_sha256"][:8]
         yield f"network    {network['name']} at {size} px, weights {weights}; takes {about['takes']}"

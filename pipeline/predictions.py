@@ -13,6 +13,7 @@ from pipeline.deciding import Deciding
 from pipeline.prepared import prepared_images
 from pipeline.sources import source_to_predict
 from pipeline.workspace import Workspace
+from stages.detection.auto import CHOSEN_FOLDER
 from stages.detection.conformal import BatchPromise
 from stages.detection.detector import Detector
 from stages.errors import InputError
@@ -62,7 +63,8 @@ def predict_paths(workspace: Workspace, paths: Sequence[str], deciding: Deciding
             f"{backbone.device}: they are equal to a tolerance, not to the bit"
         )
     source, config = source_to_predict(workspace, backbone), workspace.config.score
-    predictor = Predictor(source, config, deciding.score_name, progress, deciding.per)
+    choices = workspace.config.work / "scores" / CHOSEN_FOLDER
+    predictor = Predictor(source, config, deciding.score_name, progress, deciding.per, choices)
     fitted = predictor.fitted
     about = asdict(fitted.subject.key) | {"head": fitted.head, "score": fitted.score, "params": fitted.params}
     return _predicted(predictor.detector, about, (paths, sources), deciding.fdr, form, progress)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class Predictor:
         config: scores, k, temperature.
         score: name; None takes the recommended one.
         progress: of what has to be refined first.
+        choices: where what ``auto`` chose is kept.
         per: whose ID images are promised how many false alarms, as of `stages.detection.detector.Detector`.
 
     Attributes:
@@ -84,9 +86,10 @@ class Predictor:
         score: str | None = None,
         progress: Progress | None = None,
         per: Per = "all",
+        choices: Path | None = None,
     ) -> None:
-        method = recommended_of(bool(source.mixtures), source.data.labels == "given")
-        deciding = DecidingDetector(source, config, score or method.score, method.head, progress)
+        method = recommended_of(bool(source.mixtures), source.data.labels == "given", config.scores)
+        deciding = DecidingDetector(source, config, score or method.score, method.head, progress, choices)
         self.fitted = deciding.fitted
         self.detector = deciding.detector(per)
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
+from stages.detection.auto import CHOSEN_FOLDER, AutoScore
 from stages.detection.conformal import ThresholdEstimate, threshold_at
 from stages.detection.detectors import FittedDetector
-from stages.detection.routing import Predictions, RoutedSubject, Scores, routed_subjects, set_key
+from stages.detection.routing import ChosenScores, Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
 from stages.detection.subject import NO_HEAD, Subject, known_route
@@ -30,7 +31,7 @@ from stages.results.method import Method
 from stages.results.remarks import Remarks
 from stages.results.table import Evaluator, Failures, MethodRun
 from stages.results.writer import SampleBlock, ScoresWriter
-from stages.scorers import needs_of
+from stages.scorers import AUTO, needs_of
 from stages.scorers.neighbours.knn import KNNScorer
 from stages.scorers.neighbours.space import RAW
 from stages.scorers.neighbours.store import NeighbourStore
@@ -74,8 +75,13 @@ def score(
     neighbours = NeighbourStore(folder / "neighbours")
     for source in sources:
         scoring.writer.id.split[_label(source)] = source.data.split.rule
+        auto = (
+            ChosenScores(AutoScore(source, folder / CHOSEN_FOLDER), config, neighbours)
+            if AUTO in config.scores
+            else None
+        )
         for subject in routed_subjects(source, config, neighbours, progress):
-            scoring.score(subject, source)
+            scoring.score(subject, source, auto)
     neighbours.forget_others()
     overlaps = find_overlaps(_sets(sources[0]))
     scoring.writer.id.overlap = [asdict(overlap) for overlap in overlaps]
@@ -107,8 +113,8 @@ class _Scoring:
         sizes = {set_key(test): test.cache.n_rows for test in tests}
         self._evaluator = Evaluator(others, sizes, config.bootstrap)
 
-    def score(self, subject: RoutedSubject, source: BackboneSource) -> None:
-        """Score every set with every detector of a choice of features."""
+    def score(self, subject: RoutedSubject, source: BackboneSource, auto: ChosenScores | None) -> None:
+        """Score every set with every detector of a choice of features, and with the one that is chosen for it."""
         if not self.writer.rows:
             self._progress.note(_first_row(subject, self._oods))
         detectors = subject.factory.detectors()
@@ -116,7 +122,11 @@ class _Scoring:
         scored: dict[str, list[tuple[FittedDetector, Scores]]] = {}  # by routing
         predicted = {routing: subject.predictions(routing) for routing in subject.routings}
         first = predicted[subject.routings[0]]
-        for detector, routes in zip(detectors, subject.scores(detectors), strict=True):
+        found = [*zip(detectors, subject.scores(detectors), strict=True)]
+        if auto is not None:
+            found.append(auto.of(subject))
+            self._say_what_is_chosen(found[-1][0])
+        for detector, routes in found:
             for routing, scores in routes.items():
                 failures = _failures(subject, predicted.get(routing, first), detector.head)
                 self._evaluate(detector, routing, scores, failures, source.data.labels)
@@ -186,6 +196,11 @@ class _Scoring:
             # What needs a mixture is not missed of features without one, where there are mixtures.
             if subject.n_experts or not source.mixtures or not needs_of(lacking) & {"others", "other"}:
                 self.remarks.left_out(lacking, what, _place(subject, head))
+
+    def _say_what_is_chosen(self, detector: FittedDetector) -> None:
+        choice = detector.choice
+        of = "" if choice["features"] == detector.subject.key.features else ", of the backbone's own features"
+        self.remarks.say(f"{AUTO} is {choice['chosen']}{of}", choice["auto"]["rule"], _words(detector.subject))
 
     def _write_samples(
         self,

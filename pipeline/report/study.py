@@ -20,6 +20,7 @@ from stages.inputs.images import SampleTable
 from stages.results.method import BASELINES, FROZEN_KNN, FROZEN_SUM, RECOMMENDED, Method
 from stages.results.scored_study import DAMAGE, Line, ScoredStudy, read_file
 from stages.results.table import GROUPS
+from stages.scorers import AUTO
 
 
 @contextmanager
@@ -121,6 +122,19 @@ class ReportedStudy:
         asked = dict.fromkeys((*BASELINES.values(), self.recommended))
         return [method for method in asked if method is not None and method in self.scored.lines]
 
+    @cached_property
+    def chosen(self) -> dict[Method, list[str]]:
+        """What each ``auto`` chose, one score a seed at most; ``frozen`` before one that looks past the experts."""
+        found: dict[Method, list[str]] = {}
+        for row in self.scored.rows:
+            if row["score"] != AUTO:
+                continue
+            params = json.loads(row["params"])
+            name = params["chosen"] if params["features"] == row["features"] else f"frozen {params['chosen']}"
+            names = found.setdefault(Method.of(row), [])
+            names += [] if name in names else [name]
+        return found
+
     def features(self, backbone: str, features: str, variant: str) -> str:
         """Name of a choice of features."""
         if features == "cls":
@@ -195,11 +209,18 @@ def _is_as_left(metrics: Path) -> bool:
 
 
 def _recommended(scored: ScoredStudy) -> Method | None:
-    """The recommended method of the first variant that has it, or the same score without a mixture."""
+    """What `predict` takes: ``auto`` where it was asked for, of the first variant that has it or without a mixture."""
     if scored.rows[0].get("labels") == "none":  # ID images without classes
         return FROZEN_KNN
-    found = [method for method in scored.lines if replace(method, variant=RECOMMENDED.variant) == RECOMMENDED]
-    return next((method for method in (*found, FROZEN_SUM) if method in scored.lines), None)
+    scores = (AUTO, RECOMMENDED.score)
+    asked = [replace(method, score=score) for score in scores for method in (RECOMMENDED, FROZEN_SUM)]
+    found = (
+        method
+        for wanted in asked
+        for method in scored.lines
+        if method == wanted or (wanted.variant and replace(method, variant=wanted.variant) == wanted)
+    )
+    return next(found, None)
 
 
 def _load_document(path: Path) -> Line:

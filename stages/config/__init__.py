@@ -232,7 +232,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class ScoreConfig(StageConfig):
     """Which scores, with which settings."""
 
-    scores: list[str] = ["msp", "energy", "knn", "knn+energy"]
+    scores: list[str] = ["auto", "msp", "energy", "knn", "knn+energy", "mahalanobis-pp", "ncm+energy"]
     k: PositiveInt | Literal["auto"] = "auto"
     top2: bool = False  # rows of the router's two most probable experts as well; doubles what has to be refined
     profile: Profile = "paper"

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.config import ScoreConfig
+from stages.detection.auto import AutoScore
 from stages.detection.detector import Detector, Per
 from stages.detection.detectors import FittedDetector
 from stages.detection.factory import DetectorFactory
@@ -24,11 +26,12 @@ from stages.detection.parts import (
 )
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource
-from stages.detection.subject import NO_HEAD
+from stages.detection.subject import NO_HEAD, Head
 from stages.detection.torch_runtime import TorchRuntime
 from stages.errors import InputError
 from stages.id_data.lazy import Floats
 from stages.progress import NullProgress, Progress
+from stages.scorers import AUTO, FROZEN
 
 if TYPE_CHECKING:
     from stages.networks.backbone import Backbone
@@ -43,6 +46,7 @@ class DecidingDetector:
         score: name.
         head: whose logits it reads, and whose class an image is called by, where it applies.
         progress: of what has to be refined first.
+        choices: folder where what ``auto`` chose is kept; None: it is chosen here.
 
     Attributes:
         source: as the argument.
@@ -59,6 +63,7 @@ class DecidingDetector:
         score: str,
         head: str,
         progress: Progress | None = None,
+        choices: Path | None = None,
     ) -> None:
         self.source = source
         self._refined: RefinedFeatures | None = None
@@ -66,7 +71,15 @@ class DecidingDetector:
         if source.mixtures:
             self._refined = RefinedFeatures(source, source.mixtures[0], progress or NullProgress())
         self._factory = DetectorFactory((self._refined or self._frozen).subject(), config)
-        self.fitted = self._asked(score, head)
+        self.fitted = self._chosen(config, choices) if score == AUTO else self._asked(score, head)
+
+    def _chosen(self, config: ScoreConfig, choices: Path | None) -> FittedDetector:
+        """What ``auto`` is; where that looks at the backbone's own features alone, no expert is needed."""
+        frozen = DetectorFactory(self._frozen.subject(), config) if self._refined else self._factory
+        found = AutoScore(self.source, choices).detector(self._factory, frozen)
+        if not found.subject.n_experts:
+            self._refined, self._factory = None, frozen
+        return found
 
     def _asked(self, score: str, head: str) -> FittedDetector:
         heads = self._factory.heads_of(score)
@@ -104,16 +117,23 @@ class DecidingDetector:
         """The network with its weights, where rows go through it."""
         return self.source.network() if self.source.network and (self.takes_images or self._reads_patches) else None
 
+    def _heads_read(self) -> dict[str, Head]:
+        """Linear heads that say the class, or that a summand reads, by the names that summands have for them."""
+        heads = (self._refined or self._frozen).row_heads() | {
+            FROZEN + name: head for name, head in self._frozen.row_heads().items()
+        }
+        read = {self.fitted.head, *(part.head for part in self.fitted.parts)}
+        return {name: head for name, head in heads.items() if name in read}
+
     @cached_property
     def parts(self) -> DetectorParts:
         """What it is made of, but the weights of the network."""
         fitted, data = self.fitted, self.source.data
-        heads = (self._refined or self._frozen).row_heads()
         return DetectorParts(
             spec=data.train.spec.to_dict(),
             network=self._network_parts(),
             mixture=None if self._refined is None else _mixture_parts(self._refined),
-            heads={name: head for name, head in heads.items() if name == fitted.head},
+            heads=self._heads_read(),
             head=fitted.head,
             score=fitted.score,
             scores=tuple(ScoreParts(part.scorer.state(), part.head) for part in fitted.parts),

@@ -26,13 +26,13 @@ from stages.detection.golden import RUNTIME_TOLERANCE, TOLERANCE, check_golden
 from stages.detection.mondrian import GroupedCalibration
 from stages.detection.parts import NO_EXPERT, DetectorParts
 from stages.detection.runtime import NetworkRows, Runtime, RuntimeName
-from stages.detection.subject import NO_HEAD, SetRows, known_route, logits_by_head
+from stages.detection.subject import NO_HEAD, Head, SetRows, known_route, logits_by_head
 from stages.errors import InputError
 from stages.id_data.lazy import Floats, LazyArray, ReadOnce, Rows2D
 from stages.id_data.taps import TapRows
 from stages.inputs.images import ImageError, image_bytes
 from stages.machine import default_device, usable_cores
-from stages.scorers import restored
+from stages.scorers import FROZEN, restored
 from stages.scorers.scorer import Scorer
 
 if TYPE_CHECKING:  # faiss, for those alone who ask for neighbours
@@ -118,13 +118,25 @@ class Detector:
         """Refuse heads that are not there, or are not of these classes."""
         parts = self.parts
         sizes = {name: len((head[0] if isinstance(head, tuple) else head).bias) for name, head in parts.heads.items()}
+        if wrong := [name for name, n in sizes.items() if name.startswith(FROZEN) and n != len(parts.class_names)]:
+            raise InputError(f"heads: {wrong[0][:20]!r} has {sizes[wrong[0]]} classes, not {len(parts.class_names)}")
         sizes |= {"given": self.spec.n_logits, "trained": len(parts.mixture.groups) if parts.mixture else 0}
         if not sizes.get(parts.head):
             raise InputError(f"head: {parts.head[:20]!r} is not there")
         if sizes[parts.head] != len(parts.class_names):
             raise InputError(f"class_names: {len(parts.class_names)} given, the head has {sizes[parts.head]} classes")
-        if others := [part.head for part in parts.scores if part.head not in (NO_HEAD, parts.head)]:
+        known = {NO_HEAD, parts.head}
+        if parts.mixture is not None:
+            known |= {FROZEN + NO_HEAD, FROZEN + "given", *(name for name in parts.heads if name.startswith(FROZEN))}
+        if others := [part.head for part in parts.scores if part.head not in known]:
             raise InputError(f"scores: the head {others[0][:20]!r} is not the detector's")
+
+    @property
+    def _reads_beside(self) -> set[str]:
+        """What summands read of rows beside what the network does: features, and logits that came with them."""
+        heads = {self.parts.head, *(part.head for part in self.parts.scores)}
+        found = {"cls"} if any(head.startswith(FROZEN) for head in heads) else set()
+        return found | ({"logits"} if heads & {"given", FROZEN + "given"} else set())
 
     def _grouped(self, per: Per) -> GroupedCalibration | None:
         """Calibration scores by predicted class or expert; groups come to the calibration rows as to new ones."""
@@ -237,7 +249,7 @@ class Detector:
     def checked(self, features: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         """What is needed of the arrays, as a cache would hold it; raises as `score_features` does."""
         known = self.spec.datasets()
-        needed = self.runtime.reads | ({"logits"} if self.parts.head == "given" else set())
+        needed = self.runtime.reads | self._reads_beside
         if missing := sorted(needed - features.keys()):
             raise InputError(f"features: {missing[0]} is missing; this detector reads {', '.join(sorted(needed))}")
         if unknown := sorted(features.keys() - known.keys()):
@@ -288,20 +300,32 @@ class Detector:
 
     def set_rows(self, rows: NetworkRows) -> SetRows:
         """As scores see them."""
-        refined, labels = rows.refined, np.full(len(rows), -1, dtype=np.int32)
+        refined, labels, heads = rows.refined, np.full(len(rows), -1, dtype=np.int32), self.parts.heads
         if refined is None:
-            features = LazyArray.of(np.asarray(rows.stored["cls"], dtype=np.float32))
-            given = {"given": rows.stored["logits"]} if "logits" in rows.stored else {}
-            logits: dict[str, Rows2D | ReadOnce] = {**logits_by_head(features, self.parts.heads), **given}
-            taps = None
-            if "taps" in rows.stored:
-                taps = TapRows.of(rows.stored["taps"], self.spec.taps, self.spec.tap_widths)
-            return SetRows(np.asarray(features), labels, logits, patches=rows.patches, taps=taps)
+            return self._frozen_rows(rows, heads)
+        own = {name: head for name, head in heads.items() if not name.startswith(FROZEN)}
+        beside = {name.removeprefix(FROZEN): head for name, head in heads.items() if name not in own}
+        frozen = self._frozen_rows(rows, beside) if any(name.startswith(FROZEN) for _, name in self._scorers) else None
         features = LazyArray.of(refined.features)
-        logits = {"trained": refined.logits, **logits_by_head(features, self.parts.heads, refined.expert)}
+        logits: dict[str, Rows2D | ReadOnce] = {
+            "trained": refined.logits,
+            **logits_by_head(features, own, refined.expert),
+        }
         others = refined.others if refined.others.shape[1] else None
         other = refined.other if refined.gate.shape[1] > 1 else None
-        return SetRows(refined.features, labels, logits, refined.expert, refined.confidence, others, other)
+        return SetRows(
+            refined.features, labels, logits, refined.expert, refined.confidence, others, other, frozen=frozen
+        )
+
+    def _frozen_rows(self, rows: NetworkRows, heads: Mapping[str, Head]) -> SetRows:
+        """The same by the backbone's own features."""
+        features = LazyArray.of(np.asarray(rows.stored["cls"], dtype=np.float32))
+        given = {"given": rows.stored["logits"]} if "logits" in rows.stored else {}
+        logits: dict[str, Rows2D | ReadOnce] = {**logits_by_head(features, heads), **given}
+        labels, taps = np.full(len(rows), -1, dtype=np.int32), None
+        if "taps" in rows.stored:
+            taps = TapRows.of(rows.stored["taps"], self.spec.taps, self.spec.tap_widths)
+        return SetRows(np.asarray(features), labels, logits, patches=rows.patches, taps=taps)
 
     def raw_scores(self, rows: SetRows) -> list[Floats]:
         """Scores by each summand, ``[n]`` each."""

@@ -10,8 +10,8 @@ With top-2 routing a row has a twin, the same row through the router's second ch
 experts' scores, weighted by the gate; what the detector learnt from routed rows stays what it is.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from stages.detection.calibration import ExpertCalibration, Standardiser, sum_sc
 from stages.detection.subject import NO_HEAD, SetRows, Subject, known_route
 from stages.errors import NotFiniteError
 from stages.id_data.lazy import Floats
+from stages.scorers import FROZEN
 from stages.scorers.inputs import check_finite
 from stages.scorers.scorer import Scorer
 
@@ -29,14 +30,19 @@ from stages.scorers.scorer import Scorer
 class FittedScore:
     """A scorer fitted for the final model, and the raw scores of all calibration rows by models that did not see them.
 
-    `head` is whose logits it reads, ``"none"`` where it reads none. `second` are the scores of the same rows through
-    the router's second choice, where top-2 rows are asked.
+    `head` is whose logits it reads, ``"none"`` where it reads none, as `SetRows.inputs` takes it. `second` are the
+    scores of the same rows through the router's second choice, where top-2 rows are asked.
     """
 
     scorer: Scorer
     head: str
     calibration: Floats
     second: Floats | None = None
+
+    @property
+    def name(self) -> str:
+        """As a sum names it."""
+        return (FROZEN if self.head.startswith(FROZEN) else "") + self.scorer.name
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class FittedDetector:
         calibrated: whether every part is first put on its expert's scale.
         parts: the summands.
         scales: of the parts, from the calibration rows.
+        choice: of ``auto``, what was chosen and by which numbers; empty of others.
     """
 
     subject: Subject
@@ -92,17 +99,20 @@ class FittedDetector:
     calibrated: bool
     parts: tuple[FittedScore, ...]
     scales: Scales = Scales()
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def params(self) -> dict[str, Any]:
-        """Settings in force; of a sum, those of its parts by name."""
-        if len(self.parts) == 1:
+        """Settings in force; of a sum, those of its parts by name; of ``auto``, what was chosen as well."""
+        if len(self.parts) == 1 and not self.choice:
             return self.parts[0].scorer.params()
-        return {part.scorer.name: part.scorer.params() for part in self.parts}
+        return {**self.choice, **{part.name: part.scorer.params() for part in self.parts}}
 
     def remarks(self) -> list[tuple[str, str, str]]:
         """(score, whose logits it reads, what there is to say of its fit or of what it is summed by)."""
-        found = [(part.scorer.name, part.head, said) for part in self.parts for said in part.scorer.remarks()]
+        found = [
+            (part.name, part.head.removeprefix(FROZEN), said) for part in self.parts for said in part.scorer.remarks()
+        ]
         if len(self.parts) > 1 and (said := Standardiser.remark(len(self.parts[0].calibration))):
             found.append((self.score, self.head, said))
         return found
@@ -114,7 +124,8 @@ class FittedDetector:
     @property
     def is_routed(self) -> bool:
         """Whether its score of a row depends on the expert that the row went to."""
-        return self.subject.n_experts > 0 and any("others" not in part.scorer.needs for part in self.parts)
+        own = [part for part in self.parts if not part.head.startswith(FROZEN)]
+        return self.subject.n_experts > 0 and any("others" not in part.scorer.needs for part in own)
 
     @property
     def reads_classes(self) -> bool:

@@ -1,6 +1,6 @@
 """Detectors of a subject: which scores apply to it, fitted once each and put together."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,9 @@ import numpy as np
 from stages.config import ScoreConfig
 from stages.detection.detectors import FittedDetector, FittedScore, Scales, raw_scores
 from stages.detection.selection import SearchFold, choose_k
-from stages.detection.subject import NO_HEAD, Subject, known_route
+from stages.detection.subject import NO_HEAD, SetRows, Subject, known_route
 from stages.id_data.lazy import Floats
-from stages.scorers import get_scorer, needs_of, reads_head, scorer_class
+from stages.scorers import AUTO, FROZEN, get_scorer, needs_of, parts_of, reads_head, scorer_class
 from stages.scorers.neighbours.knn import KNNScorer
 from stages.scorers.neighbours.space import RAW, SpaceName
 from stages.scorers.neighbours.store import NeighbourStore
@@ -37,7 +37,7 @@ class DetectorFactory:
         self.config = config
         self._neighbours = neighbours
         self._parts: dict[tuple[str, str], FittedScore] = {}
-        self._k: dict[SpaceName, tuple[int, dict[str, Any]]] = {}
+        self._k: dict[tuple[str, SpaceName], tuple[int, dict[str, Any]]] = {}
 
     @property
     def k(self) -> int:
@@ -49,22 +49,24 @@ class DetectorFactory:
         """How it came, for the record."""
         return self.k_in(RAW)[1]
 
-    def k_in(self, space: SpaceName) -> tuple[int, dict[str, Any]]:
+    def k_in(self, space: SpaceName, head: str = NO_HEAD) -> tuple[int, dict[str, Any]]:
         """The k of neighbours that are searched in a space, and how it came.
 
-        As given, or by the one rule from left-out ID classes (`stages.detection.selection.choose_k`), in each space.
+        As given, or by the one rule from left-out ID classes (`stages.detection.selection.choose_k`), in each space,
+        and of each subject: ``frozen:`` before the head asks for the backbone's own features beside a mixture's.
         """
         if self.config.k != "auto":
             return self.config.k, {"rule": "given"}
-        if space not in self._k:
-            folds = [SearchFold(run.bank.inputs(NO_HEAD), run.select.inputs(NO_HEAD)) for run in self.subject.runs]
-            self._k[space] = choose_k(folds, neighbours=self._neighbours, space=space)
-        return self._k[space]
+        of = FROZEN + NO_HEAD if head.startswith(FROZEN) else NO_HEAD
+        if (of, space) not in self._k:
+            folds = [SearchFold(run.bank.inputs(of), run.select.inputs(of)) for run in self.subject.runs]
+            self._k[of, space] = choose_k(folds, neighbours=self._neighbours, space=space)
+        return self._k[of, space]
 
     def detectors(self) -> list[FittedDetector]:
         """Every score for every head that it applies to; with experts, raw and calibrated."""
-        asked = [(head, score) for score in self.config.scores for head in self.heads_of(score)]
-        self._fit(key for head, score in asked for key in _parts_of(head, score))
+        asked = [(head, score) for score in self.scores for head in self.heads_of(score)]
+        self._fit(key for head, score in asked for key in self.keys_of(head, score))
         return [
             self.detector(head, score, calibrated)
             for head, score in asked
@@ -73,54 +75,73 @@ class DetectorFactory:
             )
         ]
 
+    @property
+    def scores(self) -> list[str]:
+        """Those that are asked for by their names: ``auto`` is chosen from outside (`stages.detection.auto`)."""
+        return [score for score in self.config.scores if score != AUTO]
+
     def heads_of(self, score: str) -> tuple[str, ...]:
         """Heads that a score applies to; none where it applies to nothing that these rows have."""
         if self.why_not(score):
             return ()
-        if needs_of(score) & {"others", "other"}:
+        needs = needs_of(score, frozen=False)
+        if needs & {"others", "other"}:
             return (_TRAINED,)
-        if "head" in needs_of(score):
+        if "head" in needs:
             return tuple(head for head in self.subject.heads if head in self.subject.bank.heads)
         return self.subject.heads if reads_head(score) else (NO_HEAD,)
 
     def left_out(self) -> list[tuple[str, str, str]]:
         """What is asked for and does not apply: (score, what it needs, the head that lacks it, or "" for all)."""
         found = []
-        for score in self.config.scores:
+        for score in self.scores:
             if why := self.why_not(score):
                 found.append((score, why, ""))
-            elif "head" in needs_of(score):
+            elif "head" in needs_of(score, frozen=False):
                 lacking = (head for head in self.subject.heads if head not in self.subject.bank.heads)
                 found += [(score, _WEIGHTS, head) for head in lacking]
         return found
 
     def why_not(self, score: str) -> str | None:
         """What a score needs that these rows do not have; None where it applies."""
-        needs, subject = needs_of(score), self.subject
+        subject, frozen = self.subject, self.subject.bank.frozen
+        needs = needs_of(score, frozen=False)
+        if any(part.frozen for part in parts_of(score)):
+            if frozen is None:
+                return "experts, beside whose features it looks at the backbone's own"
+            if all(part.frozen for part in parts_of(score)):
+                return "a part that looks at what the experts make; without one it stands among the frozen features"
+            beside = needs_of(score, frozen=True)
+            if beside & {"others", "other"}:
+                return 'heads with "other", which the backbone\'s own features do not have'
+            if why := _lacking(beside, frozen, _heads_of(frozen)):
+                return f"{why} of the backbone's own features"
         if "others" in needs and not subject.has_others:
             return 'a mixture trained with train.expert = "frozen" and two experts or more'
         if "other" in needs and subject.n_experts < 2:
             return "a mixture of two experts or more"
         if "patches" in needs and subject.n_experts:
             return "frozen features, for no patches are kept of what the experts make"
-        if "patches" in needs and subject.bank.patches is None:
-            return "patch tokens"
-        if "taps" in needs and subject.bank.taps is None:
-            return "frozen features with tokens after several blocks: cache.taps names them"
-        if needs & {"head", "logits"} and not subject.heads:
-            return "logits"
-        if "head" in needs and not subject.bank.heads:
-            return _WEIGHTS
-        return None
+        return _lacking(needs, subject.bank, subject.heads)
 
     def detector(self, head: str, score: str, calibrated: bool = False) -> FittedDetector:
         """One fitted detector."""
-        keys = _parts_of(head, score)
+        keys = self.keys_of(head, score)
         self._fit(keys)
         parts = tuple(self._parts[key] for key in keys)
         routed = known_route(self.subject.calibration_expert) if calibrated else None
         scales = Scales.fit([part.calibration for part in parts], routed, self.subject.n_experts)
         return FittedDetector(self.subject, head, score, calibrated, parts, scales)
+
+    def keys_of(self, head: str, score: str) -> list[tuple[str, str]]:
+        """(head, name) of each summand; the head as `stages.detection.subject.SetRows.inputs` takes it."""
+        frozen = self.subject.bank.frozen
+        beside = next(iter(_heads_of(frozen)), NO_HEAD) if frozen is not None else NO_HEAD
+        found = []
+        for part in parts_of(score):
+            own = (beside if part.frozen else head) if reads_head(part.name) else NO_HEAD
+            found.append((FROZEN + own if part.frozen else own, part.name))
+        return found
 
     def _fit(self, keys: Iterable[tuple[str, str]]) -> None:
         """Fit what is not fitted yet of (head, score); rows to calibrate on are read once for all of it."""
@@ -130,7 +151,7 @@ class DetectorFactory:
         second: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
         scorers: list[Scorer] = []
         for run in subject.calibrating:
-            scorers = [self._scorer(name).fit(run.bank.inputs(head), run.select.inputs(head)) for head, name in new]
+            scorers = [self.scorer(*key).fit(run.bank.inputs(key[0]), run.select.inputs(key[0])) for key in new]
             pairs = [(scorer, head) for scorer, (head, _) in zip(scorers, new, strict=True)]
             for kept, rows in ((calibration, run.calibrate), (second, run.second)):
                 if rows is not None:
@@ -138,28 +159,46 @@ class DetectorFactory:
                         kept[key].append(scores)
         if len(subject.calibrating) > 1:
             scorers = [
-                self._scorer(name).fit(subject.bank.inputs(head), subject.select_rows.inputs(head))
+                self.scorer(head, name).fit(subject.bank.inputs(head), subject.select_rows.inputs(head))
                 for head, name in new
             ]
         for key, scorer in zip(new, scorers, strict=True):
             twice = np.concatenate(second[key]) if second[key] else None
             self._parts[key] = FittedScore(scorer, key[0], np.concatenate(calibration[key]), twice)
 
-    def _scorer(self, name: str) -> Scorer:
+    def scorer(self, head: str, name: str, remember: bool = True) -> Scorer:
+        """A score with its settings, not yet fitted; as `keys_of` names it.
+
+        Args:
+            head: whose logits it reads.
+            name: of the score.
+            remember: whether what it searches is kept.
+        """
         given = self.config.params.get(name, {})
         params: dict[str, Any] = {}
         for followed in scorer_class(name).follows - given.keys():
-            params[followed] = self._k_of(given) if followed == "k" else self.config.temperature
+            params[followed] = self._k_of(given, head) if followed == "k" else self.config.temperature
         scorer = get_scorer(name, self.config.profile, **params, **given)
-        if isinstance(scorer, KNNScorer):
+        if remember and isinstance(scorer, KNNScorer):
             scorer.neighbours = self._neighbours
         return scorer
 
-    def _k_of(self, given: Mapping[str, Any]) -> int:
+    def _k_of(self, given: Mapping[str, Any], head: str) -> int:
         """What the rule gives for a score with these settings."""
-        return self.k_in(str(given.get("space", RAW)))[0]
+        return self.k_in(str(given.get("space", RAW)), head)[0]
 
 
-def _parts_of(head: str, score: str) -> list[tuple[str, str]]:
-    """(head, score) of each summand."""
-    return [(head if reads_head(name) else NO_HEAD, name) for name in score.split("+")]
+def _heads_of(bank: SetRows) -> tuple[str, ...]:
+    """Heads whose logits rows carry, those with weights first."""
+    return tuple(dict.fromkeys((*bank.heads, *bank.logits)))
+
+
+def _lacking(needs: frozenset[str], bank: SetRows, heads: Sequence[str]) -> str | None:
+    """What is needed of rows that they do not have, their own head's weights first."""
+    if "patches" in needs and bank.patches is None:
+        return "patch tokens"
+    if "taps" in needs and bank.taps is None:
+        return "frozen features with tokens after several blocks: cache.taps names them"
+    if needs & {"head", "logits"} and not heads:
+        return "logits"
+    return _WEIGHTS if "head" in needs and not bank.heads else None

@@ -99,7 +99,7 @@ class FrozenFeatures:
         )
         key, heads = SubjectKey(self.source.name, "cls", "", self.source.seed), (*self._heads, *train.given)
         if not data.split.cross_fitted:  # the only fold's model is the final one: its bank need not be in memory twice
-            return Subject(key, heads, runs, runs[0].bank, runs[0].select)
+            return Subject(key, heads, runs, runs[0].bank, runs[0].select, strengths=self._strengths)
         # Rows that are held out from models are of id-train here.
         select, labels = data.split.select, data.train_labels
         parts = tuple(
@@ -114,7 +114,12 @@ class FrozenFeatures:
             self._bank(train, data.split.final_train, final_head),
             self._rows(train[select], labels[select], final_head),
         )
-        return Subject(key, heads, runs, bank, rows, parts=parts)
+        return Subject(key, heads, runs, bank, rows, parts=parts, strengths=self._strengths)
+
+    @property
+    def _strengths(self) -> dict[str, float]:
+        """Of the heads that were fitted on ID rows alone, and not with the backbone."""
+        return {name: fitted.strength for name, fitted in self._heads.items() if fitted.strength}
 
     def rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """A set's rows for the final model."""

@@ -10,6 +10,7 @@ from stages.detection.calibration import Standardiser
 from stages.detection.parts import GoldenRows
 from stages.detection.runtime import NetworkRows
 from stages.errors import InputError
+from stages.scorers import FROZEN
 
 if TYPE_CHECKING:
     from stages.detection.detector import Detector
@@ -76,7 +77,7 @@ def values_of(detector: "Detector", rows: NetworkRows) -> dict[str, NDArray[Any]
         found |= {"gate": rows.refined.gate, "expert": rows.refined.expert, "features": rows.refined.features}
     seen = detector.set_rows(rows)
     found["logits"] = np.asarray(seen.logits[detector.parts.head], dtype=np.float32)
-    names = [part.scorer.name for part in detector.parts.scores]
+    names = [f"{FROZEN if part.head.startswith(FROZEN) else ''}{part.scorer.name}" for part in detector.parts.scores]
     return found | dict(zip(names, detector.raw_scores(seen), strict=True))
 
 

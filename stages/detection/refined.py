@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cache import CacheMismatchError, FeatureCache
 from stages.context import Context
+from stages.detection.frozen import FrozenFeatures
 from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.detection.subject import FoldRows, Head, SetRows, Subject, SubjectKey, logits_by_head
 from stages.errors import InputError
@@ -27,11 +28,15 @@ from stages.progress import Progress
 
 
 class RefinedFeatures:
-    """A trained mixture's refined class embedding, in the routed expert's subspace."""
+    """A trained mixture's refined class embedding, in the routed expert's subspace.
+
+    Its rows know what the backbone's own features say of them.
+    """
 
     def __init__(self, source: BackboneSource, folder: MixtureFolder, progress: Progress) -> None:
         self.source = source
         self.folder = folder
+        self.frozen = FrozenFeatures(source)
         self._progress = progress
         about = read_document(folder.path / "mofe.json")
         if about is None:
@@ -80,7 +85,9 @@ class RefinedFeatures:
             select = self._rows(final, data.held_out_labels, final_head, data.split.select)
         has_others, heads = runs[0].calibrate.others is not None, ("trained", "refit", "refit-group")
         rows, parts = self._bank_rows("final", final, data.split.final_train, final_head), tuple(self._parts(top2))
-        return Subject(key, heads, tuple(runs), rows, select, self.n_experts, has_others, parts)
+        strengths = {"refit": self._refit.strength}
+        found = Subject(key, heads, tuple(runs), rows, select, self.n_experts, has_others, parts, strengths)
+        return found.beside(self.frozen.subject())
 
     def _parts(self, top2: bool) -> Iterator[FoldRows]:
         """Runs that calibrate under cross-fitting: through a fold's experts, with banks of all rows but the part's."""
@@ -104,7 +111,7 @@ class RefinedFeatures:
         expert = self.group[labels].astype(np.int64) if oracle else None
         # Folders of their own: a set may be called id-train, as the bank's file is.
         refined = self.refined("final", f"oracle/{name}" if oracle else f"sets/{name}", cache, expert)
-        return self._rows(refined, labels, final_head)
+        return replace(self._rows(refined, labels, final_head), frozen=self.frozen.rows(cache, labels))
 
     def passing_rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same of a cache that is thrown away, as of new images: nothing is kept."""
@@ -113,7 +120,8 @@ class RefinedFeatures:
     def second(self, name: str, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same rows through the router's second choice, for top-2 routing."""
         routed = self.refined("final", f"sets/{name}", cache)
-        return self._second_rows(self.refined("final", f"top2/{name}", cache, routed.runner_up), labels, final_head)
+        rows = self._second_rows(self.refined("final", f"top2/{name}", cache, routed.runner_up), labels, final_head)
+        return replace(rows, frozen=self.frozen.rows(cache, labels))
 
     def _second_of(
         self, run: str, held: Refined, calibrate: Rows, pick: WhichHead, some: Rows | None = None

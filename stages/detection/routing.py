@@ -1,19 +1,20 @@
 """A choice of features with the rows to score, by each way to send them to experts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
 from stages.config import ScoreConfig
+from stages.detection.auto import AutoScore, head_of
 from stages.detection.detectors import FittedDetector, gate_share, gate_weighted, score_together
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
-from stages.detection.subject import SetRows
+from stages.detection.subject import NO_HEAD, SetRows
 from stages.id_data.rows import IdData, labels_of_test
 from stages.progress import Progress
 from stages.scorers.neighbours.store import NeighbourStore
@@ -133,3 +134,35 @@ def routed_subjects(
         if top2 := config.top2 and refined.n_experts > 1:
             second = {set_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
         yield RoutedSubject(DetectorFactory(refined.subject(top2), config, neighbours), sets, oracle, second, refined)
+
+
+class ChosenScores:
+    """Scores by what ``auto`` is for the subjects of one backbone, its own features first of all.
+
+    Args:
+        auto: chooses.
+        config: k and temperature.
+        neighbours: remembers what kNN searched.
+    """
+
+    def __init__(self, auto: AutoScore, config: ScoreConfig, neighbours: NeighbourStore) -> None:
+        self._auto = auto
+        self._config = config
+        self._neighbours = neighbours
+        self._frozen: RoutedSubject | None = None
+
+    def of(self, subject: RoutedSubject) -> tuple[FittedDetector, dict[str, Scores]]:
+        """The chosen detector under the subject's name, with its scores as the router sends rows.
+
+        Of a mixture, whose choice may be one of the backbone's own features.
+        """
+        own = subject.factory.subject
+        if self._frozen is None:  # with no fitted part: those of the table's other scores need not stay in memory
+            self._frozen = replace(subject, factory=DetectorFactory(own, self._config, self._neighbours))
+        detector = self._auto.detector(subject.factory, self._frozen.factory)
+        scored = subject if detector.subject is own else self._frozen
+        (routes,) = scored.scores([detector])
+        if scored is not subject:
+            head = head_of(subject.factory) or NO_HEAD
+            detector = replace(detector, subject=replace(detector.subject, key=own.key), head=head)
+        return detector, {subject.routings[0]: next(iter(routes.values()))}

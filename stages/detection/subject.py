@@ -17,6 +17,7 @@ from stages.heads.affine import LinearHead
 from stages.id_data.lazy import Floats, LazyArray, ReadOnce, RowNumbers, Rows2D
 from stages.id_data.split import N_PARTS
 from stages.id_data.taps import TapRows
+from stages.scorers import FROZEN
 from stages.scorers.inputs import LazyRows, ScoreInputs
 
 Head = LinearHead | tuple[LinearHead, ...]
@@ -42,6 +43,8 @@ class SetRows:
         taps: tokens after several blocks or stages of the backbone, read when they are asked for; None where there are
             none.
         heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
+        frozen: of a mixture's rows, the same as the backbone's own features see them; of rows to fit on, what the
+            scores of these features are fitted on.
     """
 
     features: Rows2D | ReadOnce
@@ -54,12 +57,21 @@ class SetRows:
     patches: NDArray[np.floating] | LazyRows | None = None
     taps: TapRows | None = None
     heads: dict[str, Head] = field(default_factory=dict)
+    frozen: "SetRows | None" = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def inputs(self, head: str) -> ScoreInputs:
-        """What a scorer may look at."""
+        """What a scorer may look at.
+
+        Args:
+            head: whose logits it reads; ``frozen:`` before it, on the backbone's own features.
+        """
+        if head.startswith(FROZEN):
+            if self.frozen is None:
+                raise InputError(f"{head}: these rows do not know the backbone's own features")
+            return self.frozen.inputs(head.removeprefix(FROZEN))
         return ScoreInputs(
             self.features,
             self.logits.get(head),
@@ -79,15 +91,20 @@ class SetRows:
             for name in ("expert", "confidence", "others", "other", "patches", "taps")
         }
         logits = {head: values[rows] for head, values in self.logits.items()}
-        return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads)
+        frozen = None if self.frozen is None else self.frozen.take(rows)
+        return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads, frozen=frozen)
 
     def blocks(self, size: int = _BLOCK) -> Iterator[tuple[slice, "SetRows"]]:
         """All rows in order, `size` at a time, a block read once for all who look at it; and which rows they are."""
         for start in range(0, len(self), size):
             some = slice(start, start + size)
-            block = self.take(some)
-            logits = {head: _read_once(values) for head, values in block.logits.items()}
-            yield some, replace(block, features=_read_once(block.features), logits=logits)
+            yield some, self.take(some)._read_once()
+
+    def _read_once(self) -> "SetRows":
+        """The same, whose arrays are read when somebody first asks for them, and kept."""
+        logits = {head: _read_once(values) for head, values in self.logits.items()}
+        frozen = None if self.frozen is None else self.frozen._read_once()
+        return replace(self, features=_read_once(self.features), logits=logits, frozen=frozen)
 
     def predictions(self) -> dict[str, NDArray[np.int32]]:
         """``[n]`` the most probable class by each head."""
@@ -142,6 +159,15 @@ class FoldRows:
     calibrate: SetRows
     second: SetRows | None = None
 
+    def beside(self, frozen: "FoldRows") -> "FoldRows":
+        """The same, with what the backbone's own features say of them."""
+        return FoldRows(
+            replace(self.bank, frozen=frozen.bank),
+            replace(self.select, frozen=frozen.select),
+            replace(self.calibrate, frozen=frozen.calibrate),
+            None if self.second is None else replace(self.second, frozen=frozen.calibrate),
+        )
+
 
 @dataclass(frozen=True)
 class SubjectKey:
@@ -167,6 +193,7 @@ class Subject:
         has_others: whether its rows carry each group's log odds of "other".
         parts: one for each part under cross-fitting; they calibrate, for their banks have all rows but a few. Their
             select rows are the final model's.
+        strengths: inverse penalty of each head that can be fitted again, on other rows.
     """
 
     key: SubjectKey
@@ -177,6 +204,18 @@ class Subject:
     n_experts: int = 0
     has_others: bool = False
     parts: tuple[FoldRows, ...] = ()
+    strengths: Mapping[str, float] = field(default_factory=dict)
+
+    def beside(self, frozen: "Subject") -> "Subject":
+        """A mixture's, whose rows know what the backbone's own features say of them: a sum may read both."""
+        return replace(
+            self,
+            runs=tuple(own.beside(other) for own, other in zip(self.runs, frozen.runs, strict=True)),
+            parts=tuple(own.beside(other) for own, other in zip(self.parts, frozen.parts, strict=True)),
+            bank=replace(self.bank, frozen=frozen.bank),
+            select_rows=replace(self.select_rows, frozen=frozen.select_rows),
+            strengths={**self.strengths, **{FROZEN + name: each for name, each in frozen.strengths.items()}},
+        )
 
     @property
     def calibrating(self) -> tuple[FoldRows, ...]:

@@ -4,12 +4,13 @@ The baselines that every other method is compared with, and the one that is reco
 else, before any run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from stages.detection.subject import NO_HEAD
+from stages.scorers import AUTO
 
 HEADS = {  # whose logits a score reads, in the order of the page, and what it says of each; `NO_HEAD` reads none
     "probe": "Linear probe on the backbone's own features.",
@@ -68,13 +69,17 @@ FROZEN_MAHALANOBIS = replace(FROZEN_KNN, score="mahalanobis-pp")  # its covarian
 FROZEN_MEANS_SUM = replace(FROZEN_SUM, score="ncm+energy")
 
 
-def recommended_of(has_experts: bool, has_classes: bool = True) -> Method:
-    """What decides of new images where nothing is asked: the sum of kNN and energy; each alone fails somewhere.
+def recommended_of(has_experts: bool, has_classes: bool = True, scores: Sequence[str] = ()) -> Method:
+    """What decides of new images where nothing is asked.
 
-    Where ID images have no classes it is kNN, which asks for none; the head then says what an image is called.
+    The detector that is chosen for the study, where `scores` have ``auto``; else the sum of kNN and energy, each of
+    which alone fails somewhere. Where ID images have no classes it is kNN, which asks for none; the head then says what
+    an image is called.
     """
     method = RECOMMENDED if has_experts else FROZEN_SUM
-    return method if has_classes else replace(method, score=FROZEN_KNN.score)
+    if not has_classes:
+        return replace(method, score=FROZEN_KNN.score)
+    return replace(method, score=AUTO) if AUTO in scores else method
 
 
 # What every other method is compared with, by the name that columns of differences end in: ``auroc_minus_knn``.

@@ -20,6 +20,7 @@ from stages.metrics.ranking import METRICS, ood_metrics
 from stages.metrics.selective import SELECTIVE, selective_metrics
 from stages.results.formats import csv_cell_text, csv_text, latex_table, markdown_table, mean_text
 from stages.results.method import BASELINES, Method
+from stages.scorers import AUTO
 
 GROUPS = ("near", "far", "all")
 _COMPARED = [metric.name for metric in METRICS.values() if metric.compared]  # with a difference to each baseline
@@ -215,7 +216,7 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
 
     The difference of a method to a baseline is that of the means over seeds; its interval resamples ID and OOD images
     alike for both, and seeds where there are several. What it says holds the false discovery rate of all differences
-    of the summary at 5 %, see `stages.metrics.intervals.verdicts`.
+    of the summary at 5 %, see `stages.metrics.intervals.verdicts`. Of ``auto`` it also says its regret.
     """
     by_cell: dict[tuple[Any, ...], list[tuple[OODRow, Replicates]]] = {}
     for row, drawn in rows:
@@ -245,10 +246,27 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
             line[f"{name}_mean"] = float(np.mean(known)) if whole else None
             line[f"{name}_std"] = float(np.std(known, ddof=1)) if whole and len(known) > 1 else None
         lines.append(line)
+    _add_regrets(lines)
     told = verdicts([one for *_, one in found], [METRICS[metric].higher_is_better for _, metric, _, _ in found])
     for (line, _, column, one), says in zip(found, told, strict=True):
         line |= zip(difference_columns(column), (one.mean, one.lo, one.hi, says), strict=True)
     return lines
+
+
+def _add_regrets(lines: Sequence[dict[str, Any]]) -> None:
+    """Of ``auto``: how far it is behind the best of all scores of its backbone, which only OOD images tell."""
+    best: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["score"] != AUTO and line["routing"] != "oracle":
+            best.setdefault((line["backbone"], line["ood"], line["group"]), []).append(line)
+    for line in lines:
+        others = best.get((line["backbone"], line["ood"], line["group"]), [])
+        for metric in _COMPARED:
+            line[f"{metric}_regret"] = None
+            if line["score"] == AUTO and others and line["group"] != CS_ID:
+                value = METRICS[metric].best([other[f"{metric}_mean"] for other in others])
+                sign = 1 if METRICS[metric].higher_is_better else -1
+                line[f"{metric}_regret"] = sign * (value - line[f"{metric}_mean"])
 
 
 def difference_columns(column: str) -> list[str]:

@@ -7,7 +7,7 @@ line below. No score is imported before it is asked for.
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.config import Profile
 from stages.errors import InputError
@@ -94,14 +94,39 @@ SCORERS = Registry({
 })  # fmt: skip
 
 
+AUTO = "auto"  # among the scores of a study: the one that is chosen for it, see `stages.detection.auto`
+FROZEN = "frozen:"  # before a part of a sum on a mixture's features: it looks at the backbone's own
+
+
+class ScorePart(NamedTuple):
+    """A summand of a score.
+
+    Attributes:
+        name: of `SCORERS`.
+        frozen: whether it looks at the backbone's own features beside those of a mixture.
+    """
+
+    name: str
+    frozen: bool
+
+
+def parts_of(score: str) -> list[ScorePart]:
+    """The summands of a score, or the score itself.
+
+    >>> parts_of("frozen:knn+energy")
+    [ScorePart(name='knn', frozen=True), ScorePart(name='energy', frozen=False)]
+    """
+    return [ScorePart(part.removeprefix(FROZEN), part.startswith(FROZEN)) for part in score.split("+")]
+
+
 def unknown_part(score: str) -> str | None:
     """The first part of a score or sum of scores that nobody knows; the score itself where a part is repeated.
 
-    >>> unknown_part("knn+energy"), unknown_part("knn+enrgy")
-    (None, 'enrgy')
+    >>> unknown_part("knn+energy"), unknown_part("knn+enrgy"), unknown_part("frozen:knn+knn")
+    (None, 'enrgy', None)
     """
     parts = score.split("+")
-    unknown = [part for part in parts if part not in SCORERS]
+    unknown = [part for part in parts if part.removeprefix(FROZEN) not in SCORERS and score != AUTO]
     return unknown[0] if unknown else score if len(set(parts)) < len(parts) else None
 
 
@@ -118,18 +143,29 @@ def scorer_class(name: str) -> "type[Scorer]":
     return SCORERS[name]
 
 
-def needs_of(score: str) -> frozenset[str]:
-    """What a score, or the parts of a sum, need; see `stages.scorers.scorer.Scorer`.
+def needs_of(score: str, frozen: bool | None = None) -> frozenset[str]:
+    """What a score, or the parts of a sum, need; see `stages.scorers.scorer.Scorer`. Nothing of ``auto``.
+
+    Args:
+        score: name.
+        frozen: of a sum of two subjects, the parts that look at the backbone's own features, or the others; None: all.
 
     Raises:
         InputError: no such score.
     """
-    return frozenset().union(*(scorer_class(name).needs for name in score.split("+")))
+    asked = (part.name for part in parts_of(score) if score != AUTO and frozen in (None, part.frozen))
+    return frozenset().union(*(scorer_class(name).needs for name in asked))
 
 
 def reads_head(score: str) -> bool:
-    """Whether a score, or a part of a sum, reads a head's logits or its weights."""
-    return bool(needs_of(score) & {"logits", "head"})
+    """Whether a score, or a part of a sum, reads a head's logits or its weights; of the features that are scored.
+
+    ``auto`` stands with those that do, whatever is chosen.
+
+    >>> reads_head("knn+energy"), reads_head("frozen:energy+knn"), reads_head("auto")
+    (True, False, True)
+    """
+    return score == AUTO or bool(needs_of(score, frozen=False) & {"logits", "head"})
 
 
 def title_of(score: str) -> str:
@@ -138,7 +174,8 @@ def title_of(score: str) -> str:
     >>> title_of("knn+energy"), title_of("of another time")
     ('kNN+energy', 'of another time')
     """
-    return "+".join(SCORERS[part].title if part in SCORERS else part for part in score.split("+"))
+    titles = [(SCORERS[name].title if name in SCORERS else name, frozen) for name, frozen in parts_of(score)]
+    return "+".join(f"frozen {title}" if frozen else title for title, frozen in titles)
 
 
 def restored(state: "ScorerState") -> "Scorer":

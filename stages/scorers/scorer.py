@@ -75,6 +75,8 @@ class Scorer(ABC):
         paper: first author and year; the formula's docstring has all of it.
         cost: multiplications a row that is scored, up to a constant: N training rows, D features, C classes, P patches
             an image, E experts, M random features or landmarks.
+        costly: whether a fit, or the scores of some thousand rows, take so long that ``auto``, which tries many, leaves
+            it out.
         needs: of ``features``, ``logits``, ``others``, ``other``, ``patches``, ``taps`` (what `score` reads of a row),
             ``head`` (the weights that make the logits), ``bank`` (ID training rows to fit on), ``select`` (held-out ID
             rows to choose settings on) and ``labels`` (the class of each row that it is fitted on).
@@ -90,6 +92,7 @@ class Scorer(ABC):
     says: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
+    costly: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]]
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     follows: ClassVar[frozenset[str]] = frozenset()

@@ -45,6 +45,7 @@ epochs = 1
 
 [score]
 bootstrap = 100
+scores = ["msp", "energy", "knn", "knn+energy"]
 """
 )
 # The same with experts that train in a moment, on cls alone: for what is not about experts.

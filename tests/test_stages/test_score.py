@@ -43,7 +43,7 @@ from stages.scorers.neighbours.bank import FeatureBank
 from stages.train import train_mofe, train_probe
 from tests.test_stages.answers import answers_of
 
-CONFIG = ScoreConfig(k=5, bootstrap=100)
+CONFIG = ScoreConfig(scores=["msp", "energy", "knn", "knn+energy"], k=5, bootstrap=100)
 GROUP_OF = {"test": "id", "near": "near", "far": "far"}
 SET_COLUMNS = ["set", "id", "label", "prediction", "expert", "confidence"]
 

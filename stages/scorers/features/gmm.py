@@ -163,6 +163,7 @@ class GMMScorer(Scorer):
     says: ClassVar[str] = "minus the log density of one Gaussian a class"
     paper: ClassVar[str] = "Mukhoti 2023"
     cost: ClassVar[str] = "C·D²"
+    costly: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"features", "bank", "labels"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {"pytorch-ood": {"shrinkage": "none", "jitter": 1e-6}}

@@ -71,6 +71,7 @@ class NNGuideScorer(Scorer):
     says: ClassVar[str] = "energy times similarity to ID rows"
     paper: ClassVar[str] = "Park 2023"
     cost: ClassVar[str] = "N·D"
+    costly: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"openood": {"k": 100, "share": 0.01}})
 

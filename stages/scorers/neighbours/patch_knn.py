@@ -67,6 +67,7 @@ class PatchKNNScorer(Scorer):
     says: ClassVar[str] = "distance of the farthest 1 % of the patches to their nearest"
     paper: ClassVar[str] = "Damm 2025"
     cost: ClassVar[str] = "N·P²·D"
+    costly: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"patches", "bank"})
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.01

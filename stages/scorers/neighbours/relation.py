@@ -75,6 +75,7 @@ class RelationScorer(Scorer):
     says: ClassVar[str] = "minus the sum over the relation graph with ID rows"
     paper: ClassVar[str] = "Kim 2023"
     cost: ClassVar[str] = "N·(D + C)"
+    costly: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"features", "logits", "bank"})
 
     power: Annotated[float, Field(gt=0)] = 1.0

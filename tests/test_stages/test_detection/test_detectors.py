@@ -256,7 +256,9 @@ def test_every_score_on_every_head_that_it_reads():
         ("energy", "probe", False),
         ("knn", "none", False),
         ("knn+energy", "probe", False),
-    ]
+        ("mahalanobis-pp", "none", False),
+        ("ncm+energy", "probe", False),
+    ]  # but for auto, which is chosen from outside
     assert listed(subject(experts=2), scores=["knn", "energy"]) == [
         ("knn", "none", False),
         ("knn", "none", True),
@@ -323,6 +325,49 @@ def test_a_score_is_computed_once_for_all_detectors_that_it_is_part_of(monkeypat
     assert len(detectors) == 8
     assert judged == [30, 30]  # by each of two heads
     np.testing.assert_array_equal(together, [detector.score_rows(test) for detector in detectors])
+
+
+# ------------------------------------------------------------------------------------------------- two subjects
+
+
+def test_a_sum_of_two_subjects_adds_what_each_says_of_the_same_rows(folds):
+    frozen, routed = subject(folds=folds), subject(experts=2, folds=folds)
+    factory = make(routed.beside(frozen))
+    test = replace(draw(30, 7, experts=2), frozen=draw(30, 7))
+    knn = np.concatenate([plain_knn(run.calibrate, run.bank, 3) for run in frozen.runs])
+    energy = np.concatenate([plain_energy(run.calibrate, "refit") for run in routed.runs])
+    expected = (plain_knn(test.frozen, frozen.bank, 3) - knn.mean()) / knn.std()
+    expected += (plain_energy(test, "refit") - energy.mean()) / energy.std()
+    detector = factory.detector("refit", "frozen:knn+energy")
+    np.testing.assert_allclose(detector.score_rows(test), expected, atol=1e-4)
+    assert detector.params == {"frozen:knn": {"k": 3}, "energy": {"temperature": 1.0}}
+    assert detector.is_routed
+    assert factory.heads_of("frozen:knn+energy") == ("trained", "refit")
+    assert factory.heads_of("frozen:energy+knn") == ("none",)
+
+
+def test_k_of_each_subject_is_its_own():
+    frozen, routed = subject(), subject(experts=2)
+    found = make(routed.beside(frozen), k="auto").detector("none", "frozen:knn+knn").params
+    assert found == {
+        "frozen:knn": make(frozen, k="auto").detector("none", "knn").params,
+        "knn": make(routed, k="auto").detector("none", "knn").params,
+    }
+
+
+@pytest.mark.parametrize(
+    ("score", "why"),
+    [
+        ("frozen:knn", "a part that looks at what the experts make"),
+        ("frozen:knn+frozen:energy", "a part that looks at what the experts make"),
+        ("frozen:patch-knn+energy", "patch tokens of the backbone's own features"),
+        ("frozen:vim+energy", "the weights of a linear head of the backbone's own features"),
+        ("frozen:other+energy", 'heads with "other"'),
+    ],
+)
+def test_what_is_no_sum_of_two_subjects_is_left_out_with_the_reason(score, why):
+    assert why in make(subject(experts=2).beside(subject())).why_not(score)
+    assert "experts, beside whose features" in make(subject()).why_not(score)
 
 
 # ---------------------------------------------------------------------------------------------------- little data
