@@ -186,7 +186,7 @@ class Workspace:
         if variant == JOINT:
             return joint_identity(data, backbone.finetune_folder)
         settings = resolve_settings(self.config.variant_configs()[variant], data.n_classes, data.train.spec)
-        return mixture_identity(data, settings, seed)
+        return mixture_identity(data, settings, seed, backbone.probe_folder)
 
     def to_train(self, backbone: StudyBackbone) -> list[tuple[str, int]]:
         """Variant and seed of every mixture on a backbone's features that is not fresh."""

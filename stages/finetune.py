@@ -249,7 +249,7 @@ def _write(
         about: what is said of it.
         plan: of the experts that were trained with it.
     """
-    model, best = objective.model, run.history[run.best_epoch]
+    model, best = objective.model, run.kept
     for name in ("finetune.json", "mofe.json"):  # killed in between, new weights must not pass for the old
         (folder / name).unlink(missing_ok=True)
     head = model.get_classifier()

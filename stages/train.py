@@ -17,7 +17,8 @@ from cache import FeatureCache
 from stages.config import TrainConfig
 from stages.context import Context
 from stages.files.documents import read_document
-from stages.heads.choose import FittedHeads, fit_heads, load_heads, save_heads
+from stages.heads.affine import LinearHead
+from stages.heads.choose import FittedHeads, choose_head, fit_heads, load_heads, save_heads
 from stages.id_data.rows import IdData, lazy_rows, read_blocks
 from stages.id_data.split import Rows
 from stages.id_data.tokens import read_tokens
@@ -26,14 +27,17 @@ from stages.mixture.grouping import group_training_classes, numbers_as_in
 from stages.mixture.model import Expert, MixtureOfFeatureExperts, build_mixture, cannot_read
 from stages.mixture.storage import load_mixture
 from stages.networks.end_check import runs_on
+from stages.networks.repeatable import repeatable
 from stages.training.cached import CachedTrainer, EpochRecord
 from stages.training.checkpoint import Checkpoints
 from stages.training.finish import TrainedRuns, finish
 from stages.training.identity import joint_identity, mixture_identity, mixture_is_fresh, probe_identity
 from stages.training.loop import train_epochs
+from stages.training.optim import is_of_end
 from stages.training.recipes import TrainSettings, recorded_settings, resolve_settings
 from stages.training.refit import head_rows
 from stages.training.run import TrainingRun
+from stages.training.started import start_heads, start_router
 from stages.training.tensorboard import require_tensorboard, scalars_of_metrics
 
 # --------------------------------------------------------------------------------------------------------- probe
@@ -88,6 +92,7 @@ def train_mofe(
     seed: int,
     folder: Path,
     context: Context = Context(),
+    probe: Path | None = None,
 ) -> bool:
     """Train one variant with one seed, refit its heads, keep the refined features of its bank.
 
@@ -102,6 +107,8 @@ def train_mofe(
         seed: fixes order, partners and λ.
         folder: where the result goes.
         context: counts images; on ``"cuda"`` it trains in mixed precision, unless the settings say otherwise.
+        probe: folder of the linear probe, which is fitted where it is not there, if heads and router start from it;
+            by default one in `folder`.
 
     Returns:
         Whether anything was done: False where the folder is fresh.
@@ -114,7 +121,9 @@ def train_mofe(
     if config.tensorboard:
         require_tensorboard("train.tensorboard")
     settings = resolve_settings(config, data.n_classes, data.train.spec)
-    identity = mixture_identity(data, settings, seed)
+    probe = probe or folder / "probe"
+    probes = train_probe(data, probe, context) if settings.start == "probe" else None
+    identity = mixture_identity(data, settings, seed, probe)
     if ranks.agree(mixture_is_fresh(folder, identity, data)):
         if config.tensorboard and ranks.first:
             scalars_of_metrics(folder)
@@ -128,6 +137,8 @@ def train_mofe(
     for name, rows in data.train_rows().items():
         checkpoints = Checkpoints(_checkpoint_path(folder, name, identity))
         mixture = start_mixture(data, rows, groups[name], settings, make_end, seed)
+        if probes is not None:
+            _start_from_probe(mixture, data, rows, probes.of_run(name), context)
         trained = train_mixture(mixture, data, rows, settings, seed, checkpoints, context)
         runs[name] = _numbered_as_in(trained, groups["final"])
     if ranks.first:
@@ -170,6 +181,21 @@ def start_mixture(
     return mixture
 
 
+def _start_from_probe(
+    mixture: MixtureOfFeatureExperts, data: IdData, rows: Rows, probe: LinearHead, context: Context
+) -> None:
+    """Let heads and router say what linear probes of the rows say; on the first process, for all."""
+    if context.ranks.first:
+        features = lazy_rows(data.train, "cls", data.train.spec.cls_dim)[rows]
+        start_heads(mixture, probe, features)
+        if mixture.config.router_input == "tap_cls":
+            taps, held_out = (lazy_rows(own, "tap_cls", own.spec.tap_dim) for own in (data.train, data.held_out))
+            probe = choose_head(head_rows(data, taps, held_out, rows, data.split.select), data.n_classes).head
+        start_router(mixture.router, probe)
+    begun = {name: tensor for name, tensor in mixture.state_dict().items() if not is_of_end(name)}
+    mixture.load_state_dict(context.ranks.agree(begun), strict=False)
+
+
 def train_mixture(
     mixture: MixtureOfFeatureExperts,
     data: IdData,
@@ -201,6 +227,9 @@ def train_mixture(
     run = TrainingRun(settings.epochs, settings.patience, checkpoints, context)
     trainer = CachedTrainer(mixture.to(context.place), data, rows, settings, seed, context)
     run.resume(trainer)
+    if settings.start == "probe" and not run.history:
+        with repeatable(context.place, trains=True):
+            run.end_epoch(trainer.judge_start(), trainer)
     train_epochs(trainer, run, context, f"train {checkpoints.path.stem.rpartition('-')[0]}, seed {seed}")
     mixture.to("cpu").load_state_dict(run.best)
     return TrainedMixture(mixture.eval(), [EpochRecord(**record) for record in run.history], run.best_epoch)

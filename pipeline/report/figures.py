@@ -121,14 +121,16 @@ def admitted(id_scores: Floats, ood_scores: Floats) -> tuple[NDArray[np.float64]
     return x, y
 
 
-def epoch_panel(title: str, series: Sequence[Series], best_epoch: int | None = None, per_cent: bool = False) -> str:
-    """Values per epoch, counted from 1."""
+def epoch_panel(
+    title: str, series: Sequence[Series], best_epoch: int | None = None, per_cent: bool = False, first: int = 0
+) -> str:
+    """Values per epoch, counted from 1; `first` is the number of the first one, −1 for what stands at 0: the start."""
 
     def draw(axes: "Axes") -> None:
         for line in series:
             for run in line.runs:
                 values = np.asarray([np.nan if value is None else value for value in run], dtype=float)
-                epochs = np.arange(1, len(values) + 1)
+                epochs = first + np.arange(1, len(values) + 1)
                 values = 100 * values if per_cent else values
                 style = (0, (4, 2)) if line.dashed else "-"
                 marker = "o" if len(values) <= 12 else ""

@@ -169,10 +169,16 @@ def training(study: ReportedStudy, progress: Progress) -> list[dict[str, Any]]:
         }
         panels = []
         for title, lines in (("Loss", loss), ("Accuracy", accuracy)):
-            svg = epoch_panel(f"{log.title}: {title}", [*lines.values()], log.best_epoch, per_cent=title == "Accuracy")
+            svg = epoch_panel(
+                f"{log.title}: {title}", [*lines.values()], log.best_epoch, title == "Accuracy", log.first
+            )
             legend = [(line.colour, line.dashed, meaning) for meaning, line in lines.items()]
             panels.append({"title": title, "legend": legend, "svg": svg})
-        alpha = [[line["alpha"] for line in run] for run in log.runs if run[0].get("alpha") is not None]
+        alpha = [
+            [line["alpha"] for line in run if line["epoch"] >= 0]
+            for run in log.runs
+            if run[-1].get("alpha") is not None
+        ]
         if alpha:
             svg = range_panel(f"{log.title}: Mixup α", alpha, log.best_epoch)
             legend = [("method", False, "smallest, median and largest over classes")]

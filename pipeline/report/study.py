@@ -72,6 +72,11 @@ class TrainingLog:
     final: list[Line] = field(default_factory=list)  # of the first seed's final model
     kept_epoch: int | None = None  # whose weights it has
 
+    @property
+    def first(self) -> int:
+        """The epoch of the first line: 0, or −1 where the start was judged."""
+        return int(self.runs[0][0]["epoch"])
+
     def series(self, colour: str, name: str, dashed: bool = False) -> Series:
         """One of its values over the epochs of every run."""
         return Series(colour, [[line.get(name) for line in run] for run in self.runs], dashed)

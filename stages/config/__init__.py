@@ -130,8 +130,9 @@ class TrainConfig(PresetConfig):
     epochs: PositiveInt = of_preset(8)  # with these rates the held-out ID loss is lowest after four to seven
     expert: Literal["auto", ExpertKind] = "auto"  # auto: "end", but "adapter" on features that came without tokens
     router_input: Literal["auto", RouterInput] = "auto"  # auto: "tap_cls" where there is one
+    start: Literal["zero", "probe"] = of_preset("zero")  # what heads and router are before anything is learned
     patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "started", "paper"] = "default"
     batch_size: PositiveInt = of_preset(64)
     lr: float = of_preset(1e-5, gt=0)  # of the experts' ends, which start trained: three times more costs far-OOD
     head_lr: float = of_preset(1e-2, gt=0)  # new layers; with a tenth they lag, and what they teach the ends is late

@@ -133,6 +133,10 @@ class FittedHeads:
         without = tuple(fit_head(*rows, n_classes, final.strength) for rows in parts)
         return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged, without)
 
+    def of_run(self, run: str) -> LinearHead:
+        """That of the model called ``"final"``, or of fold i, ``"fold-<i>"``."""
+        return self.final if run == "final" else self.folds[int(run.removeprefix("fold-"))]
+
     def notes(self, kind: str) -> list[str]:
         """What to say of how the heads called `kind` were fitted, a line each."""
         heads = list({id(head): head for head in (*self.folds, *self.parts, self.final)}.values())

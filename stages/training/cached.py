@@ -35,11 +35,11 @@ from stages.training.run import Record
 class EpochRecord:
     """A line of ``metrics.jsonl``."""
 
-    epoch: int
-    loss: float
-    expert_loss: float
-    router_loss: float
-    lr: float
+    epoch: int  # from 0; −1 is the start, of which there is nothing but what held-out rows say
+    loss: float | None
+    expert_loss: float | None
+    router_loss: float | None
+    lr: float | None
     load: list[int]
     select_loss: float | None = None
     select_accuracy: float | None = None
@@ -298,6 +298,13 @@ class CachedTrainer:
         return torch.where(rows.is_other[:, None], other, interpolate(own, partners, rows.lam))
 
     # ------------------------------------------------------------------------------------------- what it came to
+
+    def judge_start(self) -> Record:
+        """What held-out rows say of the mixture before it has learned anything, as the record of epoch −1."""
+        self._epoch, self._history = -1, []
+        record = EpochRecord(-1, None, None, None, None, [0] * self.mixture.n_experts)
+        self.judge_held_out(record)
+        return asdict(record)
 
     def judge(self) -> Record:
         """End the epoch: its losses, and what unmixed held-out rows say in evaluation mode."""

@@ -31,10 +31,20 @@ def probe_identity(data: IdData) -> str:
     return fingerprint({"data": data.identity, "semantics": TRAIN_SEMANTICS})
 
 
-def mixture_identity(data: IdData, settings: TrainSettings, seed: int) -> str:
-    """What a trained mixture is made of: features, split, settings (a grouping file by its content) and seed."""
+def mixture_identity(data: IdData, settings: TrainSettings, seed: int, probe: Path) -> str:
+    """What a trained mixture is made of: features, split, settings (a grouping file by its content), seed and start.
+
+    Args:
+        data: features and split.
+        settings: resolved.
+        seed: of all that is drawn.
+        probe: folder of the linear probe, whose bytes count where heads and router start from it.
+    """
     own = recorded_settings(settings) | {"grouping": grouping_content(settings.grouping)}
-    return fingerprint({"data": data.identity, "settings": own, "seed": seed, "semantics": TRAIN_SEMANTICS})
+    made_of = {"data": data.identity, "settings": own, "seed": seed, "semantics": TRAIN_SEMANTICS}
+    if settings.start == "probe":
+        made_of["probe"] = (read_document(probe / "probe.json") or {}).get("files")
+    return fingerprint(made_of)
 
 
 def joint_identity(data: IdData, source: Path) -> str:

@@ -84,9 +84,9 @@ def train_epochs(
     with repeatable(context.place, trains=True):
         progress = context.progress
         progress.start(run.epochs * trainer.n_rows, trainer.unit, title)
-        progress.advance(len(run.history) * trainer.n_rows)
+        progress.advance(run.trained * trainer.n_rows)
         while not run.ended:
-            epoch = len(run.history)
+            epoch = run.trained
             batches = trainer.plan(epoch, run.history)
             steps = run.begun["steps"]
             if steps:

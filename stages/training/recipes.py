@@ -21,7 +21,10 @@ _NOT_OF_THE_RESULT = {"preset", "workers", "seeds", "variants", "tensorboard"}
 
 def recorded_settings(settings: "TrainSettings | FinetuneSettings") -> dict[str, Any]:
     """What the result depends on, as identities and documents have it."""
-    return settings.model_dump(exclude=_NOT_OF_THE_RESULT)
+    recorded = settings.model_dump(exclude=_NOT_OF_THE_RESULT)
+    if recorded.get("start") == "zero":  # as all was trained before there was a choice
+        del recorded["start"]
+    return recorded
 
 
 # ---------------------------------------------------------------------------------------- a mixture, on cached features
@@ -37,8 +40,12 @@ class TrainSettings(TrainConfig):
 
 # "paper": the official code's recipe, where METHOD-relevant settings differ from ours; its α_min = α_max is not copied,
 # since with it the difficulty of a class cannot matter. It keeps no average of the weights.
+# "started": linear probing before fine-tuning (Kumar et al., "Fine-Tuning can Distort Pretrained Features and
+# Underperform Out-of-Distribution", ICLR 2022): heads that start at zero teach the experts noise until they have
+# learned, the more the more steps there are.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "started": {"start": "probe", "epochs": 4, "head_lr": 1e-4, "router_lr": 1e-4},
     "paper": {
         "epochs": 20,
         "label_smoothing": 0.1,
@@ -62,13 +69,15 @@ def resolve_settings(config: TrainConfig, n_classes: int, spec: FeatureSpec | No
         InputError: experts that need tokens, or the end of a backbone, where there is none.
     """
     has_end, has_tap = (spec is None or spec.expert_blocks > 0), (spec is None or spec.tap_dim > 0)
+    given = TRAIN_PRESETS[config.preset] | config.model_dump(exclude_unset=True)
+    started = given.get("start") == "probe"  # what the probe reads is known to separate the classes
     automatic: dict[str, Any] = {
         "experts": experts_for(n_classes),
         "expert": "end" if has_end else "adapter",
-        "router_input": "tap_cls" if has_tap else "cls",
+        "router_input": "tap_cls" if has_tap and not started else "cls",
     }
     resolved = {key: value for key, value in automatic.items() if getattr(config, key) == "auto"}
-    settings = TrainSettings(**TRAIN_PRESETS[config.preset] | config.model_dump(exclude_unset=True) | resolved)
+    settings = TrainSettings(**given | resolved)
     if settings.expert in ("end", "dense") and not has_end:
         raise InputError(
             f'train.expert: "{settings.expert}" is made of copies of a backbone\'s end, which read tokens: give '

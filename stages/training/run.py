@@ -38,7 +38,7 @@ class TrainingRun:
 
     Attributes:
         epochs: how many it is to have at most.
-        history: a record of each that is done.
+        history: a record of each that is done; before them, where the start was judged, one of it as epoch −1.
         begun: what was counted in the one after them, and how many ``steps`` of it were taken.
         best: weights of the epoch that is kept, on the CPU.
     """
@@ -66,14 +66,24 @@ class TrainingRun:
         return self._checkpoints.path
 
     @property
+    def trained(self) -> int:
+        """How many epochs are done."""
+        return len(self.history) - sum(record["epoch"] < 0 for record in self.history[:1])
+
+    @property
+    def kept(self) -> Record:
+        """The first of the records with the lowest held-out loss."""
+        return self.history[int(np.argmin([record["select_loss"] for record in self.history]))]
+
+    @property
     def best_epoch(self) -> int:
-        """The first of the epochs with the lowest held-out loss."""
-        return int(np.argmin([record["select_loss"] for record in self.history]))
+        """The epoch that is kept, from 0; −1 where nothing was better than what it started as."""
+        return int(self.kept["epoch"])
 
     @property
     def ended(self) -> bool:
         """Whether every epoch was trained, or patience has run out."""
-        n, patience = len(self.history), self._patience
+        n, patience = self.trained, self._patience
         return n >= self.epochs or (patience is not None and n > 0 and n - 1 - self.best_epoch >= patience)
 
     def resume(self, trainer: Resumable) -> None:
@@ -110,7 +120,7 @@ class TrainingRun:
         """Take an epoch's record, keep its weights if it is the best, and store the run unless that was just now."""
         self.history.append(record)
         self.begun = {"steps": 0}
-        if self.best_epoch == len(self.history) - 1:
+        if self.kept is record:
             self.best = {name: tensor.cpu().clone() for name, tensor in trainer.judged.state_dict().items()}
         if self._context.ranks.first and (self._checkpoints.due or self.ended):
             self._checkpoints.save(self._state(trainer))

@@ -546,7 +546,7 @@ def test_other_settings_seeds_and_grouping_files_are_other_models(data, tmp_path
     config = TrainConfig(experts=2, epochs=2, grouping=str(grouping))
 
     def identity(config=TWO, seed=0):
-        return mixture_identity(data, resolve_settings(config, 4), seed)
+        return mixture_identity(data, resolve_settings(config, 4), seed, tmp_path)
 
     grouping.write_text('{"0": "a", "1": "b", "2": "a", "3": "b"}')
     first = identity(config)
@@ -567,7 +567,9 @@ def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
     with pytest.raises(KeyboardInterrupt):
         train_mofe(data, other, backbone.end, seed=1, folder=folder)
     for config, seed in ((TWO, 0), (other, 1)):
-        assert not mixture_is_fresh(folder, mixture_identity(data, resolve_settings(config, 4), seed), data)
+        assert not mixture_is_fresh(
+            folder, mixture_identity(data, resolve_settings(config, 4), seed, folder / "probe"), data
+        )
 
 
 @pytest.mark.parametrize(
@@ -575,7 +577,7 @@ def test_killed_while_writing_it_is_neither_the_old_model_nor_the_new(
 )
 def test_a_folder_without_one_of_its_files_or_with_other_bytes_in_one_is_trained_again(lost, data, mixture, tmp_path):
     folder = shutil.copytree(mixture, tmp_path / "mixture")
-    identity = mixture_identity(data, resolve_settings(TWO, 4), seed=0)
+    identity = mixture_identity(data, resolve_settings(TWO, 4), 0, folder / "probe")
     assert mixture_is_fresh(folder, identity, data)
     whole = (folder / lost).read_bytes()
     for at in (0, len(whole) // 2, len(whole) - 1):
