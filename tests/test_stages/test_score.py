@@ -912,7 +912,10 @@ def test_table_csv_has_the_columns_that_users_script_against(folder):
         header = next(csv.reader(file))
     naming = ["backbone", "features", "head", "variant", "seed", "routing", "score", "params", "profile", "calibrated"]
     metrics = ["n_id", "n_ood", "auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out"]
-    assert header == [*naming, "ood", "group", *metrics, "auroc_lo", "auroc_hi", "fpr95_lo", "fpr95_hi"]
+    intervals = ["auroc_lo", "auroc_hi", "fpr95_lo", "fpr95_hi"]
+    areas = ["aurc", "augrc"]  # of selective classification
+    spectrum = [f"fsood_{name}" for name in ("n_id", *metrics[2:], *areas)]
+    assert header == [*naming, "ood", "group", *metrics, *intervals, *areas, *spectrum, "labels"]
 
 
 def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_path):
