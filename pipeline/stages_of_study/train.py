@@ -82,8 +82,8 @@ class Train(BackboneStage):
                 self._data, backbone.finetune_folder, lambda: backbone.architecture.end(), folder, context
             )
         config = self.workspace.config.variant_configs()[variant]
-        end, probe = backbone.loaded.end, backbone.probe_folder
-        return train_mofe(self._data, config, end, seed, folder, context, probe)
+        probe = backbone.probe_folder
+        return train_mofe(self._data, config, lambda: backbone.loaded.end(), seed, folder, context, probe)
 
     def _line(self, variant: str, seed: int, done: bool) -> str:
         folder = self.backbone.mixture_folder(variant, seed)
