@@ -552,8 +552,6 @@ def test_images_that_stand_in_a_set_twice_are_said_and_listed(home, tmp_path):
         ("sets.photos.images={tmp}/empty", "sets.photos.images: {tmp}/empty: no images found"),
         ("sets.photos.images={tmp}/a.zip", "sets.photos.images: {tmp}/a.zip: not a source of images"),
         ("sets.photos.images=sklearn:faces", "sets.photos.images: sklearn:faces: no such embedded set"),
-        ("sets.train.images={home}/images/threes", "set 'train': 16 of 16 images (the first: "),
-        ("sets.test.images={home}/images/threes", "set 'test': 16 of 16 images (the first: "),
         (
             "sets.test.images=sklearn:digits[7]",
             "set 'test' has classes that id-train does not have: '7'; the first of ",

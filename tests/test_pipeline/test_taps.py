@@ -15,7 +15,7 @@ SCORES = ["knn", "mm-pp", "knn-layers", "mm-pp+energy"]
 STUDY = (
     ADAPTERS.replace("photos.tar", "photos")
     .replace('root = "caches"', 'root = "caches"\ntaps = [5, 6, 7]\npatches = "none"')
-    .replace("bootstrap = 100", f"bootstrap = 100\nscores = {SCORES}".replace("'", '"'))
+    .replace('scores = ["msp", "energy", "knn", "knn+energy"]', f"scores = {SCORES}".replace("'", '"'))
 )
 
 
