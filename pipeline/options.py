@@ -234,6 +234,10 @@ def _known_score(_context: click.Context, _option: click.Parameter, value: str |
     return value
 
 
+def _split_names(_context: click.Context, _option: click.Parameter, names: str | None) -> list[str] | None:
+    return None if names is None else names.split(",")
+
+
 DECIDING_BACKBONE = click.option(
     "--backbone",
     type=click.Choice(["pretrained", "finetuned"]),
@@ -284,7 +288,7 @@ CHOICE = gathered(
     click.option(
         "--controls",
         metavar="NAME,…",
-        callback=lambda _context, _option, names: None if names is None else names.split(","),
+        callback=_split_names,
         help="Of the control variants, only these.",
     ),
     click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them."),
@@ -297,7 +301,7 @@ SELECTION = gathered(
     click.option(
         "--only",
         metavar="NAME,…",
-        callback=lambda _context, _option, names: None if names is None else names.split(","),
+        callback=_split_names,
         help="Of the runs, only these.",
     ),
     click.option("--available", is_flag=True, help="Leave runs out whose images or weights are missing."),

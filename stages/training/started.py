@@ -55,10 +55,8 @@ def start_router(router: Router, probe: LinearHead) -> None:
 
 def _on_raw_features(probe: LinearHead) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weight ``[C, D]`` and finite bias ``[C]``."""
-    weight, bias = probe.weight.astype(np.float64), probe.bias.astype(np.float64)
-    if probe.standardise is not None:
-        weight = weight / probe.standardise.scale
-        bias = bias - weight @ probe.standardise.mean
+    raw = probe.on_raw_features()
+    weight, bias = raw.weight.astype(np.float64), raw.bias.astype(np.float64)
     return weight, np.where(np.isfinite(bias), bias, bias[probe.classes].min() - _UNSEEN)
 
 
