@@ -59,7 +59,7 @@ $(STAGES) $(VERBS):
 	$(BIN)/python -m pipeline $@ '$(EXPERIMENT)' $(ARGS)
 
 test: $(READY) ## Set up and run the tests, a file on each core
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## Check style and types; changes nothing
 	$(BIN)/ruff check .

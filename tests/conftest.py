@@ -22,32 +22,47 @@ import signal
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 
-from stages.config import BackboneConfig, TrainConfig
-from stages.extract import extract_set
-from stages.id_data.rows import id_data
-from stages.inputs.images import list_images
-from stages.networks.backbone import load_backbone
-from stages.train import train_mofe, train_probe
-from tests.object_store import ObjectStore
-from tests.test_stages.small_vit import cached, small_vit
+# Whatever imports torch is imported by the fixtures that use it: xdist's controller, which runs no test, starts the
+# workers as soon as it has read this file.
 
-torch.set_num_threads(1)
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
+# Files that take longest, in that order: `make test` begins with them, so that its workers end together. README.md says
+# how they are measured.
+LONGEST = (
+    "test_pipeline/test_demo.py",
+    "test_pipeline/test_benchmark/test_run.py",
+    "test_pipeline/test_study.py",
+    "test_stages/test_train.py",
+    "test_stages/test_score.py",
+)
+
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=10, help="how often a process that fills a cache is killed")
     parser.addoption("--mutants", type=int, default=300, help="how many flipped bits, and damaged images, are tried")
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Flushing is for losses of power, of which no test has any: what a process that is killed has written stays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 SOURCES = {
@@ -60,11 +75,17 @@ SOURCES = {
 
 @pytest.fixture(scope="session")
 def backbone():
+    from stages.config import BackboneConfig
+    from stages.networks.backbone import load_backbone
+
     return load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48))
 
 
 @pytest.fixture(scope="session")
 def caches(backbone, tmp_path_factory):
+    from stages.extract import extract_set
+    from stages.inputs.images import list_images
+
     root, spec = tmp_path_factory.mktemp("caches"), backbone.feature_spec("float16", "full")
     return {
         name: extract_set(name, list_images(source), spec, root, lambda: backbone) for name, source in SOURCES.items()
@@ -73,11 +94,17 @@ def caches(backbone, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(caches):
+    from stages.id_data.rows import id_data
+
     return id_data(caches["train"], None, val_share=0.2)
 
 
 def first_of_each_class(n):
     """The first n images of each of the digits 0 to 3."""
+    import numpy as np
+
+    from stages.inputs.images import list_images
+
     table = list_images(SOURCES["train"])
     rows = np.sort(np.concatenate([np.flatnonzero(table.labels == label)[:n] for label in range(4)]))
     return replace(
@@ -97,17 +124,25 @@ def few_images():
 
 @pytest.fixture(scope="session")
 def few(backbone, few_images, tmp_path_factory):
+    from stages.extract import extract_set
+    from stages.id_data.rows import id_data
+
     root, spec = tmp_path_factory.mktemp("few"), backbone.feature_spec("float16", "full")
     return id_data(extract_set("few", few_images, spec, root, lambda: backbone), None, val_share=0.2)
 
 
 @pytest.fixture(scope="session")
 def small(few):
+    from stages.id_data.rows import id_data
+
     return id_data(few.train, None, val_share=0.25, cross_fit=False)
 
 
 @pytest.fixture(scope="session")
 def mixture(backbone, data, tmp_path_factory):
+    from stages.config import TrainConfig
+    from stages.train import train_mofe
+
     folder = tmp_path_factory.mktemp("mixture")
     assert train_mofe(data, TrainConfig(experts=2, epochs=2), backbone.end, seed=0, folder=folder)
     return folder
@@ -115,11 +150,15 @@ def mixture(backbone, data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def probe(data, tmp_path_factory):
+    from stages.train import train_probe
+
     return train_probe(data, tmp_path_factory.mktemp("probe"))
 
 
 @pytest.fixture(scope="session")
 def object_store():
+    from tests.object_store import ObjectStore
+
     store = ObjectStore()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
@@ -131,9 +170,13 @@ def object_store():
 
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory):
+    from tests.test_stages.small_vit import small_vit
+
     return small_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="session")
 def vit_data(vit, few_images, tmp_path_factory):
+    from tests.test_stages.small_vit import cached
+
     return cached(vit, few_images, tmp_path_factory.mktemp("vit-caches"))

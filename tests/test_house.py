@@ -1,6 +1,7 @@
 """The rules of the house, read from the source: layers, circles, doors of libraries, sizes, one name for one thing."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -197,26 +198,47 @@ def test_modules_are_imported_by_name_only():
     assert not any("__import__" in path.read_text(encoding="utf-8") for path in FILES.values())
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("cache", ("stages", "pipeline", "torch", "timm", "sklearn", "PIL", "pydantic")),
-        ("stages.machine", ("torch", "numpy", "pydantic")),
-        ("stages.networks.tokens", ("timm", "torchvision", "PIL", "pydantic")),
-        ("stages.detection", ("torch", "timm", "faiss", "h5py", "pyarrow", "sklearn", "matplotlib")),
-        ("stages.detection.onnx_runtime", ("torch", "torchvision", "timm", "onnxruntime")),
-        ("stages.networks.backbone", ("h5py", "pyarrow", "sklearn", "matplotlib")),
-        ("stages.score", ("timm", "torchvision", "huggingface_hub", "matplotlib")),
-        ("pipeline.stages_of_study.score", ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib")),
-        ("pipeline.serving.supervisor", ("torch", "timm", "starlette", "uvicorn", "h5py", "pyarrow", "sklearn")),
-        ("pipeline.cli", ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow")),
-    ],
-)
-def test_light_modules_load_nothing_heavy(module, absent):
+ABSENT = {
+    "cache": ("stages", "pipeline", "torch", "timm", "sklearn", "PIL", "pydantic"),
+    "stages.machine": ("torch", "numpy", "pydantic"),
+    "stages.networks.tokens": ("timm", "torchvision", "PIL", "pydantic"),
+    "stages.detection": ("torch", "timm", "faiss", "h5py", "pyarrow", "sklearn", "matplotlib"),
+    "stages.detection.onnx_runtime": ("torch", "torchvision", "timm", "onnxruntime"),
+    "stages.networks.backbone": ("h5py", "pyarrow", "sklearn", "matplotlib"),
+    "stages.score": ("timm", "torchvision", "huggingface_hub", "matplotlib"),
+    "pipeline.stages_of_study.score": ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib"),
+    "pipeline.serving.supervisor": ("torch", "timm", "starlette", "uvicorn", "h5py", "pyarrow", "sklearn"),
+    "pipeline.cli": ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow"),
+}
+# Each module is imported in a process of its own, forked from one that has loaded nothing, or torch where that is
+# allowed: it takes seconds, and so is loaded once.
+IMPORTED = """
+import importlib, json, os, sys
+
+absent = json.loads(sys.argv[1])
+for module in sorted(absent, key=lambda module: "torch" not in absent[module]):
+    if "torch" not in absent[module]:
+        import torch
+    if not (child := os.fork()):
+        importlib.import_module(module)
+        print(json.dumps([module, sorted(set(absent[module]) & sys.modules.keys())]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """What should be absent and is not where each of some modules is imported alone."""
+    command = [sys.executable, "-c", IMPORTED, json.dumps(ABSENT)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(map(json.loads, run.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("module", ABSENT)
+def test_light_modules_load_nothing_heavy(module, loaded):
     """Reading a cache needs no torch, scoring no network, and an experiment file is checked before either loads."""
-    command = f"import sys, {module}; print(*set({absent!r}) & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == []
+    assert loaded[module] == []
 
 
 def test_modules_are_read_in_one_sitting():

@@ -1,4 +1,4 @@
-"""Peak memory of an extraction stays as it is while the data grow. Run as a program, it extracts and says its peak."""
+"""Peak memory of an extraction stays as it is while the data grow. Run as a program, it extracts and says its peaks."""
 
 import resource
 import subprocess
@@ -13,10 +13,11 @@ from stages.networks.backbone import load_backbone
 N = 150
 
 
-def peak_kib(images: Path, root: Path) -> int:
-    command = [sys.executable, "-m", "tests.test_stages.test_extract_memory", str(images), str(root)]
+def peaks_kib(few: Path, many: Path, root: Path) -> list[int]:
+    """Of one process that extracts a few images, and then many."""
+    command = [sys.executable, "-m", "tests.test_stages.test_extract_memory", *map(str, (root, few, many))]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout)
+    return list(map(int, done.stdout.split()))
 
 
 def test_ten_times_the_images_need_no_more_memory(tmp_path):
@@ -28,7 +29,7 @@ def test_ten_times_the_images_need_no_more_memory(tmp_path):
             path = tmp_path / folder / f"{index % 10}" / f"{index:04d}.pgm"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(reader.read(index % len(table)))
-    few, many = peak_kib(tmp_path / "few", tmp_path / "root"), peak_kib(tmp_path / "many", tmp_path / "root")
+    few, many = peaks_kib(tmp_path / "few", tmp_path / "many", tmp_path / "root")
     assert many < 1.05 * few
 
 
@@ -36,8 +37,9 @@ if __name__ == "__main__":
     config = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
     backbone = load_backbone(config, expert_blocks=6)  # an early tap: large maps that cost little
     spec = backbone.feature_spec("float32", "full")
-    images, root, options = list_images(sys.argv[1]), Path(sys.argv[2]), ExtractOptions(shard_rows=32)
-    cache = extract_set("digits", images, spec, root, lambda: backbone, options=options)
-    assert cache.n_rows in (N, 10 * N)
     assert spec.row_bytes > 40_000
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    root, options = Path(sys.argv[1]), ExtractOptions(shard_rows=32)
+    for folder, n_rows in zip(sys.argv[2:], (N, 10 * N), strict=True):
+        cache = extract_set(Path(folder).name, list_images(folder), spec, root, lambda: backbone, options=options)
+        assert cache.n_rows == n_rows
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

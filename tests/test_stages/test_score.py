@@ -34,6 +34,7 @@ from stages.mixture.refine import refine
 from stages.mixture.refined import Routes, load_refined, refined_path
 from stages.mixture.storage import load_mixture
 from stages.networks import backbone as backbone_module
+from stages.networks.backbone import load_backbone
 from stages.predict import Predictor
 from stages.progress import NullProgress
 from stages.results import table as table_module
@@ -41,6 +42,7 @@ from stages.score import score
 from stages.scorers import SCORERS
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.train import train_mofe, train_probe
+from tests.conftest import SOURCES
 from tests.test_stages.answers import answers_of
 
 CONFIG = ScoreConfig(scores=["msp", "energy", "knn", "knn+energy"], k=5, bootstrap=100)
@@ -62,6 +64,28 @@ def source(caches, data, probe, mixture, backbone, tmp_path_factory):
         architecture=lambda: backbone,
         network=lambda: backbone,
     )
+
+
+@pytest.fixture(scope="module")
+def small_source(vit, vit_data, tmp_path_factory):
+    """Sets of the same images by a small ViT of 64 dimensions, and a probe: what is quick to fit. No mixture."""
+    caches, network = tmp_path_factory.mktemp("small"), load_backbone(vit)
+    tests = tuple(
+        ScoredSet(
+            name, group, extract_set(name, list_images(SOURCES[name]), vit_data.train.spec, caches, lambda: network)
+        )
+        for name, group in GROUP_OF.items()
+    )
+    probe = train_probe(vit_data, caches / "probe")
+    return BackboneSource("pretrained", None, vit_data, probe, None, (), tests, lambda: network, lambda: network)
+
+
+def mixed(source, folder, **settings):
+    """A source with a mixture of copies of its network's end, and the probe of its data."""
+    config, end = TrainConfig(**{"experts": 2, "epochs": 1} | settings), source.architecture().end
+    assert train_mofe(source.data, config, end, seed=0, folder=folder / "seed-0")
+    mixtures = (MixtureFolder("default", 0, folder / "seed-0"),)
+    return replace(source, probe=train_probe(source.data, folder / "probe"), mixtures=mixtures)
 
 
 @pytest.fixture(scope="module")
@@ -446,9 +470,10 @@ def plain_patches(backbone, cache):
     return [(each / each.norm(dim=1, keepdim=True)).double().numpy() for each in tokens]
 
 
-def test_patch_knn_is_the_mean_of_the_farthest_patches(source, backbone, tmp_path):
+def test_patch_knn_is_the_mean_of_the_farthest_patches(small_source, tmp_path):
+    source, backbone = small_source, small_source.network()
     config = CONFIG.model_copy(update={"scores": ["patch-knn"], "params": {"patch-knn": {"share": 0.5}}})
-    result = score([replace(source, mixtures=())], config, tmp_path)
+    result = score([source], config, tmp_path)
     row = next(row for row in result.rows if row["score"] == "patch-knn")
     known = source.data.split.final_train
     assert (row["features"], row["head"], json.loads(row["params"])["bank_images"]) == ("cls", "none", len(known))
@@ -461,7 +486,7 @@ def test_patch_knn_is_the_mean_of_the_farthest_patches(source, backbone, tmp_pat
         np.testing.assert_allclose(samples["patch-knn"][samples["set"] == test.name], expected, atol=1e-5)
 
 
-def test_patches_are_read_for_patch_knn_alone(source, tmp_path, monkeypatch):
+def test_patches_are_read_for_patch_knn_alone(small_source, tmp_path, monkeypatch):
     read = []
     original = FeatureCache.read
 
@@ -474,11 +499,11 @@ def test_patches_are_read_for_patch_knn_alone(source, tmp_path, monkeypatch):
     def network():
         raise AssertionError("no network is needed")
 
-    frozen = replace(source, mixtures=(), network=network)
+    frozen = replace(small_source, network=network)
     names = [name for name in SCORERS if name not in ("patch-knn", "mos", "other")]
     score([frozen], CONFIG.model_copy(update={"scores": names}), tmp_path)
     assert set(read) == {"cls"}
-    score([replace(source, mixtures=())], CONFIG.model_copy(update={"scores": ["patch-knn"]}), tmp_path)
+    score([small_source], CONFIG.model_copy(update={"scores": ["patch-knn"]}), tmp_path)
     assert "patches" in read
 
 
@@ -579,17 +604,10 @@ def test_thresholds_of_the_mixture_are_of_routed_calibration_rows(source, folder
     assert entry["threshold"] == pytest.approx(ranked(knn, 0.95), abs=1e-4)
 
 
-def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(source, few, backbone, tmp_path):
-    folder = tmp_path / "seed-0"
-    config = TrainConfig(experts=2, epochs=1, batch_size=16, expert="adapter")
-    train_mofe(few, config, backbone.end, seed=0, folder=folder)
-    crossed = replace(
-        source,
-        data=few,
-        probe=train_probe(few, tmp_path / "probe"),
-        mixtures=(MixtureFolder("default", 0, folder),),
-        tests=(source.tests[0], source.tests[2]),
-    )
+def test_under_cross_fitting_parts_calibrate_and_the_final_model_scores(small_source, tmp_path):
+    few = id_data(small_source.data.train, None, val_share=0.2)
+    source = mixed(replace(small_source, data=few), tmp_path, batch_size=16)
+    crossed = replace(source, tests=(source.tests[0], source.tests[2]))
     result = score([crossed], CONFIG.model_copy(update={"top2": True}), tmp_path / "scores")
     assert {row["routing"] for row in result.rows} == {"none", "predicted", "top2", "oracle"}
     thresholds = json.loads((tmp_path / "scores" / "thresholds.json").read_text())
@@ -918,8 +936,9 @@ def test_table_csv_has_the_columns_that_users_script_against(folder):
     assert header == [*naming, "ood", "group", *metrics, *intervals, *areas, *spectrum, "labels"]
 
 
-def test_every_score_runs_on_real_features_frozen_and_routed(source, data, tmp_path):
+def test_every_score_runs_on_features_frozen_and_routed(small_source, tmp_path):
     """Each by every head that it reads: finite, and the record says what came of which ID rows, by expert."""
+    source, data = mixed(small_source, tmp_path, experts=3), small_source.data  # of 2, 1 and 1 classes
     result = score([source], CONFIG.model_copy(update={"scores": list(SCORERS)}), tmp_path)
     ran = {name: {row["score"] for row in result.rows if row["features"] == name} for name in ("cls", "mofe")}
     of_taps = {"mm-pp", "knn-layers"}  # which these caches do not have

@@ -27,7 +27,7 @@ from stages.id_data.tokens import read_tokens
 from stages.mixture.mixup import class_alpha
 from stages.mixture.refined import load_refined, refined_path
 from stages.mixture.storage import load_mixture
-from stages.networks.backbone import Backbone
+from stages.networks.backbone import Backbone, load_backbone
 from stages.progress import NullProgress
 from stages.train import start_mixture, train_mixture, train_mofe, train_probe
 from stages.training import finish as finish_module
@@ -270,10 +270,9 @@ def test_progress_tells_loss_accuracy_and_load(fit, rows):
 # --------------------------------------------------------------------------------------------------- mixed precision
 
 
-def test_bfloat16_trains_nearly_the_same(fit, data):
+def test_bfloat16_trains_nearly_the_same(fit):
     """What it costs is rounding; weights, their average and all that judges them stay float32."""
-    settings = {"epochs": 1, "rows": data.split.final_train}
-    mixed, plain = (fit(precision=precision, **settings) for precision in ("bfloat16", "float32"))
+    mixed, plain = (fit(precision=precision, epochs=1) for precision in ("bfloat16", "float32"))
     assert bits(mixed) != bits(plain)
     assert {parameter.dtype for parameter in mixed.mixture.parameters()} == {torch.float32}
     for ours, whole in zip(mixed.history, plain.history, strict=True):
@@ -398,16 +397,16 @@ def test_a_group_of_one_class_has_its_heads(data, backbone, tmp_path):
 
 @pytest.mark.parametrize("name", ["cls", "tap_cls", "patches"])
 @pytest.mark.parametrize("part", ["train", "select"])
-def test_features_that_are_not_finite_name_their_image(name, part, data, backbone, spoilt, tmp_path):
-    row = getattr(data.split.folds[0], part)[3]
-    broken = spoilt([row], name, np.nan)
-    refusal = f"set 'train': {name} of image '{data.train.ids[row]}' is not finite: leave the image out, or remove"
+def test_features_that_are_not_finite_name_their_image(name, part, vit, vit_data, spoilt, tmp_path):
+    row = getattr(vit_data.split.folds[0], part)[3]
+    broken = spoilt([row], name, np.nan, vit_data)
+    refusal = f"set 'few': {name} of image '{vit_data.train.ids[row]}' is not finite: leave the image out, or remove"
     if name == "cls":
         with pytest.raises(InputError, match=refusal):
             train_probe(broken, tmp_path / "probe")
     if (name, part) != ("cls", "select"):  # which a copy of the backbone's end does not look at
         with pytest.raises(InputError, match=refusal):
-            train_mofe(broken, ONE, backbone.end, seed=0, folder=tmp_path / "mofe")
+            train_mofe(broken, ONE, load_backbone(vit).end, seed=0, folder=tmp_path / "mofe")
 
 
 # ----------------------------------------------------------------------------------------------- who teaches whom
@@ -415,10 +414,10 @@ def test_features_that_are_not_finite_name_their_image(name, part, data, backbon
 
 @pytest.fixture
 def spoilt(data, tmp_path):
-    """A copy of `data` in which some rows of id-train hold noise, or one value, and a wrong label."""
+    """A copy of `data`, or others, in which some rows of id-train hold noise, or one value, and a wrong label."""
     numbers = count()
 
-    def spoilt(rows, only=None, value=None):
+    def spoilt(rows, only=None, value=None, data=data):
         path = shutil.copytree(data.train.path, tmp_path / f"spoilt-{next(numbers)}")
         rng = np.random.default_rng(0)
         (shard,) = path.glob("shard-*.h5")
@@ -441,14 +440,20 @@ def test_held_out_rows_teach_nothing(fit, rows, data, spoilt):
     assert bits(fit(data=spoilt(rows[:1]), epochs=1)) != without
 
 
-def test_calibration_rows_have_no_say_in_anything(data, spoilt, mixture, backbone, probe, tmp_path):
-    """Neither in weights, nor in when to stop, nor in groups and heads."""
-    other = spoilt(data.split.folds[0].calibrate)
-    assert train_mofe(other, TWO, backbone.end, seed=0, folder=tmp_path / "mofe")
-    names = ("mofe.safetensors", "heads.safetensors", "metrics.jsonl")
-    assert files(tmp_path / "mofe", *names) == files(mixture, *names)
-    again = train_probe(other, tmp_path / "probe").final
-    np.testing.assert_array_equal(again.weight, probe.final.weight)
+def test_calibration_rows_have_no_say_in_anything(vit, vit_data, spoilt, tmp_path):
+    """Neither in weights, nor in when to stop, nor in groups and heads; of adapters and folds: test_leaks.py."""
+    found = []
+    for name, data in (
+        ("plain", vit_data),
+        ("spoilt", spoilt(vit_data.split.folds[0].calibrate, data=vit_data)),
+    ):
+        folder = tmp_path / name
+        assert train_mofe(data, TWO, load_backbone(vit).end, seed=0, folder=folder)
+        probe = train_probe(data, folder / "probe").final.weight
+        found.append(
+            [*files(folder, "mofe.safetensors", "heads.safetensors", "metrics.jsonl"), np.asarray(probe).tobytes()]
+        )
+    assert found[0] == found[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- mixup
@@ -592,16 +597,17 @@ def test_a_folder_without_one_of_its_files_or_with_other_bytes_in_one_is_trained
 # -------------------------------------------------------------------------------------------------- cross-fitting
 
 
-def test_small_classes_are_cross_fitted(few, backbone, tmp_path):
+def test_small_classes_are_cross_fitted(vit, vit_data, tmp_path):
     """12 images a class: a model for each fold and one of all that they have, stopped once on the way."""
+    few, end = id_data(vit_data.train, None, val_share=0.2), load_backbone(vit).end
     assert few.split.cross_fitted
     config = TrainConfig(experts=2, epochs=2, batch_size=16)
     folder = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        train_mofe(few, config, backbone.end, seed=0, folder=folder, context=Context(StopsIn(1, "train fold-2")))
+        train_mofe(few, config, end, seed=0, folder=folder, context=Context(StopsIn(1, "train fold-2")))
     tasks = StopsIn(9)
-    assert train_mofe(few, config, backbone.end, seed=0, folder=folder, context=Context(tasks))
-    assert train_mofe(few, config, backbone.end, seed=0, folder=tmp_path / "whole")
+    assert train_mofe(few, config, end, seed=0, folder=folder, context=Context(tasks))
+    assert train_mofe(few, config, end, seed=0, folder=tmp_path / "whole")
     names = ["mofe.safetensors", "heads.safetensors", "metrics.jsonl"]
     names += [f"fold-{fold}/mofe.safetensors" for fold in range(3)]
     assert files(folder, *names) == files(tmp_path / "whole", *names)

@@ -272,24 +272,36 @@ def test_time_to_go():
 # ----------------------------------------------------------------------------------------------------------- images
 
 
-def test_other_images_are_refused(benchmark, finished, tmp_path):
-    shutil.copytree(benchmark / "data", tmp_path / "data")
-    shutil.copy(tmp_path / "data" / "test.tar", tmp_path / "data" / "photos.tar")
+@pytest.fixture(scope="module")
+def other_images(benchmark, tmp_path_factory):
+    """The benchmark's folder with other photographs."""
+    data = shutil.copytree(benchmark / "data", tmp_path_factory.mktemp("other") / "data")
+    shutil.copy(data / "test.tar", data / "photos.tar")
+    return data
+
+
+@pytest.fixture(scope="module")
+def unchecked(benchmark, finished, other_images):
+    """The page of these after all, without the controls."""
+    work = shutil.copytree(finished, other_images.parent / "work")
+    results(benchmark, work, studies=ONE, data=other_images, unchecked=True, controls=[])
+    return (work / "results.md").read_text()
+
+
+def test_other_images_are_refused(benchmark, other_images, tmp_path):
     with pytest.raises(InputError, match=r"16 missing \(photos/.*--unchecked"):
-        results(benchmark, tmp_path / "work", data=tmp_path / "data")
+        results(benchmark, tmp_path / "work", data=other_images)
     assert not (tmp_path / "work").exists()
-    shutil.copytree(finished, tmp_path / "work")
-    results(benchmark, tmp_path / "work", studies=ONE, data=tmp_path / "data", unchecked=True)
-    assert "| images | NOT the benchmark's: 16 missing" in (tmp_path / "work" / "results.md").read_text()
 
 
-def test_some_controls_are_enough(benchmark, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "work")
-    results(benchmark, tmp_path / "work", studies=ONE, controls=[])
-    text = (tmp_path / "work" / "results.md").read_text()
-    assert "MoFE dense-1: knn+energy" in text  # a baseline stays
+def test_other_images_may_be_asked_for(unchecked):
+    assert "| images | NOT the benchmark's: 16 missing" in unchecked
+
+
+def test_some_controls_are_enough(benchmark, finished, unchecked, tmp_path):
+    assert "MoFE dense-1: knn+energy" in unchecked  # a baseline stays
     assert "MoFE static" in (finished / "results.md").read_text()
-    assert "MoFE static" not in text
+    assert "MoFE static" not in unchecked
     with pytest.raises(ConfigError, match=r"--controls: one .*'statik'.*'static'"):
         results(benchmark, tmp_path / "work", controls=["statik"])
 
