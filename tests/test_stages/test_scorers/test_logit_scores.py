@@ -339,9 +339,10 @@ def test_a_temperature_is_fitted_in_hardly_more_memory_than_its_logits_take():
 
 def test_logits_that_are_not_held_give_the_same_temperature(monkeypatch):
     train, select = rows(), rows(90, 1, 1.2)
-    held = get_scorer("temperature-scaling").fit(train, select).params()
+    held = get_scorer("temperature-scaling").fit(train, select).params()["temperature"]
     monkeypatch.setattr(temperature, "_HELD_BYTES", 0)
-    assert get_scorer("temperature-scaling").fit(train, select).params() == pytest.approx(held, rel=1e-6)
+    found = get_scorer("temperature-scaling").fit(train, select).params()["temperature"]
+    assert found == pytest.approx(held, rel=1e-6)
 
 
 def test_rows_whose_class_the_head_does_not_know_fit_no_temperature():
