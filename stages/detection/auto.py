@@ -27,7 +27,7 @@ from stages.detection.choice import (
 )
 from stages.detection.detectors import FittedDetector, raw_scores
 from stages.detection.factory import DetectorFactory
-from stages.detection.pseudo import DIVISIONS, FEWEST_CLASSES, LEFT_OUT, SHUFFLED, PseudoFold, pseudo_folds
+from stages.detection.pseudo import DIVISIONS, FEWEST_CLASSES, OF_CLASSES, SHUFFLED, PseudoFold, pseudo_folds
 from stages.detection.sources import BackboneSource
 from stages.detection.subject import NO_HEAD, SubjectKey
 from stages.errors import InputError
@@ -101,7 +101,7 @@ def sides_of(kinds: Sequence[str]) -> dict[str, list[int]]:
         return {kind: [number] for number, kind in enumerate(kinds)}
     sides: dict[str, list[int]] = {}
     for number, kind in enumerate(kinds):
-        sides.setdefault("left out" if kind in LEFT_OUT else "images", []).append(number)
+        sides.setdefault("left out" if kind in OF_CLASSES else "images", []).append(number)
     return sides
 
 

@@ -25,7 +25,7 @@ from stages.mixture.grouping import group_classes
 from stages.scorers import FROZEN
 from stages.scorers.shared.arrays import l2_normalise
 
-LEFT_OUT = ("near", "far")  # kinds of classes that are left out; the others are of what is no ID row
+OF_CLASSES = ("near", "far")  # kinds of classes that are left out; the others are of what is no ID row
 SHUFFLED = "shuffled"
 _GROUPS = 5  # that classes are dealt into
 DIVISIONS = 2  # of each way of dealing: another one may give another choice

@@ -106,7 +106,7 @@ def test_images_that_play_ood_take_the_place_of_shuffled_rows_with_the_logits_of
 
 
 def test_what_is_chosen_depends_on_the_images_and_both_sides_count_alike():
-    own = subject(spread=1.0)
+    own = subject(classes=4, select=8, spread=1.0)
     near, apart = ({kind: drawn(40, at) for kind in ("blurred", "tiles")} for at in (0.0, 9.0))
     first, second = (chosen(replace(own, pseudo=pseudo)).record for pseudo in (near, apart))
     assert second["loss"] < first["loss"]
