@@ -125,7 +125,7 @@ class FrozenFeatures:
             return {}
         cached, kinds = self._cached(cache), np.array([name.partition("/")[0] for name in cache.ids.tolist()])
         labels = np.full(cache.n_rows, -1, np.int32)
-        rows = {kind: np.flatnonzero(kinds == kind) for kind in np.unique(kinds).tolist()}
+        rows = {kind: np.flatnonzero(kinds == kind).astype(np.int64) for kind in np.unique(kinds).tolist()}
         return {kind: self._rows(cached[some], labels[some], final_head) for kind, some in rows.items()}
 
     @property
