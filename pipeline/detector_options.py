@@ -89,7 +89,7 @@ SERVING = gathered(
         type=click.IntRange(min=1),
         default=Serving.batch,
         show_default=True,
-        help="Images that go through the network together, at most.",
+        help="Images that go through the network together, at most; on a CPU a pass, 16, if that is less.",
     ),
     click.option(
         "--patience",

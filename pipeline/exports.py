@@ -197,6 +197,7 @@ def _about(workspace: Workspace, backbone: StudyBackbone, deciding: DecidingDete
             "split": source.data.split.rule,
         },
         "classes": len(source.data.class_names),
+        "labels": source.data.labels,
         "sets": [_set_line(backbone.cache(entry), entry) for entry in workspace.config.sets],
         "calibration": {"rows": len(scores), "exact": fitted.is_exact},
         "thresholds": [asdict(threshold_at(scores, admit)) for admit in ADMIT],
@@ -275,7 +276,8 @@ def _origin_lines(about: Mapping[str, Any]) -> Iterator[str]:
     if network["name"]:
         size, weights = network["image_size"], network["weights_sha256"][:8]
         yield f"network    {network['name']} at {size} px, weights {weights}; takes {about['takes']}"
-    yield f"data       features {data['features'][:8]}, ID {data['id'][:8]}, {about['classes']} classes"
+    classes = "classes" if about.get("labels", "given") == "given" else "clusters that stand for classes"
+    yield f"data       features {data['features'][:8]}, ID {data['id'][:8]}, {about['classes']} {classes}"
     for own in about["sets"]:
         failed = f" + {own['failures']} failures" if own["failures"] else ""
         yield f"set        {own['name']}: {own['role']}, {own['rows']} rows{failed}, {own['sha256'][:8]}"

@@ -1,5 +1,6 @@
 """What `watch` says of a stream: a line of JSON for each score, and a state that a killed process goes on from."""
 
+import io
 import json
 import math
 import sys
@@ -120,16 +121,25 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         InputError: no detector, no images, a state of something else.
     """
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(
+                encoding="utf-8", errors="replace"
+            )  # bytes that are no text are lines without a score
         parts = read_bundle(bundle).parts
+        watch = StreamWatch(parts.calibration.scores, asked)
         _say_what_holds(parts, asked)
-        yield from StreamWatch(parts.calibration.scores, asked).lines(scores_of(sys.stdin))
+        yield from watch.lines(scores_of(sys.stdin))
         return
     images = list_images(source)  # a missing folder is said before work
     if len(images.class_names) > 1:
         complain(f"watch: {source} has a folder per class: a stream in the order of its classes drifts by itself")
     detector = Detector.load(bundle, runtime=asked.runtime)
-    _say_what_holds(detector.parts, asked)
+    if not detector.runtime.size:
+        raise InputError(
+            f"{bundle}: takes features, not images: give their scores on standard input, and - as the source"
+        )
     watch = StreamWatch(detector.parts.calibration.scores, asked)
+    _say_what_holds(detector.parts, asked)
     yield from watch.lines(_scored(detector, images, watch.last))
 
 
@@ -172,11 +182,12 @@ def _seen(text: str, place: str) -> Seen:
         given = json.loads(text)
     except (ValueError, RecursionError):
         return Seen(place, unusable=f"{text[:60]!r} is no score")
-    name = given.get("id", place) if isinstance(given, dict) else place
+    name = str(given.get("id", place)) if isinstance(given, dict) else place
+    name = name.encode("utf-8", "replace").decode()  # JSON may name what UTF-8 has no bytes for
     score = given.get("score") if isinstance(given, dict) else given
     if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
-        return Seen(str(name), unusable=f"{text[:60]!r} is no score")
-    return Seen(str(name), float(score))
+        return Seen(name, unusable=f"{text[:60]!r} is no score")
+    return Seen(name, float(score))
 
 
 _HELP = {

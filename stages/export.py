@@ -15,7 +15,7 @@ from PIL import Image
 from stages.detection.bundle import Bundle, write_bundle
 from stages.detection.deciding import DecidingDetector
 from stages.detection.detector import Detector
-from stages.detection.golden import golden_rows
+from stages.detection.golden import TOLERANCE, check_golden, golden_rows, tolerance_of
 from stages.detection.onnx_runtime import OnnxRuntime
 from stages.detection.parts import DetectorParts
 from stages.detection.proof import Proof, prove_runtime
@@ -94,6 +94,8 @@ def export_detector(
         write_bundle(temporary, Bundle(dict(about), parts, golden, weights, graph))
         with _scoring_as_the_study(path, temporary):
             found = Detector.load(temporary, device=deciding.device)
+            if tolerance_of(found) > TOLERANCE:  # what other devices are allowed, this one is not
+                check_golden(found, golden)
             by_onnx = None if proof is None else Detector.load(temporary, runtime="onnx").runtime
         shown = None if by_onnx is None or proof is None else _prove(found, by_onnx, proof)
         os.replace(temporary, path)

@@ -39,7 +39,9 @@ class Answering:
 
     def __init__(self, detector: Detector, asked: Serving) -> None:
         self._detector, self._asked = detector, asked
-        self.batches: Batches[_Asked, Row] = Batches(self._rows, asked.batch, asked.patience)
+        runtime = detector.runtime
+        most = min(asked.batch, runtime.batch)  # more would take another pass, and wait for both
+        self.batches: Batches[_Asked, Row] = Batches(self._rows, most, asked.patience, runtime.side_by_side)
 
     def info(self) -> Row:
         """Where the detector came from, what it takes and promises."""
@@ -74,7 +76,7 @@ class Answering:
         features = await self.batches.prepared(lambda: self._detector.checked(features_of(question.body)))
         nearest = question.nearest
         return {
-            "rows": await self.batches.alone(
+            "rows": await self.batches.beside(
                 lambda: image_rows(self._detector.score_features(features, nearest), nearest)
             )
         }
@@ -88,7 +90,7 @@ class Answering:
         return _Asked(self._detector.prepare(image), nearest)
 
     def _rows(self, batch: Sequence[_Asked]) -> list[Row]:
-        """By the network's thread."""
+        """By a thread of the network's."""
         most = max(own.nearest for own in batch)
         rows = image_rows(self._detector.score_prepared(np.stack([own.pixels for own in batch]), most), most)
         return [_with_nearest(row, own.nearest) for row, own in zip(rows, batch, strict=True)]

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pipeline.serving.frames import HUNG, LIMIT, OWN, READY, Answer, BodyKind, Question, read_answer
 from pipeline.terminal import complain
+from stages.detection.runtime import RuntimeName
 from stages.errors import InputError, StageError
 
 WorkerMain = Callable[
@@ -18,9 +19,10 @@ WorkerMain = Callable[
 ]  # what a worker does, given where it is asked; it travels to another process
 
 _SPARE = 5  # seconds beyond the timeout of requests that a worker may be silent
+_SLOWER = 3  # times as long as the first worker another may take until it answers
 # What the process has loaded that workers are forked from: the next is there in a second. It uses none of it, so that
 # it has no threads, and it holds no connection, which a fork would keep open.
-_LOADED = ("pipeline.__main__", "pipeline.serving.worker", "stages.detection.torch_runtime")
+_LOADED = ("pipeline.__main__", "pipeline.serving.worker")
 
 
 class WorkerLostError(Exception):
@@ -33,6 +35,7 @@ class Backend:
     Args:
         work: what a worker does; `pipeline.serving.worker.run_worker`, of a bundle.
         timeout: seconds of a request.
+        runtime: what runs the network, whose libraries are loaded before a worker is needed.
 
     Attributes:
         info: what the worker said of its detector.
@@ -40,8 +43,10 @@ class Backend:
         why: how the last of them was.
     """
 
-    def __init__(self, work: WorkerMain, timeout: float) -> None:
+    def __init__(self, work: WorkerMain, timeout: float, runtime: RuntimeName = "torch") -> None:
         self._work, self._silence = work, timeout + _SPARE
+        self._loaded = [*_LOADED, f"stages.detection.{runtime}_runtime"]
+        self._loading = 2 * timeout  # seconds until a worker that replaces another has to answer, at least
         self._worker: _Worker | None = None
         self._ready = asyncio.Event()
         self.info: dict[str, Any] = {}
@@ -58,9 +63,15 @@ class Backend:
         Raises:
             InputError, StageError: it cannot.
         """
-        self._worker = await _Worker.started(self._work)
+        self._loading = max(self._loading, _SLOWER * await self._begin())
+
+    async def _begin(self) -> float:
+        """Seconds that the worker took until it answered."""
+        self._worker = await _Worker.started(self._work, self._loaded)
+        begun = asyncio.get_running_loop().time()
         self.info = await self._worker.ready()
         self._ready.set()
+        return asyncio.get_running_loop().time() - begun
 
     async def keep(self) -> None:
         """Take what it answers, and start another where it is lost; until it is cancelled.
@@ -69,11 +80,17 @@ class Backend:
             InputError, StageError: another cannot start.
         """
         while self._worker is not None:
-            self.why = await self._worker.lived(self._silence)
+            if self.is_ready:
+                why = await self._worker.lived(self._silence)
+            else:  # the one that was to take its place
+                why = f"hung: it has not loaded the detector in {self._loading:.0f} s"
+                self._worker.kill()
             self._ready.clear()
-            self.lost += 1
-            complain(f"serve: the worker {self.why}; another takes its place")
-            await self.start()
+            self.lost, self.why = self.lost + 1, why
+            complain(f"serve: the worker {why}; another takes its place")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._loading):
+                    await self._begin()
 
     async def ask(self, kind: BodyKind, body: bytes, nearest: int, seconds: float) -> Answer:
         """Answer of the worker, which is waited for where there is none.
@@ -108,10 +125,10 @@ class _Worker:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
 
     @classmethod
-    async def started(cls, work: WorkerMain) -> Self:
+    async def started(cls, work: WorkerMain, loaded: list[str]) -> Self:
         """A process that was forked from one which has loaded the libraries, and knows no connection."""
         context = get_context("forkserver")
-        context.set_forkserver_preload(list(_LOADED))
+        context.set_forkserver_preload(loaded)
         ours, theirs = socket.socketpair()
         with theirs:
             process = context.Process(target=work, args=(theirs,), name="serve", daemon=True)

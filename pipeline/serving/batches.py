@@ -24,20 +24,27 @@ class AtWork(NamedTuple):
 class Batches(Generic[Prepared, Answered]):
     """Gathers what several ask, for one function that answers many at once.
 
-    While one batch runs, the next gathers; it goes once nothing more is being prepared. All methods are of one event
-    loop.
+    While batches run, the next gathers; it goes once nothing more is being prepared. All methods are of one event loop.
 
     Args:
-        answer: of each item of a batch, in its order; called by one thread.
+        answer: of each item of a batch, in its order; called by as many threads as batches run side by side.
         most: items of a batch.
         patience: seconds that a batch waits for what is being prepared, at most: on a CPU a pass that is not full costs
             as much as a full one, and decoding has the cores meanwhile.
+        side_by_side: batches that run at once.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Prepared]], Sequence[Answered]], most: int, patience: float) -> None:
-        self._answer, self._most, self._patience = answer, most, patience
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Prepared]], Sequence[Answered]],
+        most: int,
+        patience: float,
+        side_by_side: int = 1,
+    ) -> None:
+        self._answer, self._most, self._patience, self._side_by_side = answer, most, patience, side_by_side
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
-        self._network = ThreadPoolExecutor(1, "network")
+        self._network = ThreadPoolExecutor(side_by_side, "network")
+        self._gathering = asyncio.Lock()  # one batch fills at a time
         self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answered]]] = asyncio.Queue()
         self._coming = 0  # that are being prepared
         self._begun: dict[object, tuple[str, float]] = {}  # what threads are at, and since when
@@ -53,8 +60,8 @@ class Batches(Generic[Prepared, Answered]):
         """What a function gives, by a thread of its own; raises what it raises."""
         return await self._by(self._decoders, "decoding", function)
 
-    async def alone(self, function: Callable[[], Given]) -> Given:
-        """What a function gives, between two batches."""
+    async def beside(self, function: Callable[[], Given]) -> Given:
+        """What a function gives, in the place of a batch."""
         return await self._by(self._network, "the network", function)
 
     async def _by(self, pool: ThreadPoolExecutor, what: str, function: Callable[[], Given]) -> Given:
@@ -82,14 +89,20 @@ class Batches(Generic[Prepared, Answered]):
     async def run(self) -> None:
         """Answer, until it is cancelled."""
         try:
-            while True:
-                batch = await self._gathered()
-                asked = [(item, answer) for item, answer in batch if not answer.done()]  # others do not wait any more
-                if asked:
-                    await self._answered(asked)
+            async with asyncio.TaskGroup() as running:
+                for _ in range(self._side_by_side):
+                    running.create_task(self._one_after_the_other())
         finally:
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._network.shutdown(wait=False, cancel_futures=True)
+
+    async def _one_after_the_other(self) -> None:
+        while True:
+            async with self._gathering:
+                batch = await self._gathered()
+            asked = [(item, answer) for item, answer in batch if not answer.done()]  # others do not wait any more
+            if asked:
+                await self._answered(asked)
 
     async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answered]"]]:
         batch = [await self._ready.get()]
@@ -103,7 +116,7 @@ class Batches(Generic[Prepared, Answered]):
     async def _answered(self, asked: Sequence[tuple[Prepared, "asyncio.Future[Answered]"]]) -> None:
         try:
             items = [item for item, _ in asked]
-            answers = await self.alone(lambda: self._answer(items))
+            answers = await self.beside(lambda: self._answer(items))
         except Exception as error:
             for _, waiting in asked:
                 if not waiting.done():

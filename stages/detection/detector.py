@@ -22,7 +22,7 @@ from cache import FeatureSpec
 from stages.detection.bundle import Bundle, going_together, read_bundle
 from stages.detection.conformal import ThresholdEstimate, conformal_p_values, threshold_at
 from stages.detection.detectors import raw_scores
-from stages.detection.golden import RUNTIME_TOLERANCE, TOLERANCE, check_golden
+from stages.detection.golden import RUNTIME_TOLERANCE, check_golden, tolerance_of
 from stages.detection.mondrian import GroupedCalibration
 from stages.detection.parts import NO_EXPERT, DetectorParts
 from stages.detection.runtime import NetworkRows, Runtime, RuntimeName
@@ -177,7 +177,7 @@ class Detector:
         with going_together(path):
             network = _by_torch(bundle, device) if runtime == "torch" else _by_onnx(bundle, device)
             detector = cls(bundle.parts, network, bundle.about, per)
-            check_golden(detector, bundle.golden, TOLERANCE if runtime == "torch" else RUNTIME_TOLERANCE)
+            check_golden(detector, bundle.golden, tolerance_of(detector) if runtime == "torch" else RUNTIME_TOLERANCE)
         return detector
 
     # ------------------------------------------------------------------------------------------------- of images

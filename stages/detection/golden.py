@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # of scores, in deviations of the calibration scores
 RUNTIME_TOLERANCE = 1e-3  # of scores by another runtime than torch
+# Of a network that computes in half precision, which each kind of device rounds otherwise.
+HALF_TOLERANCE = {"float16": 0.05, "bfloat16": 0.4}
 GOLDEN_ROWS = 32
-_TOO_NEAR = max(10 * TOLERANCE, RUNTIME_TOLERANCE)  # to the threshold: rounding might decide there
+
+
+def tolerance_of(detector: "Detector") -> float:
+    """How far scores by torch may be from those of where a detector was made, in deviations of the calibration scores.
+
+    Another GPU, driver or kind of device sums in another order. In float32 that is nothing; in half precision a score
+    moves by what its rounding is, and the least that can be asked is that it moves by no more.
+    """
+    return HALF_TOLERANCE.get(detector.spec.compute.get("precision", "float32"), TOLERANCE)
 
 
 def golden_rows(
@@ -53,7 +63,9 @@ def _is_decided(detector: "Detector", score: NDArray[np.float32]) -> NDArray[np.
     """``[n]`` whether a score is away from the threshold; all, where there is none or all are at it."""
     if detector.threshold.threshold is None:
         return np.ones(len(score), dtype=bool)
-    away = np.abs(score - detector.threshold.threshold) > _TOO_NEAR * calibration_deviation(detector)
+    # Nearer to the threshold rounding might decide.
+    near = max(10 * TOLERANCE, RUNTIME_TOLERANCE, tolerance_of(detector)) * calibration_deviation(detector)
+    away = np.abs(score - detector.threshold.threshold) > near
     return away if away.any() else ~away
 
 
@@ -114,8 +126,16 @@ def check_golden(detector: "Detector", golden: GoldenRows, tolerance: float = TO
     first = f"; {differs[0]} is the first to differ" if differs else ""
     raise InputError(
         f"its golden rows are scored otherwise here than where it was made: of {golden.ids[row][:60]!a} {what}{first}: "
-        "take the device and the versions that `info` names, or export it anew"
+        f"take the device and the versions that `info` names, or export it anew{_of_float32(detector)}"
     )
+
+
+def _of_float32(detector: "Detector") -> str:
+    """What to do beside that where devices do not agree."""
+    precision = detector.spec.compute.get("precision", "float32")
+    if precision not in HALF_TOLERANCE:
+        return ""
+    return f' of a study with precision = "float32", for devices round {precision} otherwise'
 
 
 def _differ(ours: NDArray[Any], theirs: NDArray[Any], tolerance: float) -> bool:

@@ -49,7 +49,7 @@ class OnnxRuntime:
         batch: images of a pass, the last one repeated, so that a row's bits are the same in any company.
 
     Attributes:
-        size, reads: as of `stages.detection.runtime.Runtime`.
+        size, reads, batch, side_by_side: as of `stages.detection.runtime.Runtime`.
 
     Raises:
         InputError: a transform that only torch does, or a graph that is not of this network.
@@ -67,7 +67,7 @@ class OnnxRuntime:
         self._spec = spec
         self._mixture = mixture
         self._patches = patches
-        self._batch = batch
+        self.batch, self.side_by_side = batch, 1  # a pass has all cores
         self._transform = PillowTransform(spec.transform)
         self.size = spec.image_size
         if not 0 < self.size == self._transform.size <= LARGEST_SIDE:
@@ -95,8 +95,8 @@ class OnnxRuntime:
 
     def run(self, pixels: NDArray[np.uint8]) -> NetworkRows:
         """See `stages.detection.runtime.Runtime`."""
-        starts = range(0, len(pixels), self._batch)
-        passes = [self._pass(pixels[start : start + self._batch]) for start in starts]
+        starts = range(0, len(pixels), self.batch)
+        passes = [self._pass(pixels[start : start + self.batch]) for start in starts]
         found = {name: np.concatenate([each[name] for each in passes]) for name in self._names}
         dtype = np.dtype(self._spec.dtype)
         stored = {name: found[name].astype(dtype) for name in self._stored}
@@ -113,7 +113,7 @@ class OnnxRuntime:
         return NetworkRows({name: arrays[name] for name in self._stored if name in arrays})
 
     def _pass(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        padded = np.concatenate([pixels, np.repeat(pixels[-1:], self._batch - len(pixels), axis=0)])
+        padded = np.concatenate([pixels, np.repeat(pixels[-1:], self.batch - len(pixels), axis=0)])
         try:
             rows = dict(zip(self._names, self._session.run(self._names, {PIXELS: padded}), strict=True))
         except Exception as error:  # its own types, one for each status of the library

@@ -60,10 +60,14 @@ class Runtime(Protocol):
     Attributes:
         size: side of what `prepare` gives, in pixels; 0 where it takes no images.
         reads: arrays of a cache that it needs of rows whose features were made elsewhere.
+        batch: images that are worth going through it together: more of them take more passes.
+        side_by_side: callers whose passes it computes at once; others wait.
     """
 
     size: int
     reads: frozenset[str]
+    batch: int
+    side_by_side: int
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """Bytes of an image file to ``[3, size, size]``, resized and cropped; raises `ImageError`."""

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from stages.detection.runtime import LARGEST_SIDE, NetworkRows
 from stages.errors import InputError
 from stages.extraction.encoder import Encoder
 from stages.extraction.gpu_jpeg import decode_left
-from stages.extraction.passes import one_thread_a_pass, pool_of_passes
+from stages.extraction.passes import Together, pool_of_passes
 from stages.extraction.reader import ReadImage
 from stages.id_data.lazy import Floats
 from stages.id_data.split import Rows
@@ -52,7 +51,7 @@ class TorchRuntime:
         device: where the experts run.
 
     Attributes:
-        size, reads: as of `stages.detection.runtime.Runtime`.
+        size, reads, batch, side_by_side: as of `stages.detection.runtime.Runtime`.
     """
 
     def __init__(
@@ -67,8 +66,9 @@ class TorchRuntime:
         self._mixture = mixture if mixture is None else mixture.eval().to(device)
         self._patches = patches
         self._device = device
-        self._lock = Lock()
+        self._computing = Together(self._pool)
         self._batch = COMPUTE_BATCH.get(device, COMPUTE_BATCH["cuda"])
+        self.side_by_side = torch.get_num_threads() if device == "cpu" else 1
         own = frozenset(("cls",) if mixture is None else mixture.config.reads)
         own |= {"tap_cls", "registers", "patches"} if patches else frozenset()
         self.reads = (own | {"taps"}) & set(spec.datasets())
@@ -94,26 +94,25 @@ class TorchRuntime:
         def encode(batch: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
             return {name: np.array(rows) for name, rows in encoder.encode(list(torch.from_numpy(batch))).items()}
 
-        with self._passes() as pool:
+        with self._computing() as pool:
             encoded = list(pool.map(encode, batches))
             stored = {name: np.concatenate([each[name] for each in encoded]) for name in encoded[0]}
             return self._behind(stored, pool)
 
     def run_stored(self, arrays: Mapping[str, NDArray[Any]]) -> NetworkRows:
         """See `stages.detection.runtime.Runtime`."""
-        with self._passes() as pool:
+        with self._computing() as pool:
             return self._behind(arrays, pool)
 
     @contextmanager
-    def _passes(self) -> Iterator[ThreadPoolExecutor]:
-        """Threads of passes; one caller's at a time, since torch counts threads for the whole process."""
-        with (
-            self._lock,
-            repeatable(self._device),
-            one_thread_a_pass() as threads,
-            pool_of_passes(threads if self._device == "cpu" else 1) as pool,
-        ):
-            yield pool
+    def _pool(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads of passes, which all callers share: torch counts threads, and has flags, for the whole process."""
+        threads = torch.get_num_threads()
+        try:
+            with repeatable(self._device), pool_of_passes(self.side_by_side) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(threads)
 
     def _behind(self, stored: Mapping[str, NDArray[Any]], pool: ThreadPoolExecutor) -> NetworkRows:
         """What stands behind the backbone; passes have one shape, so that a row's bits are the same in any company."""
@@ -159,6 +158,12 @@ class TorchRuntime:
         """A full batch of rows as float32 tokens, the last row repeated."""
         some = np.concatenate([rows, np.full(self._batch - len(rows), rows[-1])])
         return as_tokens({name: torch.from_numpy(array[some]).to(device) for name, array in stored.items()})
+
+    @property
+    def batch(self) -> int:
+        """See `stages.detection.runtime.Runtime`: with experts as many as may fill a pass of each."""
+        images = self._batch if self._backbone is None else self._encoder.batch
+        return images if self._mixture is None else images * self._mixture.config.n_experts
 
     @property
     def _network(self) -> Backbone:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stages.detection.sources import CS_ID
 from stages.files.documents import write_text
-from stages.metrics.bootstrap import Counts, Resamples, bootstrap_each, resample_counts
+from stages.metrics.bootstrap import bootstrap_each, resample_counts
 from stages.metrics.intervals import Difference, Interval, SetParts, auroc_interval, fpr95_interval, verdicts
 from stages.metrics.ranking import METRICS, ood_metrics
 from stages.metrics.selective import SELECTIVE, selective_metrics
@@ -36,8 +36,6 @@ COLUMNS = (  # of table.csv
     "labels",
 )
 _INTERVALS: Mapping[str, Callable[[Sequence[SetParts]], Interval]] = {"auroc": auroc_interval, "fpr95": fpr95_interval}
-
-_HELD_COUNTS = 64 << 20  # bytes of a set's counts; more are drawn again for every method
 
 Replicates = Mapping[str, NDArray[np.float64]]  # of compared metrics, [R]; of the same resamples for every method
 Scored = Mapping[str, NDArray[np.float32]]  # of each set, ``[n]``
@@ -124,16 +122,11 @@ class Evaluator:
         self._replicates = replicates
 
     @cached_property
-    def counts(self) -> dict[str, Counts]:
-        """How often each row of each set is drawn, ``[R, n]``; of a large set drawn anew for each method."""
+    def counts(self) -> dict[str, NDArray[np.uint8]]:
+        """How often each row of each set is drawn, ``[R, n]``."""
         # Seeds by position: the same study gives the same resamples, and every method gets the same.
         names = ["id", *(ood for ood, _ in self.oods)]
-        return {name: self._counts_of(self._sizes[name], seed) for seed, name in enumerate(names)}
-
-    def _counts_of(self, n: int, seed: int) -> Counts:
-        if n * self._replicates <= _HELD_COUNTS:
-            return resample_counts(n, self._replicates, seed)
-        return Resamples(n, self._replicates, seed)
+        return {name: resample_counts(self._sizes[name], self._replicates, seed) for seed, name in enumerate(names)}
 
     def rows(
         self,
@@ -252,6 +245,7 @@ def summarise(rows: Sequence[tuple[OODRow, Replicates]]) -> list[dict[str, Any]]
             whole = len(known) == len(members)
             line[f"{name}_mean"] = float(np.mean(known)) if whole else None
             line[f"{name}_std"] = float(np.std(known, ddof=1)) if whole and len(known) > 1 else None
+        line["labels"] = first.run.labels
         lines.append(line)
     _add_regrets(lines)
     told = verdicts([one for *_, one in found], [METRICS[metric].higher_is_better for _, metric, _, _ in found])
@@ -303,7 +297,8 @@ def write_summary(folder: Path, summary: Sequence[dict[str, Any]]) -> None:
 
     Lines of several studies have a column ``study``.
     """
-    write_text(folder / "summary.csv", csv_text(summary, list(summary[0]) if summary else []))
+    columns = dict.fromkeys(column for line in summary for column in line)  # some studies may be of before a column
+    write_text(folder / "summary.csv", csv_text(summary, list(columns)))
     write_text(folder / "summary.json", json.dumps(list(summary), indent=1, ensure_ascii=False) + "\n")
     header, body = compact(summary)
     write_text(folder / "summary.md", markdown_table(header, body))
@@ -332,11 +327,15 @@ def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     """The averages as a table for people: a line per method, per cent, near, far and all side by side.
 
     Returns:
-        Header and cells. FPR95 has ID positive, as in the paper.
+        Header and cells. FPR95 has ID positive, as in the paper. Whose classes a line depends on is told where they are
+        not everywhere those that were given.
     """
     header = ["backbone", "features", "head", "variant", "routing", "score"]
     if summary and "study" in summary[0]:
         header.insert(0, "study")
+    summary = [line | {"labels": line.get("labels") or "given"} for line in summary]  # one of before does not say it
+    if any(line["labels"] != "given" for line in summary):
+        header.insert(-1, "labels")
     naming = (*header, "calibrated")
     metrics = [(group, metric) for group in GROUPS for metric in _COMPARED]
     header += [f"{group} {METRICS[metric].heading}" for group, metric in metrics]

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from PIL import Image
 from rich.console import Console
 
@@ -47,7 +48,7 @@ def main() -> None:
     """Measure and print; exits 1 where a request was lost or answered otherwise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, metavar="FILE.ood", help="a detector of images; by default a small one")
-    parser.add_argument("--images", type=int, default=128, help="of the comparison")
+    parser.add_argument("--images", type=int, default=256, help="of the comparison; of few the ends weigh")
     parser.add_argument("--clients", type=int, default=32, help="that ask at once")
     parser.add_argument("--requests", type=int, default=1000, help="good and bad ones, in each of two rounds")
     parser.add_argument("--patience", type=float, nargs="*", default=[Serving.patience], help="servers with these")
@@ -93,9 +94,41 @@ def compare(server: Served, detector: Detector, images: Sequence[bytes], clients
     """Rates of the same images, in process and over HTTP."""
     requests = [Request(image, "image/jpeg", 200) for image in images]
     table = rates(f"median of {RUNS} runs each, in turn; {len(images)} JPEG files, {clients} clients")
-    limit, ours = in_turn(len(images), lambda: detector.score(images), lambda: answers(server, requests, clients))
+    here = psutil.Process()
+    alone, asked = Spent(here), Spent(server.worker(), server.command(), here)
+    limit, ours = in_turn(
+        len(images),
+        lambda: alone.during(detector.score, images),
+        lambda: asked.during(answers, server, requests, clients),
+    )
     row(table, f"Detector in process, served; patience {patience:g} s", "images/s", limit, ours)
     Console().print(table)
+    n = len(images) * (RUNS + 1)
+    (ours_ms,), (worker, command, client) = ([1e3 * own / n for own in each.seconds] for each in (alone, asked))
+    print(f"CPU of an image in process: {ours_ms:.1f} ms")
+    print(f"served: worker {worker:.1f} ms, connections {command:.1f} ms; and the clients {client:.1f} ms")
+
+
+class Spent:
+    """CPU seconds that processes spend while something is done; both kinds of time.
+
+    Attributes:
+        seconds: of each, so far.
+    """
+
+    def __init__(self, *processes: psutil.Process) -> None:
+        self._processes = processes
+        self.seconds = [0.0] * len(processes)
+
+    def during(self, function: Callable[..., object], *arguments: object) -> None:
+        """Do it."""
+        before = self._now()
+        function(*arguments)
+        self.seconds = [own + b - a for own, a, b in zip(self.seconds, before, self._now(), strict=True)]
+
+    def _now(self) -> list[float]:
+        times = [process.cpu_times() for process in self._processes]
+        return [own.user + own.system for own in times]
 
 
 def say_cost_of_http(server: Served, images: Sequence[bytes], clients: int) -> None:

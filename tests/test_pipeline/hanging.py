@@ -1,9 +1,13 @@
-"""A served detector whose network never returns for who asks for `HANGS` neighbours, as a command: BUNDLE TIMEOUT."""
+"""A served detector whose network never returns for who asks for `HANGS` neighbours, as a command: BUNDLE TIMEOUT.
+
+While a file is beside the bundle that is named as it, with ``.hangs``, a worker does not come so far.
+"""
 
 import socket
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from pipeline.deciding import Serving
 from pipeline.serving.supervisor import serve_bundle
@@ -13,8 +17,15 @@ from stages.detection import Detector
 HANGS = 77
 
 
+def hangs_while_loading(bundle: str | Path) -> Path:
+    """The file that says so."""
+    return Path(bundle).with_suffix(".hangs")
+
+
 def work(bundle: str, asked: Serving, channel: socket.socket) -> None:
     """What a worker does."""
+    while hangs_while_loading(bundle).exists():
+        time.sleep(60)
     detector = Detector.load(bundle)
     whole = detector.score_prepared
 

@@ -51,9 +51,13 @@ class Served:
         """What it says of an image."""
         return self.ask("POST", path, image)
 
+    def command(self) -> psutil.Process:
+        """The process that holds the connections."""
+        return psutil.Process(self._process.pid)
+
     def worker(self) -> psutil.Process:
         """The process that computes: it was forked from one that the command has started."""
-        started = psutil.Process(self._process.pid).children()
+        started = self.command().children()
         (found,) = (own for each in started for own in each.children())
         return found
 

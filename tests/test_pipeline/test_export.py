@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -19,11 +20,14 @@ from PIL import Image
 from stages.detection import Detector
 from stages.detection.bundle import read_bundle, write_bundle
 from stages.detection.deciding import DecidingDetector
+from stages.detection.golden import calibration_deviation
 from stages.detection.onnx_runtime import load_onnx_runtime
 from stages.detection.proof import prove_runtime
+from stages.detection.torch_runtime import load_runtime
 from stages.errors import InputError, StageError
 from tests.test_docs.pages import page_with
 from tests.test_pipeline.command import done, pipeline, refused, settings
+from tests.test_pipeline.served import Served
 from tests.test_pipeline.tiny import STUDY, draw
 
 ROOT = Path(__file__).parents[2]
@@ -243,6 +247,27 @@ def test_what_was_made_on_a_gpu_runs_here_in_passes_of_this_device(home, images,
     assert seen == [16]
 
 
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", 1e-4), ("bfloat16", 0.4)])
+def test_half_precision_may_differ_by_its_rounding(home, tmp_path, precision, allowed):
+    """Golden rows of another device, as far as they show here: scores that are just near enough, or just too far."""
+    bundle = read_bundle(home / "tiny.ood")
+    compute = bundle.parts.spec["compute"] | {"precision": precision}
+    half = replace(bundle, parts=replace(bundle.parts, spec=bundle.parts.spec | {"compute": compute}))
+    detector = Detector(half.parts, load_runtime(half.parts, half.weights, "cpu"))
+    unit = calibration_deviation(detector)
+    images = np.stack([detector.prepare(pixels) for pixels in bundle.golden.images])
+    own = detector.score_prepared(images)
+    for share, is_refused in ((0.9, False), (1.1, True)):
+        score, decision = own.score + np.float32(share * allowed * unit), tuple(own.decision.tolist())
+        write_bundle(tmp_path / "it.ood", replace(half, golden=replace(bundle.golden, score=score, decision=decision)))
+        if not is_refused:
+            Detector.load(tmp_path / "it.ood")
+            continue
+        with pytest.raises(InputError, match="scored otherwise here") as refusal:
+            Detector.load(tmp_path / "it.ood")
+        assert ('precision = "float32"' in str(refusal.value)) == (precision != "float32")
+
+
 def test_mistakes_are_said_before_work(home, tmp_path):
     export = ("export", home / "tiny.toml", "-o")
     assert "--variant: 'dens' is none of default, none" in refused(*export, tmp_path / "it.ood", "--variant", "dens")
@@ -308,6 +333,23 @@ def test_by_onnx_verbs_say_the_same(onnx_file, home, images):
     rows = list(csv.DictReader(io.StringIO(done("predict", *given).out)))
     assert [float(row["score"]) for row in rows] == pytest.approx(scored, abs=1e-6)
     assert [json.loads(line)["score"] for line in done("watch", *given).out.splitlines()] == scored
+
+
+def test_by_onnx_it_is_served_without_torch(onnx_file, images):
+    scored = Detector.load(onnx_file, runtime="onnx").score(images[:1])
+    server = Served(onnx_file, "--runtime", "onnx")
+    try:
+        status, answer = server.score(images[0].read_bytes())
+        assert (status, answer["score"], answer["expert"]) == (200, scored.score[0], scored.expert[0])
+        assert server.ask("GET", "/info")[1]["runtime"] == "onnx"
+        if sys.platform == "linux":  # elsewhere a process's libraries are told to nobody else
+            loaded = {Path(each.path).name for each in server.worker().memory_maps()}
+            assert not [name for name in loaded if name.startswith("libtorch")]
+            assert [name for name in loaded if name.startswith("onnxruntime")]
+        server.tell(signal.SIGTERM)
+        assert server.finish()[0] == 0
+    finally:
+        server.kill()
 
 
 def test_by_onnx_neither_number_nor_order_matter(onnx_file, images):

@@ -32,7 +32,7 @@ from stages.inputs.images import decode_image
 from stages.train import train_probe
 from tests.test_docs.pages import page_with
 from tests.test_pipeline.command import refused
-from tests.test_pipeline.hanging import HANGS
+from tests.test_pipeline.hanging import HANGS, hangs_while_loading
 from tests.test_pipeline.served import ROOT, Served
 
 LIMITS = ("--max-bytes", 200_000, "--max-pixels", 4_000_000, "--timeout", 20)
@@ -270,7 +270,7 @@ def test_the_end_waits_for_requests(server, images, scored):
 
 
 def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
-    """In its network, for who asks for many neighbours; then as a whole."""
+    """In its network, for who asks for many neighbours; as a whole; and while it takes the place of another."""
     server = Served(bundle, command=("tests.test_pipeline.hanging", bundle, 1))
     try:
         with ThreadPoolExecutor(3) as pool:
@@ -282,6 +282,14 @@ def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
         assert (status, answer) == (503, {"error": "no answer within 1 s"})
         assert wait_for(server, workers_lost=2)["last_lost"] == "hung: nothing was heard of it for 6 s"
         wait_for(server, workers_lost=2, status="ok")
+        hangs_while_loading(bundle).touch()
+        server.worker().kill()
+        assert wait_for(server, workers_lost=3)["status"] == "starting"
+        assert server.score(images[0]) == (503, {"error": "no answer within 1 s"})
+        said = wait_for(server, workers_lost=4)["last_lost"]
+        assert said.startswith("hung: it has not loaded the detector in ")
+        hangs_while_loading(bundle).unlink()
+        wait_for(server, status="ok")
         for _ in range(60):  # a second is not long for its first images
             status, answer = server.score(images[0])
             if status == 200:

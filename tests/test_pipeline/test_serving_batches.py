@@ -1,18 +1,18 @@
 """Many ask one at a time, and are answered together."""
 
 import asyncio
-from threading import Event
+from threading import Barrier, Event
 
 import pytest
 
 from pipeline.serving.batches import Batches
 
 
-def together(answer, most, *prepare):
+def together(answer, most, *prepare, side_by_side=1):
     """What comes of each of those that ask at once: an answer, or an error."""
 
     async def crowd():
-        batches = Batches(answer, most, patience=0.1)
+        batches = Batches(answer, most, 0.1, side_by_side)
         running = asyncio.create_task(batches.run())
         try:
             return await asyncio.gather(*map(batches.ask, prepare), return_exceptions=True)
@@ -35,6 +35,17 @@ def test_each_has_its_own_answer_in_batches_of_the_most_at_most():
     assert found == [2 * number for number in range(100)]
     assert max(sizes) == 8
     assert sum(sizes) == 100
+
+
+def test_batches_run_side_by_side():
+    """Each begins before the other ends, or neither would."""
+    meeting = Barrier(2)
+
+    def met(items):
+        meeting.wait(timeout=20)
+        return items
+
+    assert together(met, 1, lambda: "one", lambda: "other", side_by_side=2) == ["one", "other"]
 
 
 def test_what_cannot_be_prepared_is_its_askers_alone():

@@ -109,6 +109,9 @@ def test_the_table_says_what_depends_on_clusters(plain):
     assert {line["score"] for line in lines} == {"knn", "ssd", "ncm", "energy", "knn+energy"}
     assert {line["routing"] for line in lines} == {"none", "predicted"}  # nobody knows an image's true expert
     assert float(lines[0]["auroc"]) > 0.9
+    header, _, first, *_ = (plain.parent / "work" / "scores" / "summary.md").read_text().splitlines()
+    assert header.startswith("| backbone | features | head | variant | routing | labels | score | ")
+    assert first.startswith("| pretrained | cls | none |  | none | none | knn | ")
 
 
 def test_nobody_is_right_of_classes_that_nobody_knows(plain):
@@ -185,7 +188,9 @@ def test_what_asks_for_no_class_decides_unless_another_is_asked(copy, tmp_path):
 
     bundle = tmp_path / "detector.ood"
     done("export", copy, "-o", bundle)
-    assert "unlabelled: knn by head probe, pretrained, cls features" in done("info", bundle).out
+    said = done("info", bundle).out
+    assert "unlabelled: knn by head probe, pretrained, cls features" in said
+    assert ", 4 clusters that stand for classes\n" in said
     scores = Detector.load(bundle).score_features(np.load(new)["cls"]).score
     np.testing.assert_allclose(scores, [image["score"] for image in found["images"]], rtol=1e-5)
     done("export", copy, "-o", bundle, "--variant", "default", "--score", "energy")

@@ -52,6 +52,7 @@ def test_what_is_no_score_is_said_and_not_counted():
     seen = list(scores_of(given))
     assert [each.score for each in seen if not each.unusable] == [1000.0, 1.0]
     assert [each.id for each in seen] == [*("line 1", "line 3", "line 4", "line 5", "a", "7", "line 8", "line 9")]
+    assert [each.id for each in scores_of(['{"id": "\\ud800", "score": 1}'])] == ["?"]  # UTF-8 has no bytes for it
     rows = [json.loads(line) for line in StreamWatch(CALIBRATION, Watching()).lines(seen)]
     assert [row["step"] for row in rows if "step" in row] == [1, 2]
     assert rows[1] == {"id": "line 3", "unusable": "'NaN' is no score"}

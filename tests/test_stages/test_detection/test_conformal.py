@@ -1,4 +1,7 @@
-"""What calibration scores promise: p-values, thresholds, batches; beside naive loops, scipy.stats and simulation."""
+"""What calibration scores promise: p-values, thresholds, batches; beside naive loops, scipy.stats and simulation.
+
+The oracle is the formulas, written anew: ``nonconform`` has them as well, and asks for Python 3.12, later than ours.
+"""
 
 import math
 from fractions import Fraction

@@ -318,6 +318,23 @@ def test_calibrated_is_said(study):
     assert {line[5] for line in compact(summarise(marked))[1]} == {"knn (calibrated)", "energy (calibrated)"}
 
 
+def test_whose_classes_a_line_depends_on_is_said_where_they_were_not_given(study, tmp_path):
+    assert "labels" not in compact(summarise(study))[0]
+    marked = [
+        (replace(row, run=replace(row.run, labels="none" if row.run.method.score == "knn" else "clusters")), drawn)
+        for row, drawn in study
+    ]
+    of_before = [{name: value for name, value in line.items() if name != "labels"} for line in summarise(study)]
+    write_summary(tmp_path, [*of_before, *summarise(marked)])
+    summary = read_summary(tmp_path)
+    assert [line["labels"] for line in lines_of(summary, ood="noise")] == ["", "", "", "none", "clusters", "none"]
+    header, body = compact(summary)
+    assert header[5:7] == ["labels", "score"]
+    assert [line[5:7] for line in body[3:]] == [["none", "knn"], ["clusters", "energy"], ["none", "knn"]]
+    assert {line[5] for line in body[:3]} == {"given"}
+    assert (tmp_path / "summary.tex").read_text().startswith(r"\begin{tabular}{lllllllrrrrrr}")
+
+
 def test_markdown_and_latex(study, written):
     markdown = (written / "summary.md").read_text().splitlines()
     assert len(markdown) == 2 + 3
