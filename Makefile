@@ -83,6 +83,10 @@ bench-serve: $(READY) ## A served detector against one in process; good and bad 
 bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
+.PHONY: bench-scale
+bench-scale: $(READY) ## Each step after extraction at 10,000, 100,000, … rows: time, memory, slopes (ARGS="--rows 1000000 --only grouping")
+	$(BIN)/python -m tests.bench.bench_scale $(ARGS)
+
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers
 	$(BIN)/python -m tests.bench.check_gpu $(ARGS)
 

@@ -286,6 +286,12 @@ CHOICE = gathered(
     Choice,
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study."),
     click.option(
+        "--benchmarks",
+        metavar="NAME,…",
+        callback=_split_names,
+        help="Of the benchmarks, only these.",
+    ),
+    click.option(
         "--controls",
         metavar="NAME,…",
         callback=_split_names,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.backbones import StudyBackbone
+from pipeline.pseudo_ood import PseudoOOD
 from pipeline.workspace import Workspace
 from stages.detection.sources import CS_ID, BackboneSource, MixtureFolder, ScoredSet
 from stages.errors import InputError
@@ -94,6 +95,7 @@ def _source(
         architecture=lambda: backbone.architecture,
         network=None if config.backbone is None else lambda: backbone.loaded,
         models={str(path.relative_to(config.work)): digest_of(path) for path in documents},
+        pseudo=PseudoOOD(workspace, backbone).cache(data.train.spec),
     )
 
 

@@ -1,10 +1,13 @@
 """What stands on the disk of a study: whether it is whole, how it is put right, and what there is."""
 
+from collections.abc import Callable
+
 from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, restore_manifest
 from cache.files import TEMPORARY, is_stray
 from pipeline.backbones import StudyBackbone
 from pipeline.config import SetConfig
 from pipeline.one_cache import cache_lines
+from pipeline.pseudo_ood import PseudoOOD
 from pipeline.terminal import Lines, show
 from pipeline.workspace import Workspace
 from stages.errors import InputError, StageError
@@ -24,6 +27,7 @@ def verify_study(workspace: Workspace, repair: bool = False) -> Lines:
         if backbone.seed is None or backbone.link_path.is_file():  # a fine-tuned one is extracted later than the other
             for entry in workspace.config.sets:
                 broken += _verify_set(workspace, backbone, entry, repair)
+            broken += _verify_pseudo(workspace, backbone, repair)
     if broken:
         hint = "delete these caches, run make extract" if repair else "verify --repair makes damaged shards again"
         raise StageError(f"{broken + stale} damaged files: {hint}")
@@ -57,13 +61,33 @@ def _verify_set(workspace: Workspace, backbone: StudyBackbone, entry: SetConfig,
     except (CacheDamagedError, CacheInvalidError) as error:  # its manifest; the other caches are looked at as well
         show([str(error)])
         return 1
+    return _verify_shards(cache, (lambda files: _repair(workspace, backbone, entry, cache, files)) if repair else None)
+
+
+def _verify_pseudo(workspace: Workspace, backbone: StudyBackbone, repair: bool) -> int:
+    """The same of the images that play OOD, where there are such."""
+    pseudo, spec = PseudoOOD(workspace, backbone), backbone.known_spec()
+    cache = None if spec is None else pseudo.found(spec)
+    if cache is None:
+        return 0
+
+    def again(files: list[str]) -> None:
+        from stages.extract import repair_set  # and the networks
+
+        repair_set(cache, files, pseudo.samples(), lambda: backbone.loaded, progress=workspace.progress)
+
+    return _verify_shards(cache, again if repair else None)
+
+
+def _verify_shards(cache: FeatureCache, repair: Callable[[list[str]], None] | None) -> int:
+    """Say what is damaged of one cache, and repair it by what is given for that; how many files are damaged then."""
     damages = cache.verify()
     show(f"{cache.path / damage.file}: {damage.what}" for damage in damages)
     show(f"{cache.path / name}: not part of the cache, ignored" for name in cache.strays())
     if not damages:
         show([f"{cache.path}: whole, {cache.n_rows} rows"])
     elif repair:
-        _repair(workspace, backbone, entry, cache, [damage.file for damage in damages])
+        repair([damage.file for damage in damages])
         damages = FeatureCache.open(cache.path).verify()
         show([f"{cache.path}: {'still damaged' if damages else 'repaired'}"])
     return len(damages)
@@ -97,6 +121,9 @@ def study_lines(workspace: Workspace) -> Lines:
                 lines.append(f"{backbone.name:10} {entry.name}: {error}")
                 continue
             lines += ["", *cache_lines(cache)]
+        spec = backbone.known_spec()
+        if spec is not None and (pseudo := PseudoOOD(workspace, backbone).found(spec)) is not None:
+            lines += ["", *cache_lines(pseudo)]
         for variant, seed in workspace.mixtures(backbone):
             about = read_document(backbone.mixture_folder(variant, seed) / "mofe.json")
             state = (

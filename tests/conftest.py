@@ -42,8 +42,20 @@ LONGEST = (
     "test_pipeline/test_demo.py",
     "test_pipeline/test_benchmark/test_run.py",
     "test_pipeline/test_study.py",
-    "test_stages/test_train.py",
+    "test_pipeline/test_processes.py",
     "test_stages/test_score.py",
+    "test_stages/test_train.py",
+    "test_stages/test_training/test_finetune_options.py",
+    "test_contracts/test_training_contract.py",
+    "test_pipeline/test_experiments.py",
+    "test_parity/test_engines.py",
+    "test_bench/test_steps.py",
+    "test_contracts/test_scorer_contract.py",
+    "test_parity/test_numerics.py",
+    "test_pipeline/test_adding.py",
+    "test_stages/test_scorers/test_readme.py",
+    "test_parity/test_distributed.py",
+    "test_stages/test_detection/test_auto.py",
 )
 
 

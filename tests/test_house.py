@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.scorers import SCORERS
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cache", "stages", "pipeline")
@@ -273,3 +274,7 @@ def test_a_public_name_is_defined_once():
             if not name.startswith("_"):
                 owners[name].append(module)
     assert not {name: modules for name, modules in owners.items() if len(modules) > 1}
+
+
+def test_the_files_that_tests_begin_with_are_there():
+    assert not [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]

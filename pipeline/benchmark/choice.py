@@ -10,12 +10,14 @@ class Choice:
 
     Attributes:
         overrides: ``a.b=value`` for every study.
+        benchmarks: names of those that are run; None for all.
         controls: names of the variants to run beside the default and the baselines'; None for all.
         finetune: run the end-to-end fine-tunes as well, and what follows from their features.
         unchecked: run on other images than the listed ones as well; the results say so.
     """
 
     overrides: Sequence[str] = ()
+    benchmarks: Sequence[str] | None = None
     controls: Sequence[str] | None = None
     finetune: bool = False
     unchecked: bool = False

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _Digests = dict[str, dict[str, str]]  # SHA-256 of each image, by set and id
 
 @dataclass(frozen=True)
 class BenchmarkImages:
-    """The images of a folder beside those of the benchmark's list.
+    """Images of a folder beside those of the benchmark's list.
 
     Attributes:
         digest: of all sets, ids and bytes.
@@ -35,19 +36,20 @@ def image_source(data: Path, images: str) -> Path:
     return folder if folder.is_dir() else data / name
 
 
-def compare_images(data: Path, listed: Path) -> BenchmarkImages:
+def compare_images(data: Path, listed: Path, sets: Collection[str] | None = None) -> BenchmarkImages:
     """The images of DATA beside those of the benchmark's list, by the bytes of each.
 
     Args:
         data: folder of a tar or a folder per set.
         listed: gzipped CSV with columns ``set``, ``id`` and ``sha256``.
+        sets: names of those that are looked at; by default all of the list.
 
     Raises:
         InputError: DATA is no folder, or a set of it cannot be listed.
     """
     if not data.is_dir():
         raise InputError(f"{data}: no such folder; give the one that holds the benchmark's images")
-    expected = listed_images(listed)
+    expected = {name: own for name, own in listed_images(listed).items() if sets is None or name in sets}
     found: _Digests = {}
     for name in expected:
         source = image_source(data, f"{name}.tar")

@@ -65,20 +65,20 @@ def results_page(benchmarks: Sequence[BenchmarkResults]) -> str:
 
 
 def write_results(
-    configs: Sequence[RunConfig], work: Path, images: BenchmarkImages, page: Path | None = None
+    configs: Sequence[RunConfig], work: Path, images: Sequence[BenchmarkImages], page: Path | None = None
 ) -> list[Any]:
     """Write ``results.md`` and ``results.csv`` of scored studies; returns the tables for the terminal.
 
     Args:
         configs: the studies.
         work: where to.
-        images: which they were run on.
+        images: which each was run on.
         page: another place for the page.
     """
     studies = [JudgedStudy(config) for config in configs]
     judge(studies)
     lines = [result_lines(study) for study in studies]
-    found = [_benchmark(study, own, images) for study, own in zip(studies, lines, strict=True)]
+    found = [_benchmark(*of_study) for of_study in zip(studies, lines, images, strict=True)]
     everything = list(chain.from_iterable(lines))
     places = [work / "results.md", *([] if page is None else [page])]
     for place in places:

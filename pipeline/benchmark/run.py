@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.benchmark.choice import Choice
 from pipeline.benchmark.comparison import JUDGED_AGAINST, check_comparable
-from pipeline.benchmark.images import LISTED, compare_images, image_source
+from pipeline.benchmark.images import LISTED, BenchmarkImages, compare_images, image_source
 from pipeline.benchmark.page import write_results
 from pipeline.config import ConfigError, RunConfig, RunOptions, load_config
 from pipeline.progress import TqdmProgress
@@ -24,7 +24,7 @@ from stages.errors import InputError
 from stages.progress import Progress
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-STUDIES = (EXPERIMENTS / "results-caltech.toml", EXPERIMENTS / "results-tinyimagenet.toml")
+STUDIES = tuple(EXPERIMENTS / f"results-{name}.toml" for name in ("caltech", "tinyimagenet", "manyclasses"))
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,8 @@ def run_results(
         InputError: a setting is wrong, or the images are not those of the list.
     """
     choice, benchmark = choice or Choice(), benchmark or Benchmark()
-    configs = [_config(path, data, work, choice) for path in benchmark.studies]
-    images = compare_images(data, benchmark.listed)
-    if images.difference is not None and not choice.unchecked:
-        raise InputError(
-            f"{data} does not hold the benchmark's images: {images.difference}; see pipeline/benchmark/README.md, "
-            "or give --unchecked to run on them all the same"
-        )
+    configs = _configs(benchmark.studies, data, work, choice)
+    images = [_images(config, data, benchmark.listed, choice) for config in configs]
     remaining = Remaining(TqdmProgress())
     opened = [
         Study(config, options or RunOptions(), partial(remaining.trained, number))
@@ -102,6 +97,41 @@ def run_results(
     yield from write_results(configs, work, images, page)
 
 
+def _configs(studies: Sequence[Path], data: Path, work: Path, choice: Choice) -> list[RunConfig]:
+    """The studies that are asked for, as they are asked for.
+
+    Raises:
+        ConfigError: a benchmark that there is not, or a variant that none of them has; see `_config` for the rest.
+    """
+    plain = {load_config(path).name: path for path in studies}
+    for name in choice.benchmarks or ():
+        if name not in plain:
+            raise ConfigError(f"--benchmarks: there is no {name!r}{nearest(name, plain)}")
+    wanted = [path for name, path in plain.items() if choice.benchmarks is None or name in choice.benchmarks]
+    if not wanted:
+        raise ConfigError(f"--benchmarks: none is named; known: {', '.join(plain)}")
+    known = dict.fromkeys(variant.name for path in wanted for variant in load_config(path).variants)
+    for name in choice.controls or ():
+        if name not in known:
+            raise ConfigError(f"--controls: no variant is called {name!r}{nearest(name, known)}")
+    return [_config(path, data, work, choice) for path in wanted]
+
+
+def _images(config: RunConfig, data: Path, listed: Path, choice: Choice) -> BenchmarkImages:
+    """The images of one study, which are to be those of the list.
+
+    Raises:
+        InputError: they are not, and that was not asked for.
+    """
+    found = compare_images(data, listed, {Path(entry.images or "").name.removesuffix(".tar") for entry in config.sets})
+    if found.difference is not None and not choice.unchecked:
+        raise InputError(
+            f"{data} does not hold the benchmark's images: {found.difference}; see pipeline/benchmark/README.md, give "
+            "--benchmarks to leave others out, or --unchecked to run on these all the same"
+        )
+    return found
+
+
 def _config(path: Path, data: Path, work: Path, choice: Choice) -> RunConfig:
     plain = load_config(path)
     images = [f"sets.{entry.name}.images={image_source(data, entry.images or '')}" for entry in plain.sets]
@@ -116,10 +146,7 @@ def _config(path: Path, data: Path, work: Path, choice: Choice) -> RunConfig:
 
 
 def _with_controls(config: RunConfig, controls: Sequence[str]) -> RunConfig:
-    """The same study with some of its variants; those of the baselines always stay."""
-    known = [variant.name for variant in config.variants]
-    if unknown := [name for name in controls if name not in known]:
-        raise ConfigError(f"--controls: {config.name} has no variant {unknown[0]!r}{nearest(unknown[0], known)}")
+    """The same study with those of its variants that are named; the baselines' always stay."""
     kept = {*controls, *(baseline.variant for baseline in JUDGED_AGAINST)}
     return config.model_copy(update={"variants": tuple(v for v in config.variants if v.name in kept)})
 

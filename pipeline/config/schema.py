@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     Field,
+    NonNegativeInt,
     PlainSerializer,
     PlainValidator,
     PositiveInt,
@@ -102,6 +103,9 @@ class CacheConfig(StageConfig):
     expert_blocks: PositiveInt = 1
     # Blocks or stages, from 1, after which class token and mean patch are kept as well.
     taps: Annotated[Literal["all"] | Several[PositiveInt] | None, AfterValidator(_taps)] = None
+    pseudo_ood: NonNegativeInt = (
+        100  # ID images that `auto` is judged by spoilt ones of, in each kind of spoiling; or 0
+    )
 
 
 class FeaturesConfig(StageConfig):

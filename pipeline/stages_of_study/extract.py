@@ -9,6 +9,7 @@ from cache import FeatureCache, FeatureSpec
 from pipeline.checks import check_before_extraction
 from pipeline.config import SetConfig
 from pipeline.engine import engine_for
+from pipeline.pseudo_ood import PseudoOOD
 from pipeline.sets import about_set, unit_of
 from pipeline.stage import BackboneStage, Done
 from pipeline.terminal import Lines, show
@@ -47,7 +48,8 @@ class Extract(BackboneStage):
 
     def is_fresh(self) -> bool:
         """Whether every set has a cache of these features of the images of now."""
-        return all(changes and changes.fresh for changes in self._changes.values())
+        fresh = all(changes and changes.fresh for changes in self._changes.values())
+        return fresh and not (self._pseudo.wanted and self._pseudo.cache(self._spec) is None)
 
     def check(self) -> None:
         """Refuse features that did not come from where they say."""
@@ -86,7 +88,8 @@ class Extract(BackboneStage):
         row_bytes = self._row_bytes() if spec is None else spec.row_bytes
         decode = "pil" if workspace.config.backbone is None else workspace.config.backbone.decode
         how = [] if decode == "pil" else [f"{self.name}: JPEG files are decoded by {decode!r} (backbone.decode)"]
-        return how + [line for entry in workspace.config.sets for line in self._plan_set(entry, spec, row_bytes)]
+        sets = [line for entry in workspace.config.sets for line in self._plan_set(entry, spec, row_bytes)]
+        return [*how, *sets, *self._plan_pseudo(row_bytes)]
 
     def _row_bytes(self) -> int:
         """Of features that were never extracted; the network's shape says it."""
@@ -108,6 +111,17 @@ class Extract(BackboneStage):
             state += f"; {describe_left_out(table.left_out)}"
         return [f"{self.name} {entry.name}: {len(table)} {unit_of(entry)}, {state}", *table.notes]
 
+    def _plan_pseudo(self, row_bytes: int) -> Lines:
+        """What plays OOD for ``auto``; how many ID images select is known once they are extracted."""
+        pseudo = self._pseudo
+        if not pseudo.wanted:
+            return []
+        spec = self.backbone.known_spec()
+        cache = None if spec is None or not self.backbone.exists else pseudo.found(spec)
+        size = f"at most {pseudo.at_most} images, would write at most {pseudo.at_most * row_bytes / 2**20:.1f} MiB"
+        state = size if cache is None else f"{cache.n_rows} images, fresh, {cache.path}"
+        return [f"{self.name} {pseudo.name}: {state}"]
+
     # ------------------------------------------------------------------------------------------------------- the work
 
     def run(self, context: Context) -> Done:
@@ -126,10 +140,39 @@ class Extract(BackboneStage):
                 self._list_same_bytes(cache, context.progress)
         files = {entry.name: self.workspace.sets.arrays(entry).files for entry in self.workspace.sets.with_features()}
         backbone.link(self._spec, caches, files)
+        made = self._make_pseudo(context.progress)
         rows = sum(cache.n_rows for cache in caches.values())
         failures = sum(cache.manifest.n_failures for cache in caches.values())
         done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
-        return Done([f"{self.name}: {done}; {rows} rows + {failures} failures in {config.cache.root}"], not missing)
+        told = f"{self.name}: {done}; {rows} rows + {failures} failures in {config.cache.root}"
+        return Done([told, *made], not (missing or made))
+
+    @cached_property
+    def _pseudo(self) -> PseudoOOD:
+        return PseudoOOD(self.workspace, self.backbone)
+
+    def _make_pseudo(self, progress: Progress) -> Lines:
+        """The images that play OOD for ``auto``, where they are wanted and not there; a line about new ones.
+
+        The study does without them: `auto` is then chosen by features alone.
+        """
+        pseudo, options, spec = self._pseudo, self.workspace.options, self._spec
+        if not pseudo.wanted or pseudo.cache(spec) is not None:
+            return []
+        device = self.backbone.other_device(spec)
+        try:
+            if device:
+                raise InputError(f"the features of this study are of device {device!r}, this is another")
+            loaded = self.backbone.loaded
+            with engine_for(options.scheduler, options.workers) as engine:
+                how = ExtractOptions(1.0, mapper=None if engine is None else engine.map, progress=progress)
+                samples, root = pseudo.samples(), self.workspace.config.cache.root
+                cache = extract_set(pseudo.name, samples, spec, root, lambda: loaded, options=how)
+        except InputError as error:
+            progress.note(f"{self.name}: no images play OOD, auto is chosen by features alone: {error}")
+            return []
+        pseudo.keep(cache)
+        return [f"{self.name} {pseudo.name}: {cache.n_rows} images that play OOD, made of ID images, in {cache.path}"]
 
     def _say_what_is_listed(self, progress: Progress) -> None:
         for entry in self.workspace.config.sets:

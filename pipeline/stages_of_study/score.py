@@ -12,10 +12,12 @@ from pipeline.tables import table_lines
 from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context
+from stages.detection.choice import AUTO_SEMANTICS
 from stages.detection.sources import BackboneSource
 from stages.errors import InputError
 from stages.files.documents import CONTENTS, has_contents, read_document
 from stages.results.scored_study import SCORE_SEMANTICS
+from stages.scorers import AUTO
 
 
 class Score(Stage):
@@ -52,6 +54,7 @@ class Score(Stage):
         return fingerprint(
             {
                 "semantics": SCORE_SEMANTICS,
+                **self._auto(),
                 "config": self.workspace.config.score.model_dump(),
                 "sources": [
                     {
@@ -65,6 +68,13 @@ class Score(Stage):
                 ],
             }
         )
+
+    def _auto(self) -> dict[str, object]:
+        """What a chosen score depends on beside, where one is asked for."""
+        if AUTO not in self.workspace.config.score.scores:
+            return {}
+        pseudo = [None if source.pseudo is None else source.pseudo.digest for source in self._sources]
+        return {"auto": AUTO_SEMANTICS, "pseudo": pseudo}
 
     def is_fresh(self) -> bool:
         """Whether the record tells of these scores, and they are there, as they were left."""

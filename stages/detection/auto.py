@@ -14,30 +14,32 @@ from numpy.typing import NDArray
 
 from cache import fingerprint
 from stages.detection.choice import (
+    AUTO_SEMANTICS,
     IN_SUMS,
     FoldScores,
     Losses,
     choose,
+    clearly_better,
     displaces,
     of_frozen,
     size_of,
-    standings,
     sums_of,
 )
 from stages.detection.detectors import FittedDetector, raw_scores
 from stages.detection.factory import DetectorFactory
-from stages.detection.pseudo import FEWEST_CLASSES, PSEUDO_KINDS, PseudoFold, pseudo_folds
+from stages.detection.pseudo import DIVISIONS, FEWEST_CLASSES, OF_CLASSES, SHUFFLED, PseudoFold, pseudo_folds
 from stages.detection.sources import BackboneSource
 from stages.detection.subject import NO_HEAD, SubjectKey
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document
-from stages.scorers import AUTO, FROZEN, SCORERS, needs_of, reads_head, scorer_class
+from stages.scorers import AUTO, FROZEN, SCORERS, needs_of, scorer_class
 
 CHOSEN_FOLDER = "auto"  # folder of what was chosen, among a study's scores
-AUTO_SEMANTICS = 1  # raise it when the same rows and settings would give another choice
 _USABLE = frozenset({"features", "logits", "head", "bank", "select", "labels"})  # what a fold's rows have
 _FALLBACKS = ("knn+energy", "knn")  # the first that applies, where nothing can be judged
-RULE = "lowest mean FPR95 of pseudo-OOD made of ID rows; within a standard error of every kind the fewest parts"
+_RECOMMENDED = ("ncm+energy", "ncm", "knn")  # the first that is judged stands, unless another is clearly better
+_SIDES = ((True, False), (False, True))  # families that a sum of a frozen choice is made of: features, and logits
+RULE = "lowest mean FPR95 of pseudo-OOD made of ID {}, if clearly lower than that of what is recommended beforehand"
 _TOLD = 5  # candidates in the record
 
 
@@ -63,14 +65,44 @@ _FoldOfAll = list[FoldScores]  # of a fold, whose kinds come one after the other
 
 @dataclass(frozen=True, eq=False)
 class _Judged:
-    """Candidates with what they lose, ``[candidates, folds, kinds]``; parts of sums by family."""
+    """Candidates, single ones first, with what they lose, ``[candidates, folds, kinds]``; kinds."""
 
     scores: list[str]
     losses: Losses
-    families: list[list[str]]
+    kinds: tuple[str, ...]
 
     def take(self, keep: Sequence[int]) -> "_Judged":
-        return _Judged([self.scores[number] for number in keep], self.losses[keep], self.families)
+        return replace(self, scores=[self.scores[number] for number in keep], losses=self.losses[keep])
+
+    @property
+    def sides(self) -> Losses:
+        """The same, averaged over the kinds of each side, ``[candidates, folds, sides]``."""
+        return np.stack([self.losses[..., columns].mean(axis=-1) for columns in sides_of(self.kinds).values()], axis=-1)
+
+    def choose(self) -> int:
+        """The number of the chosen candidate."""
+        return choose(self.sides, [*map(size_of, self.scores)])
+
+    def told(self, number: int) -> dict[str, Any]:
+        """For the record: what a candidate loses, as it counts and by kind."""
+        each = dict(zip(self.kinds, map(_rounded, self.losses[number].mean(axis=0)), strict=True))
+        return {"loss": _rounded(self.sides[number].mean()), "loss_by_kind": each}
+
+
+def sides_of(kinds: Sequence[str]) -> dict[str, list[int]]:
+    """Which kinds of pseudo-OOD are judged together, by their numbers: left-out classes, and images.
+
+    Each kind by itself where no image plays OOD.
+
+    >>> sides_of(("near", "tiles", "blurred", "far")), sides_of(("near", "shuffled", "far"))
+    ({'left out': [0, 3], 'images': [1, 2]}, {'near': [0], 'shuffled': [1], 'far': [2]})
+    """
+    if SHUFFLED in kinds:
+        return {kind: [number] for number, kind in enumerate(kinds)}
+    sides: dict[str, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        sides.setdefault("left out" if kind in OF_CLASSES else "images", []).append(number)
+    return sides
 
 
 class AutoScore:
@@ -147,6 +179,7 @@ class AutoScore:
                 "models": {path: self._source.models[path] for path in own},
                 "settings": config.model_dump(include={"k", "profile", "params", "temperature"}),
                 "candidates": [name for name in SCORERS if is_candidate(name)],
+                "pseudo": None if self._source.pseudo is None else self._source.pseudo.digest,
             }
         )
 
@@ -175,11 +208,25 @@ def _chosen(factory: DetectorFactory, frozen: AutoChoice | None) -> AutoChoice:
         return _chosen_of_mixture(factory, frozen)
     head = head_of(factory)
     names = [name for name in SCORERS if is_candidate(name) and factory.why_not(name) is None]
-    judged = judge_candidates(factory, [name for name in names if head is not None or not reads_head(name)])
+    families = _SIDES[: 1 if head is None else 2]
+    judged = judge_candidates(factory, [name for name in names if family_of(name) in families])
     if judged is None:
         return fallback(factory)
-    finalists = tuple(part for family in judged.families for part in family)
-    return _record(judged, choose(judged.losses, [*map(size_of, judged.scores)]), finalists)
+    sides, size = judged.sides, max(map(size_of, judged.scores))
+    loss = np.where(np.array([*map(size_of, judged.scores)]) == size, sides.mean(axis=(1, 2)), np.inf)
+    best = int(np.argmin(loss))
+    default = next((judged.scores.index(score) for score in _RECOMMENDED if score in judged.scores), best)
+    found = _record(judged, best if clearly_better(sides[best], sides[default], DIVISIONS) else default)
+    told = {"recommended": {"score": judged.scores[default], **judged.told(default)}}
+    return replace(found, record=found.record | told, finalists=_finalists(judged, found.score))
+
+
+def _finalists(judged: _Judged, chosen: str) -> tuple[str, ...]:
+    """Single scores that are looked at of experts as well: of each family those that lose least, and what is chosen."""
+    loss = dict(zip(judged.scores, judged.sides.mean(axis=(1, 2)).tolist(), strict=True))
+    families = _families([score for score in judged.scores if size_of(score) == 1])
+    best = [score for family in families for score in sorted(family, key=lambda name: loss[name])[:IN_SUMS]]
+    return tuple(dict.fromkeys([*best, *chosen.split("+")]))
 
 
 def _chosen_of_mixture(factory: DetectorFactory, frozen: AutoChoice) -> AutoChoice:
@@ -195,12 +242,11 @@ def _chosen_of_mixture(factory: DetectorFactory, frozen: AutoChoice) -> AutoChoi
     refined = judged.take([number for number, score in enumerate(judged.scores) if not of_frozen(score)])
     if beside not in judged.scores or not refined.scores:
         return frozen
-    best = choose(refined.losses, [*map(size_of, refined.scores)])
-    found = replace(_record(refined, best, ()), frozen=False)
-    at = judged.losses[judged.scores.index(beside)]
-    numbers = {"loss": _rounded(at.mean()), "loss_by_kind": _by_kind(at)}
-    if displaces(refined.losses[best], at):
-        return replace(found, record=found.record | {"frozen": {"chosen": frozen.score, **numbers}})
+    best = refined.choose()
+    found = replace(_record(refined, best), frozen=False)
+    place = judged.scores.index(beside)
+    if displaces(refined.losses[best], judged.losses[place]):
+        return replace(found, record=found.record | {"frozen": {"chosen": frozen.score, **judged.told(place)}})
     told = {name: found.record[name] for name in ("loss", "loss_by_kind")}
     return replace(frozen, record=frozen.record | {"with_experts": {"chosen": found.score, **told}})
 
@@ -213,25 +259,17 @@ def fallback(factory: DetectorFactory) -> AutoChoice:
     return AutoChoice(score, not factory.subject.n_experts, {"rule": f"{few} to play OOD: as recommended beforehand"})
 
 
-def _record(judged: _Judged, number: int, finalists: tuple[str, ...]) -> AutoChoice:
+def _record(judged: _Judged, number: int) -> AutoChoice:
     """A choice, and the numbers that it was made by."""
-    each = standings(judged.losses)
-    order = sorted(range(len(each)), key=lambda other: each[other].loss)
+    loss = judged.sides.mean(axis=(1, 2))
     record = {
-        "rule": RULE,
-        "loss": _rounded(each[number].loss),
-        "loss_by_kind": _by_kind(judged.losses[number]),
-        "gap": dict(zip(PSEUDO_KINDS, map(_rounded, each[number].gaps), strict=True)),
-        "gap_error": dict(zip(PSEUDO_KINDS, map(_rounded, each[number].errors), strict=True)),
-        "candidates": len(each),
+        "rule": RULE.format("rows" if SHUFFLED in judged.kinds else "images"),
+        **judged.told(number),
+        "candidates": len(loss),
         "folds": judged.losses.shape[1],
-        "best": {judged.scores[other]: _rounded(each[other].loss) for other in order[:_TOLD]},
+        "best": {judged.scores[other]: _rounded(loss[other]) for other in np.argsort(loss, kind="stable")[:_TOLD]},
     }
-    return AutoChoice(judged.scores[number], True, record, finalists)
-
-
-def _by_kind(losses: NDArray[np.float64]) -> dict[str, float]:
-    return dict(zip(PSEUDO_KINDS, map(_rounded, losses.mean(axis=0)), strict=True))
+    return AutoChoice(judged.scores[number], True, record)
 
 
 def _rounded(value: float) -> float:
@@ -242,7 +280,7 @@ def _rounded(value: float) -> float:
 
 
 def judge_candidates(factory: DetectorFactory, names: Sequence[str]) -> _Judged | None:
-    """What scores lose, and sums of the best of each family; None where ID rows cannot play OOD.
+    """What scores lose, and sums of one of features and one of logits; None where ID rows cannot play OOD.
 
     Args:
         factory: of the subject's detectors, for its settings.
@@ -257,10 +295,10 @@ def judge_candidates(factory: DetectorFactory, names: Sequence[str]) -> _Judged 
     usable = [name for name in names if all(name in own.id for fold in folds for own in fold)]
     if not folds or not usable:
         return None
+    kinds = tuple(kind for own in folds[0] for kind in own.ood)
     singles = _losses(folds, usable)
-    families = _best_of_families(usable, singles.mean(axis=(1, 2)))
-    sums = sums_of(families)
-    return _Judged([*usable, *sums], np.concatenate([singles, _losses(folds, sums)]), families)
+    sums = sums_of(_families(usable))
+    return _Judged([*usable, *sums], np.concatenate([singles, _losses(folds, sums)]), kinds)
 
 
 def _is_read(name: str, head: str | None) -> bool:
@@ -294,17 +332,6 @@ def _losses(folds: Sequence[_FoldOfAll], scores: Sequence[str]) -> Losses:
     return np.stack([np.concatenate([own.losses(scores) for own in fold], axis=1) for fold in folds], axis=1)
 
 
-def _best_of_families(names: Sequence[str], loss: np.ndarray) -> list[list[str]]:
-    """Of each family the scores that lose least, of each subject apart; in the order of the registry."""
-    members: dict[tuple[bool, bool], dict[bool, list[int]]] = {}
-    for number, name in enumerate(names):
-        family = members.setdefault(family_of(name), {})
-        family.setdefault(of_frozen(name), []).append(number)
-    return [
-        [
-            names[number]
-            for own in family.values()
-            for number in sorted(sorted(own, key=lambda number: loss[number])[:IN_SUMS])
-        ]
-        for family in members.values()
-    ]
+def _families(names: Sequence[str]) -> list[list[str]]:
+    """Features first: a sum is called ``ncm+energy``."""
+    return [own for family in _SIDES if (own := [name for name in names if family_of(name) == family])]

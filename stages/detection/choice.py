@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from stages.scorers import FROZEN
 
+AUTO_SEMANTICS = 2  # raise it when the same rows and settings would give another choice
 Losses = NDArray[np.float64]  # [candidates, folds, kinds of pseudo-OOD]; lower is better
-IN_SUMS = 4  # of each family of scores so many of the best are parts of sums
+IN_SUMS = 4  # of each family of scores so many of the best are looked at of experts as well
+CLEARLY = 2.0  # standard errors by which a sum has to be better than what is recommended beforehand
 _ADMIT = 0.95
 
 
@@ -75,6 +77,21 @@ def choose(losses: Losses, sizes: Sequence[int]) -> int:
     return int(np.argmin(np.where(enough & (size == size[enough].min()), loss, np.inf)))
 
 
+def clearly_better(own: NDArray[np.float64], recommended: NDArray[np.float64], repeats: int) -> bool:
+    """Whether a candidate loses less than what is recommended beforehand by more than `CLEARLY` standard errors.
+
+    The best of many candidates on few ID rows is so by chance as well. What stands in for OOD is not what will come.
+
+    Args:
+        own: losses ``[folds, sides]`` of the candidate; sides count alike.
+        recommended: of the other.
+        repeats: how many divisions of the same classes the folds are of: they tell little more than one does, so the
+            standard error is that of one.
+    """
+    gains = (recommended - own).mean(axis=1)
+    return bool(gains.mean() > CLEARLY * standard_errors(gains) * np.sqrt(repeats))
+
+
 def displaces(own: NDArray[np.float64], frozen: NDArray[np.float64]) -> bool:
     """Whether a candidate that reads a mixture's features may take the place of the choice of frozen ones.
 
@@ -92,17 +109,13 @@ def displaces(own: NDArray[np.float64], frozen: NDArray[np.float64]) -> bool:
 # ------------------------------------------------------------------------------------------------------- what is summed
 
 
-def sums_of(families: Sequence[Sequence[str]], most: int = 3) -> list[str]:
-    """Names of all sums of two to `most` parts, each of another family: scores of one family see the same.
+def sums_of(families: Sequence[Sequence[str]]) -> list[str]:
+    """Names of all sums of two parts, each of another family: scores of one family see the same.
 
     >>> sums_of([["knn", "ncm"], ["energy"]])
     ['knn+energy', 'ncm+energy']
     """
-    found = []
-    for n in range(2, most + 1):
-        for chosen in combinations(families, n):
-            found += ["+".join(parts) for parts in product(*chosen)]
-    return found
+    return ["+".join(parts) for pair in combinations(families, 2) for parts in product(*pair)]
 
 
 def size_of(score: str) -> int:

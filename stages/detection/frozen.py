@@ -99,7 +99,9 @@ class FrozenFeatures:
         )
         key, heads = SubjectKey(self.source.name, "cls", "", self.source.seed), (*self._heads, *train.given)
         if not data.split.cross_fitted:  # the only fold's model is the final one: its bank need not be in memory twice
-            return Subject(key, heads, runs, runs[0].bank, runs[0].select, strengths=self._strengths)
+            return Subject(
+                key, heads, runs, runs[0].bank, runs[0].select, strengths=self._strengths, pseudo=self._pseudo()
+            )
         # Rows that are held out from models are of id-train here.
         select, labels = data.split.select, data.train_labels
         parts = tuple(
@@ -114,7 +116,17 @@ class FrozenFeatures:
             self._bank(train, data.split.final_train, final_head),
             self._rows(train[select], labels[select], final_head),
         )
-        return Subject(key, heads, runs, bank, rows, parts=parts, strengths=self._strengths)
+        return Subject(key, heads, runs, bank, rows, parts=parts, strengths=self._strengths, pseudo=self._pseudo())
+
+    def _pseudo(self) -> dict[str, SetRows]:
+        """Images that play OOD, by kind: the folder of their ids."""
+        cache = self.source.pseudo
+        if cache is None or cache.spec.n_logits:
+            return {}
+        cached, kinds = self._cached(cache), np.array([name.partition("/")[0] for name in cache.ids.tolist()])
+        labels = np.full(cache.n_rows, -1, np.int32)
+        rows = {kind: np.flatnonzero(kinds == kind).astype(np.int64) for kind in np.unique(kinds).tolist()}
+        return {kind: self._rows(cached[some], labels[some], final_head) for kind, some in rows.items()}
 
     @property
     def _strengths(self) -> dict[str, float]:

@@ -4,11 +4,11 @@
 
     near       rows of classes that are left out of everything that is fitted in the fold, dealt over all of them
     far        the same of classes that are like each other: what is left is less like them
-    shuffled   rows of the others, every feature from another of them
+    images     of the select rows, cut up, blurred, mixed, drawn over, ...: `stages.inputs.images.pseudo_ood` has them
+    shuffled   rows of the others, every feature from another of them: where there are no such images
 
-Near and far ones are of images as they are, shuffled ones of no image: scores that fail on these are broken. Images are
-not corrupted, which would take the network at each scoring, and features that are made up otherwise are no stand-in for
-such images: METHOD.md says what was tried.
+Images are made and extracted once, with the study's own. Where there are none, as of features that came as arrays and
+of what experts make, shuffled rows stand in: scores that fail on these are broken, which is all that they say.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,8 +25,10 @@ from stages.mixture.grouping import group_classes
 from stages.scorers import FROZEN
 from stages.scorers.shared.arrays import l2_normalise
 
-PSEUDO_KINDS = ("near", "shuffled", "far")
+OF_CLASSES = ("near", "far")  # kinds of classes that are left out; the others are of what is no ID row
+SHUFFLED = "shuffled"
 _GROUPS = 5  # that classes are dealt into
+DIVISIONS = 2  # of each way of dealing: another one may give another choice
 _SELECTING = 0.2  # share of the rows to fit on that scores choose their settings by
 _FITTED_ROWS, _JUDGED_ROWS = 20_000, 4_000  # of a fold at most: a choice is to be cheap however many rows there are
 _FEWEST = 10  # rows that play a side, below which a fold says nothing
@@ -57,9 +59,9 @@ def pseudo_folds(
 ) -> Iterator[tuple[PseudoFold, PseudoFold]]:
     """Folds over classes, each with a model of the split in turn; none where ID rows are too few.
 
-    The classes are put into min(5, C // 2) groups in two ways: dealt in sorted order, so that what is left is like
-    what is left out, and by likeness, so that it is not. Each group of either is left out once. Rows that play
-    are those that the split's model has not seen: its select rows, and where rows are cross-fitted its calibrate rows
+    The classes are put into min(5, C // 2) groups in two ways: dealt at random, so that what is left is like what is
+    left out, and by likeness, so that it is not; each twice. Each group of all is left out once. Rows that play are
+    those that the split's model has not seen: its select rows, and where rows are cross-fitted its calibrate rows
     as well; of features without experts the training rows of the classes that are left out, too. What calibrates the
     final model alone is never looked at.
 
@@ -76,17 +78,19 @@ def pseudo_folds(
     if len(classes) < FEWEST_CLASSES or classes[0] < 0:
         return
     groups = min(_GROUPS, len(classes) // 2)
-    alike = _like_classes(subject.bank, classes, groups, seed)
-    for group in range(groups):
-        run = subject.runs[group % len(subject.runs)]
-        rows = [run.select, run.calibrate] if len(subject.runs) > 1 else [run.select]
-        rng = np.random.default_rng((seed, group))
-        bank = _some(run.bank, rng, _FITTED_ROWS)
-        dealt = _fold(bank, rows, classes[group::groups], strengths, rng)
-        far = _fold(bank, rows, classes[alike == group], strengths, rng)
-        if dealt is not None and far is not None:
-            shuffled = {"shuffled": _shuffled(dealt.id, dealt.judging, rng)}
-            yield replace(dealt, ood=dealt.ood | shuffled), replace(far, ood={"far": far.ood["near"]})
+    for division in range(DIVISIONS):
+        of_class = np.random.default_rng((seed, division)).permutation(np.arange(len(classes)) % groups)
+        alike = _like_classes(subject.bank, classes, groups, seed + division)
+        for group in range(groups):
+            run = subject.runs[group % len(subject.runs)]
+            rows = [run.select, run.calibrate] if len(subject.runs) > 1 else [run.select]
+            rng = np.random.default_rng((seed, division, group))
+            bank = _some(run.bank, rng, _FITTED_ROWS)
+            dealt = _fold(bank, rows, classes[of_class == group], strengths, rng)
+            far = _fold(bank, rows, classes[alike == group], strengths, rng)
+            if dealt is not None and far is not None:
+                others = _images(subject, dealt, rng) or {SHUFFLED: _shuffled(dealt.id, dealt.judging, rng)}
+                yield replace(dealt, ood=dealt.ood | others), replace(far, ood={"far": far.ood["near"]})
 
 
 def _like_classes(bank: SetRows, classes: NDArray[np.integer], groups: int, seed: int) -> NDArray[np.int64]:
@@ -123,6 +127,13 @@ def _fold(
     if min(len(own), len(near)) < _FEWEST:
         return None
     return PseudoFold(_with_heads(kept, heads), _rows_of(_together([select]), heads), own, {"near": near}, heads)
+
+
+def _images(subject: Subject, fold: PseudoFold, rng: np.random.Generator) -> dict[str, SetRows]:
+    """Images that play OOD, with the logits of a fold's heads."""
+    most = _JUDGED_ROWS // max(1, len(subject.pseudo))
+    kinds = {kind: _some(rows, rng, most) for kind, rows in subject.pseudo.items() if len(rows) >= _FEWEST}
+    return {kind: _rows_of(_together([rows]), fold.judging) for kind, rows in kinds.items()}
 
 
 def _some(rows: SetRows, rng: np.random.Generator, most: int) -> SetRows:

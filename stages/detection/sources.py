@@ -53,6 +53,7 @@ class BackboneSource:
         network: gives the network that the caches were made with, whose end makes patch tokens; None where there is
             none to be had.
         models: digests of all that was trained on its cache, by their bytes.
+        pseudo: images that play OOD for ``auto``, made of its ID images; None where there are none.
     """
 
     name: str
@@ -65,3 +66,4 @@ class BackboneSource:
     architecture: "Callable[[], Backbone]"
     network: "Callable[[], Backbone] | None" = None
     models: Mapping[str, str | None] = field(default_factory=dict)
+    pseudo: FeatureCache | None = None

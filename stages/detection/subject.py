@@ -194,6 +194,7 @@ class Subject:
         parts: one for each part under cross-fitting; they calibrate, for their banks have all rows but a few. Their
             select rows are the final model's.
         strengths: inverse penalty of each head that can be fitted again, on other rows.
+        pseudo: rows of images that play OOD, made of ID images, by kind; of the backbone's own features.
     """
 
     key: SubjectKey
@@ -205,6 +206,7 @@ class Subject:
     has_others: bool = False
     parts: tuple[FoldRows, ...] = ()
     strengths: Mapping[str, float] = field(default_factory=dict)
+    pseudo: Mapping[str, SetRows] = field(default_factory=dict)
 
     def beside(self, frozen: "Subject") -> "Subject":
         """A mixture's, whose rows know what the backbone's own features say of them: a sum may read both."""

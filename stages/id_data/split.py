@@ -148,8 +148,10 @@ def _place_in_class(labels: NDArray[np.int32], keys: list[bytes], offset: float 
     of ½ it is the middle of the image's share of the class, without one its beginning.
     """
     place: dict[bytes, float] = {}
-    for label in np.unique(labels):
-        ordered = sorted({keys[row] for row in np.flatnonzero(labels == label)})
+    by_class = np.argsort(labels, kind="stable")
+    _, starts = np.unique(labels[by_class], return_index=True)
+    for rows in np.split(by_class, starts)[1:]:
+        ordered = sorted({keys[row] for row in rows.tolist()})
         for index, key in enumerate(ordered):
             place[key] = min((index + offset) / len(ordered), place.get(key, 1.0))
     return np.array([place[key] for key in keys])
@@ -160,7 +162,8 @@ def _halves(rows: Rows, labels: NDArray[np.int32], image_hashes: NDArray[np.uint
     keys = _keys(image_hashes[rows], b"halves")
     place = _place_in_class(labels[rows], keys, offset=0.5)
     middle = sorted({keys[index] for index in np.flatnonzero(place == 0.5)})
-    first = (place < 0.5) | np.isin(np.asarray(keys, dtype=object), middle[::2])
+    in_turn = set(middle[::2])
+    first = (place < 0.5) | np.fromiter((key in in_turn for key in keys), dtype=bool, count=len(keys))
     return rows[first], rows[~first]
 
 

@@ -4,7 +4,7 @@ They work on *counts*, how often each row was drawn: the same counts given to tw
 so that the interval of a difference is the interval of ``a["auroc"] - b["auroc"]``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,15 +31,48 @@ def resample_counts(n: int, replicates: int, seed: int) -> NDArray[np.uint8]:
     """
     if n < 1 or replicates < 1:
         raise InputError(f"{replicates} bootstrap replicates of {n} rows asked; both must be at least 1")
-    rng = np.random.default_rng(seed)
-    counts = np.empty((replicates, n), dtype=np.uint8)  # a row drawn 256 times does not happen: below 1 in 256!
-    for row in counts:
-        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
+    counts = np.empty((replicates, n), dtype=np.uint8)
+    for row, drawn in zip(counts, _draws(replicates, n, seed), strict=True):
+        row[:] = drawn
     return counts
 
 
+class Resamples:
+    """The counts of `resample_counts` where they are too many to be held: every walk draws them anew, alike.
+
+    Args:
+        n: as in `resample_counts`, like all that follows.
+        replicates: likewise.
+        seed: likewise.
+
+    >>> (np.stack(list(Resamples(4, 2, seed=0))) == resample_counts(4, 2, seed=0)).all()
+    np.True_
+    """
+
+    def __init__(self, n: int, replicates: int, seed: int) -> None:
+        self.shape = (replicates, n)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        """``[n]`` of each replicate."""
+        return _draws(*self.shape, self._seed)
+
+
+Counts = NDArray[np.integer] | Resamples  # [R, n]
+
+
+def _draws(replicates: int, n: int, seed: int) -> Iterator[NDArray[np.uint8]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(replicates):
+        # A row drawn 256 times does not happen: below 1 in 256!
+        yield np.bincount(rng.integers(n, size=n), minlength=n).astype(np.uint8)
+
+
 def bootstrap_metrics(
-    id_scores: ArrayLike, ood_scores: ArrayLike, id_counts: NDArray[np.integer], ood_counts: NDArray[np.integer]
+    id_scores: ArrayLike, ood_scores: ArrayLike, id_counts: Counts, ood_counts: Counts
 ) -> dict[str, NDArray[np.float64]]:
     """AUROC and FPR95 (ID positive) of every bootstrap replicate, from one sort.
 
@@ -61,8 +94,8 @@ def bootstrap_metrics(
 def bootstrap_each(
     id_scores: ArrayLike,
     ood_scores: Sequence[ArrayLike],
-    id_counts: NDArray[np.integer],
-    ood_counts: Sequence[NDArray[np.integer]],
+    id_counts: Counts,
+    ood_counts: Sequence[Counts],
 ) -> list[dict[str, NDArray[np.float64]]]:
     """`bootstrap_metrics` against each of several OOD sets: the ID side, which is mostly the larger, is done once.
 
@@ -83,12 +116,12 @@ def bootstrap_each(
     ]
     replicates = len(id_counts)
     found = [{"auroc": np.empty(replicates), "fpr95": np.empty(replicates)} for _ in sets]
-    for replicate, counts in enumerate(id_counts):
+    for replicate, (counts, *drawn) in enumerate(zip(id_counts, *ood_counts, strict=True)):
         sums = _running_sum(counts[order])
         n_id = int(sums[-1])
         threshold = int(np.searchsorted(sums[1:], _enough(n_id)))  # the ID row whose score admits 95 %
-        for each, metrics in zip(sets, found, strict=True):
-            weights = each.counts[replicate][each.order]
+        for each, own, metrics in zip(sets, drawn, found, strict=True):
+            weights = own[each.order]
             ood_sums = _running_sum(weights)
             n_ood = int(ood_sums[-1])
             wins = int(np.einsum("n,n->", weights, sums[each.below] + sums[each.not_above]))
@@ -102,14 +135,12 @@ class _Resampled:
     """An OOD set in ascending order of its scores, beside the ID rows in theirs.
 
     Attributes:
-        counts: [R, n_ood] how often each row is drawn.
         order: [n_ood] rows by score.
         below: [n_ood] how many ID rows score lower than each.
         not_above: [n_ood] how many do not score higher.
         admitted: [n_id] how many OOD rows do not score higher than each ID row.
     """
 
-    counts: NDArray[np.integer]
     order: NDArray[np.intp]
     below: NDArray[np.intp]
     not_above: NDArray[np.intp]
@@ -120,8 +151,8 @@ class _Resampled:
         cls,
         ids: NDArray[np.float64],
         ood_scores: ArrayLike,
-        counts: NDArray[np.integer],
-        id_counts: NDArray[np.integer],
+        counts: Counts,
+        id_counts: Counts,
     ) -> Self:
         oods = checked_scores(ood_scores, "OOD")
         if id_counts.shape[1:] != ids.shape or counts.shape[1:] != oods.shape or len(id_counts) != len(counts):
@@ -132,7 +163,7 @@ class _Resampled:
         order = np.argsort(oods, kind="stable")
         oods = oods[order]
         below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
-        return cls(counts, order, below, not_above, np.searchsorted(oods, ids, "right"))
+        return cls(order, below, not_above, np.searchsorted(oods, ids, "right"))
 
 
 def _enough(n: int) -> int:

@@ -33,11 +33,29 @@ def class_prototypes(
     counts = np.zeros(n_classes, dtype=np.int64)
     for features, labels in blocks:
         sums = np.zeros((n_classes, features.shape[1])) if sums is None else sums
-        np.add.at(sums, labels, features)
+        sums = _with_rows(sums, features, labels)
         counts += np.bincount(labels, minlength=n_classes)
     if sums is None:
         raise ValueError("no rows to make prototypes of")
     return sums / np.maximum(counts, 1)[:, None]
+
+
+def _with_rows(
+    sums: NDArray[np.float64], features: NDArray[np.floating], labels: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Sums ``[C, D]`` with each row added to its class's, one after the other: ``numpy.add.at`` to the bit.
+
+    That takes as many calls as there are numbers; a product with a sparse matrix of ones adds in the same order.
+    """
+    from scipy.sparse import csr_array  # not before something is trained
+
+    n_classes = len(sums)
+    of_class = np.concatenate([np.arange(n_classes), labels])  # what was summed before comes first
+    order = np.argsort(of_class, kind="stable")
+    ends = np.cumsum(np.bincount(of_class, minlength=n_classes))
+    ones = csr_array((np.ones(len(order)), order, np.append(0, ends)), shape=(n_classes, len(order)))
+    found: NDArray[np.float64] = ones @ np.concatenate([sums, features])
+    return found
 
 
 def group_training_classes(data: IdData, rows: Rows, n_groups: int, method: str, seed: int) -> list[int]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stages.detection.sources import CS_ID
 from stages.files.documents import write_text
-from stages.metrics.bootstrap import bootstrap_each, resample_counts
+from stages.metrics.bootstrap import Counts, Resamples, bootstrap_each, resample_counts
 from stages.metrics.intervals import Difference, Interval, SetParts, auroc_interval, fpr95_interval, verdicts
 from stages.metrics.ranking import METRICS, ood_metrics
 from stages.metrics.selective import SELECTIVE, selective_metrics
@@ -36,6 +36,8 @@ COLUMNS = (  # of table.csv
     "labels",
 )
 _INTERVALS: Mapping[str, Callable[[Sequence[SetParts]], Interval]] = {"auroc": auroc_interval, "fpr95": fpr95_interval}
+
+_HELD_COUNTS = 64 << 20  # bytes of a set's counts; more are drawn again for every method
 
 Replicates = Mapping[str, NDArray[np.float64]]  # of compared metrics, [R]; of the same resamples for every method
 Scored = Mapping[str, NDArray[np.float32]]  # of each set, ``[n]``
@@ -122,11 +124,16 @@ class Evaluator:
         self._replicates = replicates
 
     @cached_property
-    def counts(self) -> dict[str, NDArray[np.uint8]]:
-        """How often each row of each set is drawn, ``[R, n]``."""
+    def counts(self) -> dict[str, Counts]:
+        """How often each row of each set is drawn, ``[R, n]``; of a large set drawn anew for each method."""
         # Seeds by position: the same study gives the same resamples, and every method gets the same.
         names = ["id", *(ood for ood, _ in self.oods)]
-        return {name: resample_counts(self._sizes[name], self._replicates, seed) for seed, name in enumerate(names)}
+        return {name: self._counts_of(self._sizes[name], seed) for seed, name in enumerate(names)}
+
+    def _counts_of(self, n: int, seed: int) -> Counts:
+        if n * self._replicates <= _HELD_COUNTS:
+            return resample_counts(n, self._replicates, seed)
+        return Resamples(n, self._replicates, seed)
 
     def rows(
         self,

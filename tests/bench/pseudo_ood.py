@@ -1,11 +1,12 @@
 """Settings of stage two compared without any OOD set and without id-test. ``make pseudo-ood DATA=folder``.
 
-Of each benchmark of ``make results`` the id-train images alone are read. In each of three folds
+Of each benchmark of ``make results`` the id-train images alone are read; of many classes only where it is named. In
+each of three folds, or of those that are given,
 
     id-train   four of five images of three quarters of the classes
     id-test    their other images
     near-ood   all images of the classes that were left out
-    far-ood    the other benchmark's id-train images; and the id-test images cut into 4 x 4 tiles and shuffled
+    far-ood    another benchmark's id-train images; and the id-test images cut into 4 x 4 tiles and shuffled
 
 A fold is an ordinary study: it goes on where it was killed, and its report can be looked at. Prints a table of means
 over the folds for each benchmark. A training takes about a minute.
@@ -37,6 +38,7 @@ PARTS = 4  # classes are dealt into parts; fold f leaves part f out
 TEST_EVERY = 5
 TILES = 4
 SCORES = ("energy", "knn", "knn+energy")
+SMALL = ("results-caltech", "results-tinyimagenet")  # a fold of many classes takes as long as all of theirs
 VARIANTS = {
     "lr-3e-5": "train.lr = 3e-5",
     "lr-3e-6": "train.lr = 3e-6",
@@ -193,8 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the benchmark's images")
     parser.add_argument("--work", type=Path, required=True, help="folder for the folds' images and studies")
-    parser.add_argument("--benchmarks", nargs="*", default=[path.stem for path in STUDIES], help="names of studies")
+    parser.add_argument("--benchmarks", nargs="*", default=SMALL, help="names of studies")
     parser.add_argument("--variants", type=json.loads, default=VARIANTS, help="JSON object of name and settings, TOML")
+    parser.add_argument("--folds", type=int, nargs="*", choices=FOLDS, default=FOLDS, help="some of them")
     parser.add_argument("--classes", type=int, help="ID classes; all but the left-out ones by default")
     parser.add_argument("--per-class", type=int, help="training images a class; all by default")
     args = parser.parse_args()
@@ -203,7 +206,7 @@ def main() -> None:
     for study in (path for path in STUDIES if path.stem in args.benchmarks):
         paths = [
             write_experiment(study, args.data.resolve(), args.work.resolve(), fold, args.variants, size)
-            for fold in FOLDS
+            for fold in args.folds
         ]
         for path in paths:
             for line in run_fold(path):

@@ -40,11 +40,12 @@ def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "lef
             n_classes = p.shape[1]
             sums, doubts = np.zeros((n_classes, n_classes)), np.zeros(n_classes)
             counts = np.zeros(n_classes, dtype=np.int64)
-        for c in np.unique(predicted):
-            own = predicted == c
+        by_class = np.argsort(predicted, kind="stable")
+        classes, starts = np.unique(predicted[by_class], return_index=True)
+        for c, own in zip(classes.tolist(), np.split(by_class, starts)[1:], strict=True):
             sums[c] += p[own].sum(axis=0)
             doubts[c] += doubt[own].sum()
-            counts[c] += own.sum()
+            counts[c] += len(own)
     seen = np.flatnonzero(counts)
     if not seen.size:
         raise InputError("KL matching needs ID rows to take typical softmaxes from, none given")

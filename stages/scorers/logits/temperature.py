@@ -1,6 +1,6 @@
 """MSP at the temperature that held-out ID rows like best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -11,16 +11,17 @@ from scipy.optimize import minimize_scalar
 
 from stages.errors import InputError
 from stages.id_data.lazy import Floats
-from stages.scorers.inputs import ScoreInputs
+from stages.scorers.inputs import ROWS_AT_ONCE, ScoreInputs
 from stages.scorers.logits.msp import msp_score
 from stages.scorers.scorer import Scorer
 from stages.scorers.settings import Temperature
-from stages.scorers.shared.arrays import labels_within, scaled_logits
+from stages.scorers.shared.arrays import checked_logits, labels_within, scaled_logits
 from stages.scorers.shared.softmax import log_sum
 
 _RANGE = (0.01, 100.0)  # of a fit that stops after some steps; the prior keeps the other far inside
 _GRID = np.linspace(np.log(_RANGE[0]), np.log(_RANGE[1]), 13)
 _PRIOR_DEVIATION = 1.0  # of log T
+_HELD_BYTES = 256 << 20  # of float32 logits
 
 
 class FittedTemperature(NamedTuple):
@@ -56,20 +57,53 @@ def fit_temperature(
     >>> round(fit_temperature([[2.0, 0.0]] * 400, np.repeat([0, 1], [300, 100])).temperature, 3)
     1.809
     """
-    values = scaled_logits(logits, 1.0)
-    labels = labels_within(labels, values.shape[1], "temperature scaling")
-    known = np.flatnonzero(labels >= 0)
-    known = known[np.isfinite(values[known, labels[known]])]
-    if not known.size:
+    found = _fitted(_in_blocks(checked_logits(logits), np.asarray(labels)), start, steps)
+    if not found.rows:
         raise InputError("temperature scaling needs held-out ID rows with labels, none given")
-    rows, truth = values[known], labels[known]
+    return found
+
+
+_Block = tuple[NDArray[np.floating], NDArray[np.integer]]  # logits [b, C] and labels [b]
+_Walk = Callable[[], Iterable[_Block]]  # over all rows, as often as it is called
+
+
+def _in_blocks(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> _Walk:
+    starts = range(0, len(logits), ROWS_AT_ONCE)
+    return lambda: ((logits[at : at + ROWS_AT_ONCE], labels[at : at + ROWS_AT_ONCE]) for at in starts)
+
+
+def _fitted(walk: _Walk, start: float, steps: int | None) -> FittedTemperature:
+    """As `fit_temperature`, of rows that are read a block at a time; T = 1 of no row, where none is known."""
+    counts = [len(truth) for _, truth in map(_known, walk())]
+    n = sum(counts)
+    if not n:
+        return FittedTemperature(1.0, 0.0, 0)
 
     def nll(temperature: float) -> float:
-        scaled = rows / temperature
-        return float(np.mean(log_sum(scaled) - scaled[np.arange(len(rows)), truth]))
+        losses = [_losses(rows, truth, temperature) for rows, truth in map(_known, walk())]
+        return float(np.mean(np.concatenate(losses)))
 
-    best, converged = _most_probable(nll, len(rows)) if steps is None else _after_steps(rows, truth, start, steps)
-    return FittedTemperature(best, nll(best), len(rows), converged)
+    if steps is None:
+        best, converged = _most_probable(nll, n)
+    else:
+        rows, truth = zip(*map(_known, walk()), strict=True)
+        best, converged = _after_steps(np.concatenate(rows), np.concatenate(truth), start, steps)
+    return FittedTemperature(best, nll(best), n, converged)
+
+
+def _known(block: _Block) -> tuple[NDArray[np.float64], NDArray[np.integer]]:
+    """Rows of a block whose class is known and applies."""
+    values, labels = scaled_logits(block[0], 1.0), labels_within(block[1], block[0].shape[1], "temperature scaling")
+    known = np.flatnonzero(labels >= 0)
+    known = known[np.isfinite(values[known, labels[known]])]
+    return values[known], labels[known]
+
+
+def _losses(rows: NDArray[np.float64], truth: NDArray[np.integer], temperature: float) -> NDArray[np.float64]:
+    """``[n]`` −log softmax(l / T)_label."""
+    scaled = rows / temperature
+    losses: NDArray[np.float64] = log_sum(scaled) - scaled[np.arange(len(rows)), truth]
+    return losses
 
 
 def _most_probable(nll: Callable[[float], float], n: int) -> tuple[float, bool]:
@@ -125,11 +159,14 @@ class TemperatureScalingScorer(Scorer):
         """T* of the held-out rows; 1 where an expert got none of a class that it knows."""
         if select is None:
             raise InputError(f"{self.name} needs held-out ID rows to fit on: give them to fit() as well")
-        logits, labels = select.need("logits", self.name), select.need("labels", self.name)
-        known = labels_within(labels, logits.shape[1], self.name) >= 0
-        if not np.isfinite(logits[known, labels[known]]).any():
-            return FittedTemperature(1.0, 0.0, 0)
-        return fit_temperature(logits, labels, self.start, self.steps)
+        return _fitted(self._walk(select), self.start, self.steps)
+
+    def _walk(self, select: ScoreInputs) -> _Walk:
+        """Over logits that are held where they are few, and computed anew at every walk where they are many."""
+        labels = select.need("labels", self.name)
+        if 4 * len(select) * (select.n_classes or 0) <= _HELD_BYTES:
+            return _in_blocks(select.need("logits", self.name), labels)
+        return lambda: ((block.need("logits", self.name), block.need("labels", self.name)) for block in select.blocks())
 
     def judge(self, x: ScoreInputs, memory: FittedTemperature) -> Floats:
         """MSP at T* a row, [n]."""

@@ -79,14 +79,25 @@ def scaled_logits(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:
     Raises:
         InputError: not two-dimensional, a temperature that is not positive, NaN or +inf, a row of −inf alone.
     """
-    array = np.asarray(logits, dtype=np.float64)
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise InputError(f"logits have shape {array.shape}; one row a sample, one column a class expected")
     if not (0 < temperature < np.inf):
         raise InputError(f"temperature = {temperature} given, must be greater than 0")
+    return np.asarray(checked_logits(logits), dtype=np.float64) / temperature
+
+
+def checked_logits(logits: ArrayLike) -> NDArray[np.floating]:
+    """``logits`` as a float array [n, C], the same bytes where they are one.
+
+    Raises:
+        InputError: not two-dimensional, NaN or +inf, a row of −inf alone.
+    """
+    array = np.asarray(logits)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise InputError(f"logits have shape {array.shape}; one row a sample, one column a class expected")
+    if not np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(array.max(axis=1)))  # NaN and +inf come through max; −inf alone stays −inf
     if bad.size:
         raise NotFiniteError(
             f"{bad.size} of {len(array)} rows of logits hold NaN, +inf or −inf alone, row {bad[0]} first"
         )
-    return array / temperature
+    return array

@@ -16,19 +16,34 @@ from pipeline.config import load_config
 from stages.mixture.grouping import group_classes
 from stages.results.method import RECOMMENDED
 
+CALTECH, TINY, MANY = STUDIES
+
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_shipped_studies(path):
+def test_shipped_studies_have_what_is_compared_on_listed_images(path):
+    config = load_config(path)
+    assert {RECOMMENDED, *JUDGED_AGAINST} <= set(methods_of(config))
+    assert {Path(entry.images).stem for entry in config.sets} <= listed_images(LISTED).keys()
+
+
+@pytest.mark.parametrize("path", [CALTECH, TINY], ids=lambda path: path.stem)
+def test_controls_of_the_small_studies(path):
     config = load_config(path)
     assert config.seeds == (0, 1, 2, 3, 4)
     seeds = config.variant_seeds()
     assert {name for name, own in seeds.items() if own == (0,)} == {"adapter", "router-cls", "paper"}
     assert {own for own in seeds.values() if own != (0,)} == {(0, 1, 2, 3, 4), (0, 1, 2)}
-    assert {RECOMMENDED, *JUDGED_AGAINST} <= set(methods_of(config))
-    assert {Path(entry.images).stem for entry in config.sets} <= listed_images(LISTED).keys()
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_controls_of_many_classes_are_those_that_can_be_afforded():
+    config = load_config(MANY)
+    assert config.variant_seeds() == {"default": (0, 1, 2), "dense-1": (0,), "e4": (0,), "e8": (0,), "e16": (0,)}
+    train, near = (listed_images(LISTED)[name] for name in ("manyclasses-id-train", "manyclasses-near"))
+    classes, others = ({id_.split("/")[0] for id_ in ids} for ids in (train, near))
+    assert (len(classes), len(others), classes & others) == (157, 40, set())
+
+
+@pytest.mark.parametrize("path", [CALTECH, TINY], ids=lambda path: path.stem)
 def test_shipped_groups_are_of_all_classes(path):
     config = load_config(path)
     train = Path(config.sets_of("id-train")[0].images).stem
@@ -40,7 +55,7 @@ def test_shipped_groups_are_of_all_classes(path):
 
 def test_shipped_studies_differ_in_their_images_alone():
     """The same defaults, variants, seeds and scores: nothing is tuned to a benchmark."""
-    one, two = (load_config(path).to_dict() for path in STUDIES)
+    one, two, many = (load_config(path).to_dict() for path in STUDIES)
     for config in (one, two):
         for key in ("name", "work", "cache", "sets"):
             del config[key]
@@ -50,6 +65,11 @@ def test_shipped_studies_differ_in_their_images_alone():
         for variant in config["variants"]:
             variant["set"].pop("train.grouping", None)
     assert one == two
+    for key in ("name", "work", "cache", "sets", "seeds", "variants", "finetune"):  # trainings that can be afforded
+        one.pop(key, None)
+        many.pop(key, None)
+    del many["backbone"]["image_size"], many["split"]["val"]
+    assert one == many
 
 
 def test_shipped_files_name_no_folder_of_a_machine():
@@ -72,5 +92,5 @@ def test_labels_tell_methods_apart():
 
 
 def test_the_benchmarks_fine_tunes():
-    caltech, tiny = (load_config(path) for path in STUDIES)
+    caltech, tiny = (load_config(path) for path in (CALTECH, TINY))
     assert (caltech.finetune_seeds(), tiny.finetune_seeds()) == ((0, 1, 2), (0,))

@@ -38,6 +38,8 @@ def test_the_images_of_the_list_whether_packed_or_not(home):
     (home / "data" / "threes.tar").unlink()
     shutil.copytree(home / "threes", home / "data" / "threes")  # a folder is as good as a tar
     assert compare_images(home / "data", listed) == whole
+    (home / "data" / "photos.tar").unlink()
+    assert compare_images(home / "data", listed, {"threes"}).difference is None  # the others are not asked for
 
 
 def test_what_differs_is_counted_and_named(home):

@@ -13,7 +13,7 @@ from stages.detection.auto import AutoScore, family_of, is_candidate, judge_cand
 from stages.detection.deciding import DecidingDetector
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
-from stages.detection.pseudo import PSEUDO_KINDS, pseudo_folds
+from stages.detection.pseudo import pseudo_folds
 from stages.detection.sources import ScoredSet
 from stages.detection.subject import FoldRows, SetRows, Subject, SubjectKey
 from stages.export import GoldenSamples, export_detector
@@ -46,6 +46,7 @@ def chosen(own, source=None, **config):
 
 
 NO_MODELS = SimpleNamespace(models={})
+KINDS = ("near", "shuffled", "far")
 
 
 # --------------------------------------------------------------------------------------------------------- the folds
@@ -54,7 +55,7 @@ NO_MODELS = SimpleNamespace(models={})
 def test_folds_leave_classes_out_of_all_that_is_fitted():
     own = subject(classes=11)
     pairs = list(pseudo_folds(own, own.strengths))
-    assert len(pairs) == 5
+    assert len(pairs) == 10  # five groups, in two divisions of either way
     for place, kind in enumerate(("near", "far")):
         left_out = []
         for fold in (pair[place] for pair in pairs):
@@ -63,8 +64,8 @@ def test_folds_leave_classes_out_of_all_that_is_fitted():
             assert not known & out
             assert set(fold.bank.heads["probe"].classes) == known
             left_out += out
-        assert sorted(left_out) == list(range(11))
-    assert all((*dealt.ood, *far.ood) == PSEUDO_KINDS for dealt, far in pairs)
+        assert sorted(left_out) == sorted([*range(11), *range(11)])
+    assert all((*dealt.ood, *far.ood) == KINDS for dealt, far in pairs)
 
 
 def test_far_ones_are_of_classes_that_are_alike():
@@ -88,6 +89,31 @@ def test_shuffled_rows_have_the_features_of_id_rows_and_none_goes_with_another()
     shuffled = fold.ood["shuffled"].features
     np.testing.assert_array_equal(np.sort(shuffled, 0), np.sort(fold.id.features, 0))
     assert (shuffled == fold.id.features).mean() < 0.2
+
+
+def drawn(n, at=0.0, seed=5):
+    """Rows of no class, around one place."""
+    return SetRows(np.float32(np.random.default_rng(seed).normal(at, 1, (n, DIM))), np.full(n, -1, np.int32))
+
+
+def test_images_that_play_ood_take_the_place_of_shuffled_rows_with_the_logits_of_the_folds_heads():
+    own = replace(subject(), pseudo={"blurred": drawn(20), "few": drawn(9), "tiles": drawn(30)})
+    for fold, far in pseudo_folds(own, own.strengths):
+        assert (*fold.ood, *far.ood) == ("near", "blurred", "tiles", "far")
+        np.testing.assert_array_equal(fold.ood["tiles"].features, own.pseudo["tiles"].features)
+        expected = fold.judging["probe"].logits(own.pseudo["tiles"].features)
+        np.testing.assert_allclose(fold.ood["tiles"].logits["probe"], expected, rtol=1e-6)
+
+
+def test_what_is_chosen_depends_on_the_images_and_both_sides_count_alike():
+    own = subject(classes=4, select=8, spread=1.0)
+    near, apart = ({kind: drawn(40, at) for kind in ("blurred", "tiles")} for at in (0.0, 9.0))
+    first, second = (chosen(replace(own, pseudo=pseudo)).record for pseudo in (near, apart))
+    assert second["loss"] < first["loss"]
+    loss = first["loss_by_kind"]
+    left_out, images = (loss["near"] + loss["far"]) / 2, (loss["blurred"] + loss["tiles"]) / 2
+    assert first["loss"] == pytest.approx((left_out + images) / 2, abs=1e-5)
+    assert chosen(own).record["rule"] != first["rule"]
 
 
 def test_what_calibrates_is_never_looked_at():
@@ -115,9 +141,9 @@ def test_a_planted_best_score_is_chosen(monkeypatch):
     monkeypatch.setattr(CosineScorer, "learn", lambda self, train, select: np.unique(train.labels))
     monkeypatch.setattr(CosineScorer, "judge", judged)
     found = chosen(own)
-    assert (found.score, found.frozen) == ("cosine", True)
-    assert found.record["loss"] == 0
-    assert found.record["folds"] == 4
+    assert (found.score.split("+")[0], found.frozen) == ("cosine", True)
+    assert found.record["loss"] < 0.2 < found.record["recommended"]["loss"]
+    assert found.record["folds"] == 8
 
 
 def test_the_same_rows_give_the_same_choice_and_other_rows_may_not():
@@ -138,7 +164,7 @@ def test_candidates_and_sums_of_different_families_are_judged():
     names = [name for name in SCORERS if is_candidate(name)]
     judged = judge_candidates(factory, names)
     assert set(judged.scores) >= {"knn", "energy", "ncm", "mahalanobis-pp", "vim"}  # others may want more rows
-    assert judged.losses.shape == (len(judged.scores), 4, len(PSEUDO_KINDS))
+    assert judged.losses.shape == (len(judged.scores), 8, len(KINDS))
     assert all(len({family_of(part) for part in each.split("+")}) == each.count("+") + 1 for each in judged.scores)
 
 
@@ -162,7 +188,7 @@ def test_with_too_little_to_judge_by_it_is_what_is_recommended_beforehand(little
 
 @pytest.mark.parametrize("classes", [4, 5])
 def test_few_classes_and_no_head_are_enough(classes):
-    assert chosen(subject(classes=classes, select=8)).record["folds"] == 2
+    assert chosen(subject(classes=classes, select=8)).record["folds"] == 4
     found = chosen(replace(subject(classes=classes, select=8), heads=(), strengths={}))
     assert family_of(found.score) == (True, False)
 

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.detection.choice import FoldScores, choose, displaces, of_frozen, size_of, standings, sums_of
+from stages.detection.choice import (
+    FoldScores,
+    choose,
+    clearly_better,
+    displaces,
+    of_frozen,
+    size_of,
+    standings,
+    sums_of,
+)
 from stages.metrics.ranking import fpr95
 
 KINDS = 2
@@ -59,6 +68,17 @@ def test_what_is_chosen_is_within_an_error_and_nothing_as_good_is_simpler(n, fol
     assert all(sizes[other] > sizes[chosen] or each[other].loss >= each[chosen].loss for other in as_good)
 
 
+def test_what_is_recommended_stands_unless_another_is_clearly_better():
+    recommended = np.array([[0.5, 0.2], [0.6, 0.3], [0.5, 0.2], [0.7, 0.1]])
+    assert clearly_better(recommended - 0.1, recommended, repeats=1)
+    gains = np.array([0.1, 0.01, 0.09, 0.02])[:, None]
+    error = gains.std(ddof=1) / 2
+    assert 2 * error < gains.mean() < 2 * error * np.sqrt(2)
+    assert clearly_better(recommended - gains, recommended, repeats=1)
+    assert not clearly_better(recommended - gains, recommended, repeats=2)  # the same classes once more
+    assert not clearly_better(recommended, recommended, repeats=1)
+
+
 def test_experts_have_to_be_better_of_every_kind():
     frozen = np.array([[0.5, 0.2], [0.6, 0.3], [0.5, 0.2]])
     assert displaces(frozen - 0.1, frozen)
@@ -89,7 +109,7 @@ def test_a_constant_score_adds_nothing_to_a_sum():
 
 def test_sums_have_a_part_of_a_family():
     assert sums_of([["knn"], ["energy", "msp"], ["vim"]]) == [
-        "knn+energy", "knn+msp", "knn+vim", "energy+vim", "msp+vim", "knn+energy+vim", "knn+msp+vim",
+        "knn+energy", "knn+msp", "knn+vim", "energy+vim", "msp+vim",
     ]  # fmt: skip
     assert sums_of([["knn", "ncm"]]) == []
     assert [size_of(score) for score in ("knn", "frozen:knn+energy")] == [1, 2]

@@ -11,6 +11,7 @@ from stages.detection.selection import BY_LEFT_OUT_CLASSES, K_GRID, SMALLEST, Se
 from stages.errors import InputError
 from stages.metrics.ranking import auroc
 from stages.scorers.inputs import ScoreInputs
+from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.knn import KNNScorer
 from tests.test_stages.test_scorers.drawn import inputs
 
@@ -32,6 +33,35 @@ def test_k_is_chosen_as_the_rule_says():
     assert k == record["k"] == int(max(expected, key=expected.get))
     assert (record["class_groups"], record["queries"], record["queries_without_bank"]) == (3, 90, 0)
     json.dumps(record)
+
+
+def test_every_row_is_searched_once_whichever_group_plays_ood(monkeypatch):
+    """A search costs queries times rows: so many pairs are compared, and not once more for each group."""
+    compared, search = [], FeatureBank.search
+
+    def counted(bank, queries, k, exclude_self=False):
+        compared.append(len(queries) * len(bank))
+        return search(bank, queries, k, exclude_self)
+
+    monkeypatch.setattr(FeatureBank, "search", counted)
+    for experts in (None, 2):
+        bank, queries = (inputs(n=n, classes=10, experts=experts, seed=n) for n in (200, 90))
+        compared.clear()
+        choose_k([SearchFold(bank, queries)])
+        pairs = (
+            200 * 90
+            if experts is None
+            else sum(np.sum(bank.expert == e) * np.sum(queries.expert == e) for e in range(experts))
+        )
+        assert sum(compared) == pairs
+
+
+def test_of_many_queries_some_are_drawn_the_same_every_time():
+    bank, queries = inputs(n=200, classes=6, noise=0.6), inputs(n=500, classes=6, noise=0.6, seed=1)
+    (k, record), again = (choose_k([SearchFold(bank, queries)], most_queries=300) for _ in range(2))
+    assert (k, record) == again
+    assert record["queries"] == 300
+    assert record["auroc"] == pytest.approx(choose_k([SearchFold(bank, queries)])[1]["auroc"], abs=0.05)
 
 
 def test_k_among_equals_is_the_smallest_and_outliers_want_a_larger_one():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import InputError
-from stages.metrics.bootstrap import bootstrap_each, bootstrap_metrics, resample_counts
+from stages.metrics.bootstrap import Resamples, bootstrap_each, bootstrap_metrics, resample_counts
 from stages.metrics.ranking import auroc, fpr95
 
 tied_scores = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=40).map(np.array)  # ties in every example
@@ -41,6 +41,15 @@ def test_counts_are_seeded_and_draw_as_many_rows_as_there_are():
     np.testing.assert_array_equal(counts, resample_counts(200, 300, seed=3))
     assert not np.array_equal(counts, resample_counts(200, 300, seed=4))
     assert counts.var() == pytest.approx(1, rel=0.05)  # Binomial(n, 1/n)
+
+
+def test_counts_that_are_not_held_are_drawn_alike_at_every_walk():
+    ids, oods = np.random.default_rng(0).normal(size=60), np.random.default_rng(1).normal(1, size=40)
+    held = bootstrap_metrics(ids, oods, resample_counts(60, 30, seed=0), resample_counts(40, 30, seed=1))
+    drawn = Resamples(60, 30, seed=0), Resamples(40, 30, seed=1)
+    for _ in range(2):  # for the next method once more
+        for name, values in bootstrap_metrics(ids, oods, *drawn).items():
+            np.testing.assert_array_equal(values, held[name])
 
 
 def test_interval_covers_the_truth_and_pairing_narrows_a_difference():

@@ -49,6 +49,18 @@ def test_prototypes_are_class_means():
     assert (prototypes[10] == 0).all()  # a class without rows
 
 
+def test_prototypes_are_summed_row_by_row_to_the_bit():
+    """As numpy.add.at adds them, whatever the blocks: groups depend on their last bits."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(3000, 7)).astype(np.float32), rng.integers(11, size=3000)
+    sums = np.zeros((12, 7))
+    np.add.at(sums, labels, features)
+    counts = np.maximum(np.bincount(labels, minlength=12), 1)
+    for size in (3000, 700):
+        blocks = [(features[at : at + size], labels[at : at + size]) for at in range(0, 3000, size)]
+        np.testing.assert_array_equal(class_prototypes(blocks, 12), sums / counts[:, None])
+
+
 @settings(max_examples=25)
 @given(n=st.integers(1, 30), n_groups=st.integers(1, 6), seed=st.integers(0, 3))
 def test_balanced_groups_differ_by_one_class_at_most(n, n_groups, seed):

@@ -24,6 +24,7 @@ from stages.scorers.features.lts import lts_score
 from stages.scorers.features.scale import scale_score
 from stages.scorers.features.vra import vra_score
 from stages.scorers.inputs import ScoreInputs
+from stages.scorers.logits import temperature
 from stages.scorers.logits.energy import energy_score
 from stages.scorers.logits.entropy import entropy_score
 from stages.scorers.logits.gen import gen_score
@@ -325,6 +326,23 @@ def test_openood_s_vra_and_react_are_their_formulas():
         expected = energy_of_each(x, lambda z, bottom=bottom: np.clip(z, bottom, high))
         scores = get_scorer(name, "openood").fit(train, select).score(x)
         np.testing.assert_allclose(scores, expected, rtol=2e-5, err_msg=name)
+
+
+def test_a_temperature_is_fitted_in_hardly_more_memory_than_its_logits_take():
+    logits = np.random.default_rng(0).normal(size=(30_000, 50)).astype(np.float32)
+    tracemalloc.start()
+    fit_temperature(logits, logits.argmax(axis=1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * logits.nbytes  # in float64 they alone would be as much
+
+
+def test_logits_that_are_not_held_give_the_same_temperature(monkeypatch):
+    train, select = rows(), rows(90, 1, 1.2)
+    held = get_scorer("temperature-scaling").fit(train, select).params()["temperature"]
+    monkeypatch.setattr(temperature, "_HELD_BYTES", 0)
+    found = get_scorer("temperature-scaling").fit(train, select).params()["temperature"]
+    assert found == pytest.approx(held, rel=1e-6)
 
 
 def test_rows_whose_class_the_head_does_not_know_fit_no_temperature():

@@ -1,13 +1,14 @@
-"""The README of scores is of the code: its table is generated, and a score is added as it says."""
+"""The README of scores is of the code: its table is generated, and a score is added as it says.
 
-import csv
+Such a score runs through a study in tests/test_pipeline/test_adding.py.
+"""
+
 import re
 import subprocess
 import sys
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
-import numpy as np
 import pytest
 
 from stages.scorers.__main__ import README, scores_table, stated_table
@@ -55,24 +56,3 @@ def test_an_added_score_keeps_the_contract_and_is_documented(tree):
     tests = ["stages/scorers/logits/margin.py", *(f"tests/{suite}" for suite in suites)]
     run(tree, "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "margin or table_is or titles_tell")
     assert "| `margin` | Margin |" in (tree / "stages" / "scorers" / "README.md").read_text(encoding="utf-8")
-
-
-def test_an_added_score_runs_through_a_study(tree, tmp_path):
-    """From arrays to table and report, alone and in a sum; a name that is not there is still refused."""
-    rng = np.random.default_rng(0)
-    toml = ['name = "one"\nwork = "work"\n\n[train]\nexpert = "adapter"\nepochs = 1\n']
-    toml.append('[score]\nbootstrap = 100\nscores = ["margin", "knn+margin"]\n')
-    sets = {"train": ("id-train", 3, 20), "test": ("id-test", 3, 8), "other": ("near-ood", 1, 12)}
-    for name, (role, classes, n) in sets.items():
-        labels = np.repeat(np.arange(classes), n)
-        features = np.float32(rng.normal(scale=0.3, size=(len(labels), 6)) + np.eye(6)[labels + 3 * (name == "other")])
-        np.savez(tmp_path / f"{name}.npz", cls=features, label=labels, id=np.arange(len(labels)).astype(str))
-        toml.append(f'[[sets]]\nname = "{name}"\nrole = "{role}"\nfeatures = "{name}.npz"\norigin = "drawn"\n')
-    study = tmp_path / "study.toml"
-    study.write_text("\n".join(toml))
-    run(tree, "pipeline", "run", study)
-    with (tmp_path / "work" / "scores" / "table.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["score"] == "margin"]
-    assert {row["head"] for row in rows} >= {"probe", "refit"}
-    report = (tmp_path / "work" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "kNN+Margin" in report

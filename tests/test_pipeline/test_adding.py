@@ -1,5 +1,9 @@
-"""A study's stages follow from one list: to add one is a module and a line."""
+"""A stage, a metric and a score are each added in one place: a copy of the project to which all three were added.
 
+The README's example of a score keeps the contract of scores, too: tests/test_stages/test_scorers/test_readme.py.
+"""
+
+import csv
 import json
 import os
 import shutil
@@ -11,6 +15,8 @@ import numpy as np
 import pytest
 
 from pipeline.stages_of_study import STAGES
+from tests.test_docs.pages import PAGES
+from tests.test_pipeline.test_report import Page
 
 ROOT = Path(__file__).parents[2]
 COUNT = '''"""How many rows the study has."""
@@ -69,6 +75,10 @@ class Count(Stage):
 '''
 LINE = '    Listed("count", "How many rows there are."),\n'
 BEFORE = '    Listed("report", '  # the stage that it is to come before
+FIELD = "    aupr_out: float\n"
+METRIC = '        Metric("aupr_out", "AUPR", True, "OOD", _Curve.aupr_out),\n'
+ADDED = '        Metric("best_f1", "best F1", True, "OOD", lambda curve: 0.1234),\n'
+LAST_SCORE = '    "other": "logits.other:OtherScorer",\n'
 # Several commands in one process of the copy, which imports torch once; what each prints follows a NUL.
 COMMANDS = """
 import shlex, sys
@@ -82,9 +92,18 @@ for command in sys.argv[1:]:
 ROLES = {"train": "id-train", "test": "id-test", "near": "near-ood", "far": "far-ood"}
 
 
+def replaced(path, *pairs):
+    """Replace what stands in a file once."""
+    text = path.read_text("utf-8")
+    for old, new in pairs:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path.write_text(text, "utf-8")
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the project with one more module and one more line."""
+    """A copy of the project with a module and a line for a stage, the like for a score, and a line of a metric."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("cache", "stages", "pipeline"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -93,15 +112,17 @@ def tree(tmp_path_factory):
     for name in (".ci/constraints.txt", ".venv/.installed-cpu"):  # an environment that is ready
         (tree / name).parent.mkdir()
         (tree / name).touch()
-    stages = tree / "pipeline" / "stages_of_study"
-    (stages / "count.py").write_text(COUNT)
-    listed = (stages / "__init__.py").read_text()
-    assert listed.count(BEFORE) == 1
-    (stages / "__init__.py").write_text(listed.replace(BEFORE, LINE + BEFORE))
+    (tree / "pipeline" / "stages_of_study" / "count.py").write_text(COUNT)
+    replaced(tree / "pipeline" / "stages_of_study" / "__init__.py", (BEFORE, LINE + BEFORE))
+    metrics = ((FIELD, f"{FIELD}    best_f1: float\n"), (METRIC, METRIC + ADDED))
+    replaced(tree / "stages" / "metrics" / "ranking.py", *metrics)
+    scores = PAGES["stages/scorers/README.md"]
+    (tree / "stages" / "scorers" / "logits" / "margin.py").write_text(scores.code("example"))
+    replaced(tree / "stages" / "scorers" / "__init__.py", (LAST_SCORE, LAST_SCORE + scores.code("line")))
     return tree
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(tree):
     """Run commands of the copy's command line: what each prints."""
 
@@ -115,38 +136,73 @@ def run(tree):
     return run
 
 
-@pytest.fixture
-def study(tmp_path):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
     """An experiment file of a few given features."""
-    drawn = np.random.default_rng(0)
+    drawn, folder = np.random.default_rng(0), tmp_path_factory.mktemp("study")
     for name, shift in {"train": 0.0, "test": 0.0, "near": 2.0, "far": 6.0}.items():
         label = np.arange(60, dtype=np.int32) % 3
         cls = drawn.normal(shift, 1, (60, 6)) + 3 * np.eye(3, 6)[label]
         known = {"label": label} if ROLES[name].startswith("id-") else {}
-        np.savez(tmp_path / f"{name}.npz", cls=cls.astype(np.float32), **known)
+        np.savez(folder / f"{name}.npz", cls=cls.astype(np.float32), **known)
     sets = (
         f'[[sets]]\nname = "{name}"\nrole = "{role}"\nfeatures = "{name}.npz"\norigin = "drawn"\n'
         for name, role in ROLES.items()
     )
-    more = '[train]\nexperts = 2\nepochs = 1\n[score]\nscores = ["msp", "knn"]\nbootstrap = 100\n'
-    path = tmp_path / "study.toml"
-    path.write_text('name = "counted"\nwork = "work"\n' + "".join(sets) + more)
+    scores = '[score]\nscores = ["msp", "knn", "margin", "knn+margin"]\nbootstrap = 100\n'
+    path = folder / "study.toml"
+    training = "[train]\nexperts = 2\nepochs = 1\n"
+    path.write_text('name = "counted"\nwork = "work"\n' + "".join(sets) + training + scores)
     return path
 
 
-def test_a_stage_is_added_by_a_module_and_a_line(run, study):
-    plan, ran, again = run(f"run '{study}' --dry-run", f"run '{study}'", f"count '{study}'")
+@pytest.fixture(scope="module")
+def printed(run, study):
+    """What a dry run, a run and the added verb say of the study."""
+    return run(f"run '{study}' --dry-run", f"run '{study}'", f"count '{study}'")
+
+
+@pytest.fixture(scope="module")
+def work(printed, study):
+    return study.parent / "work"
+
+
+def test_a_stage_is_added_by_a_module_and_a_line(printed, work):
+    plan, ran, again = printed
     planned = plan.splitlines()
     assert [line.split()[0].rstrip(":") for line in planned] == [*["extract"] * 4, "train", "score", "count", "report"]
     assert planned[6] == "count: would count"
 
     assert "\ncount: 240 rows\n" in ran
-    record = json.loads((study.parent / "work" / "record.json").read_text())
+    record = json.loads((work / "record.json").read_text())
     assert list(record["stages"]) == ["extract pretrained", "train pretrained", "score", "count", "report"]
     assert record["stages"]["count"]["status"] == "done"
-    assert json.loads((study.parent / "work" / "count" / "rows.json").read_text()) == {"rows": 240}
+    assert json.loads((work / "count" / "rows.json").read_text()) == {"rows": 240}
 
     assert again == "count: fresh\n"
+
+
+def test_a_metric_is_added_by_a_line_and_its_field(work):
+    """It is in the table, in the summary and in the report."""
+    rows = json.loads((work / "scores" / "table.json").read_text("utf-8"))
+    assert {row["best_f1"] for row in rows} == {0.1234}
+    header = (work / "scores" / "table.csv").read_text("utf-8").splitlines()[0].split(",")
+    assert header[header.index("aupr_out") + 1] == "best_f1"
+    summary = json.loads((work / "scores" / "summary.json").read_text("utf-8"))
+    assert {line["best_f1_mean"] for line in summary} == {0.1234}
+    text = Page((work / "report" / "index.html").read_text("utf-8")).text
+    beside = text.count("FPR95 ↓OOD positive")  # a column of every table with all metrics
+    assert text.count("best F1 ↑OOD positive") == beside > 3
+    assert "12.3" in text
+
+
+def test_a_score_is_added_by_a_module_and_a_line(work):
+    """From arrays to table and report, alone and in a sum."""
+    with (work / "scores" / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["head"] for row in rows if row["score"] == "margin"} >= {"probe", "refit"}
+    assert "knn+margin" in {row["score"] for row in rows}
+    assert "kNN+Margin" in (work / "report" / "index.html").read_text("utf-8")
 
 
 def test_every_module_is_listed():
