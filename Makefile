@@ -16,7 +16,7 @@ VERBS := run predict export serve verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve check-gpu clean
+	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -80,7 +80,8 @@ bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
 bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
-bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve:
+bench-company: $(READY) ## Two trainings side by side against one alone
+bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 .PHONY: bench-scale

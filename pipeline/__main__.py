@@ -2,8 +2,10 @@
 
 import sys
 
-from stages.machine import keep_freed_memory
+from stages.machine import in_company, keep_freed_memory, wait_briefly
 
+if in_company():
+    wait_briefly()  # before torch brings its threads
 keep_freed_memory()  # before anything else is imported: what starts threads takes arenas of its own
 
 from pipeline.cli import main  # noqa: E402

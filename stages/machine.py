@@ -12,6 +12,9 @@ from threading import Thread
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 
+_OF_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+_SPINS = "2000"  # tens of microseconds: longer than most gaps between operations, shorter than a turn of a core
+
 
 def usable_cores() -> int:
     """Cores that this process may run on: on Linux those that its container or scheduler leaves it, elsewhere all."""
@@ -37,6 +40,35 @@ def end_with_parent() -> None:
         os._exit(0)
 
     Thread(target=wait, daemon=True).start()
+
+
+def in_company(load: float | None = None) -> bool:
+    """Whether other processes were at work on more than half of the usable cores in the last minute.
+
+    Args:
+        load: runnable threads, on average; what the system says by default, where it says that.
+
+    >>> in_company(0.0), in_company(1000.0)
+    (False, True)
+    """
+    if load is None:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return load > usable_cores() / 2
+
+
+def wait_briefly() -> None:
+    """Let threads of OpenMP that wait for each other fall asleep soon, and leave their cores to other processes.
+
+    GNU's runtime, which torch and FAISS bring along on Linux, spins some milliseconds at the end of every parallel
+    operation. Where two processes have as many threads each as there are cores, the thread that is waited for does not
+    run because others spin. Alone, threads that must be woken cost time: so this is for company. Results do not depend
+    on it.
+
+    The runtime reads it when it is loaded, and processes that this one starts inherit it: call it before torch is
+    imported. Where the environment says anything of how threads wait, nothing is done.
+    """
+    if not _OF_WAITING & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 @cache
