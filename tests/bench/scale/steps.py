@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.report.page import write_report
-from pipeline.report.study import Evidence, ReportedStudy
 from stages.config import ScoreConfig
 from stages.detection.detectors import score_together
 from stages.detection.factory import DetectorFactory
@@ -16,7 +14,6 @@ from stages.detection.frozen import FrozenFeatures
 from stages.detection.routing import set_key
 from stages.detection.selection import SearchFold, choose_k
 from stages.detection.subject import NO_HEAD
-from stages.files.documents import write_document
 from stages.id_data.overlap import find_overlaps
 from stages.id_data.rows import id_data
 from stages.id_data.split import split_rows
@@ -26,7 +23,6 @@ from stages.mixture.model import build_mixture
 from stages.mixture.refine import refine_to
 from stages.results.method import Method
 from stages.results.table import Evaluator, MethodRun
-from stages.score import score
 from stages.scorers import SCORERS, reads_head
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.shared.moments import FeatureMoments
@@ -36,8 +32,6 @@ from tests.bench.scale.measured import Cost, cost_of
 
 K, EXPERTS = 50, 7  # a number for k where it is not what is measured; experts of the paper's study
 GIVEN = {"features", "logits", "head", "bank", "select", "labels"}  # what scores may need here
-# Look at each pair of a row and a training row, or at a matrix of each class: not in the study as a whole.
-DEAR = ("gmm", "nnguide", "relation")
 SCORED = tuple(name for name, scorer in SCORERS.items() if scorer.needs <= GIVEN)
 
 Work = Callable[[], object]
@@ -149,27 +143,6 @@ def _metrics(study: DrawnStudy) -> Work:
     return lambda: Evaluator(ood, sizes, 1000).rows(run, scores["id"], scores)
 
 
-def _study(study: DrawnStudy) -> Work:
-    """All of stage three, with every score but the dear ones and those that search: table, samples, intervals."""
-    folder = study.folder / "work" / "scores"
-    shutil.rmtree(folder, ignore_errors=True)
-    source = study.source
-    scores = [name for name in SCORED if name not in DEAR]
-    return lambda: score([source], ScoreConfig(scores=scores, k="auto"), folder)
-
-
-def _report(study: DrawnStudy) -> Work:
-    """The page of a study with four scores."""
-    work = study.folder / "reported"
-    if not (work / "scores" / "contents.json").exists():
-        score([study.source], ScoreConfig(scores=["knn", "energy", "knn+energy", "msp"], k=K), work / "scores")
-    roles = {"train": "id-train", "val": "id-val", "test": "id-test"}
-    sets = [{"name": name, "role": roles.get(name, "far-ood")} for name in study.caches]
-    write_document(work / "record.json", {"name": "drawn", "config": {"sets": sets}, "stages": {}})
-    evidence = Evidence("train", study.caches)
-    return lambda: write_report(ReportedStudy.of(work, evidence))
-
-
 STEPS: dict[str, Step] = {
     "hold rows out": Step(_hold_out),
     "split": Step(_split),
@@ -182,6 +155,4 @@ STEPS: dict[str, Step] = {
     "k = auto": Step(_k),
     **{f"score {name}": _of_score(name) for name in SCORED},
     "metrics": Step(_metrics),
-    "study": Step(_study),
-    "report": Step(_report),
 }
