@@ -66,8 +66,11 @@ class Runtime(Protocol):
 
     size: int
     reads: frozenset[str]
-    batch: int
     side_by_side: int
+
+    @property
+    def batch(self) -> int:
+        """Images of a pass, never fewer than 1."""
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """Bytes of an image file to ``[3, size, size]``, resized and cropped; raises `ImageError`."""
