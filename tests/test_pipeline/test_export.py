@@ -247,7 +247,7 @@ def test_what_was_made_on_a_gpu_runs_here_in_passes_of_this_device(home, images,
     assert seen == [16]
 
 
-@pytest.mark.parametrize(("precision", "allowed"), [("float32", 1e-4), ("bfloat16", 0.4)])
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", 1e-4), ("bfloat16", 2.5)])
 def test_half_precision_may_differ_by_its_rounding(home, tmp_path, precision, allowed):
     """Golden rows of another device, as far as they show here: scores that are just near enough, or just too far."""
     bundle = read_bundle(home / "tiny.ood")
