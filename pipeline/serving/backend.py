@@ -6,7 +6,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from typing import Any, Self
 
 from pipeline.serving.frames import HUNG, LIMIT, OWN, READY, Answer, BodyKind, Question, read_answer
@@ -111,6 +111,7 @@ class Backend:
 
 def _start(process: Any) -> None:
     """Ctrl-C goes to the whole group, but is nothing to workers, nor to the process that they are forked from."""
+    resource_tracker.ensure_running()  # before, since it unblocks SIGINT where the start of a process begins it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which both inherit
     try:
         process.start()

@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import os
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +23,6 @@ from cache import FeatureCache
 from pipeline.config import RunOptions, load_config
 from pipeline.sources import sources_to_score
 from pipeline.workspace import Workspace
-from stages.detection import Detector
 from stages.detection.factory import DetectorFactory
 from stages.detection.refined import RefinedFeatures
 from stages.inputs.images import decode_image, list_images
@@ -608,12 +611,50 @@ def test_info(demo, verb):
     assert "cls [n, 1280], tap_cls [n, 192], patches [n, 16, 192] as float16" in one
 
 
-def test_it_is_exported_as_the_readme_says(verb, tmp_path):
-    """What is served of it: test_serving.py."""
-    done("export", *verb, "-o", tmp_path / "demo.ood")
-    assert "study      demo: knn+energy by head refit, " in done("info", tmp_path / "demo.ood").out
-    screen = ROOT / "pipeline" / "experiments" / "demo-report.png"
-    assert Detector.load(tmp_path / "demo.ood").score(screen, nearest=3).nearest.ids.shape == (1, 3)
+@pytest.fixture
+def checkout(demo, tmp_path):
+    """The project with the finished demo, in an environment of its own by make's lights: it is the one of now."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy2(ROOT / name, tmp_path)
+    for name in (".ci", "cache", "pipeline", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(demo, tmp_path / "runs" / "demo")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    for kind in ("cpu", "gpu"):
+        (tmp_path / ".venv" / f".installed-{kind}").touch()
+    return tmp_path
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_it_is_shipped_in_the_five_commands_of_the_readme(checkout):
+    """The very lines, by a shell. What is not the reader's is the environment, and that the demo has run before."""
+    with socket.socket() as port:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            port.bind(("127.0.0.1", 8000))
+        except OSError:
+            pytest.skip("another program has port 8000 here")
+    inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "EXPERIMENT", "PYTHONPATH")
+    here = {"cwd": checkout, "env": {name: own for name, own in os.environ.items() if name not in inherited}}
+    demo, export, info, serve, ask = pages.page_with("ship it").code("ship it").splitlines()
+    said = [subprocess.run(line, shell=True, capture_output=True, text=True, **here) for line in (demo, export, info)]
+    assert [each.returncode for each in said] == [0, 0, 0], said
+    assert "export: demo.ood, " in said[1].stdout
+    assert "study      demo: knn+energy by head refit, " in said[2].stdout
+    serving = subprocess.Popen(serve, shell=True, stderr=subprocess.PIPE, text=True, start_new_session=True, **here)
+    try:
+        assert " at http://127.0.0.1:8000: " in serving.stderr.readline()
+        answered = subprocess.run(f"{ask} --silent", shell=True, capture_output=True, text=True, check=True, **here)
+        answer = json.loads(answered.stdout)
+        assert answer["decision"] in ("ID", "OOD")
+        assert len(answer["nearest"]) == 3
+    finally:
+        os.killpg(serving.pid, signal.SIGINT)  # Ctrl-C
+        with serving:
+            assert "Traceback" not in serving.stderr.read()
 
 
 # ----------------------------------------------------------------------------------------------------- the documents
