@@ -16,7 +16,8 @@ VERBS := run predict export serve verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company check-gpu clean
+	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company \
+	bench-scale check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -81,12 +82,10 @@ bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
 bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
 bench-company: $(READY) ## Two trainings side by side against one alone
-bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company:
-	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
-
-.PHONY: bench-scale
 bench-scale: $(READY) ## Each step after extraction at 10,000, 100,000, … rows: time, memory, slopes (ARGS="--rows 1000000 --only grouping")
-	$(BIN)/python -m tests.bench.bench_scale $(ARGS)
+bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve \
+	bench-company bench-scale:
+	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers
 	$(BIN)/python -m tests.bench.check_gpu $(ARGS)

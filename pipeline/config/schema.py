@@ -103,9 +103,8 @@ class CacheConfig(StageConfig):
     expert_blocks: PositiveInt = 1
     # Blocks or stages, from 1, after which class token and mean patch are kept as well.
     taps: Annotated[Literal["all"] | Several[PositiveInt] | None, AfterValidator(_taps)] = None
-    pseudo_ood: NonNegativeInt = (
-        100  # ID images that `auto` is judged by spoilt ones of, in each kind of spoiling; or 0
-    )
+    # ID images that `auto` is judged by spoilt ones of, in each kind of spoiling; or 0.
+    pseudo_ood: NonNegativeInt = 100
 
 
 class FeaturesConfig(StageConfig):
