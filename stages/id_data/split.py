@@ -20,6 +20,7 @@ which saw none of its rows, stand in for the final ones.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,6 +142,17 @@ def _keys(image_hashes: NDArray[np.uint8], salt: bytes) -> list[bytes]:
     return [hashlib.sha256(salt + row.tobytes()).digest() for row in image_hashes]
 
 
+def rows_by_class(labels: NDArray[np.integer]) -> Iterator[tuple[int, Rows]]:
+    """Each class that there is, ascending, with its rows in their order; one sort, however many classes.
+
+    >>> [(label, rows.tolist()) for label, rows in rows_by_class(np.array([5, 2, 5]))]
+    [(2, [1]), (5, [0, 2])]
+    """
+    order = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[order], return_index=True)
+    return zip(classes.tolist(), np.split(order, starts)[1:], strict=True)
+
+
 def _place_in_class(labels: NDArray[np.int32], keys: list[bytes], offset: float = 0.0) -> NDArray[np.float64]:
     """Relative place in [0, 1) of each row among its class's distinct images, ordered by key.
 
@@ -148,9 +160,7 @@ def _place_in_class(labels: NDArray[np.int32], keys: list[bytes], offset: float 
     of ½ it is the middle of the image's share of the class, without one its beginning.
     """
     place: dict[bytes, float] = {}
-    by_class = np.argsort(labels, kind="stable")
-    _, starts = np.unique(labels[by_class], return_index=True)
-    for rows in np.split(by_class, starts)[1:]:
+    for _, rows in rows_by_class(labels):
         ordered = sorted({keys[row] for row in rows.tolist()})
         for index, key in enumerate(ordered):
             place[key] = min((index + offset) / len(ordered), place.get(key, 1.0))

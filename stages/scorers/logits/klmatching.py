@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stages.errors import InputError
 from stages.id_data.lazy import Floats
+from stages.id_data.split import rows_by_class
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.scorer import Scorer
 from stages.scorers.shared.fitting import RowsName, fitted_on_train, fitting_rows
@@ -40,9 +41,7 @@ def class_templates(blocks: Iterable[ArrayLike], unpredicted: Unpredicted = "lef
             n_classes = p.shape[1]
             sums, doubts = np.zeros((n_classes, n_classes)), np.zeros(n_classes)
             counts = np.zeros(n_classes, dtype=np.int64)
-        by_class = np.argsort(predicted, kind="stable")
-        classes, starts = np.unique(predicted[by_class], return_index=True)
-        for c, own in zip(classes.tolist(), np.split(by_class, starts)[1:], strict=True):
+        for c, own in rows_by_class(predicted):
             sums[c] += p[own].sum(axis=0)
             doubts[c] += doubt[own].sum()
             counts[c] += len(own)
