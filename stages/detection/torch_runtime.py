@@ -1,7 +1,7 @@
 """A detector's network run by torch, as an extraction runs it: passes of one shape, one thread each, side by side."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -105,16 +105,16 @@ class TorchRuntime:
             return self._behind(arrays, pool)
 
     @contextmanager
-    def _pool(self) -> Iterator[ThreadPoolExecutor]:
+    def _pool(self) -> Iterator[Executor]:
         """Threads of passes, which all callers share: torch counts threads, and has flags, for the whole process."""
         threads = torch.get_num_threads()
         try:
-            with repeatable(self._device), pool_of_passes(self.side_by_side) as pool:
+            with repeatable(self._device), pool_of_passes(self.side_by_side, self._device) as pool:
                 yield pool
         finally:
             torch.set_num_threads(threads)
 
-    def _behind(self, stored: Mapping[str, NDArray[Any]], pool: ThreadPoolExecutor) -> NetworkRows:
+    def _behind(self, stored: Mapping[str, NDArray[Any]], pool: Executor) -> NetworkRows:
         """What stands behind the backbone; passes have one shape, so that a row's bits are the same in any company."""
         n = len(stored["cls"])
         everybody = [np.arange(start, min(start + self._batch, n)) for start in range(0, n, self._batch)]
@@ -128,9 +128,7 @@ class TorchRuntime:
             patches = np.concatenate(list(pool.map(lambda rows: self._patch_tokens(stored, rows), everybody)))
         return NetworkRows(kept, refined, patches)
 
-    def _refine(
-        self, stored: Mapping[str, NDArray[Any]], expert: NDArray[np.int64], pool: ThreadPoolExecutor
-    ) -> Refined:
+    def _refine(self, stored: Mapping[str, NDArray[Any]], expert: NDArray[np.int64], pool: Executor) -> Refined:
         """Rows by their experts, those of one together."""
         order = [np.flatnonzero(expert == each) for each in np.unique(expert)]
         batches = [rows[start : start + self._batch] for rows in order for start in range(0, len(rows), self._batch)]

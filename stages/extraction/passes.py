@@ -1,10 +1,12 @@
 """Threads that run forward passes side by side, each as a pass alone would be: one thread for each operation."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import wait as _wait_for
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -25,13 +27,51 @@ def one_thread_a_pass() -> Iterator[int]:
 
 
 @contextmanager
-def pool_of_passes(n: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute a pass each, with one thread for each operation; left, they drop what has not begun."""
-    threads = ThreadPoolExecutor(n, initializer=lambda: torch.set_num_threads(COMPUTE_THREADS))
+def pool_of_passes(n: int, device: str) -> Iterator[Executor]:
+    """Threads that compute a pass each, with one thread for each operation; left, they drop what has not begun.
+
+    Those of a GPU are the process's and stay: cuDNN chooses its kernels anew in every thread, which takes a
+    convolutional network seconds.
+
+    Args:
+        n: how many.
+        device: kind of the one that computes.
+    """
+    passes = _Lent(_lasting(n)) if device == "cuda" else _threads(n)
     try:
-        yield threads
+        yield passes
     finally:
-        threads.shutdown(cancel_futures=True)
+        passes.shutdown(cancel_futures=True)
+
+
+def _threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, initializer=lambda: torch.set_num_threads(COMPUTE_THREADS))
+
+
+_lasting = cache(_threads)
+
+
+class _Lent(Executor):
+    """Threads that others may use, too, and that stay when this is shut down."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self._begun: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor`."""
+        future = self._threads.submit(fn, *args, **kwargs)
+        self._begun.add(future)
+        future.add_done_callback(self._begun.discard)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Wait for what was submitted here."""
+        asked = list(self._begun)
+        if cancel_futures:
+            asked = [future for future in asked if not future.cancel()]
+        if wait:
+            _wait_for(asked)
 
 
 class Together(Generic[Shared]):

@@ -127,7 +127,7 @@ def make_shards(
         threads = stack.enter_context(one_thread_a_pass())
         n_passes = threads if backbone.device.type == "cpu" else _GPU_PASSES
         writer = stack.enter_context(ThreadPoolExecutor(1))
-        passes = stack.enter_context(pool_of_passes(n_passes))
+        passes = stack.enter_context(pool_of_passes(n_passes, backbone.device.type))
 
         def finish(most: int) -> Iterator[ShardDone]:
             nonlocal written

@@ -33,6 +33,8 @@ from torch.nn import functional as F
 
 from stages.errors import InputError
 from stages.mixture.config import MixtureConfig
+from stages.mixture.outputs import Outputs
+from stages.networks.batch import filled, rows_of_pass
 from stages.networks.stacked import Stacked
 from stages.networks.tokens import Tokens
 from stages.networks.transfer import to_device
@@ -207,6 +209,8 @@ class MixtureOfFeatureExperts(nn.Module):
 
     Attributes:
         stacked: the experts as one network, which a GPU computes sooner than one after another.
+        few_sizes: whether experts see one of a few numbers of rows (`stages.networks.batch`), the last row over and
+            over; None: where they convolve on a GPU.
     """
 
     group: Tensor
@@ -226,6 +230,8 @@ class MixtureOfFeatureExperts(nn.Module):
         n_outputs = [config.n_outputs(number) for number in range(config.n_experts)]
         self.register_buffer("n_outputs", torch.as_tensor(n_outputs), persistent=False)  # (E,)
         self.stacked = Stacked(experts, "patches" in config.reads)
+        self.few_sizes: bool | None = None
+        self._convolves = any(isinstance(layer, nn.Conv2d) for layer in self.experts.modules())
 
     @property
     def n_experts(self) -> int:
@@ -284,7 +290,8 @@ class MixtureOfFeatureExperts(nn.Module):
         """Run each expert on rows of its own, which stand in the order of the experts.
 
         One expert after another; on a GPU, where it pays (`stages.networks.stacked.pays`), all at once on rows that are
-        padded to the most that one expert has. An expert without rows is left out either way.
+        padded to the most that one expert has. An expert without rows is left out either way. Experts that convolve
+        have one of a few numbers of rows there (`stages.networks.batch`).
 
         Args:
             counts: ``[E]`` rows of each expert.
@@ -297,13 +304,20 @@ class MixtureOfFeatureExperts(nn.Module):
         for number, count in enumerate(counts):
             if count:
                 rows = slice(start, start + count)
-                yield Refinement(rows, *self.experts[number](take(rows)))
+                tokens = take(rows).map(lambda x: filled(x, [self._computed(len(x))]))
+                features, outputs = self.experts[number](tokens)
+                yield Refinement(rows, features[:count], outputs[:count])
                 start += count
+
+    def _computed(self, n: int) -> int:
+        """How many rows an expert computes for n."""
+        few = self.group.is_cuda and self._convolves if self.few_sizes is None else self.few_sizes
+        return rows_of_pass(n) if few else n
 
     def _refine_at_once(self, counts: Sequence[int], take: Callable[[Any], Tokens]) -> Refinement:
         busy = np.flatnonzero(counts)
         sizes, device = np.asarray(counts)[busy, None], self.group.device
-        place = np.arange(sizes.max())  # among the rows of an expert, whose last one pads
+        place = np.arange(self._computed(int(sizes.max())))  # among the rows of an expert, whose last one pads
         rows = np.cumsum(sizes)[:, None] - sizes + np.minimum(place, sizes - 1)
         given = to_device(torch.from_numpy(np.flatnonzero(place < sizes)), device)
         numbers = to_device(torch.from_numpy(rows.flatten()), device)
@@ -316,39 +330,11 @@ class MixtureOfFeatureExperts(nn.Module):
         features, outputs = (each.flatten(0, 1).index_select(0, given) for each in (features, outputs))
         return Refinement(slice(0, len(given)), features, outputs)
 
-    def class_targets(self, labels: Tensor, expert: int | Tensor, smoothing: float = 0.0) -> Tensor:
-        """Soft targets ``[B, O]`` of an expert's head; a class outside its group is "other".
-
-        Args:
-            labels: ``[B]`` classes.
-            expert: of all rows; or ``[B]`` of each, O being that of the longest head.
-            smoothing: of labels.
-        """
-        if isinstance(expert, int):
-            every = torch.full_like(labels, expert)
-            return self.class_targets(labels, every, smoothing)[:, : self.config.n_outputs(expert)]
-        n_outputs = self.n_outputs[expert]
-        index = torch.where(self.group[labels] == expert, self.column[labels], n_outputs - 1)
-        return self.smooth(F.one_hot(index, self._most_outputs).float(), expert, smoothing)
-
-    def group_targets(self, targets: Tensor, expert: Tensor) -> Tensor:
-        """Targets ``[B, C]`` of rows, each within the group of its ``[B]`` expert, as ``[B, O]`` of that one's head."""
-        class_of = self.group.new_full((self.n_experts, self._most_outputs), -1)
-        class_of = class_of.index_put((self.group, self.column), torch.arange(len(self.group), device=targets.device))[
-            expert
-        ]
-        return targets.gather(1, class_of.clamp(min=0)).where(class_of >= 0, 0)
-
-    def smooth(self, targets: Tensor, expert: Tensor, smoothing: float) -> Tensor:
-        """Label smoothing of targets ``[B, O]`` over the outputs that each row's expert has."""
-        n_outputs = self.n_outputs[expert][:, None]
-        share = (smoothing / n_outputs.double()).to(targets.dtype)
-        has = torch.arange(targets.shape[1], device=targets.device) < n_outputs
-        return targets * (1 - smoothing) + share.where(has, 0)
-
     @property
-    def _most_outputs(self) -> int:
-        return max(self.config.sizes) + int(self.config.has_other)
+    def outputs(self) -> Outputs:
+        """What the outputs of the heads stand for, where the mixture is."""
+        most = max(self.config.sizes) + int(self.config.has_other)
+        return Outputs(self.group, self.column, self.n_outputs, most)
 
 
 def build_mixture(config: MixtureConfig, make_end: Callable[[], nn.Module]) -> MixtureOfFeatureExperts:

@@ -2,9 +2,12 @@
 
 The number is part of what features are (`cache.FeatureSpec.compute`): kernels, and so the last bits, depend on it. It
 is chosen once, before the first cache of a network, and from then on the caches say it.
+
+In a training rows come in all numbers. For each of them cuDNN chooses the kernels of every convolution anew, which
+takes longer than some hundred passes: so passes are `filled` up to one of a few.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -65,3 +68,24 @@ def batch_of_gpu(encode: Callable[[torch.Tensor], object], image_size: int, devi
         return CHOICES[0]
     finally:
         torch.cuda.empty_cache()  # passes have streams of their own, which do not take what this one has left
+
+
+def rows_of_pass(n: int) -> int:
+    """The next number of rows of which there are few: a multiple of 8 and of an eighth of the next power of two.
+
+    >>> [rows_of_pass(n) for n in (1, 8, 9, 33, 64, 65, 300)]
+    [8, 8, 16, 40, 64, 80, 320]
+    """
+    step = 1 << max(3, (n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
+
+def filled(rows: torch.Tensor, sizes: Iterable[int]) -> torch.Tensor:
+    """Rows of a pass, the last of them over and over up to the next of some sizes; as they are where all are smaller.
+
+    >>> filled(torch.arange(3), (8, 4)).tolist(), filled(torch.arange(5), (4,)).tolist()
+    ([0, 1, 2, 2], [0, 1, 2, 3, 4])
+    """
+    n = len(rows)
+    size = min((size for size in sizes if size >= n), default=n)
+    return rows if size == n else torch.cat([rows, rows[-1:].expand(size - n, *rows.shape[1:])])

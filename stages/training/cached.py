@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cache import FeatureCache
 from stages.context import Context
 from stages.errors import StageError
-from stages.id_data.rows import IdData, epoch_windows, not_finite, unit
+from stages.id_data.rows import IdData, Labels, epoch_windows, not_finite, unit
 from stages.id_data.split import Rows
 from stages.id_data.tokens import as_tokens, bytes_of_row, read_tokens, stored_tokens
 from stages.mixture.mixup import interpolate, next_accuracy, next_alpha
@@ -24,7 +24,7 @@ from stages.mixture.refine import REFINE_BATCH
 from stages.networks.repeatable import Backward
 from stages.networks.tokens import Tokens
 from stages.networks.transfer import Fetched, Tensors, array_for, sent_ahead
-from stages.training.expert_rows import Draw, PlacedRows, draw_rows
+from stages.training.expert_rows import Draw, draw_rows
 from stages.training.loop import Step
 from stages.training.optim import follow, mixture_optimiser, warm_cosine
 from stages.training.recipes import TrainSettings
@@ -130,8 +130,10 @@ class CachedTrainer:
         self.judged = copy.deepcopy(mixture).requires_grad_(False).eval() if settings.ema else mixture
         self._rows, self._progress, self._ranks = rows, context.progress, context.ranks
         self._device = mixture.group.device
-        self._group = mixture.group.cpu().numpy()
-        self._backward = Backward(mixture.parameters())
+        self._outputs = mixture.outputs.to("cpu")
+        self._group = self._outputs.group.numpy()
+        self._parameters, self._averaged = list(mixture.parameters()), list(self.judged.parameters())
+        self._backward = Backward(self._parameters)
         self._optimiser = mixture_optimiser(mixture, settings)
         gpu = self._device.type == "cuda"
         mixed = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
@@ -205,16 +207,17 @@ class CachedTrainer:
         drawn: deque[tuple[CachedBatch, Draw]] = deque()
         new = array_for(self._device)
 
+        def read(rows: Rows, draw: Draw, labels: Labels) -> Tensors:
+            columns = draw.columns(labels)
+            return stored_tokens(data.train, rows, reads, new) | columns | {"targets": self._targets(draw, columns)}
+
         def jobs() -> Iterator[Callable[[], Tensors]]:
             for batch in batches:
                 labels = data.train_labels[batch.rows]
                 others = self.settings.other_weight > 0
                 draw = draw_rows(labels, self._group, self._alpha, share, others, self._rng)
                 drawn.append((batch, draw))
-                rows, columns = batch.rows[draw.needed], draw.columns(labels)
-                yield partial(
-                    lambda rows, columns: stored_tokens(data.train, rows, reads, new) | columns, rows, columns
-                )
+                yield partial(read, batch.rows[draw.needed], draw, labels)
 
         for columns in sent_ahead(jobs(), self._device):
             yield DrawnBatch(*drawn.popleft(), columns)
@@ -226,15 +229,15 @@ class CachedTrainer:
         self._count_draw(batch.rows, loaded.draw)
         optimiser.zero_grad(set_to_none=True)
         losses = self._backward(lambda: self._forward(loaded))
-        self._ranks.add_gradients(list(mixture.parameters()))
+        self._ranks.add_gradients(self._parameters)
         for group in optimiser.param_groups:
             group["lr"] = group["initial_lr"] * warm_cosine(self.settings, batch.done, batch.length)
         self._scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(mixture.parameters(), self.settings.gradient_clip)
+        nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip)
         self._scaler.step(optimiser)
         self._scaler.update()
         if self.judged is not mixture:
-            follow(self.judged, mixture, self.settings.ema, self._steps)
+            follow(self._averaged, self._parameters, self.settings.ema, self._steps)
         self._steps += 1
         return Step(batch.rows, Fetched(self._ranks.add(losses)))
 
@@ -269,7 +272,8 @@ class CachedTrainer:
 
     def _forward(self, loaded: DrawnBatch) -> tuple[Tensor, Tensor]:
         """What is minimised, and ``[2]`` the experts' and the router's loss over this process's share, summed."""
-        mixture, tokens, truth = self.mixture, as_tokens(loaded.columns), loaded.columns["truth"]
+        mixture, tokens = self.mixture, as_tokens(loaded.columns)
+        truth, targets = loaded.columns["truth"], loaded.columns["targets"]
         rows = loaded.draw.placed(loaded.columns, mixture.n_experts)
 
         def mixed(at: Any) -> Tokens:
@@ -277,7 +281,6 @@ class CachedTrainer:
             return tokens[rows.own[at]].combine(tokens[rows.partners[at]], lambda x, y: interpolate(x, y, lam))
 
         with self._autocast:
-            targets = self._targets(rows, truth)
             expert_loss = torch.zeros((), device=self._device)
             for made in mixture.refine(rows.counts, mixed):
                 own = targets[made.rows, : made.outputs.shape[1]]
@@ -287,14 +290,18 @@ class CachedTrainer:
         losses = torch.stack([expert_loss, router_loss])
         return self._scaler.scale(losses.sum() / len(loaded.batch.rows)), losses.detach().double()
 
-    def _targets(self, rows: PlacedRows, truth: Tensor) -> Tensor:
-        """``[n, O]`` soft targets of the rows that experts learn from, as far as they weigh."""
-        mixture, settings = self.mixture, self.settings
+    def _targets(self, draw: Draw, columns: Tensors) -> Tensor:
+        """``[n, O]`` soft targets of the rows that experts learn from, as far as they weigh; made on the host.
+
+        They are many small operations, each of which a GPU would take longer to be given than a core to do.
+        """
+        outputs, settings, truth = self._outputs, self.settings, columns["truth"]
+        rows = draw.placed(columns, len(outputs.n_outputs))
         own, partners = (
-            mixture.class_targets(truth[numbers], rows.expert, settings.label_smoothing)
+            outputs.class_targets(truth[numbers], rows.expert, settings.label_smoothing)
             for numbers in (rows.own, rows.partners)
         )
-        other = settings.other_weight * mixture.class_targets(truth[rows.own], rows.expert)
+        other = settings.other_weight * outputs.class_targets(truth[rows.own], rows.expert)
         return torch.where(rows.is_other[:, None], other, interpolate(own, partners, rows.lam))
 
     # ------------------------------------------------------------------------------------------- what it came to

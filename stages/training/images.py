@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cache import Failure
 from stages.context import Context
 from stages.mixture.mixup import next_accuracy, next_alpha
+from stages.networks.batch import filled
 from stages.networks.repeatable import Backward
 from stages.networks.surgery import compile_parts
 from stages.networks.transfer import Fetched, Tensors, sent_ahead, to_device
@@ -100,6 +101,7 @@ class ImageTrainer:
             half = self._device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=half)
         self._steps_of_epoch = len(plan_epoch(self.n_rows, settings.batch_size, seed, 0))
+        self._passes = self._images_of_passes() if self._device.type == "cuda" else ()
         self._schedule = NetworkSchedule(self._optimiser, settings, self._steps_of_epoch)
         weight = objective.model.get_classifier().weight
         self._head_group = next(  # its place: a stored state brings groups of its own
@@ -110,6 +112,19 @@ class ImageTrainer:
         self._epoch, self._history = 0, list[Record]()
         self._alpha: NDArray[np.float64] | None = None
         self._loss = self._right = 0.0  # sums of the epoch: of the loss, and of images that got their own class
+
+    def _images_of_passes(self) -> tuple[int, ...]:
+        """How many images a pass may have on a GPU: that of the largest share of a batch, and one that judges.
+
+        For each other number cuDNN would choose kernels anew, and torch.compile compile: of batches as equal as can be
+        some have one image less, and the last that judges has what is left.
+        """
+        batch = -(-self.n_rows // self._steps_of_epoch)
+        return -(-batch // (self.settings.accumulate * self._ranks.world)), self._judged_at_once
+
+    @property
+    def _judged_at_once(self) -> int:
+        return max(1, self.settings.batch_size // self.settings.accumulate)
 
     # ------------------------------------------------------------------------------------------- what is stored
 
@@ -207,7 +222,7 @@ class ImageTrainer:
 
     def _forward(self, mixed: Mixed, drawn: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """What is minimised, and ``[2]`` the sum of the loss and of the rows that are right."""
-        self._rows.place, self._rows.n_batch = mixed.place, len(batch.rows)
+        self._rows.place, self._rows.n_batch = filled(mixed.place, [len(mixed.images)]), len(batch.rows)
         seed_generators([self.seed, self._epoch, batch.number, _DROPPING])
         with self._autocast:
             loss, right = self.objective.loss(mixed, drawn)
@@ -218,7 +233,7 @@ class ImageTrainer:
         truth = to_device(torch.from_numpy(labels[share.place]).long(), self._device)
         row_alpha = None if self._alpha is None else self._alpha[labels]
         images, targets = self._mixer(images, truth, share, self._epoch, batch.number, row_alpha)
-        return Mixed(images, targets, truth, torch.from_numpy(share.place))
+        return Mixed(filled(images, self._passes), targets, truth, torch.from_numpy(share.place))
 
     def is_good(self, step: Step) -> bool:
         """Whether a step's loss is a number, and all of its images could be used."""
@@ -260,7 +275,7 @@ class ImageTrainer:
     def judge_held_out(self) -> tuple[Record, NDArray[np.int64]]:
         """By the held-out images as they are: a part of the record, and ``[C]`` how many of each class were right."""
         self.judged.eval()
-        images, size = self.loader.sets[SELECT], max(1, self.settings.batch_size // self.settings.accumulate)
+        images, size = self.loader.sets[SELECT], self._judged_at_once
         rows = np.arange(len(images))[self._ranks.share]
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         asked: list[list[Key]] = [[(SELECT, int(row), None) for row in batch] for batch in batches]
@@ -271,7 +286,7 @@ class ImageTrainer:
             if failures:
                 continue
             truth = to_device(torch.from_numpy(images.labels[batch]).long(), self._device)
-            judged = self.judged.judge(pixels, truth)
+            judged = self.judged.judge(filled(pixels, self._passes), truth)
             sums[:3] += torch.stack([judged.loss, judged.right.sum(), judged.arrived.sum()])
             correct.index_add_(0, truth, judged.known.double())
         self._ranks.add(correct)

@@ -34,7 +34,7 @@ class Mixed(NamedTuple):
     """Images that one process computes in one pass.
 
     Attributes:
-        images: ``[b, 3, H, W]``, mixed.
+        images: ``[p, 3, H, W]``, mixed: b of them, and what fills a pass.
         targets: ``[b, C]`` soft targets, not smoothed.
         labels: ``[b]`` each row's own class.
         place: ``[b]`` of each row in the whole batch, on the CPU.
@@ -85,7 +85,7 @@ class Objective(Protocol):
         """Sum of the loss over rows, and how many rows got their own class right."""
 
     def judge(self, images: Tensor, labels: Tensor) -> Judged:
-        """Images as they are, in evaluation mode."""
+        """Images as they are, in evaluation mode: as many as there are labels, and what fills a pass."""
 
     def head_parameters(self) -> list[nn.Parameter]:
         """What is trained in the epochs of the head alone."""
@@ -115,13 +115,13 @@ class LinearObjective(nn.Module):
 
     def loss(self, mixed: Mixed, drawn: None) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
-        logits = self.model(mixed.images).float()
+        logits = self.model(mixed.images)[: len(mixed.labels)].float()
         right = (logits.argmax(1) == mixed.labels).sum()
         return soft_cross_entropy(logits, smooth(mixed.targets, self._smoothing)), right
 
     def judge(self, images: Tensor, labels: Tensor) -> Judged:
         """See `Objective`."""
-        logits = self.model(images).float()
+        logits = self.model(images)[: len(labels)].float()
         right = logits.argmax(1) == labels
         return Judged(F.cross_entropy(logits, labels, reduction="sum"), right, right, torch.ones_like(right))
 
@@ -176,7 +176,7 @@ class JointObjective(nn.Module):
     def loss(self, mixed: Mixed, drawn: DrawnRows) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         mixture, plan = self.mixture, self._plan
-        tokens = self._backbone.tokens(mixed.images)
+        tokens = self._backbone.tokens(mixed.images)[: len(mixed.labels)]
         place, device = mixed.place.numpy(), mixed.labels.device
         logits = self.model.get_classifier()(tokens.cls).float()
         loss = soft_cross_entropy(logits, smooth(mixed.targets, self._smoothing))
@@ -187,8 +187,9 @@ class JointObjective(nn.Module):
         learned = np.stack([inside, drawn.chosen[:, place]], axis=1)
         expert, is_other, row = (to_device(torch.from_numpy(each), device) for each in np.nonzero(learned))
         # A row's partner is of the same group, so its targets lie within the expert's own outputs.
-        own = mixture.smooth(mixture.group_targets(mixed.targets[row], expert), expert, plan.label_smoothing)
-        other = plan.other_weight * mixture.class_targets(mixed.labels[row], expert)
+        outputs_of = mixture.outputs
+        own = outputs_of.smooth(outputs_of.group_targets(mixed.targets[row], expert), expert, plan.label_smoothing)
+        other = plan.other_weight * outputs_of.class_targets(mixed.labels[row], expert)
         targets = torch.where(is_other[:, None] == 1, other, own)
         for made in mixture.refine(learned.sum((1, 2)).tolist(), lambda at: tokens[row[at]]):
             outputs = made.outputs.float()
@@ -198,7 +199,7 @@ class JointObjective(nn.Module):
     def judge(self, images: Tensor, labels: Tensor) -> Judged:
         """By the mixture: its routed class and its own loss, as stage two on cached features has it."""
         mixture = self.mixture
-        tokens = self._backbone.tokens(images).map(Tensor.float)
+        tokens = self._backbone.tokens(images)[: len(labels)].map(Tensor.float)
         out = mixture(tokens, mixture.group[labels])
         known, arrived = out.logits.argmax(1) == labels, out.gate.argmax(1) == mixture.group[labels]
         loss = F.cross_entropy(out.logits, labels, reduction="sum")

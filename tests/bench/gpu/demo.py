@@ -79,7 +79,7 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
 def start(bench: Bench, last: str, work: Path) -> "subprocess.Popen[bytes]":
     """The demo in another process, which sees no GPU and leaves the other one's threads their cores."""
     command = [sys.executable, "-m", "tests.bench.gpu.demo", last, *settings(bench, work)]
-    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, usable_cores() // 4))}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, usable_cores() // 2))}
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
 
 

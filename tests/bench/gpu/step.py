@@ -102,21 +102,21 @@ class Sizes:
     decoded: int = 192
     jpegs: int = 256
     listed: int = 8192
-    extraction_s: float = 3.0
+    extraction_s: float = 2.0
     seconds: float = 0.5
     digits: str = "0-3"
     experts: tuple[int, ...] = (4, 16)
     batches: tuple[int, ...] = (64, 256)
     trained_rows: int = 96
-    mixture_s: float = 3.0
+    mixture_s: float = 2.0
     tuned: int = 72
-    timed_tuned: int = 768
+    timed_tuned: int = 640
     tuned_batch: int = 32
     bank: int = 100_000
     queries: int = 20_000
     dim: int = 768
     demo: tuple[str, ...] = ("backbone.batch=64", "score.bootstrap=100")  # of differences, which are not compared
-    laps: int = 7
+    laps: int = 6
 
 
 TINY = Sizes(

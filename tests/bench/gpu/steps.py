@@ -2,7 +2,7 @@
 
 What it is called and proves is read in the table; see `tests.bench.gpu.step` for how one is written. That the device
 computes what it should comes before how fast, and ViT-S before EfficientNet-Lite0: for each convolution, number of
-rows and thread cuDNN chooses a kernel once, which takes a convolutional network seconds.
+rows and thread cuDNN chooses a kernel once, which takes a convolutional network seconds. What compiles comes late.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def mixture(name: str) -> Step:
 def fine_tune(name: str) -> Step:
     """Its fine-tune."""
     proves = "a backbone that is fine-tuned has the CPU's losses; images a second, memory"
-    return of_network("fine-tune", proves, "tuning:fine_tune", name, limit_s=45)
+    return of_network("fine-tune", proves, "tuning:fine_tune", name, limit_s=75)
 
 
 def same_training(name: str) -> Step:
@@ -85,14 +85,22 @@ def compiled(name: str, large: bool = False) -> Step:
     return of_size("compiled", proves, "feeding:compiled", name, large, limit_s=60)
 
 
+def trial(name: str) -> Step:
+    """What an extraction gains by the compiler."""
+    proves = "what an extraction gains by torch.compile, and from how many images on"
+    return of_network("compile trial", proves, "feeding:trial", name, limit_s=90)
+
+
 STEPS: tuple[Step, ...] = (
     features("small"),
-    features("lite0"),
     mixture("small"),
     fine_tune("small"),
     same_training("small"),
     Step("FAISS", "its search on GPUs is the flat one of the CPU; queries a second", f"{HERE}.search:search"),
     refining("small"),
+    features("lite0"),
+    mixture("conv"),
+    fine_tune("conv"),
     experts("small"),
     Step("same bytes", "an extraction that is repeated gives the same bits", f"{HERE}.features:same_bytes"),
     Step(
@@ -114,25 +122,25 @@ STEPS: tuple[Step, ...] = (
         f"{HERE}.demo:demo",
         limit_s=75,
     ),
-    fine_tune("conv"),
     Step("memory", "what a long run holds, on the GPU and beside it, does not grow", f"{HERE}.memory:long_run"),
-    features("large"),
-    features("base"),
     same_training("conv"),
-    mixture("conv"),
-    Step("decoder", "how many images a second the cores decode", f"{HERE}.feeding:decoder"),
+    refining("conv"),
+    images_a_second("conv"),
+    trial("small"),
+    Step("NCCL: two processes", "two GPUs train one mixture as one does", f"{HERE}.ranks:two_processes", limit_s=90),
+    features("large"),
     Step(
         "decoding: speed",
         "images a second from JPEG files, by nvJPEG and by all cores",
         f"{HERE}.decoding:speed",
     ),
     images_a_second("small", large=True),
-    shares("conv"),
-    images_a_second("conv"),
-    refining("conv"),
+    trial("conv"),
     experts("conv"),
+    features("base"),
+    Step("decoder", "how many images a second the cores decode", f"{HERE}.feeding:decoder"),
     compiled("small"),
-    Step("NCCL: two processes", "two GPUs train one mixture as one does", f"{HERE}.ranks:two_processes", limit_s=90),
+    shares("conv"),
     compiled("small", large=True),
     Step(
         "demo: fine-tuned",
@@ -140,15 +148,5 @@ STEPS: tuple[Step, ...] = (
         f"{HERE}.demo:demo",
         {"last": "finetuned"},
         limit_s=120,
-    ),
-    *(
-        Step(
-            f"compile trial: {NAMES[name]}",
-            "what an extraction gains by torch.compile, and from how many images on",
-            f"{HERE}.feeding:trial",
-            {"name": name},
-            limit_s=90,
-        )
-        for name in ("small", "conv")
     ),
 )

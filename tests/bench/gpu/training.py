@@ -19,8 +19,10 @@ from stages.id_data.split import Rows
 from stages.id_data.tokens import read_tokens
 from stages.inputs.images import list_images
 from stages.networks.backbone import Backbone
+from stages.networks.repeatable import repeatable
 from stages.progress import NullProgress
 from stages.train import TrainedMixture, start_mixture, train_mixture
+from stages.training.cached import CachedTrainer
 from stages.training.checkpoint import Checkpoints
 from stages.training.recipes import resolve_settings
 from tests.bench.gpu.step import Bench
@@ -105,6 +107,8 @@ def speed(bench: Bench, subject: Subject) -> None:
     rows = data.split.final_train
     limit = rate(bench, len(rows), bare_steps(bench, subject, rows))
     bench.measure("bare forward, backward, AdamW of one expert", limit, "rows/s")
+    at_hand = rate(bench, *steps_at_hand(bench, subject, rows, data))
+    bench.measure("E = 1: steps of batches that are on the device", at_hand, "rows/s")
     for experts in (1, min(4, data.n_classes)):
         reset_peak(bench)
         pace = Pace(bench.sizes.mixture_s)
@@ -137,6 +141,22 @@ def bare_steps(bench: Bench, subject: Subject, rows: Rows) -> Callable[[], None]
             optimiser.step()
 
     return epoch
+
+
+def steps_at_hand(bench: Bench, subject: Subject, rows: Rows, data: IdData) -> tuple[int, Callable[[], None]]:
+    """How many rows a training's own steps learn from, and these steps: nothing is read or sent meanwhile."""
+    settings = resolve_settings(TrainConfig(experts=1), data.n_classes)
+    groups = [0] * data.n_classes
+    mixture = start_mixture(data, rows, groups, settings, subject.backbone.end, 0).to(bench.device)
+    trainer = CachedTrainer(mixture, data, rows, settings, 0, Context(device=bench.device))
+    batches = list(trainer.load(trainer.plan(0, [])[:8]))
+
+    def steps() -> None:
+        with repeatable(bench.device, trains=True):
+            for batch in batches:
+                trainer.step(batch)
+
+    return sum(len(batch.batch.rows) for batch in batches), steps
 
 
 class TimeIsUp(Exception):

@@ -17,6 +17,7 @@ from stages.extract import extract_set
 from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import id_data
 from stages.inputs.images import list_images
+from stages.networks.repeatable import repeatable
 from stages.networks.weights.loading import build_model
 from stages.training.loading import worker_count
 from stages.training.objectives import freeze_batch_norm
@@ -46,6 +47,10 @@ def fine_tune(bench: Bench, name: str) -> None:
     step = bare_step(bench, config)
     limit = rate(bench, bench.sizes.tuned_batch, step)
     bench.measure("bare forward, backward, AdamW", limit, "images/s")
+    with repeatable(bench.device, trains=True):
+        bench.measure(
+            "the same by kernels that repeat their bits", rate(bench, bench.sizes.tuned_batch, step), "images/s"
+        )
     del step
     watch = Watch(lambda: None)
     reset_peak(bench)

@@ -76,6 +76,19 @@ def test_in_mixed_precision_too(source):
     assert (ours.other - alone.other).abs().max() <= 0.05 * alone.other.abs().max()
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_rows_that_fill_a_pass_change_nothing(forced):
+    tokens, route = small_tokens(11), torch.tensor([0] * 9 + [2, 2])
+    exact, ours = small_mixture(), small_mixture()
+    ours.few_sizes, ours.stacked.forced, exact.stacked.forced = True, forced, forced
+    expected, out = learn(exact, tokens, route), learn(ours, tokens, route)
+    for name, value in vars(expected).items():
+        assert_near(vars(out)[name], value, 1e-6)
+    for alone, own in zip(exact.parameters(), ours.parameters(), strict=True):
+        if alone.grad is not None:
+            assert_near(own.grad, alone.grad, 1e-5)
+
+
 def test_stacking_leaves_no_trace():
     """What is stored, averaged and handed to an optimiser is the experts' own."""
     mixture = small_mixture()
@@ -103,7 +116,7 @@ def test_experts_that_were_given_other_numbers_keep_their_rows():
         assert torch.equal(after.features, before.features)
         assert torch.equal(after.logits, before.logits)
         assert torch.equal(after.other, before.other)
-        targets = mixture.class_targets(torch.arange(7), mixture.group, 0.1)
+        targets = mixture.outputs.class_targets(torch.arange(7), mixture.group, 0.1)
         assert torch.equal(targets.argmax(1), mixture.column)
 
 
@@ -135,11 +148,11 @@ def test_targets_of_rows_of_several_experts_are_those_of_each():
     mixture, labels, expert = small_mixture(), torch.arange(7).repeat(3), torch.arange(3).repeat_interleave(7)
     soft = torch.nn.functional.one_hot(labels, 7).float()
     for smoothing in (0.0, 0.1):
-        ours = mixture.class_targets(labels, expert, smoothing)
-        own = mixture.smooth(mixture.group_targets(soft, expert), expert, smoothing)
+        ours = mixture.outputs.class_targets(labels, expert, smoothing)
+        own = mixture.outputs.smooth(mixture.outputs.group_targets(soft, expert), expert, smoothing)
         for number in range(3):
             n_outputs = mixture.config.n_outputs(number)
-            alone = mixture.class_targets(labels[:7], number, smoothing)
+            alone = mixture.outputs.class_targets(labels[:7], number, smoothing)
             assert torch.equal(ours[expert == number][:, :n_outputs], alone)
             assert (ours[expert == number][:, n_outputs:] == 0).all()
             inside = (expert == number) & (mixture.group[labels] == number)

@@ -71,7 +71,7 @@ def test_training_moves_weights_but_never_batch_norm_statistics():
     for _ in range(2):  # heads start at zero: the end's gradient comes with the second step
         optimiser.zero_grad()
         _, outputs = mixture.experts[0](tokens)
-        soft_cross_entropy(outputs, mixture.class_targets(torch.tensor([1, 4, 1, 4, 0, 0]), 0)).backward()
+        soft_cross_entropy(outputs, mixture.outputs.class_targets(torch.tensor([1, 4, 1, 4, 0, 0]), 0)).backward()
         optimiser.step()
     buffers = dict(mixture.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in frozen.items())
@@ -278,7 +278,7 @@ def test_one_expert_is_the_dense_control_and_has_no_other():
     assert torch.isfinite(out.logits).all()
     assert (out.other == -torch.inf).all()
     assert torch.allclose(out.gate, torch.ones(5, 1))
-    assert torch.equal(mixture.class_targets(torch.arange(7), 0), torch.eye(7))
+    assert torch.equal(mixture.outputs.class_targets(torch.arange(7), 0), torch.eye(7))
 
 
 def test_no_rows_are_no_error():
@@ -303,7 +303,7 @@ def test_targets_stand_where_the_logits_are(groups, smoothing):
     mixture = small_mixture(groups)
     labels = torch.arange(len(groups))
     for expert in range(mixture.n_experts):
-        targets = mixture.class_targets(labels, expert, smoothing)
+        targets = mixture.outputs.class_targets(labels, expert, smoothing)
         assert torch.allclose(targets.sum(1), torch.ones(len(groups)))
         own = mixture.classes_of(expert).tolist()
         assert own == [c for c, g in enumerate(groups) if g == expert]

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from stages import finetune as finetune_module
 from stages.context import Context
 from stages.errors import InputError, StageError
+from stages.networks.batch import filled
 from stages.networks.surgery import freeze_first
 from stages.networks.weights.loading import build_model
 from stages.training.checkpoint import Checkpoints, load_checkpoint
 from stages.training.identity import read_finetuned_head
 from stages.training.images import ImageTrainer
-from stages.training.objectives import DropPathOfRows, LinearObjective, RowsOfBatch, drop_paths_by_row
+from stages.training.objectives import DropPathOfRows, LinearObjective, Mixed, RowsOfBatch, drop_paths_by_row
 from stages.training.optim import NetworkSchedule, network_optimiser
 from stages.training.recipes import FinetuneSettings
 from tests.test_stages.drawn import create
@@ -145,6 +146,21 @@ def test_paths_are_dropped_by_the_row_of_the_batch():
     assert set(whole.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(dropped([4, 1]), whole[[4, 1]])
     assert torch.equal(drop.eval()(x), x)
+
+
+def test_what_fills_a_pass_teaches_nothing_and_is_not_judged():
+    model, labels = create(NAME), torch.arange(3)
+    model.reset_classifier(4)
+    objective, images = LinearObjective(model, 0.1), torch.rand(3, 3, 32, 32)
+    found = []
+    for given in (images, filled(images, [8, 5])):
+        objective.zero_grad()
+        loss, right = objective.loss(Mixed(given, torch.eye(4)[labels], labels, labels), None)
+        loss.backward()
+        judged = objective.judge(given, labels)
+        found.append([loss, right, *judged, *(parameter.grad for parameter in model.parameters())])
+    for alone, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, alone)
 
 
 def test_all_of_timms_dropped_paths_are_replaced():

@@ -10,6 +10,7 @@ from stages.config import TrainConfig
 from stages.mixture.config import MixtureConfig
 from stages.mixture.model import build_mixture
 from stages.networks.backbone import Backbone
+from stages.networks.batch import filled
 from stages.networks.weights.loading import build_model
 from stages.train import start_mixture, train_mixture
 from stages.training.checkpoint import Checkpoints
@@ -53,10 +54,10 @@ def test_from_images(vit):
     images = torch.rand(len(place), 3, 32, 32, generator=generator)
     mixed = Mixed(images, torch.nn.functional.one_hot(labels[place], 7).float(), labels[place], place)
     found = []
-    for stacked in (False, True):
+    for stacked, given in ((False, mixed), (True, mixed._replace(images=filled(images, [20])))):  # as a pass of a GPU
         objective.zero_grad()
         mixture.stacked.forced = stacked
-        loss, right = objective.loss(mixed, drawn)
+        loss, right = objective.loss(given, drawn)
         loss.backward()
         found.append((loss.item(), int(right), [parameter.grad for parameter in objective.parameters()]))
     (loss, right, alone), (our_loss, our_right, ours) = found
