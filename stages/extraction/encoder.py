@@ -12,6 +12,7 @@ from torch import Tensor
 from cache import FeatureSpec
 from stages.errors import StageError
 from stages.networks.backbone import Backbone
+from stages.networks.compiling import compiler_errors
 from stages.networks.tokens import reduce_patches
 from stages.networks.transfer import stream_of
 
@@ -50,11 +51,15 @@ class Encoder:
         """Let torch.compile do what the spec asks of it, alone: it must not happen beside passes of other threads.
 
         While torch traces in one thread, what is compiled already runs as it was written in all others, to other bits.
+
+        Raises:
+            StageError: it cannot be compiled.
         """
         if self.spec.compute["compiled"]:
             self.backbone.compile()
             side = self.backbone.config.image_size
-            self.encode([torch.zeros(3, side, side, dtype=torch.uint8)])
+            with compiler_errors():
+                self.encode([torch.zeros(3, side, side, dtype=torch.uint8)])
 
     def encode(self, images: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
         """One forward pass; a batch that is not full is padded with its last image.

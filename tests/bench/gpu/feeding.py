@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.errors import StageError
 from stages.extract import extract_set
 from stages.extraction.reader import Reader
 from stages.inputs.images import list_images
 from stages.machine import usable_cores
 from stages.networks.backbone import Backbone
-from stages.networks.compiling import try_compiling
+from stages.networks.compiling import compiler_errors, try_compiling
 from stages.networks.repeatable import repeatable
 from tests.bench.gpu.step import Bench, NotRun
 from tests.bench.gpu.subjects import jpegs, named_network, network, placed, rate
@@ -83,7 +84,11 @@ def compiled(bench: Bench, name: str, large: bool = False) -> None:
     backbone = placed(copy.deepcopy(model), config, bench.device)
     started = time.perf_counter()
     forward = torch.compile(in_half(model, torch.float16, bench.device), dynamic=False)
-    bare = forward_rate(bench, backbone, forward)
+    try:
+        with compiler_errors():
+            bare = forward_rate(bench, backbone, forward)
+    except StageError as error:
+        raise NotRun(str(error)) from error
     bench.measure("bare compiled, weights in float16", bare, "images/s")
     bench.measure("compilation, at most", time.perf_counter() - started, "s")
 
@@ -94,8 +99,11 @@ def trial(bench: Bench, name: str) -> None:
         raise NotRun("on a CPU nothing chooses to compile")
     config = named_network(bench, name)
     backbone = placed(network(config), config, bench.device, precision="float16")
-    with repeatable(bench.device):  # as an extraction runs its passes
-        found = try_compiling(backbone, backbone.batch)
+    try:
+        with repeatable(bench.device):  # as an extraction runs its passes
+            found = try_compiling(backbone, backbone.batch)
+    except StageError as error:
+        raise NotRun(str(error)) from error
     bench.measure("passes as they are", backbone.batch / found.plain, "images/s")
     bench.measure("compiled", backbone.batch / found.compiled, "images/s")
     bench.measure("compiling", found.compiling, "s")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stages.config import BackboneConfig
+from stages.errors import StageError
 from stages.extraction.begun import as_begun, chosen_spec
 from stages.networks.backbone import Backbone
 from stages.networks.batch import CHOICES, choose_batch
@@ -92,3 +93,17 @@ def test_the_largest_batch_that_memory_holds_is_chosen():
     assert (chosen[0], chosen[-1]) == (8, 256)
     assert choose_batch(needs(1), 80 << 30, 3 * 4 * 518**2) == 64  # of large images the host would hold too many
     assert choose_batch(needs(80 << 30), 1 << 30, image) == CHOICES[0]  # which a pass then says
+
+
+def test_what_cannot_be_compiled_is_said_and_left_by_auto(images, tmp_path, monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("Failed to find C compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    name = "test_efficientnet"
+    backbone = Backbone(create(name), BackboneConfig(name=name, image_size=32, compile="auto"))
+    assert not compiling_pays(backbone, 4, n_images=4, worth=0.0)
+    assert not backbone.compiled
+    spec = backbone.feature_spec("float16", "none")
+    with pytest.raises(StageError, match=r"^backbone\.compile: .*Failed to find C compiler.*\)[^\n]*$"):
+        extract(images, tmp_path, backbone, spec=replace(spec, compute={**spec.compute, "compiled": True}))
