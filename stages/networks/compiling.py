@@ -49,7 +49,7 @@ def compiler_errors() -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        said = first_line(getattr(error, "inner_exception", error))  # of the backend, without its name
+        said = first_line(error)
         raise StageError(
             f"backbone.compile: torch.compile fails here ({said}): leave it out, or install what is missing"
         ) from error
