@@ -93,7 +93,7 @@ def network_optimiser(objective: Any, settings: FinetuneSettings) -> torch.optim
         layer_decay=settings.layer_decay,
     )
     groups += objective.parameter_groups(settings.weight_decay, settings.lr)
-    how = {"fused": True} if gpu else {}
+    how: dict[str, Any] = {"fused": True} if gpu else {}
     return create_optimizer_v2(groups, opt="adamw", lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99), **how)
 
 
