@@ -29,8 +29,10 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@# The two FAISS builds exclude each other: take the other one away first.
 	@$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu 2>/dev/null || true
-	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off \
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-compile \
 		--constraint .ci/constraints.txt --editable '.[$(FAISS),test]'
+	@# pip compiles on one core, and the packages' own tests as well. Files that are templates cannot be compiled.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -66,8 +68,8 @@ lint: $(READY) ## Check style and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@# What Linux alone has must not be called unguarded.
-	$(BIN)/mypy --platform darwin
+	@# What Linux alone has must not be called unguarded. A platform's results are of no use to another's run.
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 
 bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
