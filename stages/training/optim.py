@@ -1,7 +1,6 @@
 """What moves weights: groups of parameters with their rates, schedules, and the moving average."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -62,7 +61,7 @@ def warm_cosine(settings: TrainSettings, done: float, step: float) -> float:
 
 
 @torch.no_grad()
-def follow(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float, steps: int) -> None:
+def follow(average: list[Tensor], weights: list[Tensor], decay: float, steps: int) -> None:
     """Draw an average after the weights; young, it forgets faster. Buffers are frozen: none is averaged.
 
     Args:

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stages.config import BackboneConfig
 from stages.config.backbone_names import SISTERS
@@ -142,8 +143,21 @@ def create_model(config: BackboneConfig, **kwargs: Any) -> nn.Module:
 
 def model_shape(config: BackboneConfig, **kwargs: Any) -> Any:
     """A timm model without memory for its tensors: their names and sizes, in milliseconds; raises as `create_model`."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return create_model(config, **kwargs)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Within it nothing gives meta tensors values: torch would work out the shape of each such step, in Python."""
+
+    GIVE_VALUES = frozenset(
+        (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.clamp_, Tensor.mul_, Tensor.add_, Tensor.fill_)
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.GIVE_VALUES and args[0].is_meta:
+            return args[0]
+        return func(*args, **kwargs or {})
 
 
 def transform_config(model: nn.Module, config: BackboneConfig) -> dict[str, Any]:
