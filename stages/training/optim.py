@@ -1,6 +1,7 @@
 """What moves weights: groups of parameters with their rates, schedules, and the moving average."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,7 @@ def warm_cosine(settings: TrainSettings, done: float, step: float) -> float:
 
 
 @torch.no_grad()
-def follow(average: list[Tensor], weights: list[Tensor], decay: float, steps: int) -> None:
+def follow(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float, steps: int) -> None:
     """Draw an average after the weights; young, it forgets faster. Buffers are frozen: none is averaged.
 
     Args:
@@ -71,7 +72,7 @@ def follow(average: list[Tensor], weights: list[Tensor], decay: float, steps: in
         steps: that were taken before.
     """
     own = 1 - min(decay, (1 + steps) / (10 + steps))
-    torch._foreach_lerp_(average, weights, own)
+    torch._foreach_lerp_(tuple(average), tuple(weights), own)
 
 
 # ------------------------------------------------------------------------------------------- a whole network, on images
