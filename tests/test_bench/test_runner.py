@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.check_gpu import main
-from tests.bench.gpu.report import Kept, markdown, verdict
+from tests.bench.gpu.report import Kept, markdown, read_kept, verdict
 from tests.bench.gpu.runner import BAD, Check, Plan, run_steps
 from tests.bench.gpu.step import Step
 from tests.test_bench.small import run
@@ -103,6 +103,20 @@ def test_the_section_can_be_pasted(check):
     assert "| first | passed |" in text
     assert "| a number | 3 rows/s | ≤ 2 ✗ |" in text
     assert "- **lacks**: what cannot run here is no failure." in text
+
+
+def test_what_was_kept_is_shown_again(check, tmp_path, capsys):
+    kept, later = check.plan.scratch.parent / "gpu.json", tmp_path / "later.json"
+    assert main(["--show", str(kept)]) == 0
+    assert capsys.readouterr().out.strip() == markdown(check).strip()
+    about = json.loads(kept.read_text())
+    about["steps"] = about["steps"][:2]
+    about["steps"][0] |= {"seconds": 77.0}
+    about["steps"][1] |= {"verdict": "out of time"}
+    later.write_text(json.dumps(about))
+    merged = read_kept([kept, later]).outcomes
+    assert [outcome.seconds for outcome in merged[:1]] == [77.0]
+    assert [outcome.verdict for outcome in merged] == [outcome.verdict for outcome in check.outcomes]
 
 
 def test_time_that_is_up_leaves_the_rest(tmp_path):

@@ -1,6 +1,7 @@
 """What the check found: a table for the terminal, ``gpu.json``, and a section of Markdown to paste."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from pipeline.record import git_revision, hardware, versions
 from stages.files.documents import write_json
-from tests.bench.gpu.runner import BAD, Check, Outcome, as_json
+from tests.bench.gpu.runner import BAD, UNTRIED, Check, Outcome, Plan, as_json, from_json
 from tests.bench.gpu.step import Value
 
 _NAMED = ("torch", "torchvision", "timm", "numpy", "h5py", "faiss-gpu", "faiss-cpu")
@@ -26,20 +27,28 @@ class Kept:
 
     def __init__(self, path: Path, check: Check) -> None:
         self._path, self._check = path, check
-        self._about = {
-            "device": check.plan.device,
-            "sizes": check.plan.sizes,
-            "seconds": check.plan.seconds,
-            "machine": hardware(),
-            "versions": _versions(),
-            "git": git_revision(),
-        }
+        check.about = {"machine": hardware(), "versions": _versions(), "git": git_revision()}
 
     def write(self) -> None:
         """Write all that is known."""
-        steps = [as_json(outcome) for outcome in self._check.outcomes]
-        found = {"verdict": verdict(self._check), "gpu": self._check.gpu}
-        write_json(self._path, found | self._about | {"steps": steps})
+        check, plan = self._check, self._check.plan
+        steps = [as_json(outcome) for outcome in check.outcomes]
+        asked = {"device": plan.device, "sizes": plan.sizes, "seconds": plan.seconds}
+        found = {"verdict": verdict(check), "gpu": check.gpu}
+        write_json(self._path, found | asked | check.about | {"steps": steps})
+
+
+def read_kept(paths: Sequence[Path]) -> Check:
+    """What one or several runs on one machine have kept; of a step that stands in several, the last that it ran in."""
+    runs = [json.loads(path.read_text("utf-8")) for path in paths]
+    first = runs[0]
+    plan = Plan("", first["device"], first["sizes"], Path(), sum(run["seconds"] for run in runs))
+    outcomes: dict[str, Outcome] = {}
+    for outcome in (from_json(step) for run in runs for step in run["steps"]):
+        if outcome.verdict not in UNTRIED or outcome.step.name not in outcomes:
+            outcomes[outcome.step.name] = outcome
+    about = {name: first[name] for name in ("machine", "versions", "git")}
+    return Check(plan, list(outcomes.values()), first["gpu"], about)
 
 
 def verdict(check: Check) -> str:
@@ -47,7 +56,7 @@ def verdict(check: Check) -> str:
     found = {outcome.verdict for outcome in check.outcomes}
     if found & set(BAD):
         return "failed"
-    return "unfinished" if found & {"waiting", "running", "out of time"} or "passed" not in found else "passed"
+    return "unfinished" if found & set(UNTRIED) or "passed" not in found else "passed"
 
 
 def table(check: Check) -> Table:
@@ -76,9 +85,9 @@ def _title(check: Check) -> str:
         if gpu
         else check.plan.device
     )
-    found = _versions()
+    found = check.about["versions"]
     shown = [f"{name} {found[name]}" for name in _NAMED if name in found]
-    return ", ".join([where, f"{hardware()['cores']} cores", *shown])
+    return ", ".join([where, f"{check.about['machine']['cores']} cores", *shown])
 
 
 def _versions() -> dict[str, str]:

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ class NoGpuError(Exception):
 
 Verdict = Literal["waiting", "running", "passed", "failed", "timed out", "crashed", "not run", "out of time"]
 BAD: tuple[Verdict, ...] = ("failed", "timed out", "crashed")
+UNTRIED: tuple[Verdict, ...] = ("waiting", "running", "out of time")
 
 
 @dataclass
@@ -98,11 +99,13 @@ class Check:
         plan: of it.
         outcomes: of all steps, in their order.
         gpu: as torch sees it.
+        about: machine, versions and commit.
     """
 
     plan: Plan
     outcomes: list[Outcome]
     gpu: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def run_steps(check: Check, keep: Callable[[], None], note: Callable[[str], None] = lambda line: None) -> None:
@@ -294,3 +297,16 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         for value in outcome.values
     ]
     return {"name": step["name"], "proves": step["proves"]} | about | {"values": values}
+
+
+def from_json(stored: Mapping[str, Any]) -> Outcome:
+    """An outcome as `as_json` has stored it."""
+    names = [each.name for each in fields(Value)]
+    values = [Value(**{name: value[name] for name in names} | _number(value["value"])) for value in stored["values"]]
+    step = Step(stored["name"], stored["proves"], "")
+    rest = {each.name: stored[each.name] for each in fields(Outcome) if each.name not in ("step", "values")}
+    return Outcome(step, values=values, **rest)
+
+
+def _number(stored: float | None) -> dict[str, float]:
+    return {"value": math.nan if stored is None else stored}
