@@ -4,8 +4,8 @@
 
 runs the steps of `tests.bench.gpu.steps` in order of worth and stops when the time is up. Each runs in a process apart
 from this one, so that a failure hides none of the others, and `gpu.json` has at every moment what was found until then.
-It ends in a table, and in a section that can be pasted into a page; `--show gpu.json` prints both again, of several runs
-on one machine as one.
+It ends in a table, and in a section that can be pasted into a page; `--show gpu.json` prints both again, and those of
+several runs on one machine as one.
 
 Exit status: 0 nothing failed, 1 a step failed, 2 the command line is wrong, 3 no GPU answers.
 """
