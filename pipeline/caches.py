@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import FeaturesConfig, RunOptions
@@ -41,7 +43,9 @@ def cache_images(
     backbone = load_backbone(config.backbone, config.cache.expert_blocks, default_device())
     for note in backbone.notes():
         progress.note(note)
-    with engine_for(options.scheduler, options.workers) as engine:
+    root = config.cache.root
+    shared = [root] if isinstance(root, Path) else []
+    with engine_for(options.scheduler, options.workers, shared, progress) or nullcontext() as engine:
         for own, table in tables.items():
             for note in table.notes:
                 progress.note(note)

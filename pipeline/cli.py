@@ -97,14 +97,14 @@ def verbs(context: click.Context) -> None:
 
 @contextmanager
 def _study(config: RunConfig, options: RunOptions) -> "Iterator[Study]":
-    """A study whose line of progress ends before anything else is said, an error above all."""
+    """A study whose line of progress ends before anything else is said, an error above all; so do its workers."""
     from pipeline.study import Study
 
     study = Study(config, options)
     try:
         yield study
     finally:
-        study.progress.close()
+        study.workspace.close()
 
 
 @contextmanager
@@ -141,7 +141,7 @@ for _listed in STAGES:
 
 @verbs.command()
 @EXPERIMENT
-@asked(DRY_RUN, *OF_STAGES["images"])
+@asked(DRY_RUN, *OF_STAGES["cluster"], *OF_STAGES["images"])
 def run(experiment: Experiment, asked: Asked) -> None:
     """Every stage that is not fresh."""
     with _asked_study("run", experiment, asked) as study:

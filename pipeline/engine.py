@@ -1,33 +1,60 @@
 """Who does the work: this process, local processes, or a Dask cluster. The only door to dask.
 
 An engine is a ``map`` over independent work items inside one stage. Items and functions are plain and picklable, so
-that the same code runs on one core and on many, and gives the same results.
+that the same code runs on one core and on many, and gives the same results. Dask schedules, transports and tries
+again; what is added here is whose fault it is when a worker dies.
 """
 
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
+from stages.context import Item, Result
 from stages.errors import InputError, StageError
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from stages.progress import NullProgress, Progress
 
 _PER_WORKER = 2  # items in flight: one that runs and one that waits, so that nobody is idle and memory stays flat
+_COUNTED_EVERY_S = 1.0  # workers
+_TRIES = 3  # of an item that raises what nobody foresaw, as a disk of the network may
+_ALLOWED_DEATHS = 1  # of local workers, beside the first, while an item was theirs; of a cluster, as it is configured
+_MOST_FAILED = 16  # items; where more fail, it is not theirs
+_SHOWN = 5  # of them, in the message
+_LONGEST_NAME = 120
+
+Work = TypeVar("Work")
 
 
 class EngineError(StageError):
     """Workers or their scheduler are gone; finished items are kept, the same command goes on."""
 
 
-def engine_for(scheduler: str | None, workers: int) -> "DaskEngine | nullcontext[None]":
-    """The engine for ``--scheduler`` and ``--workers``; what gives None where this process does the work itself."""
-    return nullcontext() if scheduler is None and workers == 1 else DaskEngine(scheduler, workers)
+class ItemsFailedError(StageError):
+    """Some items cannot be done; all others are."""
+
+
+def engine_for(
+    scheduler: str | None, workers: int, shared: Sequence[Path] = (), progress: Progress | None = None
+) -> "DaskEngine | None":
+    """The engine for ``--scheduler`` and ``--workers``; None where this process does the work itself.
+
+    Args:
+        scheduler: address of the one.
+        workers: number of the others.
+        shared: as in `DaskEngine`.
+        progress: likewise.
+    """
+    if scheduler is None and workers == 1:
+        return None
+    return DaskEngine(scheduler, workers, shared=shared, progress=progress)
 
 
 def _ignore_interrupt() -> None:
@@ -44,32 +71,66 @@ async def _shake_hands(address: str, answer_s: float) -> None:
     await comm.close()
 
 
-class DaskEngine:
-    """Local processes, or the workers of a Dask cluster."""
+def _sees(path: str, content: str) -> bool:
+    """Whether a worker reads there what was written by another process."""
+    try:
+        return Path(path).read_text(encoding="utf-8") == content
+    except OSError:
+        return False
 
-    def __init__(self, address: str | None = None, workers: int = 1, answer_s: float = 8) -> None:
-        """Describe an engine; ``with`` starts it.
+
+class DaskEngine:
+    """Local processes, or the workers of a Dask cluster; started when the first item is to be done, or by ``with``."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        workers: int = 1,
+        answer_s: float = 8,
+        shared: Sequence[Path] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        """Describe an engine.
 
         Args:
             address: of a scheduler (``tcp://host:8786``); ``None`` starts local processes.
             workers: number of local processes, one thread each.
             answer_s: how long a scheduler and its workers may take to answer.
+            shared: folders that workers on other machines must see as this process does; made where they are missing.
+            progress: told where the dashboard is.
         """
         self._address, self._workers, self._answer_s = address, workers, answer_s
+        self._shared, self._progress = shared, progress or NullProgress()
         self._cluster: Any = None
         self._client: Any = None
 
     def __enter__(self) -> Self:
-        """Start local workers or connect to the cluster.
+        """As `start`."""
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start local workers or connect to the cluster, unless that is done.
 
         Raises:
-            InputError: no scheduler answers at the address, or it has no workers.
+            InputError: no scheduler answers at the address, it has no workers, or they do not see the shared folders.
         """
-        from distributed import Client, LocalCluster
-
+        if self._client is not None:
+            return
         for name in ("distributed", "distributed.client"):  # what went wrong is raised, once
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._address is None:
+            self._start_workers()
+        else:
+            self._connect(self._address)
+        n = len(self._client.nthreads())
+        self._progress.note(f"dask: {n} worker{'' if n == 1 else 's'}; dashboard {self._client.dashboard_link}")
+
+    def _start_workers(self) -> None:
+        import dask
+        from distributed import Client, LocalCluster
+
+        with dask.config.set({"distributed.scheduler.allowed-failures": _ALLOWED_DEATHS}):
             self._cluster = LocalCluster(
                 n_workers=self._workers,
                 threads_per_worker=1,
@@ -78,57 +139,179 @@ class DaskEngine:
                 memory_limit=0,  # an item is bounded by its shard, and memory-mapped pages are no reason to kill
                 silence_logs=logging.CRITICAL,
             )
-            self._client = Client(self._cluster, set_as_default=False)
-            self._client.run(_ignore_interrupt)
-            return self
+        self._client = Client(self._cluster, set_as_default=False)
+        self._client.run(_ignore_interrupt)
+
+    def _connect(self, address: str) -> None:
+        from distributed import Client
+
         try:
-            asyncio.run(_shake_hands(self._address, self._answer_s))
-            self._client = Client(self._address, timeout=self._answer_s, set_as_default=False)
+            asyncio.run(_shake_hands(address, self._answer_s))
+            self._client = Client(address, timeout=self._answer_s, set_as_default=False)
         except (OSError, ValueError, MemoryError) as error:  # memory: a web server's greeting, read as a length
             raise InputError(
-                f"--scheduler {self._address}: no Dask scheduler answers there; "
+                f"--scheduler {address}: no Dask scheduler answers there; "
                 "start one with `dask scheduler`, or leave the option out"
             ) from error
-        if not self._client.nthreads():
-            self._client.close()
-            raise InputError(f"--scheduler {self._address}: it has no workers; start some with `dask worker`")
-        return self
+        try:
+            if not self._client.nthreads():
+                raise InputError(f"--scheduler {address}: it has no workers; start some with `dask worker`")
+            for folder in self._shared:
+                self._probe(address, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _probe(self, address: str, folder: Path) -> None:
+        """Refuse workers that do not read what this process writes."""
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        content = uuid.uuid4().hex
+        probe = folder / f".probe-{content}"
+        try:
+            probe.write_text(content, encoding="utf-8")
+            found = self._client.run(_sees, str(probe), content)
+        finally:
+            probe.unlink(missing_ok=True)
+        if blind := sorted(worker for worker, sees in found.items() if not sees):
+            raise InputError(
+                f"--scheduler {address}: {len(blind)} of {len(found)} workers do not see {folder}, where this process "
+                f"writes ({blind[0]}): give all of them that folder, under that path"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Disconnect, and stop local workers."""
-        for resource in (self._client, self._cluster):
+        """As `close`."""
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect, and stop local workers; the next item starts them again."""
+        client, cluster, self._client, self._cluster = self._client, self._cluster, None, None
+        for resource in (client, cluster):
             if resource is not None:
                 resource.close()
 
     def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results as they complete; leaving early cancels what has not run."""
+        """Results as they complete; leaving early cancels what has not run.
+
+        A worker that dies takes with it what it ran and what waited there, and Dask blames all of that. So an item
+        that Dask has given up because of its workers' deaths is done once more when all others are, with nothing
+        beside it: what then kills is itself.
+
+        Raises:
+            StageError: as an item raised it; the others are not gone on with.
+            ItemsFailedError: items that kill their workers, or raised anything else `_TRIES` times; all others are
+                done. What a single item raised comes as itself.
+            EngineError: the scheduler is gone, or as many items failed as cannot be the items' fault.
+        """
+        self.start()
+        undone = _Undone[Item]()
+        yield from self._flow(fn, items, self._width(), undone)
+        suspects, undone.killed = undone.killed, []
+        yield from self._flow(fn, suspects, lambda: 1, undone)
+        undone.complain()
+
+    def _width(self) -> Callable[[], int]:
+        """How many items are to be in flight, as workers come and go."""
+        known, until = 0, 0.0
+
+        def now() -> int:
+            nonlocal known, until
+            if time.monotonic() >= until:
+                known = max(1, _PER_WORKER * sum(self._client.nthreads().values()))
+                until = time.monotonic() + _COUNTED_EVERY_S
+            return known
+
+        return now
+
+    def _flow(
+        self, fn: Callable[[Item], Result], items: Iterable[Item], width: Callable[[], int], undone: "_Undone[Item]"
+    ) -> Iterator[Result]:
+        """Do items, so many at a time; what fails is noted."""
         from distributed import CancelledError, KilledWorker, as_completed
 
         queue = iter(items)
-        in_flight: set[Any] = set()
+        in_flight: dict[Any, Item] = {}
+        resources = self._resources()
 
-        def submit(n: int) -> list[Any]:
+        def submit() -> list[Any]:
             # pure=False: items are work to be done, not values to be looked up by their hash.
-            futures = [self._client.submit(fn, item, pure=False) for item in islice(queue, n)]
+            futures = {
+                self._client.submit(fn, item, pure=False, retries=_TRIES - 1, resources=resources): item
+                for item in islice(queue, max(0, width() - len(in_flight)))
+            }
             in_flight.update(futures)
-            return futures
+            return list(futures)
 
         try:
-            n_threads = sum(self._client.nthreads().values())
-            running = as_completed(submit(_PER_WORKER * n_threads), loop=self._client.loop)
+            running = as_completed(submit(), loop=self._client.loop)
             for future in running:
-                result = future.result()
-                in_flight.discard(future)
-                running.update(submit(1))
-                yield result
-        except KilledWorker as error:
-            raise EngineError(
-                "a worker process died again and again on the same item (killed, or out of memory?); "
-                "what is finished is kept: try fewer --workers"
-            ) from error
+                try:
+                    result = future.result()
+                except KilledWorker:
+                    undone.killed.append(in_flight.pop(future))
+                except (StageError, CancelledError):
+                    raise
+                except Exception as error:
+                    undone.raised(in_flight.pop(future), error)
+                else:
+                    del in_flight[future]
+                    running.update(submit())
+                    yield result
+                    continue
+                running.update(submit())
         except CancelledError as error:
             raise EngineError("the Dask scheduler went away; what is finished is kept: run the same again") from error
         finally:
-            self._client.cancel(list(in_flight))
+            with suppress(Exception):  # of a scheduler that is gone
+                self._client.cancel(list(in_flight))
+
+    def _resources(self) -> dict[str, float] | None:
+        """One GPU an item, where workers were started with ``--resources GPU=1``."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return {"GPU": 1} if any(worker.get("resources", {}).get("GPU") for worker in workers) else None
+
+
+@dataclass
+class _Undone(Generic[Work]):
+    """What became of items that were not done.
+
+    Attributes:
+        killed: given up by Dask, because workers died while they held them.
+        failed: those that raised, and what.
+    """
+
+    killed: list[Work] = field(default_factory=list)
+    failed: list[tuple[Work, Exception]] = field(default_factory=list)
+
+    def raised(self, item: Work, error: Exception) -> None:
+        """One more that raised.
+
+        Raises:
+            EngineError: these are too many.
+        """
+        self.failed.append((item, error))
+        if len(self.failed) > _MOST_FAILED:
+            raise EngineError(
+                f"more than {_MOST_FAILED} items failed, the last, {_name(item)}, with {type(error).__name__}: "
+                f"{error}; what is finished is kept: put that right and run the same again"
+            ) from error
+
+    def complain(self) -> None:
+        """Say what could not be done, if anything."""
+        if not self.killed and len(self.failed) == 1:
+            raise self.failed[0][1]
+        lines = [f"{_name(item)}: its worker died (killed, or out of memory?)" for item in self.killed]
+        lines += [f"{_name(item)}: {type(error).__name__}: {error}" for item, error in self.failed]
+        if lines:
+            more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+            raise ItemsFailedError(
+                f"{len(lines)} item{'' if len(lines) == 1 else 's'} failed, each of its own; all others are done and "
+                f"kept: {'; '.join(lines[:_SHOWN])}{more}"
+            )
+
+
+def _name(item: object) -> str:
+    name = str(item)
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"

@@ -183,7 +183,8 @@ PROCESSES = click.option(
 
 # Of the verbs of stages, by the names that `pipeline.stages_of_study` gives them, in the order of ``--help``.
 OF_STAGES: dict[str, tuple[Option[Any], ...]] = {
-    "images": (SCHEDULER, WORKERS, MAX_FAILURES, REHASH),
+    "cluster": (SCHEDULER, WORKERS),
+    "images": (MAX_FAILURES, REHASH),
     "processes": (PROCESSES,),
     "backbone": (BACKBONE,),
 }

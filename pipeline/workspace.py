@@ -9,6 +9,7 @@ from pathlib import Path
 from cache import CacheError, FeatureSpec, Lock
 from pipeline.backbones import StudyBackbone, backbones_of
 from pipeline.config import JOINT, RunConfig, RunOptions
+from pipeline.engine import engine_for
 from pipeline.processes import ranks
 from pipeline.progress import TqdmProgress
 from pipeline.record import RunRecord
@@ -41,6 +42,7 @@ class Workspace:
     Attributes:
         ranks: this process among those that work together.
         progress: who listens.
+        engine: other processes that stages hand their work to, where that was asked for.
         record: what ran.
         sets: what the sets hold.
         pretrained: the backbone that the study starts from.
@@ -61,6 +63,10 @@ class Workspace:
         self.on_trained = on_trained
         self.ranks = ranks()
         self.progress: Progress = TqdmProgress() if self.ranks.first else NullProgress()
+        shared = [folder for folder in (config.work, config.cache.root) if isinstance(folder, Path)]
+        self.engine = (
+            engine_for(options.scheduler, options.workers, shared, self.progress) if self.ranks.first else None
+        )
         self.record = RunRecord(config.work / "record.json", config, writes=self.ranks.first)
         self.sets = Sets(config)
         self.pretrained, *self.finetuned = backbones_of(config)
@@ -71,8 +77,16 @@ class Workspace:
         return [self.pretrained, *self.finetuned]
 
     def context(self) -> Context:
-        """Who listens and takes part."""
-        return Context(progress=self.progress, ranks=self.ranks)
+        """Who listens and takes part; a cluster that does not answer is refused here, before the work."""
+        if self.engine is not None and self.options.scheduler is not None:
+            self.engine.start()
+        return Context(progress=self.progress, ranks=self.ranks, cluster=self.engine)
+
+    def close(self) -> None:
+        """No work is to come: the line of progress ends, and so do workers."""
+        self.progress.close()
+        if self.engine is not None:
+            self.engine.close()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

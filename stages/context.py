@@ -1,14 +1,36 @@
 """What long work is given beside its task: who listens, where it computes, and which processes take part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stages.machine import default_device
 from stages.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Cluster(Protocol):
+    """Other processes that do items of work, on this machine or on many; all see the same folders.
+
+    Items are plans and paths, and so are results: rows travel by the disk.
+    """
+
+    def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """What a function makes of each item, as it is done and in any order; who stops to ask cancels the rest.
+
+        Args:
+            fn: of a module, so that another process finds it.
+            items: small and picklable; taken as they are needed, and said by ``str`` where one fails.
+
+        Raises:
+            StageError: some of the items cannot be done, and all others are; or there is nobody left to do any.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,11 +73,13 @@ class Context:
         progress: told how far the work is; of several processes the first alone is heard.
         device: where networks run: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where there is one.
         ranks: the processes that do it together.
+        cluster: processes that this one hands work to; None: it does all itself, to the same bits.
     """
 
     progress: Progress = field(default_factory=NullProgress)
     device: str = "auto"
     ranks: Ranks = Ranks()
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         if not self.ranks.first:

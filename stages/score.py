@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cache import CacheMismatchError, FeatureCache
 from stages.config import TAKEN_NAMES, ScoreConfig
+from stages.context import Cluster, Context
 from stages.detection.auto import CHOSEN_FOLDER, AutoScore
 from stages.detection.conformal import ThresholdEstimate, threshold_at
 from stages.detection.detectors import FittedDetector
@@ -55,6 +56,7 @@ def score(
     folder: Path,
     progress: Progress | None = None,
     identity: str = "",
+    cluster: Cluster | None = None,
 ) -> ScoreResult:
     """Score every test set with every detector and write all of ``scores/``.
 
@@ -64,6 +66,7 @@ def score(
         folder: ``<work>/scores``.
         progress: counts detectors.
         identity: of all that the scores are made of; ``contents.json`` has it.
+        cluster: refines sets and searches neighbours where they are many.
 
     Raises:
         InputError: no ID test set or no OOD set, empty sets, labels that id-train lacks, non-finite features.
@@ -72,7 +75,7 @@ def score(
     progress = progress or NullProgress()
     _check(sources)
     scoring = _Scoring(sources[0].tests, config, ScoresWriter(folder), progress)
-    neighbours = NeighbourStore(folder / "neighbours")
+    neighbours = NeighbourStore(folder / "neighbours", cluster=cluster)
     for source in sources:
         scoring.writer.id.split[_label(source)] = source.data.split.rule
         auto = (
@@ -80,7 +83,7 @@ def score(
             if AUTO in config.scores
             else None
         )
-        for subject in routed_subjects(source, config, neighbours, progress):
+        for subject in routed_subjects(source, config, neighbours, Context(progress, cluster=cluster)):
             scoring.score(subject, source, auto)
     neighbours.forget_others()
     overlaps = find_overlaps(_sets(sources[0]))

@@ -93,7 +93,7 @@ def run_results(
             yield from study.do("report")
     finally:
         for study in opened:
-            study.progress.close()
+            study.workspace.close()
     yield from write_results(configs, work, images, page)
 
 

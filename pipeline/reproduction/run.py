@@ -71,7 +71,7 @@ def run_reproduction(
             yield from _run(ready[name], targets, found)
     finally:
         for study in ready.values():
-            study.progress.close()
+            study.workspace.close()
     yield from _write(document, ready, work, found)
 
 

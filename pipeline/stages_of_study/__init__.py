@@ -32,10 +32,12 @@ class Listed:
         return found
 
 
+_TRAINING = ("processes", "cluster", "backbone")
+
 STAGES = (
-    Listed("extract", "Stage one: images to sealed feature caches.", ("images", "backbone")),
-    Listed("train", "Stage two: probe and Mixture of Feature Experts, on cached features.", ("processes", "backbone")),
+    Listed("extract", "Stage one: images to sealed feature caches.", ("cluster", "images", "backbone")),
+    Listed("train", "Stage two: probe and Mixture of Feature Experts, on cached features.", _TRAINING),
     Listed("finetune", "Stage two, the other half: the whole backbone end to end, on images.", ("processes",)),
-    Listed("score", "Stage three: OOD scores and the table, from caches alone.", ("backbone",)),
+    Listed("score", "Stage three: OOD scores and the table, from caches alone.", ("cluster", "backbone")),
     Listed("report", "Write report/index.html, or one page of several studies."),
 )

@@ -8,7 +8,6 @@ from typing import ClassVar
 from cache import FeatureCache, FeatureSpec
 from pipeline.checks import check_before_extraction
 from pipeline.config import SetConfig
-from pipeline.engine import engine_for
 from pipeline.pseudo_ood import PseudoOOD
 from pipeline.sets import about_set, unit_of
 from pipeline.stage import BackboneStage, Done
@@ -132,7 +131,7 @@ class Extract(BackboneStage):
         caches = {name: changes.cache for name, changes in found.items() if changes and changes.fresh}
         missing = [entry for entry in config.sets if entry.name not in caches]
         self._check_device(missing)
-        for entry, cache in self._fill(missing, context.progress):
+        for entry, cache in self._fill(missing, context):
             caches[entry.name] = cache
             for note in check_features(cache, by_class=entry.role == "id-train"):
                 context.progress.note(note)
@@ -203,13 +202,13 @@ class Extract(BackboneStage):
         else:
             path.unlink(missing_ok=True)
 
-    def _fill(self, missing: Sequence[SetConfig], progress: Progress) -> Iterator[tuple[SetConfig, FeatureCache]]:
+    def _fill(self, missing: Sequence[SetConfig], context: Context) -> Iterator[tuple[SetConfig, FeatureCache]]:
         """Make the caches of some sets, one after the other; those of arrays first, which are quickly refused."""
-        yield from self._fill_from_arrays([entry for entry in missing if entry.features is not None], progress)
-        yield from self._fill_from_images([entry for entry in missing if entry.features is None], progress)
+        yield from self._fill_from_arrays([entry for entry in missing if entry.features is not None], context)
+        yield from self._fill_from_images([entry for entry in missing if entry.features is None], context)
 
     def _fill_from_arrays(
-        self, given: Sequence[SetConfig], progress: Progress
+        self, given: Sequence[SetConfig], context: Context
     ) -> Iterator[tuple[SetConfig, FeatureCache]]:
         spec, sets, root = self._spec, self.workspace.sets, self.workspace.config.cache.root
         if spec.expert_blocks and spec.patches == "full":
@@ -219,28 +218,31 @@ class Extract(BackboneStage):
         for entry in given:
             with about_set(entry):
                 changes = self._changes[entry.name]
-                options = ExtractOptions(progress=progress)
+                options = ExtractOptions(progress=context.progress)
                 cache = import_set(entry.name, sets.arrays(entry), spec, root, changes=changes, options=options)
             yield entry, cache
 
     def _fill_from_images(
-        self, pictured: Sequence[SetConfig], progress: Progress
+        self, pictured: Sequence[SetConfig], context: Context
     ) -> Iterator[tuple[SetConfig, FeatureCache]]:
         if not pictured:
             return
-        backbone, options = self.backbone, self.workspace.options
+        backbone, cluster = self.backbone, context.cluster
         for note in backbone.loaded.notes():
-            progress.note(note)
-        with engine_for(options.scheduler, options.workers) as engine:
-            how = ExtractOptions(options.max_failures, mapper=None if engine is None else engine.map, progress=progress)
-            for entry in pictured:
-                cache = extract_set(
-                    entry.name,
-                    self.workspace.sets.table(entry),
-                    self._spec,
-                    self.workspace.config.cache.root,
-                    lambda: backbone.loaded,
-                    changes=self._changes[entry.name],
-                    options=how,
-                )
-                yield entry, cache
+            context.progress.note(note)
+        how = ExtractOptions(
+            self.workspace.options.max_failures,
+            mapper=None if cluster is None else cluster.map,
+            progress=context.progress,
+        )
+        for entry in pictured:
+            cache = extract_set(
+                entry.name,
+                self.workspace.sets.table(entry),
+                self._spec,
+                self.workspace.config.cache.root,
+                lambda: backbone.loaded,
+                changes=self._changes[entry.name],
+                options=how,
+            )
+            yield entry, cache

@@ -99,7 +99,14 @@ class Score(Stage):
         """Score everything."""
         from stages.score import score  # and all detectors, for those alone who have something to score
 
-        result = score(self._sources, self.workspace.config.score, self.folder, context.progress, self.identity())
+        result = score(
+            self._sources,
+            self.workspace.config.score,
+            self.folder,
+            context.progress,
+            self.identity(),
+            context.cluster,
+        )
         return Done([*result.notes, *self.found()])
 
     def found(self) -> Lines:

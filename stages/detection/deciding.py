@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.config import ScoreConfig
+from stages.context import Context
 from stages.detection.auto import AutoScore
 from stages.detection.detector import Detector, Per
 from stages.detection.detectors import FittedDetector
@@ -69,7 +70,7 @@ class DecidingDetector:
         self._refined: RefinedFeatures | None = None
         self._frozen = FrozenFeatures(source)
         if source.mixtures:
-            self._refined = RefinedFeatures(source, source.mixtures[0], progress or NullProgress())
+            self._refined = RefinedFeatures(source, source.mixtures[0], Context(progress or NullProgress()))
         self._factory = DetectorFactory((self._refined or self._frozen).subject(), config)
         self.fitted = self._chosen(config, choices) if score == AUTO else self._asked(score, head)
 

@@ -24,7 +24,6 @@ from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refine import refine, refine_to
 from stages.mixture.refined import LEFT_OUT, Refined, Routes, load_refined, part_bank, refined_identity, refined_path
 from stages.mixture.storage import load_mixture, load_trained_heads, run_folder
-from stages.progress import Progress
 
 
 class RefinedFeatures:
@@ -33,11 +32,11 @@ class RefinedFeatures:
     Its rows know what the backbone's own features say of them.
     """
 
-    def __init__(self, source: BackboneSource, folder: MixtureFolder, progress: Progress) -> None:
+    def __init__(self, source: BackboneSource, folder: MixtureFolder, context: Context = Context()) -> None:
         self.source = source
         self.folder = folder
         self.frozen = FrozenFeatures(source)
-        self._progress = progress
+        self._context = context
         about = read_document(folder.path / "mofe.json")
         if about is None:
             raise InputError(f"{folder.path} holds no trained mixture: run make train")
@@ -161,7 +160,7 @@ class RefinedFeatures:
         identity = refined_identity(self._weights(run), cache, routes)
         stored = load_refined(path, identity)
         if stored is None:
-            stored = refine_to(path, identity, self.mixture(run), cache, routes, Context(self._progress, "auto"))
+            stored = refine_to(path, identity, self.mixture(run), cache, routes, self._context)
         return stored
 
     def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from stages.config import ScoreConfig
+from stages.context import Context
 from stages.detection.auto import AutoScore, head_of
 from stages.detection.detectors import FittedDetector, gate_share, gate_weighted, score_together
 from stages.detection.factory import DetectorFactory
@@ -16,7 +17,6 @@ from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
 from stages.detection.subject import NO_HEAD, SetRows
 from stages.id_data.rows import IdData, labels_of_test
-from stages.progress import Progress
 from stages.scorers.neighbours.store import NeighbourStore
 
 Scores = dict[str, NDArray[np.float32]]  # of each set
@@ -112,7 +112,7 @@ def _labels(test: ScoredSet, data: IdData) -> NDArray[np.int32]:
 
 
 def routed_subjects(
-    source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, progress: Progress
+    source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, context: Context
 ) -> Iterator[RoutedSubject]:
     """Every choice of features of one backbone, one at a time: only one is in memory."""
     labels = {test.name: _labels(test, source.data) for test in source.tests}
@@ -124,7 +124,7 @@ def routed_subjects(
     factory = DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first}), neighbours)
     yield RoutedSubject(factory, sets)
     for folder in source.mixtures:
-        refined = RefinedFeatures(source, folder, progress)
+        refined = RefinedFeatures(source, folder, context)
         sets = {set_key(test): refined.rows(test.name, test.cache, labels[test.name]) for test in source.tests}
         id_test = next(test for test in source.tests if test.group == "id")
         oracle = None

@@ -66,6 +66,10 @@ class ShardTask:
     older: tuple[str, str] | None
     older_rows: NDArray[np.int64]
 
+    def __str__(self) -> str:
+        first, last = self.inputs.ids[0], self.inputs.ids[len(self.inputs) - 1]
+        return f"shard {self.plan.index} of {self.path} ({first} to {last})"
+
 
 class ShardDone(NamedTuple):
     """How many inputs are done since the last report, and how many of them failed."""
@@ -75,7 +79,7 @@ class ShardDone(NamedTuple):
 
 
 class Mapper(Protocol):
-    """Runs tasks in other processes and yields results as they complete; ``pipeline.engine.Engine.map``."""
+    """Runs tasks in other processes and yields results as they complete; `stages.context.Cluster.map`."""
 
     def __call__(self, fn: Callable[[ShardTask], ShardDone], items: Iterable[ShardTask], /) -> Iterator[ShardDone]:
         """Map `fn` over the tasks."""

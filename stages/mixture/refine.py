@@ -1,20 +1,31 @@
-"""Refined features: what the mixture makes of cached tokens, kept so that re-scoring runs no network."""
+"""Refined features: what the mixture makes of cached tokens, kept so that re-scoring runs no network.
 
+A cluster makes them a part at a time: whole batches, so that the bits are those of one process, in files that are put
+together when all are there. A run that was killed goes on with the parts that are missing.
+"""
+
+import io
+import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache import FeatureCache
-from stages.context import Context
+from cache.files import write_file
+from cache.fingerprint import fingerprint
+from stages.context import Cluster, Context
 from stages.errors import StageError
 from stages.files.rows import RowFormat, described_rows
+from stages.files.tensors import read_tensors, write_tensors
 from stages.id_data.rows import unit
 from stages.id_data.tokens import as_tokens, bytes_of_row, stored_tokens
 from stages.mixture.model import MixtureOfFeatureExperts
@@ -22,8 +33,9 @@ from stages.mixture.refined import Refined, Routes, load_refined
 from stages.networks.repeatable import repeatable
 from stages.networks.tokens import Tokens
 from stages.networks.transfer import Fetched, Tensors, sent_ahead
-from stages.progress import Progress
+from stages.progress import NullProgress, Progress
 
+PART_ROWS = 2048  # of what a cluster's worker refines at a time; batches of the CPU divide it
 REFINE_BATCH = 64  # rows, on the CPU; on a GPU at least
 _GPU_BYTES, _GPU_ROWS = 64 << 20, 1024  # what is read of them, and rows, at most
 
@@ -69,19 +81,143 @@ def refine_to(
         mixture: as for `refine`, like all that follows.
         cache: of the set.
         routes: likewise,
-        context: likewise.
+        context: likewise; of its cluster, where there is one, workers do what is more than one part.
 
     Returns:
         What stands in the file, as `load_refined` gives it.
     """
     n = routes.count(cache)
-    with _placed(mixture, context.place), described_rows(path, _columns(mixture, cache), n, identity) as writer:
-        for batch in _batches(mixture, cache, routes, context.progress):
-            writer.append(vars(batch))
+    if context.cluster is not None and n > PART_ROWS:
+        refine_in_parts(path, identity, mixture, cache, routes, context, PART_ROWS)
+    else:
+        with _placed(mixture, context.place), described_rows(path, _columns(mixture, cache), n, identity) as writer:
+            for batch in _batches(mixture, cache, routes, context.progress):
+                writer.append(vars(batch))
     written = load_refined(path, identity)
     if written is None:
         raise StageError(f"{path} was written and cannot be read: another process may be at work there")
     return written
+
+
+@dataclass(frozen=True)
+class RefinePart:
+    """Some rows of a set, refined by whoever takes this: plain and small.
+
+    Attributes:
+        network: file of the mixture.
+        device: see `Context`.
+        cache: folder, or URL, of the sealed cache.
+        digest: of its bytes.
+        rows, expert: the part's own `Routes`.
+        path: of the file that they go to.
+    """
+
+    network: str
+    device: str
+    cache: str
+    digest: str
+    rows: NDArray[np.int64]
+    expert: NDArray[np.int64] | None
+    path: str
+
+    def __str__(self) -> str:
+        return f"rows {self.rows[0]} to {self.rows[-1]} of {self.cache}, to be refined"
+
+
+def refine_in_parts(
+    path: Path,
+    identity: Mapping[str, str],
+    mixture: MixtureOfFeatureExperts,
+    cache: FeatureCache,
+    routes: Routes,
+    context: Context,
+    part_rows: int,
+) -> None:
+    """What `refine_to` writes, made by the context's cluster.
+
+    Args:
+        path: as there, like all that follows but the last.
+        identity: likewise.
+        mixture: likewise.
+        cache: likewise.
+        routes: likewise.
+        context: likewise.
+        part_rows: rows of a part, a multiple of `REFINE_BATCH`.
+
+    Raises:
+        StageError: as `stages.context.Cluster.map`; parts that are done are kept.
+    """
+    assert context.cluster is not None
+    folder, n = path.parent / f".{path.stem}.parts-{fingerprint(dict(identity))[:16]}", routes.count(cache)
+    for other in path.parent.glob(f".{path.stem}.parts-*"):
+        if other != folder:  # of another mixture or set
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = folder / "mixture.pt"
+    if not network.exists():
+        pickled = io.BytesIO()
+        torch.save(mixture, pickled)
+        write_file(network, pickled.getvalue())
+    numbers = np.arange(n, dtype=np.int64) if routes.rows is None else routes.rows
+    parts = [
+        RefinePart(
+            str(network.absolute()),
+            context.device,
+            str(cache.path.absolute() if isinstance(cache.path, Path) else cache.path),
+            cache.digest,
+            numbers[start : start + part_rows],
+            None if routes.expert is None else routes.expert[start : start + part_rows],
+            str((folder / f"{start:012d}.safetensors").absolute()),
+        )
+        for start in range(0, n, part_rows)
+    ]
+    _do_parts(parts, cache, context.cluster, context.progress)
+    with described_rows(path, _columns(mixture, cache), n, identity) as writer:
+        for part in parts:
+            writer.append(_read_part(part))
+    shutil.rmtree(folder)
+
+
+def _do_parts(parts: Sequence[RefinePart], cache: FeatureCache, cluster: Cluster, progress: Progress) -> None:
+    pending = [part for part in parts if not Path(part.path).exists()]
+    n, left = (sum(len(part.rows) for part in some) for some in (parts, pending))
+    progress.start(n, unit(cache), f"refine {cache.manifest.dataset}")
+    progress.advance(n - left)
+    for done in cluster.map(refine_part, pending):
+        progress.advance(done)
+    progress.close()
+
+
+def _read_part(part: RefinePart) -> Mapping[str, NDArray[Any]]:
+    stored = read_tensors(Path(part.path))
+    if stored is None:
+        Path(part.path).unlink(missing_ok=True)
+        raise StageError(f"{part.path} is damaged and was removed: run the same again")
+    return stored
+
+
+def refine_part(part: RefinePart) -> int:
+    """Refine one part in whatever process this is, which keeps the mixture for the next; returns how many rows."""
+    mixture, cache = _mixture_of_process(part.network, Context(device=part.device).place), _opened(part.cache)
+    if cache.digest != part.digest:
+        raise StageError(f"{part.cache} was replaced while its rows were refined: run the same again")
+    with repeatable(mixture.group.device):
+        batches = list(_batches(mixture, cache, Routes(part.expert, part.rows), NullProgress()))
+    columns = {name: np.concatenate([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
+    write_tensors(Path(part.path), columns)
+    return len(part.rows)
+
+
+@lru_cache(maxsize=1)
+def _mixture_of_process(path: str, device: str) -> MixtureOfFeatureExperts:
+    # A module, pickled: what an expert's end is made of, only the backbone that it was cut from could say otherwise.
+    mixture: MixtureOfFeatureExperts = torch.load(path, map_location="cpu", weights_only=False)
+    return mixture.to(device)
+
+
+@lru_cache(maxsize=4)
+def _opened(path: str) -> FeatureCache:
+    return FeatureCache.open(path)
 
 
 @torch.inference_mode()

@@ -81,7 +81,7 @@ def test_as_a_program(study):
         (["extract", "TOY", "--workers", "2", "--scheduler", "host:1"], "--workers is for local processes"),
         *(
             ([verb, "TOY", option, "2"], f"No such option '{option}'")
-            for verb in ("train", "finetune", "score", "report", "predict", "verify", "info")  # they would ignore it
+            for verb in ("finetune", "report", "predict", "verify", "info")  # they would ignore it
             for option in ("--workers", "--scheduler")
         ),
         (["extract", "TOY", "--repair"], "No such option"),

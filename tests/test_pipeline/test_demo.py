@@ -29,7 +29,6 @@ from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
 from stages.mixture.refine import refine
 from stages.mixture.refined import Routes
-from stages.progress import NullProgress
 from stages.results.table import compact, read_summary
 from tests.test_docs import pages
 from tests.test_pipeline.command import done, pipeline, refused, settings, snapshot
@@ -361,7 +360,7 @@ def test_ood_is_found_and_a_broken_router_would_not_find_it(demo, table):
 
     config = load_config(DEMO, [f"work={demo}"])
     source = sources_to_score(Workspace(config, RunOptions()), "pretrained")[0]
-    refined = RefinedFeatures(source, source.mixtures[0], NullProgress())
+    refined = RefinedFeatures(source, source.mixtures[0])
     detector = DetectorFactory(refined.subject(), config.score).detector("refit", "knn+energy")
     caches = [next(test.cache for test in source.tests if test.name == name) for name in ("digits-test", "digits-7-9")]
 

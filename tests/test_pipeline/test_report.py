@@ -466,7 +466,7 @@ def evidence(work, caches, data, probe, mixture, backbone):
     shutil.copytree(mixture, folder, dirs_exist_ok=True)
     trained = MixtureFolder("default", 0, folder)
     source = BackboneSource("pretrained", None, data, probe, None, (trained,), (), lambda: backbone)
-    refined = RefinedFeatures(source, trained, NullProgress())
+    refined = RefinedFeatures(source, trained)
     for name in SIZES:
         cache = caches[CACHED[name]]
         refined.rows(name, cache, np.full(cache.n_rows, -1, np.int32))

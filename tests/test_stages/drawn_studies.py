@@ -23,7 +23,6 @@ from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.extract import import_set
 from stages.id_data.rows import id_data
 from stages.inputs.arrays import list_arrays
-from stages.progress import NullProgress
 from stages.scorers import SCORERS
 from stages.train import train_mofe, train_probe
 
@@ -99,7 +98,7 @@ class Study:
             raise AssertionError("features that came alone have no backbone")
 
         train_mofe(self.source.data, config, no_end, seed, folder)
-        return RefinedFeatures(self.source, MixtureFolder("default", seed, folder), NullProgress())
+        return RefinedFeatures(self.source, MixtureFolder("default", seed, folder))
 
     def judged(self, features: FrozenFeatures | RefinedFeatures, config: ScoreConfig) -> dict[Key, Judged]:
         """Every detector, by the whole way that its thresholds come."""

@@ -892,7 +892,7 @@ def test_predict_names_the_nearest_training_images(source, frozen_alone):
     if frozen_alone:
         rows = FrozenFeatures(source).rows(cache, labels)
     else:
-        rows = RefinedFeatures(source, source.mixtures[0], NullProgress()).passing_rows(cache, labels)
+        rows = RefinedFeatures(source, source.mixtures[0]).passing_rows(cache, labels)
 
     def unit(features):
         return features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)

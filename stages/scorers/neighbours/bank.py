@@ -10,7 +10,7 @@ Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 20
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +26,12 @@ from stages.errors import InputError
 from stages.id_data.lazy import LazyArray, Rows2D
 from stages.scorers.shared.arrays import checked_features, l2_normalise, refuse_not_finite
 
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]  # [n, k] of queries: cosines or distances, and rows of the bank
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
 # faiss's last bits depend on how many queries it is given, so it is always given blocks of one size. Below a few
 # hundred queries it leaves BLAS and takes about eight times as long a query: small rests are then quicker unpadded.
-_BLOCK = 1024
+QUERY_BLOCK = 1024
 _SMALL = 128
 _BANK_BLOCK = 1 << 16  # rows
 HELD_BYTES = 4 << 30  # of unit vectors; a larger bank is read anew for every search
@@ -40,6 +41,10 @@ _LINKS, _BREADTH, _BREADTH_OF_BUILD = 32, 256, 200  # HNSW's M, efSearch, efCons
 # 4e-4 at 0. Neighbours nearer than this are measured again, from the difference of the two vectors.
 _NEAR = 0.2
 _PAIRS = 1 << 15  # of them at once
+# Cosines of neighbours that are measured again, and a little more. Which of several rows that tie for the last place is
+# taken is then seen in the distance; blocks of a bank must agree on it.
+_NEAR_COSINE = 0.9799
+_SPARE, _MOST_TIED = 16, 4096  # rows that are looked at beyond the last place, at first and at most
 _THREADS = 4  # that normalise and measure again beside a GPU, which takes half as long for a query as one of them
 
 
@@ -166,6 +171,45 @@ class FeatureBank:
         found, _ = self._search_in_blocks(features, k)
         return float((found <= exact[:, -1:] + 1e-6).mean())
 
+    @property
+    def features(self) -> Rows2D:
+        """[n, D] as they were given; perhaps not read yet."""
+        return self._features
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether blocks of it can be searched apart, see `top_rows`: it is exact, and no GPU searches it."""
+        return self.index == "flat" and self._built is None
+
+    def measured(
+        self, unit: NDArray[np.float32], cosine: NDArray[np.float32], rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Distances [n, k] of what `top_rows` found for queries [n, D] of length 1, as `search` gives them."""
+        return self._measured(unit, cosine, rows)[0]
+
+    def by_blocks(self, queries: NDArray[np.floating], k: int) -> NDArray[np.float32]:
+        """Distances [n, k] as `search` gives them, of which those of near neighbours depend on no block of the bank.
+
+        Args:
+            queries: [n, D], any float type; normalised here.
+            k: neighbours, at most the bank's rows.
+        """
+        if not self.in_blocks:
+            return self.search(queries, k)[0]
+        features = checked_features(queries, "query")
+        asked = [l2_normalise(features[start : start + QUERY_BLOCK]) for start in range(0, len(features), QUERY_BLOCK)]
+        if self._is_held:
+            found = [self.measured(unit, *top_rows(unit, k, self._unit)) for unit in asked]
+        else:
+            best: list[list[Found]] = [[] for _ in asked]
+            for start, read in self._blocks():
+                some = l2_normalise(read)
+                for unit, own in zip(asked, best, strict=True):
+                    cosine, rows = top_rows(unit, min(k, len(some)), some)
+                    own[:] = [merged_rows([*own, (cosine, rows + start)], k)]
+            found = [self.measured(unit, *own[0]) for unit, own in zip(asked, best, strict=True)]
+        return np.concatenate([np.empty((0, k), np.float32), *found])
+
     def search(
         self, queries: ArrayLike, k: int, exclude_self: bool = False
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -203,7 +247,7 @@ class FeatureBank:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         distances = np.empty((len(features), k), dtype=np.float32)
         rows = np.empty(distances.shape, dtype=np.int64)
-        blocks = [slice(start, start + _BLOCK) for start in range(0, len(features), _BLOCK)]
+        blocks = [slice(start, start + QUERY_BLOCK) for start in range(0, len(features), QUERY_BLOCK)]
         if not self._is_held:
             self._search_anew(features, blocks, distances, rows)
             return distances, rows
@@ -257,13 +301,47 @@ class FeatureBank:
         return np.take_along_axis(distances, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
+def top_rows(unit: NDArray[np.float32], k: int, bank: NDArray[np.float32]) -> Found:
+    """The k largest cosines of queries with rows of a bank, descending, and these rows; all have length 1.
+
+    Where the k-th is a near neighbour, the rows that tie with it are taken by their numbers: the same of a whole bank,
+    and of the best of its blocks (`merged_rows`). Blocks of a multiple of 1024 rows give a whole bank's cosines to the
+    bit, for faiss multiplies so many at a time.
+
+    Args:
+        unit: [n, D], at most `QUERY_BLOCK`.
+        k: at most the bank's rows.
+        bank: [m, D].
+    """
+    asked = min(k + _SPARE, len(bank))
+    cosine, rows = _nearest(unit, asked, bank)
+    while (
+        k < asked < min(len(bank), _MOST_TIED)
+        and ((cosine[:, k - 1] > _NEAR_COSINE) & (cosine[:, k - 1] == cosine[:, -1])).any()
+    ):
+        asked = min(4 * asked, len(bank))
+        cosine, rows = _nearest(unit, asked, bank)
+    near = np.flatnonzero(cosine[:, k - 1] > _NEAR_COSINE)
+    order = np.lexsort((rows[near], -cosine[near]), axis=1)
+    for array in (cosine, rows):
+        array[near] = np.take_along_axis(array[near], order, axis=1)
+    return cosine[:, :k], rows[:, :k]
+
+
+def merged_rows(found: Sequence[Found], k: int) -> Found:
+    """The k best of what `top_rows` found in blocks of a bank, by cosine and row, with rows counted in the bank."""
+    cosine, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.lexsort((rows, -cosine), axis=1)[:, :k]
+    return np.take_along_axis(cosine, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
 def _nearest(
     unit: NDArray[np.float32], k: int, bank: NDArray[np.float32], index: Any = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k largest cosines, descending, and their rows; by an index of the bank where there is one."""
     padded = unit
-    if _SMALL < len(unit) < _BLOCK:
-        padded = np.concatenate([unit, np.zeros((_BLOCK - len(unit), unit.shape[1]), dtype=np.float32)])
+    if _SMALL < len(unit) < QUERY_BLOCK:
+        padded = np.concatenate([unit, np.zeros((QUERY_BLOCK - len(unit), unit.shape[1]), dtype=np.float32)])
     if index is None:
         cosine, rows = faiss.knn(padded, bank, k, metric=faiss.METRIC_INNER_PRODUCT)
     else:

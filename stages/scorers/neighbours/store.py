@@ -6,6 +6,7 @@ A file is found by what was searched for and in, so one that is there is right, 
 written: each row has its own digest, so that one is read, compared, and no more.
 """
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from cache import arrays_sha256
+from cache import arrays_sha256, sha256
+from stages.context import Cluster
 from stages.files.tensors import write_tensors
 from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.neighbours.cluster import LEAST_PAIRS, cluster_distances
 
+_BLOCKS = ".blocks-"  # how folders of a search under way are called
 KEPT = 200  # neighbours of each query whose distances are kept, or k where that is more
 
 
@@ -26,11 +30,16 @@ class NeighbourStore:
     Args:
         folder: where distances are kept.
         kept: how many neighbours of a query.
+        cluster: searches where there are many rows; None: this process searches all, to the same bits.
+        least_pairs: of queries and rows of a bank, how many are many.
     """
 
-    def __init__(self, folder: Path, kept: int = KEPT) -> None:
+    def __init__(
+        self, folder: Path, kept: int = KEPT, cluster: Cluster | None = None, least_pairs: int = LEAST_PAIRS
+    ) -> None:
         self.folder = folder
         self.kept = kept
+        self._cluster, self._least_pairs = cluster, least_pairs
         self._used: set[Path] = set()
 
     def distances(
@@ -50,17 +59,26 @@ class NeighbourStore:
         Raises:
             InputError: as `FeatureBank.search`.
         """
-        path = self.folder / bank.digest / f"{arrays_sha256({'queries': queries})}.safetensors"
+        asked = arrays_sha256({"queries": queries})
+        path = self.folder / bank.digest / f"{asked}.safetensors"
         self._used.add(path)
         stored = _read(path, first, k)
         if stored is not None and stored.shape == (k - first, len(queries)):
             return stored
-        found = bank.search(queries, min(max(k, self.kept), len(bank)))[0].T
+        found = self._search(bank, queries, min(max(k, self.kept), len(bank)), asked).T
         write_tensors(path, {"distances": found, "digests": np.stack([_digest(row) for row in found])})
         return found[first:k]
 
+    def _search(self, bank: FeatureBank, queries: NDArray[np.floating], k: int, asked: str) -> NDArray[np.float32]:
+        if self._cluster is None or len(bank) * len(queries) < self._least_pairs or not bank.in_blocks:
+            return bank.by_blocks(queries, k)
+        folder = self.folder / f"{_BLOCKS}{sha256(f'{bank.digest} {asked} {k}'.encode())[:16]}"
+        return cluster_distances(bank, queries, k, self._cluster, folder)
+
     def forget_others(self) -> None:
         """Remove what was not asked for since this object was made: banks and queries that are no more."""
+        for folder in self.folder.glob(f"{_BLOCKS}*"):
+            shutil.rmtree(folder, ignore_errors=True)
         for path in set(self.folder.glob("*/*.safetensors")) - self._used:
             path.unlink(missing_ok=True)
         for folder in self.folder.glob("*"):

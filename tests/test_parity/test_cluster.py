@@ -1,0 +1,151 @@
+"""What a cluster makes is what one process makes, to the bit; a worker that dies costs its items, and no more."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.engine import DaskEngine, ItemsFailedError
+from stages.context import Context
+from stages.errors import StageError
+from stages.mixture.refine import REFINE_BATCH, RefinePart, refine_in_parts, refine_part, refine_to
+from stages.mixture.refined import Routes, load_refined
+from stages.mixture.storage import load_mixture
+from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers.neighbours.cluster import SearchItem, cluster_distances, search_item
+from stages.scorers.neighbours.store import NeighbourStore
+from tests.test_parity.killing import Killing
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with DaskEngine(workers=2) as engine:
+        yield engine
+
+
+class InHere:
+    """A cluster of this process alone, which counts items, and stops before one of them."""
+
+    def __init__(self, most=10**9):
+        self.done, self.most = [], most
+
+    def map(self, fn, items):
+        for item in items:
+            if len(self.done) == self.most:
+                raise StageError("the scheduler is gone")
+            self.done.append(item)
+            yield fn(item)
+
+
+def drawn(n, dim, seed, near=0.0):
+    """Rows around twenty directions, many of them alike."""
+    rng = np.random.default_rng(seed)
+    means = np.random.default_rng(0).normal(size=(20, dim))
+    rows = means[rng.integers(0, 20, n)] + (near or 1) * rng.normal(size=(n, dim))
+    return np.float16(np.concatenate([rows, rows[: n // 10]]))
+
+
+# ---------------------------------------------------------------------------------------------------------- neighbours
+
+
+@pytest.mark.parametrize("near", [0.0, 0.02])
+@pytest.mark.parametrize("k", [1, 60])
+def test_blocks_of_a_bank_have_the_distances_of_the_whole(near, k, tmp_path):
+    """Near neighbours tie in their cosines, and are told apart by their rows."""
+    bank, queries = FeatureBank(drawn(2200, 24, 1, near), device="cpu"), drawn(1100, 24, 2, near)
+    serial = bank.by_blocks(queries, k)
+    here = InHere()
+    assert np.array_equal(cluster_distances(bank, queries, k, here, tmp_path / "found", bank_rows=1024), serial)
+    assert len(here.done) == 3
+    assert not (tmp_path / "found").exists()
+    anew = FeatureBank(bank.features, device="cpu", held_bytes=0, block_rows=1024)
+    assert np.array_equal(anew.by_blocks(queries, k), serial)
+    np.testing.assert_allclose(serial, bank.search(queries, k)[0], atol=2e-6)
+
+
+@pytest.mark.dask
+def test_workers_find_the_neighbours_that_one_process_finds(workers, tmp_path):
+    bank, queries = FeatureBank(drawn(2200, 24, 1), device="cpu"), drawn(4500, 24, 2)
+    alone = NeighbourStore(tmp_path / "alone").distances(bank, queries, 50)
+    killing = Killing(workers, tmp_path / "killed")
+    store = NeighbourStore(tmp_path / "together", cluster=killing, least_pairs=0)
+    assert np.array_equal(store.distances(bank, queries, 50), alone)
+    assert (tmp_path / "killed").exists()
+    (file,) = (tmp_path / "alone").glob("*/*.safetensors")
+    assert (tmp_path / "together" / file.parent.name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_search_goes_on_where_it_was(tmp_path):
+    bank, queries = FeatureBank(drawn(2200, 24, 1), device="cpu"), drawn(1100, 24, 2)
+    with pytest.raises(StageError, match="gone"):
+        cluster_distances(bank, queries, 5, InHere(most=2), tmp_path / "found", bank_rows=1024)
+    here = InHere()
+    found = cluster_distances(bank, queries, 5, here, tmp_path / "found", bank_rows=1024)
+    assert len(here.done) == 1
+    assert np.array_equal(found, bank.by_blocks(queries, 5))
+
+
+def test_few_rows_are_searched_here(tmp_path):
+    here = InHere()
+    NeighbourStore(tmp_path, cluster=here).distances(FeatureBank(drawn(50, 4, 0)), drawn(9, 4, 1), 3)
+    assert here.done == []
+
+
+# ------------------------------------------------------------------------------------------------------------ refining
+
+
+@pytest.fixture(scope="module")
+def network(mixture, backbone):
+    return load_mixture(mixture, backbone.end, backbone.dim, backbone.tap_dim)
+
+
+@pytest.fixture(scope="module")
+def routes(caches):
+    """Every other row, to the one expert, the other, or wherever the router sends it."""
+    rows = np.arange(0, caches["test"].n_rows, 2)
+    return Routes(rows % 3 - 1, rows)
+
+
+@pytest.fixture(scope="module")
+def serial(network, caches, routes, tmp_path_factory):
+    """With two threads; workers have one each."""
+    path = tmp_path_factory.mktemp("serial") / "test.safetensors"
+    torch.set_num_threads(2)
+    try:
+        refine_to(path, {"of": "test"}, network, caches["test"], routes)
+    finally:
+        torch.set_num_threads(1)
+    return path
+
+
+@pytest.mark.dask
+def test_workers_refine_what_one_process_does(workers, network, caches, routes, serial, tmp_path):
+    path, context = tmp_path / "test.safetensors", Context(cluster=Killing(workers, tmp_path / "killed"))
+    refine_in_parts(path, {"of": "test"}, network, caches["test"], routes, context, REFINE_BATCH)
+    assert (tmp_path / "killed").exists()
+    assert path.read_bytes() == serial.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["killed", "test.json", "test.safetensors"]
+
+
+def test_refining_goes_on_where_it_was(network, caches, routes, serial, tmp_path):
+    path, arguments = tmp_path / "test.safetensors", (network, caches["test"], routes)
+    stopped, here = InHere(most=1), InHere()
+    with pytest.raises(StageError, match="gone"):
+        refine_in_parts(path, {"of": "test"}, *arguments, Context(cluster=stopped), REFINE_BATCH)
+    assert load_refined(path, {"of": "test"}) is None
+    refine_in_parts(path, {"of": "test"}, *arguments, Context(cluster=here), REFINE_BATCH)
+    assert path.read_bytes() == serial.read_bytes()
+    n_parts = -(-len(routes.rows) // REFINE_BATCH)
+    assert (len(stopped.done), len(here.done)) == (1, n_parts - 1)
+
+
+@pytest.mark.dask
+def test_items_are_small_and_named(workers, tmp_path):
+    part = RefinePart("mixture.pt", "cpu", "cache/train", "digest", np.arange(2048), np.arange(2048), "part")
+    item = SearchItem("bank.npy", "queries.npy", (0, 1 << 17), (4096, 8192), 200, "found")
+    assert str(part) == "rows 0 to 2047 of cache/train, to be refined"
+    assert str(item) == "queries 4096 to 8191 in rows 0 to 131071 of bank.npy"
+    with pytest.raises(ItemsFailedError, match=r"2 items failed.*queries 4096 to 8191 .*bank.npy: FileNotFoundError"):
+        list(workers.map(search_item, [item, replace(item, k=3)]))
+    assert refine_part.__module__ == "stages.mixture.refine"
