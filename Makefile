@@ -17,7 +17,7 @@ VERBS := run predict export serve verify info
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
 	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company \
-	bench-scale check-gpu clean
+	bench-scale bench-cluster check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -71,7 +71,7 @@ lint: $(READY) ## Check style and types; changes nothing
 	@# What Linux alone has must not be called unguarded. A platform's results are of no use to another's run.
 	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 
-bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve ## Measure every stage against its limit (some minutes; not a test)
+bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-cluster ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
 bench-decode: $(READY) ## The decoder alone, by threads and processes (ARGS=--ways, ARGS="--difference SOURCE")
 bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
@@ -84,9 +84,10 @@ bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
 bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
 bench-company: $(READY) ## Two trainings side by side against one alone
+bench-cluster: $(READY) ## One and two workers: extraction, kNN, an empty item; the scheduler's memory
 bench-scale: $(READY) ## Each step after extraction at 10,000, 100,000, … rows: time, memory, slopes (ARGS="--rows 1000000 --only grouping")
 bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve \
-	bench-company bench-scale:
+	bench-company bench-scale bench-cluster:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers

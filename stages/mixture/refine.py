@@ -110,6 +110,7 @@ class RefinePart:
         digest: of its bytes.
         rows, expert: the part's own `Routes`.
         path: of the file that they go to.
+        threads: of one process that would refine them all; their number is seen in the last bits.
     """
 
     network: str
@@ -119,6 +120,7 @@ class RefinePart:
     rows: NDArray[np.int64]
     expert: NDArray[np.int64] | None
     path: str
+    threads: int
 
     def __str__(self) -> str:
         return f"rows {self.rows[0]} to {self.rows[-1]} of {self.cache}, to be refined"
@@ -168,6 +170,7 @@ def refine_in_parts(
             numbers[start : start + part_rows],
             None if routes.expert is None else routes.expert[start : start + part_rows],
             str((folder / f"{start:012d}.safetensors").absolute()),
+            torch.get_num_threads(),
         )
         for start in range(0, n, part_rows)
     ]
@@ -201,11 +204,21 @@ def refine_part(part: RefinePart) -> int:
     mixture, cache = _mixture_of_process(part.network, Context(device=part.device).place), _opened(part.cache)
     if cache.digest != part.digest:
         raise StageError(f"{part.cache} was replaced while its rows were refined: run the same again")
-    with repeatable(mixture.group.device):
+    with repeatable(mixture.group.device), _threads(part.threads):
         batches = list(_batches(mixture, cache, Routes(part.expert, part.rows), NullProgress()))
     columns = {name: np.concatenate([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
     write_tensors(Path(part.path), columns)
     return len(part.rows)
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)

@@ -61,7 +61,7 @@ def test_blocks_of_a_bank_have_the_distances_of_the_whole(near, k, tmp_path):
     assert not (tmp_path / "found").exists()
     anew = FeatureBank(bank.features, device="cpu", held_bytes=0, block_rows=1024)
     assert np.array_equal(anew.by_blocks(queries, k), serial)
-    np.testing.assert_allclose(serial, bank.search(queries, k)[0], atol=2e-6)
+    np.testing.assert_allclose(serial, bank.search(queries, k)[0], atol=1e-5)
 
 
 @pytest.mark.dask
@@ -107,15 +107,18 @@ def routes(caches):
     return Routes(rows % 3 - 1, rows)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """Here; workers have one, and take as many where that is seen in the bits."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def serial(network, caches, routes, tmp_path_factory):
-    """With two threads; workers have one each."""
     path = tmp_path_factory.mktemp("serial") / "test.safetensors"
-    torch.set_num_threads(2)
-    try:
-        refine_to(path, {"of": "test"}, network, caches["test"], routes)
-    finally:
-        torch.set_num_threads(1)
+    refine_to(path, {"of": "test"}, network, caches["test"], routes)
     return path
 
 
@@ -142,7 +145,7 @@ def test_refining_goes_on_where_it_was(network, caches, routes, serial, tmp_path
 
 @pytest.mark.dask
 def test_items_are_small_and_named(workers, tmp_path):
-    part = RefinePart("mixture.pt", "cpu", "cache/train", "digest", np.arange(2048), np.arange(2048), "part")
+    part = RefinePart("mixture.pt", "cpu", "cache/train", "digest", np.arange(2048), np.arange(2048), "part", 2)
     item = SearchItem("bank.npy", "queries.npy", (0, 1 << 17), (4096, 8192), 200, "found")
     assert str(part) == "rows 0 to 2047 of cache/train, to be refined"
     assert str(item) == "queries 4096 to 8191 in rows 0 to 131071 of bank.npy"
