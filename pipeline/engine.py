@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self
 
 from stages.context import Item, Result
 from stages.errors import InputError, StageError
@@ -29,8 +29,6 @@ _ALLOWED_DEATHS = 1  # of local workers, beside the first, while an item was the
 _MOST_FAILED = 16  # items; where more fail, it is not theirs
 _SHOWN = 5  # of them, in the message
 _LONGEST_NAME = 120
-
-Work = TypeVar("Work")
 
 
 class EngineError(StageError):
@@ -274,7 +272,7 @@ class DaskEngine:
 
 
 @dataclass
-class _Undone(Generic[Work]):
+class _Undone(Generic[Item]):
     """What became of items that were not done.
 
     Attributes:
@@ -282,10 +280,10 @@ class _Undone(Generic[Work]):
         failed: those that raised, and what.
     """
 
-    killed: list[Work] = field(default_factory=list)
-    failed: list[tuple[Work, Exception]] = field(default_factory=list)
+    killed: list[Item] = field(default_factory=list)
+    failed: list[tuple[Item, Exception]] = field(default_factory=list)
 
-    def raised(self, item: Work, error: Exception) -> None:
+    def raised(self, item: Item, error: Exception) -> None:
         """One more that raised.
 
         Raises:

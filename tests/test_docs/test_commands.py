@@ -114,7 +114,8 @@ def test_there_are_commands():
 
 def test_every_option_that_text_names_exists():
     known = {name for verb in verbs.commands.values() for option in verb.params for name in option.opts}
-    others = "".join(path.read_text("utf-8") for path in [*(ROOT / "tests").rglob("*.py"), ROOT / "Makefile"])
+    files = [*(ROOT / "tests").rglob("*.py"), ROOT / "Makefile", *(ROOT / "pipeline").rglob("*.sbatch")]
+    others = "".join(path.read_text("utf-8") for path in files)
     for page in PAGES.values():
         for option in {word for span in page.spans for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}:
             assert option in known or option in others, (page.name, option)

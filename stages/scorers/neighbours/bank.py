@@ -26,7 +26,8 @@ from stages.errors import InputError
 from stages.id_data.lazy import LazyArray, Rows2D
 from stages.scorers.shared.arrays import checked_features, l2_normalise, refuse_not_finite
 
-Found = tuple[NDArray[np.float32], NDArray[np.int64]]  # [n, k] of queries: cosines or distances, and rows of the bank
+# [n, k] of queries: cosines or distances, and rows of the bank.
+RowsFound = tuple[NDArray[np.float32], NDArray[np.int64]]
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
 # faiss's last bits depend on how many queries it is given, so it is always given blocks of one size. Below a few
@@ -201,7 +202,7 @@ class FeatureBank:
         if self._is_held:
             found = [self.measured(unit, *top_rows(unit, k, self._unit)) for unit in asked]
         else:
-            best: list[list[Found]] = [[] for _ in asked]
+            best: list[list[RowsFound]] = [[] for _ in asked]
             for start, read in self._blocks():
                 some = l2_normalise(read)
                 for unit, own in zip(asked, best, strict=True):
@@ -301,7 +302,7 @@ class FeatureBank:
         return np.take_along_axis(distances, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
-def top_rows(unit: NDArray[np.float32], k: int, bank: NDArray[np.float32]) -> Found:
+def top_rows(unit: NDArray[np.float32], k: int, bank: NDArray[np.float32]) -> RowsFound:
     """The k largest cosines of queries with rows of a bank, descending, and these rows; all have length 1.
 
     Where the k-th is a near neighbour, the rows that tie with it are taken by their numbers: the same of a whole bank,
@@ -328,7 +329,7 @@ def top_rows(unit: NDArray[np.float32], k: int, bank: NDArray[np.float32]) -> Fo
     return cosine[:, :k], rows[:, :k]
 
 
-def merged_rows(found: Sequence[Found], k: int) -> Found:
+def merged_rows(found: Sequence[RowsFound], k: int) -> RowsFound:
     """The k best of what `top_rows` found in blocks of a bank, by cosine and row, with rows counted in the bank."""
     cosine, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
     order = np.lexsort((rows, -cosine), axis=1)[:, :k]

@@ -25,7 +25,7 @@ from stages.context import Cluster
 from stages.errors import StageError
 from stages.files.tensors import read_tensors, write_tensors
 from stages.id_data.lazy import Floats, Rows2D
-from stages.scorers.neighbours.bank import QUERY_BLOCK, FeatureBank, Found, merged_rows, top_rows
+from stages.scorers.neighbours.bank import QUERY_BLOCK, FeatureBank, RowsFound, merged_rows, top_rows
 from stages.scorers.shared.arrays import checked_features, l2_normalise
 
 BANK_ROWS = 1 << 17  # of a block, a multiple of 1024
@@ -140,7 +140,7 @@ def _write_array(path: Path, rows: Rows2D) -> None:
         os.fsync(file.fileno())
 
 
-def _found(item: SearchItem) -> Found:
+def _found(item: SearchItem) -> RowsFound:
     stored = read_tensors(Path(item.path))
     if stored is None:
         Path(item.path).unlink(missing_ok=True)
