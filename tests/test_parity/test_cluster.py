@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.engine import DaskEngine, ItemsFailedError
 from stages.context import Context
@@ -107,14 +106,6 @@ def routes(caches):
     return Routes(rows % 3 - 1, rows)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    """Here; workers have one, and take as many where that is seen in the bits."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def serial(network, caches, routes, tmp_path_factory):
     path = tmp_path_factory.mktemp("serial") / "test.safetensors"
@@ -145,7 +136,7 @@ def test_refining_goes_on_where_it_was(network, caches, routes, serial, tmp_path
 
 @pytest.mark.dask
 def test_items_are_small_and_named(workers, tmp_path):
-    part = RefinePart("mixture.pt", "cpu", "cache/train", "digest", np.arange(2048), np.arange(2048), "part", 2)
+    part = RefinePart("mixture.pt", "cpu", "cache/train", "digest", np.arange(2048), np.arange(2048), "part", 1)
     item = SearchItem("bank.npy", "queries.npy", (0, 1 << 17), (4096, 8192), 200, "found")
     assert str(part) == "rows 0 to 2047 of cache/train, to be refined"
     assert str(item) == "queries 4096 to 8191 in rows 0 to 131071 of bank.npy"
