@@ -324,14 +324,15 @@ def top_rows(unit: NDArray[np.float32], k: int, bank: NDArray[np.float32]) -> Ro
         cosine, rows = _nearest(unit, asked, bank)
     near = np.flatnonzero(cosine[:, k - 1] > _NEAR_COSINE)
     order = np.lexsort((rows[near], -cosine[near]), axis=1)
-    for array in (cosine, rows):
-        array[near] = np.take_along_axis(array[near], order, axis=1)
+    cosine[near] = np.take_along_axis(cosine[near], order, axis=1)
+    rows[near] = np.take_along_axis(rows[near], order, axis=1)
     return cosine[:, :k], rows[:, :k]
 
 
 def merged_rows(found: Sequence[RowsFound], k: int) -> RowsFound:
     """The k best of what `top_rows` found in blocks of a bank, by cosine and row, with rows counted in the bank."""
-    cosine, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    cosine = np.concatenate([each[0] for each in found], axis=1)
+    rows = np.concatenate([each[1] for each in found], axis=1)
     order = np.lexsort((rows, -cosine), axis=1)[:, :k]
     return np.take_along_axis(cosine, order, axis=1), np.take_along_axis(rows, order, axis=1)
 

@@ -67,8 +67,8 @@ def search_item(item: SearchItem) -> None:
         top_rows(l2_normalise(queries[first : min(first + QUERY_BLOCK, stop)]), min(item.k, len(unit)), unit)
         for first in range(start, stop, QUERY_BLOCK)
     ]
-    cosine, rows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    write_tensors(Path(item.path), {"cosine": cosine, "rows": rows + item.rows[0]})
+    rows = np.concatenate([each[1] for each in found]) + item.rows[0]
+    write_tensors(Path(item.path), {"cosine": np.concatenate([each[0] for each in found]), "rows": rows})
 
 
 @lru_cache(maxsize=1)
