@@ -121,8 +121,9 @@ class DaskEngine:
             self._start_workers()
         else:
             self._connect(self._address)
-        n = len(self._client.nthreads())
-        self._progress.note(f"dask: {n} worker{'' if n == 1 else 's'}; dashboard {self._client.dashboard_link}")
+        client: Any = self._client
+        n = len(client.nthreads())
+        self._progress.note(f"dask: {n} worker{'' if n == 1 else 's'}; dashboard {client.dashboard_link}")
 
     def _start_workers(self) -> None:
         import dask

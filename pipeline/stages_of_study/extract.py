@@ -139,7 +139,7 @@ class Extract(BackboneStage):
                 self._list_same_bytes(cache, context.progress)
         files = {entry.name: self.workspace.sets.arrays(entry).files for entry in self.workspace.sets.with_features()}
         backbone.link(self._spec, caches, files)
-        made = self._make_pseudo(context.progress)
+        made = self._make_pseudo(context)
         rows = sum(cache.n_rows for cache in caches.values())
         failures = sum(cache.manifest.n_failures for cache in caches.values())
         done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
@@ -150,12 +150,12 @@ class Extract(BackboneStage):
     def _pseudo(self) -> PseudoOOD:
         return PseudoOOD(self.workspace, self.backbone)
 
-    def _make_pseudo(self, progress: Progress) -> Lines:
+    def _make_pseudo(self, context: Context) -> Lines:
         """The images that play OOD for ``auto``, where they are wanted and not there; a line about new ones.
 
         The study does without them: `auto` is then chosen by features alone.
         """
-        pseudo, options, spec = self._pseudo, self.workspace.options, self._spec
+        pseudo, spec, cluster = self._pseudo, self._spec, context.cluster
         if not pseudo.wanted or pseudo.cache(spec) is not None:
             return []
         device = self.backbone.other_device(spec)
@@ -163,12 +163,11 @@ class Extract(BackboneStage):
             if device:
                 raise InputError(f"the features of this study are of device {device!r}, this is another")
             loaded = self.backbone.loaded
-            with engine_for(options.scheduler, options.workers) as engine:
-                how = ExtractOptions(1.0, mapper=None if engine is None else engine.map, progress=progress)
-                samples, root = pseudo.samples(), self.workspace.config.cache.root
-                cache = extract_set(pseudo.name, samples, spec, root, lambda: loaded, options=how)
+            how = ExtractOptions(1.0, mapper=None if cluster is None else cluster.map, progress=context.progress)
+            samples, root = pseudo.samples(), self.workspace.config.cache.root
+            cache = extract_set(pseudo.name, samples, spec, root, lambda: loaded, options=how)
         except InputError as error:
-            progress.note(f"{self.name}: no images play OOD, auto is chosen by features alone: {error}")
+            context.progress.note(f"{self.name}: no images play OOD, auto is chosen by features alone: {error}")
             return []
         pseudo.keep(cache)
         return [f"{self.name} {pseudo.name}: {cache.n_rows} images that play OOD, made of ID images, in {cache.path}"]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.engine import DaskEngine, ItemsFailedError
 from stages.context import Context
@@ -104,6 +105,14 @@ def routes(caches):
     """Every other row, to the one expert, the other, or wherever the router sends it."""
     rows = np.arange(0, caches["test"].n_rows, 2)
     return Routes(rows % 3 - 1, rows)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """Here; workers have one, and take as many where that is seen in the bits."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
