@@ -21,9 +21,9 @@ import pipeline.__main__  # noqa: F401  the process is set up as the command lin
 from pipeline.engine import DaskEngine
 from tests.bench.timing import RUNS
 
-N_IMAGES, SHARD = 384, 32
-BANK, QUERIES, DIM, K = 65_536, 32_768, 384, 200
-N_EMPTY, N_MANY = 2_000, 100_000
+N_IMAGES, SHARD = 192, 16
+BANK, QUERIES, DIM, K = 32_768, 16_384, 384, 200
+N_EMPTY, N_MANY = 500, 100_000
 
 
 def main() -> None:
