@@ -10,8 +10,8 @@ import logging
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,8 +22,11 @@ from stages.context import Item, Result
 from stages.errors import InputError, StageError
 from stages.progress import NullProgress, Progress
 
+# What workers need and takes seconds to import: local ones are forked from a process that has it.
+_PRELOADED = ("distributed", "torch", "faiss", "h5py", "pydantic")
 _PER_WORKER = 2  # items in flight: one that runs and one that waits, so that nobody is idle and memory stays flat
 _COUNTED_EVERY_S = 1.0  # workers
+_PATIENCE_S = 60.0  # with workers that do nothing, before it is asked whether there are any
 _TRIES = 3  # of an item that raises what nobody foresaw, as a disk of the network may
 _ALLOWED_DEATHS = 1  # of local workers, beside the first, while an item was theirs; of a cluster, as it is configured
 _MOST_FAILED = 16  # items; where more fail, it is not theirs
@@ -99,7 +102,7 @@ class DaskEngine:
         """
         self._address, self._workers, self._answer_s = address, workers, answer_s
         self._shared, self._progress = shared, progress or NullProgress()
-        self._cluster: Any = None
+        self._started = ExitStack()
         self._client: Any = None
 
     def __enter__(self) -> Self:
@@ -128,9 +131,13 @@ class DaskEngine:
     def _start_workers(self) -> None:
         import dask
         from distributed import Client, LocalCluster
+        from distributed.utils import get_mp_context
 
+        # For as long as there are workers: others take the place of those that die.
+        self._started.enter_context(dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}))
+        get_mp_context().set_forkserver_preload(list(_PRELOADED))  # in place of Dask's own list, which it gives once
         with dask.config.set({"distributed.scheduler.allowed-failures": _ALLOWED_DEATHS}):
-            self._cluster = LocalCluster(
+            cluster = LocalCluster(
                 n_workers=self._workers,
                 threads_per_worker=1,
                 processes=True,
@@ -138,7 +145,9 @@ class DaskEngine:
                 memory_limit=0,  # an item is bounded by its shard, and memory-mapped pages are no reason to kill
                 silence_logs=logging.CRITICAL,
             )
-        self._client = Client(self._cluster, set_as_default=False)
+        self._started.callback(cluster.close)
+        self._client = Client(cluster, set_as_default=False)
+        self._started.callback(self._client.close)
         self._client.run(_ignore_interrupt)
 
     def _connect(self, address: str) -> None:
@@ -147,6 +156,7 @@ class DaskEngine:
         try:
             asyncio.run(_shake_hands(address, self._answer_s))
             self._client = Client(address, timeout=self._answer_s, set_as_default=False)
+            self._started.callback(self._client.close)
         except (OSError, ValueError, MemoryError) as error:  # memory: a web server's greeting, read as a length
             raise InputError(
                 f"--scheduler {address}: no Dask scheduler answers there; "
@@ -186,10 +196,8 @@ class DaskEngine:
 
     def close(self) -> None:
         """Disconnect, and stop local workers; the next item starts them again."""
-        client, cluster, self._client, self._cluster = self._client, self._cluster, None, None
-        for resource in (client, cluster):
-            if resource is not None:
-                resource.close()
+        self._client = None
+        self._started.close()
 
     def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results as they complete; leaving early cancels what has not run.
@@ -228,11 +236,36 @@ class DaskEngine:
         self, fn: Callable[[Item], Result], items: Iterable[Item], width: Callable[[], int], undone: "_Undone[Item]"
     ) -> Iterator[Result]:
         """Do items, so many at a time; what fails is noted."""
-        from distributed import CancelledError, KilledWorker, as_completed
+        from distributed import CancelledError, KilledWorker
 
-        queue = iter(items)
+        try:
+            with closing(self._ended(fn, items, width)) as ended:
+                for future, item in ended:
+                    try:
+                        result = future.result()
+                    except KilledWorker:
+                        undone.killed.append(item)
+                    except (StageError, CancelledError):
+                        raise
+                    except Exception as error:
+                        undone.raised(item, error)
+                    else:
+                        yield result
+        except CancelledError as error:
+            raise EngineError("the Dask scheduler went away; what is finished is kept: run the same again") from error
+
+    def _ended(
+        self, fn: Callable[[Item], Result], items: Iterable[Item], width: Callable[[], int]
+    ) -> Generator[tuple[Any, Item], None, None]:
+        """Futures of items, and these, as they end one way or the other; the next are handed out before that is said.
+
+        Raises:
+            EngineError: nobody is left who could do them.
+        """
+        from distributed import as_completed
+
+        queue, resources = iter(items), self._resources()
         in_flight: dict[Any, Item] = {}
-        resources = self._resources()
 
         def submit() -> list[Any]:
             # pure=False: items are work to be done, not values to be looked up by their hash.
@@ -243,25 +276,23 @@ class DaskEngine:
             in_flight.update(futures)
             return list(futures)
 
+        running, alone = as_completed(submit(), loop=self._client.loop, timeout=_PATIENCE_S), 0
         try:
-            running = as_completed(submit(), loop=self._client.loop)
-            for future in running:
+            while in_flight:
                 try:
-                    result = future.result()
-                except KilledWorker:
-                    undone.killed.append(in_flight.pop(future))
-                except (StageError, CancelledError):
-                    raise
-                except Exception as error:
-                    undone.raised(in_flight.pop(future), error)
-                else:
-                    del in_flight[future]
-                    running.update(submit())
-                    yield result
+                    future = next(running)
+                except TimeoutError:  # that of `running` since it was made, and nothing is there now
+                    alone = 0 if self._client.nthreads() else alone + 1
+                    if self._address is None and alone > 1:  # others may queue for a node; these do not come again
+                        raise EngineError(
+                            "all local workers are gone, and none came in their place (out of memory?); what is "
+                            "finished is kept: run the same again, with fewer --workers"
+                        ) from None
+                    running = as_completed(list(in_flight), loop=self._client.loop, timeout=_PATIENCE_S)
                     continue
+                item = in_flight.pop(future)
                 running.update(submit())
-        except CancelledError as error:
-            raise EngineError("the Dask scheduler went away; what is finished is kept: run the same again") from error
+                yield future, item
         finally:
             with suppress(Exception):  # of a scheduler that is gone
                 self._client.cancel(list(in_flight))

@@ -9,6 +9,7 @@
     mixture    folder of a mixture of 2 experts trained on `data`, 2 epochs, seed 0
     probe      the linear probe on `data`
     object_store  the proxy of an S3 server on this machine, with a bucket
+    workers    two local Dask workers, which tests may kill
     vit        a ViT of six small blocks with seeded random weights
     vit_data   the ID side of a study on its features of `few_images`, a quarter held out, never cross-fitted
 
@@ -178,6 +179,14 @@ def object_store():
         patch.setattr("s3fs.S3FileSystem.retries", 3)  # of 5: each waits longer than the one before
         yield store.proxy
     store.close()
+
+
+@pytest.fixture(scope="session")
+def workers():
+    from pipeline.engine import DaskEngine
+
+    with DaskEngine(workers=2) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

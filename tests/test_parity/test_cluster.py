@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.engine import DaskEngine, ItemsFailedError
+from pipeline.engine import ItemsFailedError
 from stages.context import Context
 from stages.errors import StageError
 from stages.mixture.refine import REFINE_BATCH, RefinePart, refine_in_parts, refine_part, refine_to
@@ -16,12 +16,6 @@ from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.cluster import SearchItem, cluster_distances, search_item
 from stages.scorers.neighbours.store import NeighbourStore
 from tests.test_parity.killing import Killing
-
-
-@pytest.fixture(scope="module")
-def workers():
-    with DaskEngine(workers=2) as engine:
-        yield engine
 
 
 class InHere:

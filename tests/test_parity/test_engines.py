@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pipeline.engine import DaskEngine
 from tests.test_stages.slow_extraction import small_shards
 
 
@@ -19,15 +18,14 @@ def images(few_images, tmp_path):
 
 
 @pytest.mark.dask
-def test_workers_make_the_cache_that_one_process_makes(images, backbone, tmp_path):
+def test_workers_make_the_cache_that_one_process_makes(workers, images, backbone, tmp_path):
     """Here with two threads, there in two processes of one thread each, which finish in an order of their own."""
     torch.set_num_threads(2)
     try:
         serial = small_shards(backbone, images, tmp_path / "serial", max_failures=1.0)
     finally:
         torch.set_num_threads(1)
-    with DaskEngine(workers=2) as engine:
-        parallel = small_shards(backbone, images, tmp_path / "dask", max_failures=1.0, mapper=engine.map)
+    parallel = small_shards(backbone, images, tmp_path / "dask", max_failures=1.0, mapper=workers.map)
     assert len(serial.manifest.shards) == 4
     assert len(serial.failures()) == 1
     for file in serial.path.iterdir():

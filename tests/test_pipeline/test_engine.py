@@ -18,12 +18,6 @@ from stages.errors import InputError
 from stages.progress import NullProgress
 
 
-@pytest.fixture(scope="module")
-def workers():
-    with DaskEngine(workers=2) as engine:
-        yield engine
-
-
 @pytest.mark.dask
 def test_every_item_once(workers):
     assert sorted(workers.map(operator.neg, range(20))) == list(range(-19, 1))
@@ -175,6 +169,18 @@ def test_scheduler_that_goes_away():
         next(results)
         process.kill()
         with pytest.raises(EngineError, match="the Dask scheduler went away; what is finished is kept"):
+            deque(results, maxlen=0)
+
+
+@pytest.mark.dask
+def test_workers_that_do_not_come_again(monkeypatch):
+    """As on a machine without memory: Dask gives up a worker that cannot be started."""
+    monkeypatch.setattr("pipeline.engine._PATIENCE_S", 0.1)
+    with DaskEngine(workers=1) as engine:
+        results = engine.map(_process_after, [0.01] * 1000)
+        next(results)
+        engine._client.cluster.scale(0)
+        with pytest.raises(EngineError, match="all local workers are gone"):
             deque(results, maxlen=0)
 
 
