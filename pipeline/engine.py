@@ -11,7 +11,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from stages.errors import InputError, StageError
 from stages.progress import NullProgress, Progress
 
 # What workers need and takes seconds to import: local ones are forked from a process that has it.
-_PRELOADED = ("distributed", "torch", "faiss", "h5py", "pydantic")
+_PRELOADED = ("distributed", "torch", "timm", "faiss", "h5py", "pydantic")
 _PER_WORKER = 2  # items in flight: one that runs and one that waits, so that nobody is idle and memory stays flat
 _COUNTED_EVERY_S = 1.0  # workers
 _PATIENCE_S = 60.0  # with workers that do nothing, before it is asked whether there are any
@@ -32,6 +32,7 @@ _ALLOWED_DEATHS = 1  # of local workers, beside the first, while an item was the
 _MOST_FAILED = 16  # items; where more fail, it is not theirs
 _SHOWN = 5  # of them, in the message
 _LONGEST_NAME = 120
+_GONE = "the Dask scheduler went away; what is finished is kept: run the same again"
 
 
 class EngineError(StageError):
@@ -70,6 +71,16 @@ async def _shake_hands(address: str, answer_s: float) -> None:
     async with asyncio.timeout(answer_s):
         comm = await connect(address, timeout=answer_s)
     await comm.close()
+
+
+@contextmanager
+def _scheduler_there() -> Iterator[None]:
+    from distributed.client import ClosedClientError
+
+    try:
+        yield
+    except (OSError, ClosedClientError) as error:
+        raise EngineError(_GONE) from error
 
 
 def _sees(path: str, content: str) -> bool:
@@ -226,11 +237,15 @@ class DaskEngine:
         def now() -> int:
             nonlocal known, until
             if time.monotonic() >= until:
-                known = max(1, _PER_WORKER * sum(self._client.nthreads().values()))
+                known = max(1, _PER_WORKER * self._n_threads())
                 until = time.monotonic() + _COUNTED_EVERY_S
             return known
 
         return now
+
+    def _n_threads(self) -> int:
+        with _scheduler_there():
+            return sum(self._client.nthreads().values())
 
     def _flow(
         self, fn: Callable[[Item], Result], items: Iterable[Item], width: Callable[[], int], undone: "_Undone[Item]"
@@ -238,68 +253,73 @@ class DaskEngine:
         """Do items, so many at a time; what fails is noted."""
         from distributed import CancelledError, KilledWorker
 
-        try:
-            with closing(self._ended(fn, items, width)) as ended:
-                for future, item in ended:
-                    try:
-                        result = future.result()
-                    except KilledWorker:
-                        undone.killed.append(item)
-                    except (StageError, CancelledError):
-                        raise
-                    except Exception as error:
-                        undone.raised(item, error)
-                    else:
-                        yield result
-        except CancelledError as error:
-            raise EngineError("the Dask scheduler went away; what is finished is kept: run the same again") from error
+        with closing(self._ended(fn, items, width)) as ended:
+            for item, result, error in ended:
+                if error is None:
+                    yield result
+                elif isinstance(error, KilledWorker):
+                    undone.killed.append(item)
+                elif isinstance(error, CancelledError):
+                    raise EngineError(_GONE) from error
+                elif isinstance(error, StageError):
+                    raise error
+                else:
+                    undone.raised(item, error)
 
     def _ended(
         self, fn: Callable[[Item], Result], items: Iterable[Item], width: Callable[[], int]
-    ) -> Generator[tuple[Any, Item], None, None]:
-        """Futures of items, and these, as they end one way or the other; the next are handed out before that is said.
+    ) -> Generator[tuple[Item, Any, Exception | None], None, None]:
+        """Items as they end, their results, and what they raised; the next are handed out before that is said.
 
         Raises:
             EngineError: nobody is left who could do them.
         """
-        from distributed import as_completed
-
         queue, resources = iter(items), self._resources()
         in_flight: dict[Any, Item] = {}
 
         def submit() -> list[Any]:
-            # pure=False: items are work to be done, not values to be looked up by their hash.
-            futures = {
-                self._client.submit(fn, item, pure=False, retries=_TRIES - 1, resources=resources): item
-                for item in islice(queue, max(0, width() - len(in_flight)))
-            }
+            wanted = list(islice(queue, max(0, width() - len(in_flight))))
+            with _scheduler_there():
+                # pure=False: items are work to be done, not values to be looked up by their hash.
+                futures = {
+                    self._client.submit(fn, item, pure=False, retries=_TRIES - 1, resources=resources): item
+                    for item in wanted
+                }
             in_flight.update(futures)
             return list(futures)
 
-        running, alone = as_completed(submit(), loop=self._client.loop, timeout=_PATIENCE_S), 0
+        running, alone = self._running(submit()), 0
         try:
             while in_flight:
                 try:
-                    future = next(running)
+                    future, result = next(running)
                 except TimeoutError:  # that of `running` since it was made, and nothing is there now
-                    alone = 0 if self._client.nthreads() else alone + 1
+                    alone = 0 if self._n_threads() else alone + 1
                     if self._address is None and alone > 1:  # others may queue for a node; these do not come again
                         raise EngineError(
                             "all local workers are gone, and none came in their place (out of memory?); what is "
                             "finished is kept: run the same again, with fewer --workers"
                         ) from None
-                    running = as_completed(list(in_flight), loop=self._client.loop, timeout=_PATIENCE_S)
+                    running = self._running(list(in_flight))
                     continue
                 item = in_flight.pop(future)
                 running.update(submit())
-                yield future, item
+                error = result[1] if future.status == "error" else result if future.cancelled() else None
+                yield item, result, error
         finally:
             with suppress(Exception):  # of a scheduler that is gone
                 self._client.cancel(list(in_flight))
 
+    def _running(self, futures: Sequence[Any]) -> Any:
+        """Futures and their results as they come; what went wrong is told and not raised."""
+        from distributed import as_completed
+
+        return as_completed(futures, loop=self._client.loop, with_results=True, raise_errors=False, timeout=_PATIENCE_S)
+
     def _resources(self) -> dict[str, float] | None:
         """One GPU an item, where workers were started with ``--resources GPU=1``."""
-        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        with _scheduler_there():
+            workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
         return {"GPU": 1} if any(worker.get("resources", {}).get("GPU") for worker in workers) else None
 
 
