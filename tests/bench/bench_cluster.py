@@ -1,16 +1,23 @@
 """What workers add: extraction and the search of neighbours with one and with two of them, and what an item costs.
 
+Beside them two processes that know nothing of each other do the same: what two cores of this machine are worth.
+
 ``make bench-cluster``, ``ARGS="--only knn"`` for a part. Workers are started before anything is timed. Not a test.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -21,9 +28,13 @@ import pipeline.__main__  # noqa: F401  the process is set up as the command lin
 from pipeline.engine import DaskEngine
 from tests.bench.timing import RUNS
 
+if TYPE_CHECKING:
+    from stages.networks.backbone import Backbone
+
 N_IMAGES, SHARD = 192, 16
 BANK, QUERIES, DIM, K = 32_768, 16_384, 384, 200
 N_EMPTY, N_MANY = 500, 100_000
+LONG_S = 0.05  # an item whose successor waits at the worker, as shards do
 
 
 def main() -> None:
@@ -32,63 +43,120 @@ def main() -> None:
     parts: dict[str, Callable[[Console], None]] = {"extract": extract, "knn": knn, "empty": empty, "memory": memory}
     parser.add_argument("--only", choices=parts)
     only = parser.parse_args().only
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of the bare processes, as Dask's workers have
     for name, part in parts.items():
         if only in (None, name):
             part(Console())
 
 
-def one_and_two(console: Console, what: str, unit: str, amount: float, work: Callable[[DaskEngine], object]) -> None:
-    """Print the rates of a piece of work with one worker and with two, in turn after one warm-up."""
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    with DaskEngine(workers=1) as one, DaskEngine(workers=2) as two:
+def one_and_two(
+    console: Console,
+    what: str,
+    unit: str,
+    amount: float,
+    work: Callable[[Any], object],
+    bare: Callable[[int], object] | None = None,
+) -> None:
+    """Print the rates of a piece of work with one worker and with two, in turn after one warm-up.
+
+    Args:
+        console: printed to.
+        what: the work.
+        unit: of the rates.
+        amount: of work.
+        work: does it with an engine.
+        bare: does as much in a process of its own, the number of which it is given.
+    """
+    seconds: dict[str, list[float]] = {}
+    with (
+        DaskEngine(workers=1) as one,
+        DaskEngine(workers=2) as two,
+        ProcessPoolExecutor(2, get_context("spawn")) as pool,
+    ):
+        ways: dict[str, Callable[[], object]] = {"1 worker": partial(work, one), "2 workers": partial(work, two)}
+        if bare is not None:
+            ways |= {f"{n} bare": partial(lambda n: deque(pool.map(bare, range(n)), 0), n) for n in (1, 2)}
         for run in range(RUNS + 1):
-            for n, engine in ((1, one), (2, two)):
+            for way, function in ways.items():
                 start = time.perf_counter()
-                work(engine)
+                function()
                 if run:
-                    seconds[n].append(time.perf_counter() - start)
-    rates = {n: amount / statistics.median(own) for n, own in seconds.items()}
-    table = Table("what", "unit", "1 worker", "2 workers", "2 / 1")
-    table.add_row(what, unit, f"{rates[1]:.1f}", f"{rates[2]:.1f}", f"{rates[2] / rates[1]:.2f}")
+                    seconds.setdefault(way, []).append(time.perf_counter() - start)
+    rates = {way: amount / statistics.median(own) for way, own in seconds.items()}
+    table = Table("what", "unit", *rates, "2 / 1 worker", *(["2 / 1 bare"] if bare else []))
+    if bare is not None:
+        rates["2 bare"] *= 2
+    pairs = [rates["2 workers"] / rates["1 worker"], *([rates["2 bare"] / rates["1 bare"]] if bare else [])]
+    table.add_row(what, unit, *(f"{rate:.1f}" for rate in rates.values()), *(f"{pair:.2f}" for pair in pairs))
     console.print(table)
+
+
+@lru_cache(maxsize=1)
+def _backbone() -> "Backbone":
+    from stages.config import BackboneConfig
+    from stages.networks.backbone import load_backbone
+
+    return load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=224))
+
+
+def _extract(folder: Path, mapper: Any, out: str) -> None:
+    from stages.extract import ExtractOptions, extract_set
+    from stages.inputs.images import list_images
+
+    spec, samples = _backbone().feature_spec("float16", "full"), list_images(str(folder / "jpeg"))
+    options = ExtractOptions(shard_rows=SHARD, mapper=mapper)
+    extract_set("bench", samples, spec, folder / out, _backbone, options=options)
+
+
+def _extract_alone(folder: Path, number: int) -> None:
+    """Shard after shard in this process, as a worker makes them."""
+    _extract(folder, map, f"bare-{number}-{time.monotonic_ns()}")
 
 
 def extract(console: Console) -> None:
     """Images per second of extraction."""
-    from stages.config import BackboneConfig
-    from stages.extract import ExtractOptions, extract_set
-    from stages.inputs.images import list_images
-    from stages.networks.backbone import load_backbone
     from tests.bench.bench_extract import write_jpegs
 
-    backbone = load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=224))
-    spec, versions = backbone.feature_spec("float16", "full"), count()
+    versions = count()
     with tempfile.TemporaryDirectory() as scratch:
-        write_jpegs(Path(scratch) / "jpeg", N_IMAGES)
-        samples = list_images(str(Path(scratch) / "jpeg"))
+        folder = Path(scratch)
+        write_jpegs(folder / "jpeg", N_IMAGES)
 
         def work(engine: DaskEngine) -> None:
-            options = ExtractOptions(shard_rows=SHARD, mapper=engine.map)
-            extract_set("bench", samples, spec, Path(scratch) / str(next(versions)), lambda: backbone, options=options)
+            _extract(folder, engine.map, str(next(versions)))
 
         what = f"extraction, EfficientNet-Lite0 at 224 px, {N_IMAGES} images in shards of {SHARD}"
-        one_and_two(console, what, "images/s", N_IMAGES, work)
+        one_and_two(console, what, "images/s", N_IMAGES, work, partial(_extract_alone, folder))
 
 
-def knn(console: Console) -> None:
-    """Queries per second of the search of neighbours."""
+class _Here:
+    """A cluster of this process alone."""
+
+    map = staticmethod(map)
+
+
+def _search(folder: Path, cluster: Any) -> None:
     from stages.scorers.neighbours.bank import FeatureBank
     from stages.scorers.neighbours.cluster import cluster_distances
 
     rng = np.random.default_rng(0)
     bank = FeatureBank(rng.standard_normal((BANK, DIM), dtype=np.float32), device="cpu")
     queries = rng.standard_normal((QUERIES, DIM), dtype=np.float32)
+    cluster_distances(bank, queries, K, cluster, folder)
+
+
+def _search_alone(folder: Path, number: int) -> None:
+    _search(folder / f"bare-{number}", _Here)
+
+
+def knn(console: Console) -> None:
+    """Queries per second of the search of neighbours."""
     with tempfile.TemporaryDirectory() as scratch:
-
-        def work(engine: DaskEngine) -> None:
-            cluster_distances(bank, queries, K, engine, Path(scratch) / "found")
-
-        one_and_two(console, f"kNN, {QUERIES:,} queries in {BANK:,} x {DIM}, k = {K}", "queries/s", QUERIES, work)
+        folder = Path(scratch)
+        what = f"kNN, {QUERIES:,} queries in {BANK:,} x {DIM}, k = {K}"
+        one_and_two(
+            console, what, "queries/s", QUERIES, partial(_search, folder / "found"), partial(_search_alone, folder)
+        )
 
 
 def empty(console: Console) -> None:
@@ -98,6 +166,18 @@ def empty(console: Console) -> None:
         deque(engine.map(abs, range(N_EMPTY)), 0)
 
     one_and_two(console, f"{N_EMPTY:,} empty items", "items/s", N_EMPTY, work)
+    with DaskEngine(workers=1) as engine:
+        work(engine)
+        busy, n = time.process_time(), 100
+        work(engine)
+        busy = (time.process_time() - busy) / N_EMPTY
+        start = time.perf_counter()
+        deque(engine.map(time.sleep, [LONG_S] * n), 0)
+        more = (time.perf_counter() - start) / n - LONG_S
+    console.print(
+        f"an empty item: {1000 * busy:.1f} ms of CPU of the process that hands out; an item of {1000 * LONG_S:.0f} ms "
+        f"takes {1000 * more:.1f} ms more"
+    )
 
 
 def memory(console: Console) -> None:
