@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -13,6 +15,7 @@ from cache import FeatureSpec
 from stages.errors import StageError
 from stages.networks.backbone import Backbone
 from stages.networks.compiling import compiler_errors
+from stages.networks.compute import COMPUTE_THREADS
 from stages.networks.tokens import reduce_patches
 from stages.networks.transfer import stream_of
 
@@ -22,7 +25,8 @@ class Encoder:
 
     On a GPU each thread has memory of its own that images go in by and features come back by, and a stream that copies
     both. All compute on one stream: so the GPU has the next batch at hand while it computes one, and needs the memory
-    of one forward pass, however many threads there are::
+    of one forward pass, however many threads there are. One thread of the process starts all passes of a GPU, since
+    cuDNN chooses its kernels anew in every thread, which takes a convolutional network seconds::
 
         thread 1   stack ─ copy in ─┐            ┌─ copy back ─ store   stack ─ copy in ─┐
         thread 2                    │ stack ─ copy in ─┐        ┌─ copy back ─ store     │
@@ -105,10 +109,13 @@ class Encoder:
         computes, lane = self._computes, self._lane()
         assert computes is not None  # or this is the CPU
         batch, arrived = lane.bring(images)
-        with torch.cuda.stream(computes):
-            computes.wait_event(arrived)
-            rows = self._rows(batch)
-            computed = computes.record_event()
+
+        def start() -> tuple[dict[str, Tensor], torch.cuda.Event]:
+            with torch.cuda.stream(computes):
+                computes.wait_event(arrived)
+                return self._rows(batch), computes.record_event()
+
+        rows, computed = _starter(self._device).submit(start).result()
         with torch.cuda.stream(lane.stream):
             lane.stream.wait_event(computed)
             for name, tensor in rows.items():
@@ -124,6 +131,12 @@ class Encoder:
             self._own.lane = _Lane(self.batch, self.spec, stream)
         lane: _Lane = self._own.lane
         return lane
+
+
+@cache
+def _starter(device: torch.device) -> ThreadPoolExecutor:
+    """The thread that starts a GPU's passes."""
+    return ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(COMPUTE_THREADS))
 
 
 class _Lane:

@@ -29,12 +29,22 @@ from stages.training.recipes import FinetuneSettings
 MIXING = 1  # what is drawn for a batch, apart from what is drawn for the image of the same number
 
 
-def seed_generators(key: Sequence[int]) -> None:
-    """Seed Python's, numpy's and torch's own generators, which timm and torchvision draw from."""
+def seed_generators(key: Sequence[int], device: str = "cpu") -> None:
+    """Seed Python's, numpy's and torch's own generators, which timm and torchvision draw from.
+
+    Of torch's kinds of devices that which draws alone: `torch.manual_seed` takes milliseconds for those that are not in
+    use, each time, to remember who has asked.
+
+    Args:
+        key: what is drawn for.
+        device: kind of the one where a network draws.
+    """
     drawn = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(drawn)
     np.random.seed(drawn)
-    torch.manual_seed(drawn)
+    torch.default_generator.manual_seed(drawn)
+    if device == "cuda":
+        torch.cuda.manual_seed_all(drawn)
 
 
 @contextmanager

@@ -49,6 +49,11 @@ class LoadedBatch(NamedTuple):
     images: Iterator[Loaded]
 
 
+def _floats_of(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers that an average has; counters of batch norm, which is frozen, stay as they are."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+
+
 class ImageTrainer:
     """Trains an objective's network on images; see `stages.training.loop.Trainer`.
 
@@ -86,6 +91,7 @@ class ImageTrainer:
         self._rows = drop_paths_by_row(objective.model)
         self._average = ModelEmaV3(objective, settings.ema, use_warmup=True) if settings.ema else None
         self.judged: Any = self._average.module if self._average is not None else objective
+        self._followed = [_floats_of(network) for network in (self.judged, objective)]
         self._mixer = Mixer(settings, n_classes, seed)
         self._optimiser = network_optimiser(objective, settings)
         self._free = [p for p in objective.parameters() if p.requires_grad]
@@ -217,13 +223,15 @@ class ImageTrainer:
             nn.utils.clip_grad_norm_(self._free, self.settings.gradient_clip)
         self._optimiser.step()
         if self._average is not None:
-            self._average.update(self.objective, step=self._epoch * self._steps_of_epoch + number + 1)
+            # As its `update` does, which looks for all tensors in each step.
+            decay = self._average.get_decay(self._epoch * self._steps_of_epoch + number + 1)
+            torch._foreach_lerp_(*self._followed, 1.0 - decay)
         return Step(batch.rows, Fetched(self._ranks.add(found)))
 
     def _forward(self, mixed: Mixed, drawn: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """What is minimised, and ``[2]`` the sum of the loss and of the rows that are right."""
         self._rows.place, self._rows.n_batch = filled(mixed.place, [len(mixed.images)]), len(batch.rows)
-        seed_generators([self.seed, self._epoch, batch.number, _DROPPING])
+        seed_generators([self.seed, self._epoch, batch.number, _DROPPING], self._device.type)
         with self._autocast:
             loss, right = self.objective.loss(mixed, drawn)
         return loss / len(batch.rows), torch.stack([loss.detach(), right])

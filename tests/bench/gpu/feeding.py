@@ -22,6 +22,7 @@ from stages.machine import usable_cores
 from stages.networks.backbone import Backbone
 from stages.networks.compiling import compiler_errors, try_compiling
 from stages.networks.repeatable import repeatable
+from stages.networks.surgery import compile_parts
 from tests.bench.gpu.step import Bench, NotRun
 from tests.bench.gpu.subjects import jpegs, named_network, network, placed, rate
 
@@ -55,7 +56,8 @@ def extraction(bench: Bench, name: str, large: bool = False) -> None:
     config = named_network(bench, name, large)
     model = network(config)
     backbone = placed(copy.deepcopy(model), config, bench.device, precision="float16")
-    pace = stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
+    stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
+    pace = stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")
     folder = jpegs(bench, as_many(bench, pace))
     bench.measure("images of a pass, as memory allows", backbone.batch)
     limit = forward_rate(bench, backbone, backbone.encode)
@@ -65,7 +67,7 @@ def extraction(bench: Bench, name: str, large: bool = False) -> None:
         bench.measure(f"extraction, float16, patches = {patches}", ours, "images/s")
         bench.measure(f"the same / bare forward, patches = {patches}", ours / limit)
     for what, dtype in HALVES.items():
-        bare = forward_rate(bench, backbone, in_half(model, dtype, bench.device))
+        bare = forward_rate(bench, backbone, passes_of(halved(model, dtype, bench.device)))
         bench.measure(f"bare eager, weights in {what}", bare, "images/s")
 
 
@@ -76,17 +78,18 @@ def as_many(bench: Bench, pace: float) -> int:
 
 
 def compiled(bench: Bench, name: str, large: bool = False) -> None:
-    """The bare compiled forward pass."""
+    """The bare forward pass, its blocks or stages compiled as an extraction has them."""
     if bench.device != "cuda":
         raise NotRun("for the CPU it would compile C++, which takes minutes")
     config = named_network(bench, name, large)
     model = network(config)
     backbone = placed(copy.deepcopy(model), config, bench.device)
     started = time.perf_counter()
-    forward = torch.compile(in_half(model, torch.float16, bench.device), dynamic=False)
+    half = halved(model, torch.float16, bench.device)
+    compile_parts(half, dynamic=False)
     try:
         with compiler_errors():
-            bare = forward_rate(bench, backbone, forward)
+            bare = forward_rate(bench, backbone, passes_of(half))
     except StageError as error:
         raise NotRun(str(error)) from error
     bench.measure("bare compiled, weights in float16", bare, "images/s")
@@ -132,13 +135,17 @@ def forward_rate(bench: Bench, backbone: Backbone, forward: Callable[[Tensor], o
         return rate(bench, backbone.batch, lambda: forward(batches[next(turn) % 2]))
 
 
-def in_half(model: nn.Module, dtype: torch.dtype, device: str) -> Callable[[Tensor], Any]:
+def halved(model: nn.Module, dtype: torch.dtype, device: str) -> Any:
     """A network whose very weights are of this type: no autocast, which would cast them in every pass."""
     half: Any = copy.deepcopy(model).eval().requires_grad_(False).to(device, dtype)
-    layout = torch.contiguous_format if hasattr(half, "patch_embed") else torch.channels_last
-    half.to(memory_format=layout)
+    return half.to(memory_format=_layout(half))
 
-    def forward(images: Tensor) -> Any:
-        return half.forward_features(images.to(dtype).contiguous(memory_format=layout))
 
-    return forward
+def passes_of(half: Any) -> Callable[[Tensor], Any]:
+    """Its forward pass, which casts images."""
+    dtype, layout = next(half.parameters()).dtype, _layout(half)
+    return lambda images: half.forward_features(images.to(dtype).contiguous(memory_format=layout))
+
+
+def _layout(model: nn.Module) -> torch.memory_format:
+    return torch.contiguous_format if hasattr(model, "patch_embed") else torch.channels_last

@@ -34,10 +34,11 @@ def shares(bench: Bench, name: str, large: bool = False) -> None:
     """Extract with threads that decode and, on a GPU, with processes; say what each thread's time went to."""
     config = named_network(bench, name, large)
     backbone = placed(network(config), config, bench.device)
+    stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")  # warms up
     pace = stage_one(bench, backbone, jpegs(bench, bench.sizes.jpegs), "full")
     limit = forward_rate(bench, backbone, backbone.encode)
     for processes in (0, usable_cores())[: 2 if bench.device == "cuda" else 1]:
-        n = as_many(bench, 3 * pace) if processes else as_many(bench, pace)
+        n = bench.sizes.listed if processes else as_many(bench, pace)  # many: processes take seconds to start
         how = f"{processes} processes" if processes else f"{max(2, usable_cores())} threads"
         seconds, first_s, spent = watched(bench, backbone, n, processes)
         bench.measure(f"{how}: extraction", n / seconds, "images/s")

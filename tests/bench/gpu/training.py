@@ -119,6 +119,9 @@ def speed(bench: Bench, subject: Subject) -> None:
         bench.measure(f"E = {experts}: epochs", ours, "rows/s")
         bench.measure(f"E = {experts}: epochs / bare", ours / limit)
         # Epochs of these few rows are short: what a step takes, as it does in long ones, and the end of an epoch apart.
+        steady = pace.rows_of_step / pace.step_s * (1 if experts == 1 else 2) if pace.step_s else 0.0
+        bench.measure(f"E = {experts}: steps of an epoch", steady, "rows/s")
+        bench.measure(f"E = {experts}: steps of an epoch / bare", steady / limit)
         bench.measure(f"E = {experts}: a step, median", 1e3 * pace.step_s, "ms")
         bench.measure(f"E = {experts}: from an epoch's last step to the next one's first", 1e3 * pace.turn_s, "ms")
         say_peak(bench, f"E = {experts}: peak memory")
@@ -190,6 +193,11 @@ class Pace(NullProgress):
         (begun, _), (ended, rows) = self._done[0], self._done[-1]
         since, before = next(at for at in self._done if at[0] >= (begun + ended) / 2 or at is self._done[-2])
         return (rows - before) / (ended - since)
+
+    @property
+    def rows_of_step(self) -> float:
+        """Mean of the rows of a step, over the whole run."""
+        return self._done[-1][1] / len(self._done)
 
     @property
     def step_s(self) -> float:

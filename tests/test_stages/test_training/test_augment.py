@@ -1,5 +1,6 @@
 """Batches are the same whoever computes them: shares, pairs, mixing, loading in the background."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -72,6 +73,18 @@ def mixed_in(parts: int, settings: FinetuneSettings, n: int = 10, alpha=None):
         with generators_kept():
             whole[rows], targets[rows] = mixer(images[rows], labels[rows], share, 3, 5, alpha)
     return whole, targets, images, labels
+
+
+def test_a_seed_is_that_of_all_generators():
+    found = []
+    with generators_kept():
+        for seed in (lambda drawn: seed_generators([0, 3]), torch.manual_seed):
+            drawn = int(np.random.SeedSequence([0, 3]).generate_state(1)[0])
+            random.seed(drawn)
+            np.random.seed(drawn)
+            seed(drawn)
+            found.append((random.random(), np.random.random(), torch.rand(3).tolist()))
+    assert found[0] == found[1]
 
 
 KINDS = [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]
