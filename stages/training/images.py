@@ -91,7 +91,7 @@ class ImageTrainer:
         self._rows = drop_paths_by_row(objective.model)
         self._average = ModelEmaV3(objective, settings.ema, use_warmup=True) if settings.ema else None
         self.judged: Any = self._average.module if self._average is not None else objective
-        self._followed = [_floats_of(network) for network in (self.judged, objective)]
+        self._averaged, self._followed = _floats_of(self.judged), _floats_of(objective)
         self._mixer = Mixer(settings, n_classes, seed)
         self._optimiser = network_optimiser(objective, settings)
         self._free = [p for p in objective.parameters() if p.requires_grad]
@@ -225,7 +225,7 @@ class ImageTrainer:
         if self._average is not None:
             # As its `update` does, which looks for all tensors in each step.
             decay = self._average.get_decay(self._epoch * self._steps_of_epoch + number + 1)
-            torch._foreach_lerp_(*self._followed, 1.0 - decay)
+            torch._foreach_lerp_(self._averaged, self._followed, 1.0 - decay)
         return Step(batch.rows, Fetched(self._ranks.add(found)))
 
     def _forward(self, mixed: Mixed, drawn: Any, batch: Batch) -> tuple[Tensor, Tensor]:
