@@ -338,10 +338,10 @@ def info(experiment: Experiment) -> None:
 
 
 def _is_exported(given: Experiment) -> bool:
-    """Whether the path is an exported detector in place of an experiment file."""
-    from stages.files.archive import is_archive
+    """Whether the path is given as an exported detector in place of an experiment file."""
+    from stages.files.bundle_file import is_meant_as_bundle
 
-    if not is_archive(given.path):
+    if not is_meant_as_bundle(given.path):
         return False
     if given.overrides:
         raise click.UsageError(f"--set changes an experiment file; {given.path} is an exported detector")

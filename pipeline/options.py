@@ -52,6 +52,10 @@ class Experiment:
         Raises:
             ConfigError: the file cannot be used, or not by this verb.
         """
+        from stages.files.bundle_file import is_meant_as_bundle
+
+        if is_meant_as_bundle(self.path):
+            raise ConfigError(f"{self.path}: a detector that was exported; {verb} takes an experiment's TOML file")
         config = load_config(self.path, self.overrides)
         config.require_roles(verb)
         if config.finetune is None and (verb == "finetune" or which == "finetuned"):

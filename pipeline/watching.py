@@ -6,7 +6,7 @@ import math
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from pipeline.prepared import prepared_images
 from pipeline.terminal import complain
 from stages.detection.bundle import read_bundle
 from stages.detection.detector import Detector
-from stages.detection.drift import DriftMonitor, StreamReport, StreamState
+from stages.detection.drift import DriftMonitor, StreamState
 from stages.detection.parts import DetectorParts
 from stages.errors import InputError
+from stages.files.bundle_file import check_is_bundle
 from stages.files.documents import read_document, write_document, write_text
 from stages.inputs.images import SampleTable, list_images
 
@@ -48,6 +49,7 @@ class StreamWatch:
 
     Attributes:
         last: id of the last row of the stream, from the state where it goes on; None before the first.
+        unusable: rows so far that have no score.
 
     Args:
         calibration: ``[n]`` scores of the calibration rows.
@@ -67,7 +69,7 @@ class StreamWatch:
             "seed": asked.seed,
         } | ({"strict": True} if asked.strict else {})
         self.last: str | None = None
-        self._unusable = 0
+        self.unusable = 0
         self._monitor = DriftMonitor(calibration, asked.alpha, asked.seed, self._stored(), asked.strict)
 
     def _stored(self) -> StreamState | None:
@@ -83,7 +85,7 @@ class StreamWatch:
                 said = f"a stream with {key} {theirs!r}, not {ours!r}"
                 raise InputError(f"{path}: {said}: give another --state, or delete it to begin anew")
         try:
-            self.last, self._unusable = stored["last"], stored["unusable"]
+            self.last, self.unusable = stored["last"], stored["unusable"]
             return StreamState(**stored["stream"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: no state of a stream: delete it to begin anew") from error
@@ -93,19 +95,18 @@ class StreamWatch:
         for seen in stream:
             line = self._line(seen)
             self.last = seen.id
+            if self._asked.prometheus is not None:
+                write_text(self._asked.prometheus, prometheus_text(self._monitor, self.unusable))
             if self._asked.state is not None:
-                stream_state = {"last": self.last, "unusable": self._unusable, "stream": asdict(self._monitor.state)}
+                stream_state = {"last": self.last, "unusable": self.unusable, "stream": asdict(self._monitor.state)}
                 write_document(self._asked.state, self._about | stream_state)
             yield json.dumps(line, ensure_ascii=False)
 
     def _line(self, seen: Seen) -> dict[str, Any]:
         if seen.unusable:
-            self._unusable += 1
+            self.unusable += 1
             return {"id": seen.id, "unusable": seen.unusable}
-        report = self._monitor.update(seen.score)
-        if self._asked.prometheus is not None:
-            write_text(self._asked.prometheus, prometheus_text(report, self._monitor.state, self._unusable))
-        return {"id": seen.id} | asdict(report)
+        return {"id": seen.id} | asdict(self._monitor.update(seen.score))
 
 
 def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
@@ -120,6 +121,7 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
     Raises:
         InputError: no detector, no images, a state of something else.
     """
+    check_is_bundle(bundle)
     if source == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(
@@ -128,7 +130,7 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         parts = read_bundle(bundle).parts
         watch = StreamWatch(parts.calibration.scores, asked)
         _say_what_holds(parts, asked)
-        yield from watch.lines(scores_of(sys.stdin))
+        yield from _counted(watch, scores_of(sys.stdin), "line")
         return
     images = list_images(source)  # a missing folder is said before work
     if len(images.class_names) > 1:
@@ -140,7 +142,17 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         )
     watch = StreamWatch(detector.parts.calibration.scores, asked)
     _say_what_holds(detector.parts, asked)
-    yield from watch.lines(_scored(detector, images, watch.last))
+    yield from _counted(watch, _scored(detector, images, watch.last), "image")
+
+
+def _counted(watch: StreamWatch, stream: Iterable[Seen], what: str) -> Iterator[str]:
+    """Lines of a stream; at its end it is said how many rows had no score."""
+    before, seen = watch.unusable, 0
+    for line in watch.lines(stream):
+        seen += 1
+        yield line
+    if unusable := watch.unusable - before:
+        complain(f"watch: {unusable} of {seen} {what}s cannot be used, and count for nothing")
 
 
 def _say_what_holds(parts: DetectorParts, asked: Watching) -> None:
@@ -202,14 +214,17 @@ _HELP = {
 }
 
 
-def prometheus_text(report: StreamReport, state: StreamState, unusable: int) -> str:
+def prometheus_text(monitor: DriftMonitor, unusable: int) -> str:
     """The last values in Prometheus's text format, for the textfile collector."""
+    state, shares = monitor.state, ("ood_share", "ood_share_lo", "ood_share_hi")
     values: dict[str, float | None] = {
-        "images_total": report.step,
+        "images_total": state.steps,
         "unusable_total": unusable,
         "flagged_total": state.flagged,
+        **dict(zip(shares, monitor.ood_share(), strict=True)),
+        "log10_evidence": monitor.log10_evidence,
+        "drift": state.alarm_at is not None,
     }
-    values |= {field.name: getattr(report, field.name) for field in fields(report) if field.name in _HELP}
     lines = []
     for name, text in _HELP.items():
         kind, about = text.split(" ", 1)

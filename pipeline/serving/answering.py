@@ -15,6 +15,7 @@ from pipeline.serving.batches import Batches
 from pipeline.serving.frames import Answer, Question, as_json, refusal
 from pipeline.terminal import complain
 from stages.detection.detector import Detector, ImageScores
+from stages.detection.given import numbers_of
 from stages.errors import InputError
 from stages.inputs.images import ImageError, image_size
 
@@ -111,17 +112,7 @@ def features_of(body: bytes) -> Mapping[str, NDArray[np.float64]]:
         features = {"cls": features}
     if not isinstance(features, dict):
         raise InputError('no features: give {"features": [[…], …]}, a row an image, or arrays by name')
-    return {name: _array(name, values) for name, values in features.items()}
-
-
-def _array(name: str, values: Any) -> NDArray[np.float64]:
-    try:
-        found = np.array(values)
-    except ValueError:  # rows of different lengths
-        found = np.array(None)
-    if found.dtype.kind not in "iuf":
-        raise InputError(f"features: {name[:20]} is no array of numbers")
-    return found.astype(np.float64)
+    return {name: numbers_of(name[:20], values).astype(np.float64) for name, values in features.items()}
 
 
 def image_rows(found: ImageScores, nearest: int) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.deciding import Serving
 from pipeline.terminal import complain
 from stages.errors import InputError
-from stages.files.archive import is_archive
+from stages.files.bundle_file import check_is_bundle
 
 if TYPE_CHECKING:
     from pipeline.serving.backend import WorkerMain
@@ -30,8 +30,7 @@ def serve_bundle(bundle: str, asked: Serving, work: "WorkerMain | None" = None) 
         InputError: no detector; an address that cannot be had; the extra is not installed.
         StageError: a worker that was to replace another cannot start.
     """
-    if not is_archive(bundle):
-        raise InputError(f"{bundle}: no exported detector; make one with `python -m pipeline export`")
+    check_is_bundle(bundle)
     try:
         from pipeline.serving.front import answer_requests
         from pipeline.serving.worker import run_worker

@@ -29,10 +29,9 @@ from cache.fingerprint import arrays_sha256, canonical_json
 from stages.detection.parts import DetectorParts, GoldenRows
 from stages.errors import InputError
 from stages.files.archive import SealedArchive, write_archive
+from stages.files.bundle_file import BUNDLE_KIND, BUNDLE_VERSION
 from stages.files.packing import pack, unpack
 
-KIND = "detector bundle"
-VERSION = 1
 GRAPH = "model.onnx"
 
 _ABOUT, _BACKBONE = "about.json", "backbone.safetensors"
@@ -75,7 +74,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         entries[_BACKBONE] = save({name: np.asarray(array, order="C") for name, array in bundle.weights.items()})
     if bundle.graph is not None:
         entries[GRAPH] = bundle.graph
-    write_archive(path, KIND, VERSION, entries)
+    write_archive(path, BUNDLE_KIND, BUNDLE_VERSION, entries)
 
 
 def _entries(name: str, value: Any) -> dict[str, bytes]:
@@ -98,7 +97,7 @@ def read_about(path: str | os.PathLike[str]) -> tuple[SealedArchive, dict[str, A
     Raises:
         InputError: no such file, another, or damaged.
     """
-    archive = SealedArchive(path, KIND, VERSION)
+    archive = SealedArchive(path, BUNDLE_KIND, BUNDLE_VERSION)
     about = archive.read_json(_ABOUT)
     if not isinstance(about, dict):
         raise InputError(f"{path}: {_ABOUT} is no object")

@@ -8,21 +8,23 @@
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache import FeatureSpec
+from cache import CacheError, FeatureSpec
 from stages.detection.bundle import Bundle, going_together, read_bundle
 from stages.detection.conformal import ThresholdEstimate, conformal_p_values, threshold_at
 from stages.detection.detectors import raw_scores
-from stages.detection.golden import RUNTIME_TOLERANCE, check_golden, tolerance_of
+from stages.detection.given import images_of, numbers_of
+from stages.detection.golden import RUNTIME_TOLERANCE, check_golden, check_in_float32, tolerance_of
 from stages.detection.mondrian import GroupedCalibration
 from stages.detection.parts import NO_EXPERT, DetectorParts
 from stages.detection.runtime import NetworkRows, Runtime, RuntimeName
@@ -171,13 +173,17 @@ class Detector:
             InputError: no such file, another, damaged, of parts that do not go together; or its golden rows are
                 scored otherwise here.
         """
-        if runtime not in ("torch", "onnx"):
-            raise InputError(f"runtime: {runtime!r} given, must be 'torch' or 'onnx'")
+        _check_one_of("runtime", runtime, get_args(RuntimeName))
+        _check_one_of("per", per, get_args(Per))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device := str(device)):
+            raise InputError(f"device: {device!r} given, must be 'auto', 'cpu' or 'cuda'")
         bundle = read_bundle(path)  # before torch is imported
         with going_together(path):
             network = _by_torch(bundle, device) if runtime == "torch" else _by_onnx(bundle, device)
             detector = cls(bundle.parts, network, bundle.about, per)
             check_golden(detector, bundle.golden, tolerance_of(detector) if runtime == "torch" else RUNTIME_TOLERANCE)
+            if runtime == "torch":
+                check_in_float32(detector, bundle.golden)
         return detector
 
     # ------------------------------------------------------------------------------------------------- of images
@@ -197,7 +203,7 @@ class Detector:
         if isinstance(images, Mapping) or (isinstance(images, np.ndarray) and images.ndim == 2 and _is_float(images)):
             return self.score_features(images, nearest)
         self._check_takes_images()
-        items = enumerate(_items(images))
+        items = enumerate(images_of(images))
         blocks: list[NetworkRows] = []
         with ThreadPoolExecutor(max(2, usable_cores())) as pool:
             while block := list(islice(items, _AT_ONCE)):
@@ -226,7 +232,7 @@ class Detector:
     def _prepared(self, number: int, image: Any) -> NDArray[np.uint8]:
         try:
             return self.prepare(image)
-        except ImageError as error:
+        except (ImageError, CacheError) as error:  # the other of a URL
             name = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
             raise InputError(f"image {number}{name}: cannot be used: {error}") from error
 
@@ -257,7 +263,7 @@ class Detector:
         found: dict[str, NDArray[Any]] = {}
         for name in sorted(needed):
             shape, dtype = known[name]
-            given = np.asarray(features[name])
+            given = numbers_of(name, features[name])
             if given.shape[1:] != shape or not given.ndim:
                 raise InputError(f"features: {name} has shape {list(given.shape)}, must be [n, {str(list(shape))[1:]}")
             with np.errstate(over="ignore"):
@@ -272,6 +278,8 @@ class Detector:
 
     def judge(self, blocks: Sequence[NetworkRows], nearest: int = 0) -> ImageScores:
         """What is said of rows that went through the network, in any number of blocks."""
+        if not isinstance(nearest, int | np.integer) or nearest < 0:
+            raise InputError(f"nearest: {nearest!r} given, must be a whole number, 0 or more")
         if not blocks:
             return self._said(np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64), None)
         rows = self.set_rows(NetworkRows.concatenate(blocks))
@@ -353,6 +361,11 @@ class Detector:
         return Nearest(ids.astype(np.str_), distances)
 
 
+def _check_one_of(name: str, given: object, known: Sequence[str]) -> None:
+    if given not in known:
+        raise InputError(f"{name}: {given!r} given, must be {' or '.join(map(repr, known))}")
+
+
 def _by_torch(bundle: Bundle, device: str) -> Runtime:
     from stages.detection.torch_runtime import load_runtime
 
@@ -367,26 +380,3 @@ def _by_onnx(bundle: Bundle, device: str) -> Runtime:
 
 def _is_float(array: Any) -> bool:
     return "float" in str(getattr(array, "dtype", ""))
-
-
-def _items(images: Any) -> Iterator[Any]:
-    """The images of whatever holds several, or one."""
-    if _is_one(images):
-        return iter([images])
-    if hasattr(images, "batch_sampler") or hasattr(images, "collate_fn"):  # a DataLoader
-        return chain.from_iterable(_items(_first(batch)) for batch in images)
-    if not isinstance(images, Iterable):
-        raise InputError(f"a {type(images).__name__} given: give images, their paths, or a list of them")
-    return map(_first, images)
-
-
-def _first(item: Any) -> Any:
-    """What an item begins with: a dataset gives (image, label)."""
-    return item[0] if isinstance(item, tuple | list) and item else item
-
-
-def _is_one(image: Any) -> bool:
-    """Whether it is an image, and no collection of them."""
-    if isinstance(image, str | os.PathLike | bytes | bytearray) or hasattr(image, "getexif"):
-        return True
-    return hasattr(image, "dtype") and getattr(image, "ndim", 0) < 4

@@ -263,11 +263,10 @@ class DriftMonitor:
         state, cell = self.state, int(self._cells.cell(score))
         place = 1 - np.random.Generator(np.random.Philox(key=self._seed, counter=state.steps)).random()
         martingale = Martingale(state.steps, np.array(state.staked)).after(online_p_values(self._rows, cell, place))
-        evidence = math.log(martingale.value)
         self._rows[cell] += 1
         state.counts[cell] += 1
         state.steps, state.staked = martingale.step, martingale.staked.tolist()
-        if state.alarm_at is None and evidence >= -math.log(self._alpha):
+        if state.alarm_at is None and self._evidence >= -math.log(self._alpha):
             state.alarm_at = state.steps
         decision = self.threshold.decide(score)
         state.flagged += decision == "OOD"
@@ -280,18 +279,27 @@ class DriftMonitor:
             ood_share=share,
             ood_share_lo=lo,
             ood_share_hi=hi,
-            log10_evidence=evidence / math.log(10),
+            log10_evidence=self.log10_evidence,
             drift=state.alarm_at is not None,
             drift_at=state.alarm_at,
         )
 
+    @property
+    def _evidence(self) -> float:
+        return math.log(Martingale(self.state.steps, np.array(self.state.staked)).value)
+
+    @property
+    def log10_evidence(self) -> float:
+        """Logarithm of the martingale so far."""
+        return self._evidence / math.log(10)
+
     def ood_share(self) -> tuple[float, float, float] | tuple[None, None, None]:
-        """Share of OOD so far with the ends of its interval; None without a threshold.
+        """Share of OOD so far with the ends of its interval; None without a threshold, and before the first row.
 
         Conservative: what is flagged and what is flagged by mistake are each taken at the ends of their intervals.
         """
         alarms = self.threshold.false_alarms
-        if alarms is None:
+        if alarms is None or not self.state.steps:
             return None, None, None
         n, k = self.state.steps, self.state.flagged
         lo = float(betaincinv(k, n - k + 1, _TAIL)) if k else 0.0  # Clopper and Pearson, Biometrika 1934

@@ -21,14 +21,21 @@ RUNTIME_TOLERANCE = 1e-3  # of scores by another runtime than torch
 HALF_TOLERANCE = {"float16": 0.2, "bfloat16": 2.5}
 GOLDEN_ROWS = 32
 
+_BY_FLOAT32 = "score in float32"  # among the values of golden rows of a network that computes in half precision
+
 
 def tolerance_of(detector: "Detector") -> float:
     """How far scores by torch may be from those of where a detector was made, in deviations of the calibration scores.
 
     Another GPU, driver or kind of device sums in another order. In float32 that is nothing; in half precision a score
-    moves by what its rounding is, and the least that can be asked is that it moves by no more.
+    moves by what its rounding is, and the least that can be asked is that it moves by no more. So of half precision
+    `check_in_float32` asks beside that, and what it asks is as strict as of float32.
     """
-    return HALF_TOLERANCE.get(detector.spec.compute.get("precision", "float32"), TOLERANCE)
+    return HALF_TOLERANCE.get(_precision(detector), TOLERANCE)
+
+
+def _precision(detector: "Detector") -> str:
+    return str(detector.spec.compute.get("precision", "float32"))
 
 
 def golden_rows(
@@ -52,11 +59,11 @@ def golden_rows(
     if features is not None:
         features = {name: array[kept] for name, array in features.items()}
     rows = _through_network(detector, images, features)
-    found = detector.judge([rows])
+    found, values = detector.judge([rows]), values_of(detector, rows)
+    if images is not None and _precision(detector) in HALF_TOLERANCE:
+        values[_BY_FLOAT32] = _scores_in_float32(detector, images)
     sets, ids = (tuple(names) for names in zip(*(named[row] for row in kept), strict=True))
-    return GoldenRows(
-        sets, ids, images, features, values_of(detector, rows), found.score, tuple(found.decision.tolist())
-    )
+    return GoldenRows(sets, ids, images, features, values, found.score, tuple(found.decision.tolist()))
 
 
 def _is_decided(detector: "Detector", score: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -78,8 +85,17 @@ def _through_network(
     detector: "Detector", images: tuple[NDArray[np.uint8], ...] | None, features: Mapping[str, NDArray[Any]] | None
 ) -> NetworkRows:
     if images is not None:
-        return detector.runtime.run(np.stack([detector.prepare(pixels) for pixels in images]))
+        return detector.runtime.run(_prepared(detector, images))
     return detector.runtime.run_stored(detector.checked(features or {}))
+
+
+def _prepared(detector: "Detector", images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.stack([detector.prepare(pixels) for pixels in images])
+
+
+def _scores_in_float32(detector: "Detector", images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """``[n]`` as if the network computed in float32."""
+    return detector.judge([detector.runtime.run_in_float32(_prepared(detector, images))]).score
 
 
 def values_of(detector: "Detector", rows: NetworkRows) -> dict[str, NDArray[Any]]:
@@ -130,9 +146,38 @@ def check_golden(detector: "Detector", golden: GoldenRows, tolerance: float = TO
     )
 
 
+def check_in_float32(detector: "Detector", golden: GoldenRows) -> None:
+    """Score the golden images by the network in float32, where it computes in half precision.
+
+    So weights, transform, experts, heads and scores are held to `TOLERANCE` on every device; what may differ by more
+    is the rounding of half precision alone.
+
+    Args:
+        detector: that was loaded.
+        golden: from the same file; of one that was written before they had such scores nothing is compared.
+
+    Raises:
+        InputError: a score differs by more than `TOLERANCE`.
+    """
+    theirs = golden.values.get(_BY_FLOAT32)
+    if theirs is None or golden.images is None or _precision(detector) not in HALF_TOLERANCE:
+        return
+    ours = _scores_in_float32(detector, golden.images)
+    if theirs.shape != ours.shape:
+        raise InputError(f"its golden rows have {theirs.shape} scores in float32, not {ours.shape}")
+    away = np.abs(ours.astype(np.float64) - theirs) / calibration_deviation(detector)
+    if not (away <= TOLERANCE).all():
+        row = int(np.argmax(np.where(away <= TOLERANCE, 0, np.nan_to_num(away, nan=np.inf))))
+        raise InputError(
+            f"its golden rows are scored otherwise here than where it was made, in float32 too: of "
+            f"{golden.ids[row][:60]!a} a score is off by {away[row]:.2g} deviations, {TOLERANCE:g} is allowed: "
+            "take the versions that `info` names, or export it anew"
+        )
+
+
 def _of_float32(detector: "Detector") -> str:
     """What to do beside that where devices do not agree."""
-    precision = detector.spec.compute.get("precision", "float32")
+    precision = _precision(detector)
     if precision not in HALF_TOLERANCE:
         return ""
     return f' of a study with precision = "float32", for devices round {precision} otherwise'

@@ -102,6 +102,10 @@ class OnnxRuntime:
         stored = {name: found[name].astype(dtype) for name in self._stored}
         return NetworkRows(stored, _refined(found), found.get("patches"))
 
+    def run_in_float32(self, pixels: NDArray[np.uint8]) -> NetworkRows:
+        """See `stages.detection.runtime.Runtime`: a graph computes in nothing else."""
+        return self.run(pixels)
+
     def run_stored(self, arrays: Mapping[str, NDArray[Any]]) -> NetworkRows:
         """See `stages.detection.runtime.Runtime`; the graph begins with images, so that only what needs none of it.
 

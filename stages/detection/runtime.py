@@ -78,5 +78,8 @@ class Runtime(Protocol):
     def run(self, pixels: NDArray[np.uint8]) -> NetworkRows:
         """What `prepare` gave of n images, ``[n, 3, size, size]``, n at least 1; the same in whatever company."""
 
+    def run_in_float32(self, pixels: NDArray[np.uint8]) -> NetworkRows:
+        """The same by a network that computes in float32, whatever its features were made in; beside no `run`."""
+
     def run_stored(self, arrays: Mapping[str, NDArray[Any]]) -> NetworkRows:
         """Rows as a cache stores them, n at least 1, through what stands behind it."""

@@ -99,6 +99,11 @@ class TorchRuntime:
             stored = {name: np.concatenate([each[name] for each in encoded]) for name in encoded[0]}
             return self._behind(stored, pool)
 
+    def run_in_float32(self, pixels: NDArray[np.uint8]) -> NetworkRows:
+        """See `stages.detection.runtime.Runtime`."""
+        with self._network.computing_in("float32"):
+            return self.run(pixels)
+
     def run_stored(self, arrays: Mapping[str, NDArray[Any]]) -> NetworkRows:
         """See `stages.detection.runtime.Runtime`."""
         with self._computing() as pool:
@@ -191,8 +196,10 @@ def load_runtime(parts: DetectorParts, weights: Mapping[str, NDArray[Any]] | Non
         device: where it runs.
 
     Raises:
-        InputError: parts that do not go together, weights that cannot be had or are others.
+        InputError: parts that do not go together, weights that cannot be had or are others, no such device.
     """
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {device!r} given, and torch finds {torch.cuda.device_count() or 'no'} GPU here")
     try:
         spec = FeatureSpec.from_dict(parts.spec)
     except CacheError as error:

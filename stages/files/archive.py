@@ -15,7 +15,9 @@ import hashlib
 import json
 import os
 import re
+import stat
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]{0,40}\.(json|safetensors|onnx)")
 _LARGEST_MANIFEST = 1 << 20
 _MOST_ENTRIES = 64
 _BLOCK = 1 << 20
+_BEGIN = b"PK\3\4"
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -88,14 +91,15 @@ def write_archive(path: Path, kind: str, version: int, entries: Mapping[str, byt
     sync_folder(path.parent)
 
 
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as `write_archive` writes it, whatever comes then."""
+def is_zip(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins or ends as a zip file does: one that is damaged on one side is known by the other."""
+    if not os.path.isfile(path):  # whatever else may be opened waits for somebody who writes
+        return False
     try:
         with open(path, "rb") as file:
-            head = file.read(_LOCAL.size + len(MANIFEST))
+            return file.read(len(_BEGIN)) == _BEGIN or zipfile.is_zipfile(file)
     except OSError:
         return False
-    return head.startswith(b"PK\3\4") and head.endswith(MANIFEST.encode())
 
 
 class SealedArchive:
@@ -105,18 +109,23 @@ class SealedArchive:
         path: of the file.
         kind: what it has to be.
         version: that is known here.
+        compared: whether its bytes are, or its manifest and its size alone: a glance, before work.
 
     Raises:
         InputError: another file, another version, or a byte that is not as it was written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str, version: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], kind: str, version: int, compared: bool = True) -> None:
         self.path = Path(path)
         self._kind = kind
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode) and not self.path.is_dir():
+                raise self._another("it is no file")  # which might wait for somebody who writes
             with open(self.path, "rb") as file:
                 self._layout = _Layout(self._entries(file, version))
-                self._check(file)
+                self._check_size(file)
+                if compared:
+                    self._check(file)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from error
 
@@ -181,14 +190,15 @@ class SealedArchive:
 
     def _entries(self, file: BinaryIO, version: int) -> tuple[Entry, ...]:
         """What the manifest says, itself first."""
-        no_archive = InputError(f"{self.path}: is no {self._kind}")
         size = os.fstat(file.fileno()).st_size
         head = file.read(_LOCAL.size)
-        if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
-            raise no_archive
+        if not head:
+            raise self._another("it is empty")
+        if len(head) < _LOCAL.size or not head.startswith(_BEGIN):
+            raise self._another("it does not begin as one")
         length = _LOCAL.unpack(head)[7]
         if file.read(len(MANIFEST)) != MANIFEST.encode():
-            raise no_archive
+            raise self._another("it is a zip file of something else")
         if length > min(_LARGEST_MANIFEST, size):
             raise self._damaged("its manifest does not end")
         data = file.read(length)
@@ -196,7 +206,7 @@ class SealedArchive:
             raise self._damaged("its manifest is not as it was written")
         body = self._parsed(data, MANIFEST)
         if not isinstance(body, dict) or body.get("format") != self._kind:
-            raise no_archive
+            raise self._another("it holds something else")
         if type(said := body.get("version")) is not int or said != version:
             what = f"is of version {ascii(said)[:20]}, {version} is read here"
             raise InputError(f"{self.path}: {what}: take the release that wrote it")
@@ -222,12 +232,15 @@ class SealedArchive:
                 raise self._damaged(f"{entry.name} of {entry.size} bytes is not in a file of {size}")
         raise self._damaged("its manifest has a line that is no entry")
 
+    def _check_size(self, file: BinaryIO) -> None:
+        written, size = self._layout.size, os.fstat(file.fileno()).st_size
+        if size != written:
+            what = "truncated" if size < written else "longer than it was"
+            raise self._damaged(f"{what}: {size} bytes, {written} were written")
+
     def _check(self, file: BinaryIO) -> None:
         """Compare every byte of the file with what the manifest says of it."""
-        layout, size = self._layout, os.fstat(file.fileno()).st_size
-        if size != layout.size:
-            what = "truncated" if size < layout.size else "longer than it was"
-            raise self._damaged(f"{what}: {size} bytes, {layout.size} were written")
+        layout = self._layout
         file.seek(0)
         for entry, header in zip(layout.entries, layout.headers, strict=True):
             if file.read(len(header)) != header:
@@ -236,6 +249,9 @@ class SealedArchive:
                 raise self._damaged(f"{entry.name} is not as it was written")
         if file.read() != layout.directory:
             raise self._damaged("its directory is not as it was written")
+
+    def _another(self, why: str) -> InputError:
+        return InputError(f"{self.path}: is no {self._kind} as `export` writes it: {why}")
 
     def _damaged(self, what: str) -> InputError:
         return InputError(f"{self.path}: damaged, or changed: {what}")
@@ -279,7 +295,7 @@ def _local_header(entry: Entry) -> bytes:
     extra = struct.pack("<2H2Q", 1, 16, entry.size, entry.size) if large else b""
     size = _FULL if large else entry.size
     fields = (45 if large else 20, 0, 0, 0, _DATE, entry.crc32, size, size, len(name), len(extra))
-    return _LOCAL.pack(b"PK\3\4", *fields) + name + extra
+    return _LOCAL.pack(_BEGIN, *fields) + name + extra
 
 
 def _central_header(entry: Entry, offset: int) -> bytes:

@@ -10,7 +10,8 @@ every expert starts from.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
@@ -189,6 +190,15 @@ class Backbone:
     def notes(self) -> list[str]:
         """What is to be said before its features are used, a line each: of its weights, and of its transform."""
         return [*self.weights_notes, *(f"warning: {note}" for note in self.transform_notes())]
+
+    @contextmanager
+    def computing_in(self, precision: Literal["float32", "float16", "bfloat16"]) -> Iterator[None]:
+        """Encode in another precision than its own, in all threads; afterwards it is as before."""
+        own, self.precision = self.precision, precision
+        try:
+            yield
+        finally:
+            self.precision = own
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tokens:

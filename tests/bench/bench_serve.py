@@ -48,6 +48,7 @@ def main() -> None:
     """Measure and print; exits 1 where a request was lost or answered otherwise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, metavar="FILE.ood", help="a detector of images; by default a small one")
+    parser.add_argument("--experts", type=int, default=0, help="of the small one; 0: the backbone's own features")
     parser.add_argument("--images", type=int, default=256, help="of the comparison; of few the ends weigh")
     parser.add_argument("--clients", type=int, default=32, help="that ask at once")
     parser.add_argument("--requests", type=int, default=1000, help="good and bad ones, in each of two rounds")
@@ -55,7 +56,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        bundle = given.bundle or small_bundle(folder)
+        bundle = given.bundle or small_bundle(folder, given.experts)
         write_jpegs(folder / "jpeg", given.images)
         images = [path.read_bytes() for path in sorted((folder / "jpeg").iterdir())]
         with ExitStack() as ended:
@@ -77,16 +78,19 @@ def end(server: Served) -> None:
     server.finish()
 
 
-def small_bundle(folder: Path) -> Path:
-    """A detector of digits by EfficientNet-Lite0 at 224 px, without experts."""
+def small_bundle(folder: Path, experts: int) -> Path:
+    """A detector of digits by EfficientNet-Lite0 at 224 px, with so many experts that are copies of its end."""
     draw(folder / "images" / "train", "sklearn:digits[0-2]/train", 24)
     draw(folder / "images" / "test", "sklearn:digits[0-2]/test", 8)
     draw(folder / "images" / "threes", "sklearn:digits[3]/test", 6, nested=False)
     draw(folder / "images" / "photos", "sklearn:photos", 4)
     text = STUDY.replace("photos.tar", "photos").replace("image_size = 32", "image_size = 224")
-    (folder / "small.toml").write_text(text)
+    (folder / "small.toml").write_text(text.replace("experts = 2", f"experts = {experts or 2}"))
     done("extract", folder / "small.toml")
-    done("export", folder / "small.toml", "-o", folder / "small.ood", "--variant", "none")
+    if experts:
+        done("train", folder / "small.toml")
+    variant = "default" if experts else "none"
+    done("export", folder / "small.toml", "-o", folder / "small.ood", "--variant", variant)
     return folder / "small.ood"
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from stages.detection import Detector
 from stages.detection.bundle import read_bundle, write_bundle
 from stages.detection.deciding import DecidingDetector
-from stages.detection.golden import calibration_deviation
+from stages.detection.golden import calibration_deviation, golden_rows
 from stages.detection.onnx_runtime import load_onnx_runtime
 from stages.detection.proof import prove_runtime
 from stages.detection.torch_runtime import load_runtime
@@ -268,6 +268,24 @@ def test_half_precision_may_differ_by_its_rounding(home, tmp_path, precision, al
         assert ('precision = "float32"' in str(refusal.value)) == (precision != "float32")
 
 
+def test_of_half_precision_all_but_its_rounding_is_held_as_of_float32(home, tmp_path):
+    """Heads that are off by less than what rounding may do are found, for the network is asked in float32 as well."""
+    bundle = read_bundle(home / "tiny.ood")
+    compute = bundle.parts.spec["compute"] | {"precision": "bfloat16"}
+    parts = replace(bundle.parts, spec=bundle.parts.spec | {"compute": compute})
+    detector = Detector(parts, load_runtime(parts, bundle.weights, "cpu"))
+    named = list(zip(bundle.golden.sets, bundle.golden.ids, strict=True))
+    half = replace(bundle, parts=parts, golden=golden_rows(detector, named, bundle.golden.images, None))
+    assert (half.golden.values["score in float32"] != half.golden.score).any()
+    write_bundle(tmp_path / "it.ood", half)
+    Detector.load(tmp_path / "it.ood")
+    head = parts.heads["refit"]
+    other = {"refit": replace(head, bias=head.bias + np.float32([0, 0, 0.01]))}
+    write_bundle(tmp_path / "it.ood", replace(half, parts=replace(parts, heads=other)))
+    with pytest.raises(InputError, match=r"otherwise here than where it was made, in float32 too: of '.*' a score is"):
+        Detector.load(tmp_path / "it.ood")
+
+
 def test_mistakes_are_said_before_work(home, tmp_path):
     export = ("export", home / "tiny.toml", "-o")
     assert "--variant: 'dens' is none of default, none" in refused(*export, tmp_path / "it.ood", "--variant", "dens")
@@ -284,6 +302,32 @@ def test_a_damaged_file_is_one_line(home, tmp_path):
     data = (home / "tiny.ood").read_bytes()
     (tmp_path / "it.ood").write_bytes(data[: len(data) // 2])
     assert "it.ood: damaged, or changed: " in refused("info", tmp_path / "it.ood")
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "said"),
+    [
+        ("it.ood", lambda data: b"", "is no detector bundle as `export` writes it: it is empty"),
+        ("it.ood", lambda data: data[:20], "is no detector bundle as `export` writes it: it does not begin as one"),
+        ("it.ood", lambda data: b"XXXX" + data[4:], "is no detector bundle as `export` writes it: it does not begin"),
+        ("it.ood", lambda data: STUDY.encode(), "is no detector bundle as `export` writes it: it does not begin as"),
+        ("it.ood", lambda data: data[:900], "damaged, or changed: its manifest does not end"),
+        ("it.ood", lambda data: None, "cannot be read: No such file or directory"),
+        ("it.bin", lambda data: data[:-1], "damaged, or changed: truncated"),  # known by how it begins
+        ("it.bin", lambda data: b"XXXX" + data[4:], "is no detector bundle as `export` writes it: it"),  # and ends
+    ],
+)
+def test_what_is_given_as_a_detector_and_is_none_is_said_by_every_verb(home, images, tmp_path, name, damaged, said):
+    given = tmp_path / name
+    if (data := damaged((home / "tiny.ood").read_bytes())) is not None:
+        given.write_bytes(data)
+    verbs = (("info",), ("predict", images[0]), ("watch", home / "images" / "test"), ("watch", "-"), ("serve",))
+    for verb, *rest in verbs:
+        assert refused(verb, given, *rest).startswith(f"{given}: {said}")
+    with pytest.raises(InputError) as refusal:
+        Detector.load(given)
+    assert str(refusal.value).startswith(f"{given}: {said}")
+    assert refused("run", given).endswith("a detector that was exported; run takes an experiment's TOML file")
 
 
 # ------------------------------------------------------------------------------------------------------ by ONNX Runtime

@@ -125,6 +125,31 @@ def test_a_folder_is_watched_and_a_watch_goes_on_where_it_ended(home, sealed, tm
     assert done("watch", sealed, incoming, *state).out == ""
 
 
+def test_images_none_of_which_can_be_used_are_each_listed(home, sealed, tmp_path):
+    incoming, file = tmp_path / "incoming", next((home / "many").rglob("*.png"))
+    incoming.mkdir()
+    for name, data in (("a.png", b"no image"), ("b.png", file.read_bytes()[:90]), ("c.jpg", b"")):
+        (incoming / name).write_bytes(data)
+    asked = ("--state", tmp_path / "state.json", "--prometheus", tmp_path / "watch.prom")
+    watched = done("watch", sealed, incoming, *asked)
+    rows = [json.loads(line) for line in watched.out.splitlines()]
+    assert [row["id"] for row in rows] == ["a.png", "b.png", "c.jpg"]
+    assert all(row["unusable"] for row in rows)
+    assert watched.err.endswith("\nwatch: 3 of 3 images cannot be used, and count for nothing\n")
+    assert "\nood_watch_unusable_total 3\n" in (tmp_path / "watch.prom").read_text()
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert (state["last"], state["unusable"], state["stream"]["steps"]) == ("c.jpg", 3, 0)
+    shutil.copy(file, incoming / "d.png")
+    (row,) = map(json.loads, done("watch", sealed, incoming, *asked).out.splitlines())
+    assert (row["id"], row["step"]) == ("d.png", 1)
+    (incoming / "d.png").unlink()
+    predicted = pipeline("predict", sealed, incoming)
+    assert (predicted.status, predicted.out) == (2, "")
+    *listed, last = predicted.err.splitlines()
+    assert [line.partition(": cannot be used: ")[0] for line in listed] == [str(incoming / row["id"]) for row in rows]
+    assert last == "error: none of the given images can be used"
+
+
 def test_scores_are_watched_from_standard_input(sealed, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO('0.5\ncat\n{"id": "b", "score": 900}\n'))
     answer = done("watch", sealed, "-")

@@ -229,7 +229,9 @@ def test_many_at_once_are_answered_each_with_its_own(server, images, scored):
 
 def test_a_port_that_is_taken_and_a_file_that_is_none_are_said_before_work(bundle, server, tmp_path):
     assert refused("serve", bundle, "--port", server.port).endswith(": Address already in use: give another")
-    assert "no exported detector" in refused("serve", tmp_path / "no.ood")
+    assert refused("serve", tmp_path / "no.ood").endswith("no.ood: cannot be read: No such file or directory")
+    (tmp_path / "no.ood").write_bytes(bundle.read_bytes()[:-1])
+    assert ": damaged, or changed: truncated" in refused("serve", tmp_path / "no.ood")
 
 
 def test_a_worker_that_dies_is_replaced(server, images, scored):

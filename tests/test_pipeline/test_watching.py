@@ -68,9 +68,28 @@ def test_prometheus_reads_the_last_values(tmp_path):
     assert values["ood_watch_drift"] == "1"
     assert float(values["ood_watch_ood_share_lo"]) == row["ood_share_lo"]
     assert math.isfinite(float(values["ood_watch_log10_evidence"]))
+    assert [values[f"ood_watch_{name}"] for name in ("ood_share", "log10_evidence")] == [
+        *(f"{row[name]:.17g}" for name in ("ood_share", "log10_evidence"))
+    ]
     few = tmp_path / "few.prom"
     list(StreamWatch(CALIBRATION[:9], Watching(prometheus=few)).lines(stream(1)))
     assert "ood_share" not in few.read_text()
+
+
+def test_prometheus_counts_what_has_no_score_when_it_comes(tmp_path):
+    """First, and last; so that whoever is warned by it hears of a camera that sends nothing else."""
+    path = tmp_path / "watch.prom"
+
+    def counted(*seen):
+        list(watch.lines(seen))
+        values = dict(line.split() for line in path.read_text().splitlines() if not line.startswith("#"))
+        return [values[f"ood_watch_{name}_total"] for name in ("images", "unusable")], "ood_watch_ood_share" in values
+
+    watch = StreamWatch(CALIBRATION, Watching(prometheus=path))
+    broken = Seen("x", unusable="cut short")
+    assert counted(broken) == (["0", "1"], False)
+    assert counted(*stream(2)) == (["2", "1"], True)
+    assert counted(broken) == (["2", "2"], True)
 
 
 def test_a_state_of_something_else_is_refused(tmp_path):

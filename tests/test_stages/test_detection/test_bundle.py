@@ -13,11 +13,12 @@ from safetensors.numpy import load, save
 
 from stages.config import ScoreConfig
 from stages.detection import Detector
-from stages.detection.bundle import KIND, VERSION, read_about, read_bundle, write_bundle
+from stages.detection.bundle import read_about, read_bundle, write_bundle
 from stages.detection.deciding import DecidingDetector
 from stages.errors import InputError, StageError
 from stages.export import GoldenSamples, export_detector, spread
 from stages.files.archive import SealedArchive, write_archive
+from stages.files.bundle_file import BUNDLE_KIND, BUNDLE_VERSION
 from tests.test_stages.drawn_studies import World, make_study
 
 CONFIG = ScoreConfig(k=3)
@@ -104,7 +105,7 @@ def test_neither_number_nor_order_matter(written, rows):
 def test_two_exports_are_the_same_bytes_and_the_bank_stands_in_them_once(study, written, rows, tmp_path):
     exported(tmp_path / "again.ood", study, rows)
     assert (tmp_path / "again.ood").read_bytes() == written.read_bytes()
-    bundle, archive = read_bundle(written), SealedArchive(written, KIND, VERSION)
+    bundle, archive = read_bundle(written), SealedArchive(written, BUNDLE_KIND, BUNDLE_VERSION)
     bank = bundle.parts.examples["none"].features
     assert bank.nbytes < len(archive.read("detector.safetensors")) < 2 * bank.nbytes
     assert read_about(written)[1] == {"study": "drawn"}
@@ -122,6 +123,20 @@ def test_a_detector_of_features_takes_no_images(written, rows, tmp_path):
     ]:
         with pytest.raises(InputError, match=said):
             detector.score_features(given)
+
+
+def test_what_is_asked_wrongly_is_said(written, rows):
+    for asked, said in [
+        ({"runtime": "tf"}, "^runtime: 'tf' given, must be 'torch' or 'onnx'$"),
+        ({"per": "klass"}, "^per: 'klass' given, must be 'all' or 'class' or 'expert'$"),
+        ({"device": "gpu"}, "^device: 'gpu' given, must be 'auto', 'cpu' or 'cuda'$"),
+        ({"device": "cuda:99"}, r"drawn\.ood: device: 'cuda:99' given, and torch finds (no|\d+) GPU here$"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            Detector.load(written, **asked)
+    for k in (-1, 1.5, "3", None):
+        with pytest.raises(InputError, match=r"^nearest: .* given, must be a whole number, 0 or more$"):
+            Detector.load(written).score(rows, nearest=k)
 
 
 def test_a_detector_that_scores_otherwise_is_not_started(written, tmp_path):
@@ -152,12 +167,12 @@ def test_what_does_not_prove_itself_is_not_kept(study, rows, tmp_path, written):
 
 
 def opened(path):
-    archive = SealedArchive(path, KIND, VERSION)
+    archive = SealedArchive(path, BUNDLE_KIND, BUNDLE_VERSION)
     return {name: archive.read(name) for name in archive.names}
 
 
 def resealed(path, entries):
-    write_archive(path, KIND, VERSION, entries)
+    write_archive(path, BUNDLE_KIND, BUNDLE_VERSION, entries)
     return path
 
 

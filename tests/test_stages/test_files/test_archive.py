@@ -1,6 +1,7 @@
 """Sealed archives: any tool reads them, the same entries give the same bytes, and no other byte is believed."""
 
 import json
+import os
 import shutil
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 from cache.files import seal
 from stages.errors import InputError
 from stages.files import archive
-from stages.files.archive import Entry, SealedArchive, write_archive
+from stages.files.archive import Entry, SealedArchive, is_zip, write_archive
 
 KIND = "toy bundle"
 ENTRIES = {
@@ -185,11 +186,38 @@ def test_a_large_size_that_lies_allocates_nothing(written):
         opened(written)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"PK\3\4" + bytes(90), b'{"digest": "x"}', bytes(5000)])
-def test_another_file_is_no_bundle(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"PK", "it does not begin as one"),
+        (b"PK\3\4" + bytes(90), "it is a zip file of something else"),
+        (b'{"digest": "x"}', "it does not begin as one"),
+        (bytes(5000), "it does not begin as one"),
+    ],
+)
+def test_another_file_is_no_bundle(tmp_path, content, why):
     (tmp_path / "some").write_bytes(content)
-    with pytest.raises(InputError, match=r"some: is no toy bundle$"):
+    with pytest.raises(InputError, match=f"some: is no toy bundle as `export` writes it: {why}$"):
         opened(tmp_path / "some")
+
+
+def test_a_glance_sees_what_is_cut_short(written):
+    SealedArchive(written, KIND, 1, compared=False)
+    data = written.read_bytes()
+    for cut in (0, 3, 40, 200, len(data) - 1):
+        written.write_bytes(data[:cut])
+        with pytest.raises(InputError, match=r"toy\.ood: (is no toy bundle|damaged, or changed)"):
+            SealedArchive(written, KIND, 1, compared=False)
+
+
+def test_a_zip_file_is_known_by_either_end(written):
+    data = written.read_bytes()
+    for damaged, known in ((data[:50], True), (b"XXXX" + data[4:], True), (b"XXXX" + data[4:-30], False), (b"", False)):
+        written.write_bytes(damaged)
+        assert is_zip(written) == known
+    assert not is_zip(written.parent)
+    assert not is_zip(written.parent / "none.ood")
 
 
 def test_a_zip_of_somebody_else_is_no_bundle(written, tmp_path):
@@ -206,6 +234,9 @@ def test_no_file_and_folders_are_said(tmp_path):
         opened(tmp_path / "none.ood")
     with pytest.raises(InputError, match=r"cannot be read: Is a directory$"):
         opened(tmp_path)
+    os.mkfifo(tmp_path / "pipe.ood")
+    with pytest.raises(InputError, match=r"pipe\.ood: is no toy bundle as `export` writes it: it is no file$"):
+        opened(tmp_path / "pipe.ood")  # and nobody waits for who would write into it
 
 
 def test_json_and_tensors_that_are_none_are_refused(tmp_path):
