@@ -85,10 +85,13 @@ def _of_batch(batch: Any, by_torch: bool) -> Iterable[Any]:
         raise InputError(
             f"a batch of the DataLoader is a {type(batch).__name__}: it must be images, or begin with them"
         )
-    if not batch or not (_is_several(batch[0]) or getattr(batch[0], "ndim", 0) > 3):
-        columns = bool(batch) and hasattr(batch[0], "ndim") and not all(map(_is_image, batch))
-        return batch[0] if columns else map(_of_item, batch)
-    if by_torch or hasattr(batch[0], "ndim"):
+    if not batch:
+        return batch
+    if hasattr(batch[0], "ndim"):  # stacked, beside labels or masks; or an image of a list
+        return batch[0] if by_torch or not all(map(_is_image, batch)) else batch
+    if not _is_several(batch[0]):
+        return map(_of_item, batch)
+    if by_torch:
         return _of_batch(batch[0], by_torch)
     if not all(map(_is_image, batch[0])):  # (image, label), …
         return map(_of_item, batch)

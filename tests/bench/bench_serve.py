@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -59,6 +60,8 @@ def main() -> None:
         bundle = given.bundle or small_bundle(folder, given.experts)
         write_jpegs(folder / "jpeg", given.images)
         images = [path.read_bytes() for path in sorted((folder / "jpeg").iterdir())]
+        if not given.bundle:  # whose network is known
+            say_start(bundle, sorted((folder / "jpeg").iterdir())[:3])
         with ExitStack() as ended:
             servers = {}
             for patience in given.patience:
@@ -70,6 +73,14 @@ def main() -> None:
             say_cost_of_http(server, images, given.clients)
             wrong = mixed_rounds(server, images, given.requests, given.clients)
     sys.exit(1 if wrong else 0)
+
+
+def say_start(bundle: Path, images: Sequence[Path]) -> None:
+    """What `Detector.load` costs beyond the network's own load, in a process of its own; of a small bundle alone."""
+    command = [sys.executable, "-m", "tests.test_pipeline.starting", bundle, "224", *images]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    took = f"{said['beyond_s']:.1f} s of the processor beyond the {said['network_s']:.1f} s of its network"
+    print(f"Detector.load: {took}; loads {', '.join(said['laboratory']) or 'no library of the laboratory'}")
 
 
 def end(server: Served) -> None:

@@ -175,32 +175,15 @@ def test_two_exports_are_the_same_bytes(home, tmp_path):
     assert str(home).encode() not in (tmp_path / "again.ood").read_bytes()  # no place on this machine
 
 
-LIGHT = """
-import sys, time
-import torch, timm, torchvision, faiss  # the network's own
-from stages.config import BackboneConfig
-from stages.networks.backbone import load_backbone
-begun = time.process_time()
-load_backbone(BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=32))
-network = time.process_time() - begun
-from stages.detection import Detector
-begun = time.process_time()
-detector = Detector.load(sys.argv[1])
-beyond = time.process_time() - begun - network
-found = detector.score(sys.argv[2:], nearest=1)
-loaded = {"h5py", "dask", "distributed", "sklearn", "matplotlib", "pyarrow", "pandas"} & sys.modules.keys()
-print(beyond, *found.score, *loaded)
-"""
-
-
 def test_it_starts_in_seconds_with_no_library_of_the_laboratory(home, images, scored):
     """In a process of its own, in another folder; seconds are those of the processor."""
-    command = [sys.executable, "-c", LIGHT, home / "tiny.ood", *images[:3]]
+    command = [sys.executable, "-m", "tests.test_pipeline.starting", home / "tiny.ood", "32", *images[:3]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
-    beyond, *numbers = run.stdout.split()
-    np.testing.assert_allclose(np.float32(numbers), scored.score[:3], atol=1e-5)
-    assert float(beyond) < 2
+    said = json.loads(run.stdout)
+    np.testing.assert_allclose(np.float32(said["scores"]), scored.score[:3], atol=1e-5)
+    assert said["laboratory"] == []
+    assert said["beyond_s"] < 2
 
 
 def test_info_says_where_it_came_from(home):

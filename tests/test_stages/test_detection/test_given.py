@@ -63,6 +63,13 @@ def test_torch_makes_batches(images, batch, label):
     assert numbers(images_of(DataLoader(items, batch_size=batch))) == [0, 1, 2, 3, 4]
 
 
+def test_masks_beside_images_are_left_alone():
+    for images in (PIXELS, GRAY):
+        pairs = [(image, image + 100) for image in images]
+        for batch in (1, 3):
+            assert numbers(images_of(DataLoader(pairs, batch_size=batch))) == [0, 1, 2, 3, 4]
+
+
 def test_one_is_one():
     for image in (PIL[0], PATHS[0], PIXELS[0], GRAY[0], b"bytes", bytearray(b"bytes"), memoryview(b"bytes")):
         (found,) = images_of(image)
