@@ -42,7 +42,9 @@ class Answering:
         self._detector, self._asked = detector, asked
         runtime = detector.runtime
         most = min(asked.batch, runtime.batch)  # more would take another pass, and wait for both
-        self.batches: Batches[_Asked, Row] = Batches(self._rows, most, asked.patience, runtime.side_by_side)
+        self.batches: Batches[_Asked, Row] = Batches(
+            self._rows, most, asked.patience, runtime.side_by_side, runtime.whole
+        )
 
     def info(self) -> Row:
         """Where the detector came from, what it takes and promises."""

@@ -29,6 +29,7 @@ class Batches(Generic[Prepared, Answered]):
     Args:
         answer: of each item of a batch, in its order; called by as many threads as batches run side by side.
         most: items of a batch.
+        whole: items that cost as much as fewer: of a batch of more, those beyond whole ones wait for the next.
         patience: seconds that a batch waits for what is being prepared, at most: on a CPU a pass that is not full costs
             as much as a full one, and decoding has the cores meanwhile.
         side_by_side: batches that run at once.
@@ -40,12 +41,15 @@ class Batches(Generic[Prepared, Answered]):
         most: int,
         patience: float,
         side_by_side: int = 1,
+        whole: int = 1,
     ) -> None:
-        self._answer, self._most, self._patience, self._side_by_side = answer, most, patience, side_by_side
+        self._answer, self._patience, self._side_by_side = answer, patience, side_by_side
+        self._most, self._whole = most, whole
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
         self._network = ThreadPoolExecutor(side_by_side, "network")
         self._gathering = asyncio.Lock()  # one batch fills at a time
         self._ready: asyncio.Queue[tuple[Prepared, asyncio.Future[Answered]]] = asyncio.Queue()
+        self._left: list[tuple[Prepared, asyncio.Future[Answered]]] = []  # by the last batch, for the next
         self._coming = 0  # that are being prepared
         self._begun: dict[object, tuple[str, float]] = {}  # what threads are at, and since when
 
@@ -105,12 +109,16 @@ class Batches(Generic[Prepared, Answered]):
                 await self._answered(asked)
 
     async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answered]"]]:
-        batch = [await self._ready.get()]
+        batch = self._left or [await self._ready.get()]
+        self._left = []
         until = asyncio.get_running_loop().time() + self._patience
         with suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 while len(batch) < self._most and (self._coming or not self._ready.empty()):
                     batch.append(await self._ready.get())
+        if len(batch) > self._whole:
+            whole = len(batch) - len(batch) % self._whole
+            batch, self._left = batch[:whole], batch[whole:]
         return batch
 
     async def _answered(self, asked: Sequence[tuple[Prepared, "asyncio.Future[Answered]"]]) -> None:

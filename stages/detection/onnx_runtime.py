@@ -49,7 +49,7 @@ class OnnxRuntime:
         batch: images of a pass, the last one repeated, so that a row's bits are the same in any company.
 
     Attributes:
-        size, reads, batch, side_by_side: as of `stages.detection.runtime.Runtime`.
+        size, reads, batch, whole, side_by_side: as of `stages.detection.runtime.Runtime`.
 
     Raises:
         InputError: a transform that only torch does, or a graph that is not of this network.
@@ -67,7 +67,8 @@ class OnnxRuntime:
         self._spec = spec
         self._mixture = mixture
         self._patches = patches
-        self.batch, self.side_by_side = batch, 1  # a pass has all cores
+        self.batch = self.whole = batch
+        self.side_by_side = 1  # a pass has all cores
         self._transform = PillowTransform(spec.transform)
         self.size = spec.image_size
         if not 0 < self.size == self._transform.size <= LARGEST_SIDE:

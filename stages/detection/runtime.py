@@ -61,6 +61,7 @@ class Runtime(Protocol):
         size: side of what `prepare` gives, in pixels; 0 where it takes no images.
         reads: arrays of a cache that it needs of rows whose features were made elsewhere.
         batch: images that are worth going through it together: more of them take more passes.
+        whole: images of one pass of the network, which costs as much with fewer.
         side_by_side: callers whose passes it computes at once; others wait.
     """
 
@@ -70,7 +71,11 @@ class Runtime(Protocol):
 
     @property
     def batch(self) -> int:
-        """Images of a pass, never fewer than 1."""
+        """Images of a pass, with experts of one for each of them; never fewer than 1."""
+
+    @property
+    def whole(self) -> int:
+        """Images of a pass of the network itself, never fewer than 1."""
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """Bytes of an image file to ``[3, size, size]``, resized and cropped; raises `ImageError`."""

@@ -51,7 +51,7 @@ class TorchRuntime:
         device: where the experts run.
 
     Attributes:
-        size, reads, batch, side_by_side: as of `stages.detection.runtime.Runtime`.
+        size, reads, batch, whole, side_by_side: as of `stages.detection.runtime.Runtime`.
     """
 
     def __init__(
@@ -165,8 +165,12 @@ class TorchRuntime:
     @property
     def batch(self) -> int:
         """See `stages.detection.runtime.Runtime`: with experts as many as may fill a pass of each."""
-        images = self._batch if self._backbone is None else self._encoder.batch
-        return images if self._mixture is None else images * self._mixture.config.n_experts
+        return self.whole if self._mixture is None else self.whole * self._mixture.config.n_experts
+
+    @property
+    def whole(self) -> int:
+        """See `stages.detection.runtime.Runtime`."""
+        return self._batch if self._backbone is None else self._encoder.batch
 
     @property
     def _network(self) -> Backbone:

@@ -8,11 +8,11 @@ import pytest
 from pipeline.serving.batches import Batches
 
 
-def together(answer, most, *prepare, side_by_side=1):
+def together(answer, most, *prepare, side_by_side=1, whole=1):
     """What comes of each of those that ask at once: an answer, or an error."""
 
     async def crowd():
-        batches = Batches(answer, most, 0.1, side_by_side)
+        batches = Batches(answer, most, 0.1, side_by_side, whole)
         running = asyncio.create_task(batches.run())
         try:
             return await asyncio.gather(*map(batches.ask, prepare), return_exceptions=True)
@@ -35,6 +35,20 @@ def test_each_has_its_own_answer_in_batches_of_the_most_at_most():
     assert found == [2 * number for number in range(100)]
     assert max(sizes) == 8
     assert sum(sizes) == 100
+
+
+def test_a_batch_of_more_than_a_pass_has_whole_passes():
+    """What is beyond them goes with the next, alone where nothing comes."""
+    sizes = []
+
+    def same(items):
+        sizes.append(len(items))
+        return items
+
+    for n, expected in ((40, [32, 8]), (20, [16, 4]), (16, [16]), (5, [5])):
+        sizes.clear()
+        assert together(same, 32, *(lambda number=number: number for number in range(n)), whole=16) == [*range(n)]
+        assert sizes == expected
 
 
 def test_batches_run_side_by_side():
