@@ -164,3 +164,5 @@ def test_what_cannot_be_watched_is_refused(home, sealed):
     assert "tiny.toml" in refused("watch", home / "tiny.toml", "-")
     assert "no such file or folder" in refused("watch", sealed, home / "nowhere")
     assert "0<x<1" in refused("watch", sealed, "-", "--alpha", "2")
+    for option in ("--state", "--prometheus"):
+        assert "give a file in a folder that is there" in refused("watch", sealed, "-", option, home / "no" / "it")
