@@ -76,20 +76,25 @@ class Backend:
     async def keep(self) -> None:
         """Take what it answers, and start another where it is lost; until it is cancelled.
 
+        Each that does not load is followed by one that has twice as long: the machine may be busier than it was.
+
         Raises:
             InputError, StageError: another cannot start.
         """
+        loading = self._loading
         while self._worker is not None:
             if self.is_ready:
                 why = await self._worker.lived(self._silence)
+                loading = self._loading
             else:  # the one that was to take its place
-                why = f"hung: it has not loaded the detector in {self._loading:.0f} s"
+                why = f"hung: it has not loaded the detector in {loading:.0f} s"
                 self._worker.kill()
+                loading *= 2
             self._ready.clear()
             self.lost, self.why = self.lost + 1, why
             complain(f"serve: the worker {why}; another takes its place")
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._loading):
+                async with asyncio.timeout(loading):
                     await self._begin()
 
     async def ask(self, kind: BodyKind, body: bytes, nearest: int, seconds: float) -> Answer:

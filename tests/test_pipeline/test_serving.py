@@ -288,8 +288,9 @@ def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
         server.worker().kill()
         assert wait_for(server, workers_lost=3)["status"] == "starting"
         assert server.score(images[0]) == (503, {"error": "no answer within 1 s"})
-        said = wait_for(server, workers_lost=4)["last_lost"]
-        assert said.startswith("hung: it has not loaded the detector in ")
+        said = [wait_for(server, workers_lost=lost)["last_lost"] for lost in (4, 5)]
+        first, second = (int(each.removeprefix("hung: it has not loaded the detector in ")[:-2]) for each in said)
+        assert 2 * first - 1 <= second <= 2 * first + 1  # a machine that is busier than it was is waited for at last
         hangs_while_loading(bundle).unlink()
         wait_for(server, status="ok")
         for _ in range(60):  # a second is not long for its first images
