@@ -29,7 +29,8 @@ class Batches(Generic[Prepared, Answered]):
     Args:
         answer: of each item of a batch, in its order; called by as many threads as batches run side by side.
         most: items of a batch.
-        whole: items that cost as much as fewer: of a batch of more, those beyond whole ones wait for the next.
+        whole: items that cost as much as fewer; by default the most. A batch waits for so many, takes more where they
+            are ready, and leaves to the next what is beyond whole ones.
         patience: seconds that a batch waits for what is being prepared, at most: on a CPU a pass that is not full costs
             as much as a full one, and decoding has the cores meanwhile.
         side_by_side: batches that run at once.
@@ -41,10 +42,10 @@ class Batches(Generic[Prepared, Answered]):
         most: int,
         patience: float,
         side_by_side: int = 1,
-        whole: int = 1,
+        whole: int | None = None,
     ) -> None:
         self._answer, self._patience, self._side_by_side = answer, patience, side_by_side
-        self._most, self._whole = most, whole
+        self._most, self._whole = most, min(most, whole or most)
         self._decoders = ThreadPoolExecutor(max(2, usable_cores()), "decode")
         self._network = ThreadPoolExecutor(side_by_side, "network")
         self._gathering = asyncio.Lock()  # one batch fills at a time
@@ -114,8 +115,10 @@ class Batches(Generic[Prepared, Answered]):
         until = asyncio.get_running_loop().time() + self._patience
         with suppress(TimeoutError):
             async with asyncio.timeout_at(until):
-                while len(batch) < self._most and (self._coming or not self._ready.empty()):
+                while len(batch) < self._whole and (self._coming or not self._ready.empty()):
                     batch.append(await self._ready.get())
+        while len(batch) < self._most and not self._ready.empty():
+            batch.append(self._ready.get_nowait())
         if len(batch) > self._whole:
             whole = len(batch) - len(batch) % self._whole
             batch, self._left = batch[:whole], batch[whole:]

@@ -8,11 +8,11 @@ import pytest
 from pipeline.serving.batches import Batches
 
 
-def together(answer, most, *prepare, side_by_side=1, whole=1):
+def together(answer, most, *prepare, side_by_side=1, whole=None, patience=0.1):
     """What comes of each of those that ask at once: an answer, or an error."""
 
     async def crowd():
-        batches = Batches(answer, most, 0.1, side_by_side, whole)
+        batches = Batches(answer, most, patience, side_by_side, whole)
         running = asyncio.create_task(batches.run())
         try:
             return await asyncio.gather(*map(batches.ask, prepare), return_exceptions=True)
@@ -45,10 +45,14 @@ def test_a_batch_of_more_than_a_pass_has_whole_passes():
         sizes.append(len(items))
         return items
 
-    for n, expected in ((40, [32, 8]), (20, [16, 4]), (16, [16]), (5, [5])):
+    for n in (40, 20, 16, 5):
         sizes.clear()
-        assert together(same, 32, *(lambda number=number: number for number in range(n)), whole=16) == [*range(n)]
-        assert sizes == expected
+        prepare = [lambda number=number: number for number in range(n)]
+        assert together(same, 32, *prepare, whole=16, patience=20) == [*range(n)]
+        *passes, last = sizes
+        assert sum(sizes) == n
+        assert set(passes) <= {16, 32}
+        assert last == (n % 16 or 16)
 
 
 def test_batches_run_side_by_side():
