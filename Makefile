@@ -12,12 +12,12 @@ FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
 # Stages of a study: a module each, and a line in the list, which says what it does.
 STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_of_study/*.py))))
-VERBS := run predict export serve verify info
+VERBS := run plan predict export serve verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-company \
-	bench-scale bench-cluster check-gpu clean
+	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-plan \
+	bench-company bench-scale bench-cluster check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -52,6 +52,7 @@ pseudo-ood: $(READY) ## Compare settings of stage two on ID images alone: DATA=f
 	$(BIN)/python -m tests.bench.pseudo_ood '$(DATA)' --work '$(WORK)/pseudo-ood' $(ARGS)
 
 run: $(READY) ## Every stage that is not fresh (EXPERIMENT=file.toml ARGS="--set …", as for each of them)
+plan: $(READY) ## What it would cost, before anything runs: images, bytes, hours, memory
 predict: $(READY) ## Score new images: ARGS="image.jpg …"
 export: $(READY) ## The detector as one file: ARGS="-o pets.ood"
 serve: $(READY) ## An exported detector over HTTP: EXPERIMENT=pets.ood ARGS="--port 8000"
@@ -83,11 +84,12 @@ bench-fits: $(READY) ## Fits on a million rows: time and memory
 bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
 bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
+bench-plan: $(READY) ## What plan says against what a run takes: the demo, or ARGS="EXPERIMENT.toml"
 bench-company: $(READY) ## Two trainings side by side against one alone
 bench-cluster: $(READY) ## One and two workers: extraction, kNN, an empty item; the scheduler's memory
 bench-scale: $(READY) ## Each step after extraction at 10,000, 100,000, … rows: time, memory, slopes (ARGS="--rows 1000000 --only grouping")
 bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve \
-	bench-company bench-scale bench-cluster:
+	bench-plan bench-company bench-scale bench-cluster:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers

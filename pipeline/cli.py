@@ -4,6 +4,7 @@ Every error is one line on standard error; ``--debug`` adds the traceback. Heavy
 needs them, so that ``--help`` and a mistake in the experiment file answer at once.
 """
 
+import json
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from pipeline.options import (
     NETWORK,
     OF_STAGES,
     PAGE,
+    PLANNING,
     REHASH,
     SCHEDULER,
     SELECTION,
@@ -40,6 +42,7 @@ from pipeline.options import (
     Network,
     asked,
 )
+from pipeline.planning.asked import Planning
 from pipeline.processes import SaidElsewhereError, is_first, started, together
 from pipeline.reproduction.selection import Selection
 from pipeline.stages_of_study import STAGES, Listed
@@ -233,6 +236,24 @@ def study(path: Path, data: Path, work: Path, selection: Selection, asked: Asked
     from pipeline.reproduction.run import run_reproduction
 
     show(run_reproduction(path, data, work, selection, asked.run_options(), dry_run=asked.dry_run))
+
+
+@verbs.command()
+@EXPERIMENT
+@PLANNING
+def plan(experiment: Experiment, planning: Planning) -> None:
+    """What a study would cost, before anything runs: bytes, hours and memory, from a minute's calibration."""
+    config = experiment.config("plan")
+    from pipeline.planning.plan import plan_study
+
+    with _study(config, RunOptions()) as study:
+        plan = plan_study(study.workspace, planning)
+        if planning.as_json:
+            show(json.dumps(plan.to_dict(), indent=2))
+            return
+        from pipeline.planning.saying import plan_lines
+
+        show(plan_lines(plan))
 
 
 @verbs.command()

@@ -19,6 +19,7 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.deciding import Deciding
+from pipeline.planning.asked import Planning
 from pipeline.reproduction.selection import Selection
 from stages.config import nearest
 from stages.scorers import SCORERS, unknown_part
@@ -322,4 +323,22 @@ PAGE = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write the page of results there as well; the project's is pipeline/benchmark/RESULTS.md.",
+)
+PLANNING = gathered(
+    "planning",
+    Planning,
+    click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Plan for N workers as well, not for 4."),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(5, 600),
+        default=Planning.seconds,
+        show_default=True,
+        help="That the calibration may take, about.",
+    ),
+    click.option("--images", type=click.IntRange(min=1), metavar="N", help="Of id-train, which need not be there."),
+    click.option("--classes", type=click.IntRange(min=2), metavar="N", help="Of these images."),
+    click.option(
+        "--test-images", type=click.IntRange(min=1), metavar="N", help="Of each other set; 10,000 by default."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
 )

@@ -25,7 +25,20 @@ TARGETS = [
     "bench",
     "clean",
 ]
-VERBS = ["extract", "train", "finetune", "score", "report", "run", "predict", "export", "serve", "verify", "info"]
+VERBS = [
+    "extract",
+    "train",
+    "finetune",
+    "score",
+    "report",
+    "run",
+    "plan",
+    "predict",
+    "export",
+    "serve",
+    "verify",
+    "info",
+]
 
 
 @pytest.fixture

@@ -126,6 +126,18 @@ class SampleTable:
         columns = {name: getattr(self, name)[rows] for name in ("ids", "labels", "sizes", "mtimes_ns", "contents")}
         return replace(self, **columns)
 
+    def take(self, rows: Iterable[int]) -> "SampleTable":
+        """Some samples alone, by their numbers, in this order."""
+        own = [int(row) for row in rows]
+        return replace(
+            self,
+            ids=tuple(self.ids[row] for row in own),
+            labels=self.labels[own],
+            sizes=self.sizes[own],
+            mtimes_ns=self.mtimes_ns[own],
+            contents=[self.contents[row] for row in own],
+        )
+
     def reader(self, start: int = 0, stop: int | None = None) -> ImageReader:
         """Reader of samples start … stop - 1, whose index 0 is `start`: a worker is sent only its part."""
         return ImageReader(self.contents[start:stop])

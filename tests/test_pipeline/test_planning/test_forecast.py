@@ -1,0 +1,94 @@
+"""From what pilots took to what a study takes: nothing shrinks with more rows, or grows with more workers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.config import load_config
+from pipeline.planning.forecast import Calibration, Forecast, StageCost, ToDo, line
+from pipeline.planning.pilot import Parts, Timed
+from pipeline.planning.size import StudySize
+from tests.test_pipeline.tiny import STUDY
+
+EXTRACTED = {"train": 1000, "test": 100, "threes": 100, "photos": 100}
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    return load_config(tmp_path / "tiny.toml")
+
+
+def timed(n_train, seconds):
+    """A pilot whose parts all took the same."""
+    parts = Parts(seconds, seconds, seconds)
+    peaks = dict.fromkeys(("train", "score", "report"), 1 << 30)
+    return Timed(n_train, n_train, 10, seconds, {"default": parts}, None, parts, seconds, peaks)
+
+
+MEASURED = Calibration(
+    loading=1.0, image=0.01, search=1e-9, extracting=1 << 30, pilots=[timed(100, 1.0), timed(300, 2.0)]
+)
+
+
+def costs(config, backbone, n, workers=1):
+    """Seconds of all stages of a study with n images to train on."""
+    size = StudySize(EXTRACTED | {"train": n}, 10, n // 10)
+    forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), MEASURED)
+    todo = ToDo({"pretrained": dict(size.rows)}, {"pretrained": [("default", 0)]}, {"pretrained"}, {}, True, True, 2)
+    stages = [
+        forecast.extract("pretrained", size.rows),
+        forecast.train("pretrained", [("default", 0)], probe=True),
+        forecast.score(todo),
+        forecast.report(todo),
+    ]
+    return np.array([cost.with_workers(workers) for cost in stages]), stages
+
+
+def test_more_images_take_longer(config, backbone):
+    sizes = [300, 1000, 10_000, 1_281_167]
+    seconds = np.array([costs(config, backbone, n)[0] for n in sizes])
+    assert (np.diff(seconds[:, :3], axis=0) > 0).all()
+    memory = [[cost.memory for cost in costs(config, backbone, n)[1]] for n in sizes]
+    assert (np.diff(memory, axis=0) >= 0).all()
+
+
+def test_images_are_proportional(config, backbone):
+    """So many more images take so much longer to extract, whatever the network takes to load."""
+    (few, *_), (many, *_) = (costs(config, backbone, n)[0] for n in (1000, 100_000))
+    assert many - few == pytest.approx(99_000 * MEASURED.image)
+
+
+def test_more_workers_take_no_longer(config, backbone):
+    seconds = np.array([costs(config, backbone, 1_281_167, workers)[0] for workers in (1, 2, 4, 1000)])
+    assert (np.diff(seconds, axis=0) <= 0).all()
+    extract = seconds[:, 0] - MEASURED.loading
+    assert extract[1] == pytest.approx(extract[0] / 2, rel=0.01)
+    assert np.ptp(seconds[:, 1:], axis=0) == pytest.approx(0)  # only extraction is shared
+
+
+def test_shards_bound_the_workers():
+    cost = StageCost("extract", 10.0, ((9.0, 3),), 0, "")
+    assert [cost.with_workers(n) for n in (1, 2, 3, 100)] == pytest.approx([10, 7, 4, 4])
+
+
+def test_what_is_fresh_costs_nothing(config, backbone):
+    size = StudySize(EXTRACTED, 10, 100)
+    forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), replace(MEASURED, pilots=[]))
+    todo = ToDo({"pretrained": {}}, {"pretrained": []}, set(), {}, False, False, 2)
+    fresh = [
+        forecast.extract("pretrained", {}),
+        forecast.train("pretrained", [], probe=False),
+        forecast.score(todo),
+        forecast.report(todo),
+    ]
+    assert [(cost.seconds, cost.memory, cost.about) for cost in fresh] == [(0, 0, "fresh")] * 4
+
+
+def test_line_through_two_pilots():
+    rng = np.random.default_rng(0)
+    for first, second, begin, slope in rng.uniform(0.1, 10, (50, 4)):
+        at = [first, first + second]
+        seconds = [begin + slope * x for x in at]
+        assert line(at, seconds, 123.0) == pytest.approx(begin + slope * 123.0)
