@@ -25,6 +25,7 @@ from stages.scorers.neighbours.bank import FeatureBank
 
 _EXTRACTING = 0.25  # of the time, for images
 _LARGER = 1.5  # a pilot, than the first, or it tells nothing
+_IN_BOTH = {"train", "score", "report"}  # what grows otherwise than the number of rows
 _BANK, _QUERIES = 1 << 14, 1 << 11  # rows of a search that is timed
 
 
@@ -119,19 +120,17 @@ class Calibrator:
     def _pilots(
         self, material: Material, sets: dict[str, PilotSet], both: tuple[PilotScale, PilotScale], verbs: set[str]
     ) -> list[Timed]:
-        """The small pilot, and a larger one, as large as there is time for."""
+        """The small pilot, in which libraries are loaded too, and a larger one, as large as there is time for."""
 
-        def run(scale: PilotScale, name: str) -> Timed:
+        def run(scale: PilotScale, name: str, verbs: set[str]) -> Timed:
             some = smaller(sets, self._config, self._size, scale)
             return run_pilot(material, some, Path(scratch, name), verbs)
 
         small, large = both
         with TemporaryDirectory(prefix="plan-") as scratch:
-            first = run(small, "small")
-            times = (self._ends - time.monotonic()) / first.seconds
-            if small == large or times < _LARGER:
-                return [first]
-            return [first, run(between(small, large, times), "large")]
+            first = run(small, "small", verbs & _IN_BOTH)
+            times = max(_LARGER, (self._ends - time.monotonic()) / first.seconds)
+            return [first, run(between(small, large, times), "large", verbs)]
 
     def _search(self) -> float:
         """Seconds of a query times a row of the bank."""

@@ -14,6 +14,7 @@ from cache import FeatureSpec, plan_shards
 from pipeline.config import JOINT, RunConfig
 from pipeline.planning.pilot import Timed
 from pipeline.planning.size import StudySize
+from pipeline.report.maps import MOST_DOTS
 from stages.training.recipes import resolve_recipe, resolve_settings
 
 _SHARD_BYTES = 64 << 20  # of two shards: one that fills, one that is written
@@ -75,7 +76,7 @@ class Calibration:
         image: seconds of an image's extraction; 0 where none is to be extracted.
         search: seconds of a query times a row of the bank.
         extracting: bytes of memory that an extraction has taken.
-        pilots: a small one and a larger one; or one.
+        pilots: a small one and a larger one.
     """
 
     loading: float
@@ -175,7 +176,10 @@ class Forecast:
         """The page."""
         if not todo.report or self._last.report is None:
             return _fresh("report")
-        return StageCost("report", self._last.report, (), self._last.peaks["report"], "one page")
+        pilots = [(timed, timed.report) for timed in self._measured.pilots if timed.report is not None]
+        dots = [float(min(MOST_DOTS, timed.n_tests)) for timed, _ in pilots]
+        seconds = line(dots, [taken for _, taken in pilots], float(min(MOST_DOTS, self._n_tests)))
+        return StageCost("report", seconds, (), self._last.peaks["report"], "one page")
 
     def _searches(self) -> float:
         """Seconds of all searches of a choice of features: test rows and those that calibrate, in a bank of all."""
@@ -197,13 +201,13 @@ class Forecast:
 
 
 def line(at: Sequence[float], seconds: Sequence[float], x: float) -> float:
-    """Seconds at x by a line through one or two points, whose slope and beginning are not below 0.
+    """Seconds at x by a line through two points, whose slope and beginning are not below 0.
 
-    >>> line([1, 2], [3, 4], 10), line([1, 2], [1, 3], 10), line([2], [3], 4), line([1, 2], [3, 2], 10)
-    (12.0, 15.0, 6.0, 3)
+    >>> line([1, 2], [3, 4], 10), line([1, 2], [1, 3], 10), line([2, 2], [3, 2], 4), line([1, 2], [3, 2], 10)
+    (12.0, 15.0, 4.0, 3)
     """
-    if len(at) == 1:
-        return seconds[0] * x / at[0]
+    if at[0] == at[1]:
+        return seconds[1] * x / at[1]
     slope = (seconds[1] - seconds[0]) / (at[1] - at[0])
     begin = seconds[0] - slope * at[0]
     if slope <= 0:
