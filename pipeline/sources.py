@@ -14,7 +14,7 @@ from stages.training.identity import probe_identity, read_finetuned_head
 
 NO_VARIANT = "none"  # the backbone's own features
 
-_GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far", "cs-id": CS_ID}
+GROUP_OF_ROLE = {"id-test": "id", "near-ood": "near", "far-ood": "far", "cs-id": CS_ID}
 
 
 def sources_to_score(workspace: Workspace, which: str, fits: bool = True) -> list[BackboneSource]:
@@ -37,8 +37,8 @@ def sources_to_score(workspace: Workspace, which: str, fits: bool = True) -> lis
 
 def _source_to_score(workspace: Workspace, backbone: StudyBackbone, fits: bool) -> BackboneSource:
     tests = [
-        ScoredSet(entry.name, _GROUP_OF_ROLE[entry.role], backbone.cache(entry))
-        for entry in workspace.config.sets_of(*_GROUP_OF_ROLE)
+        ScoredSet(entry.name, GROUP_OF_ROLE[entry.role], backbone.cache(entry))
+        for entry in workspace.config.sets_of(*GROUP_OF_ROLE)
     ]
     return _source(workspace, backbone, workspace.mixtures(backbone), tests, fits)
 
@@ -73,7 +73,7 @@ def _source(
     of_clusters: bool = True,
 ) -> BackboneSource:
     """A backbone with some mixtures; unless `of_clusters`, without those of classes that are clusters."""
-    workspace.check_caches(backbone, "id-train", "id-val", *(_GROUP_OF_ROLE if tests else ()))
+    workspace.check_caches(backbone, "id-train", "id-val", *(GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed))

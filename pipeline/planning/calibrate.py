@@ -1,10 +1,11 @@
-"""What this machine does with a study, measured in less than a minute and in a folder that is thrown away.
+"""What this machine does with a study, measured in about a minute and in a folder that is thrown away.
 
 Nothing is kept for the next time: the numbers are of the machine as it is now, with who else is at work on it, and of
 settings that are about to be changed.
 """
 
 import time
+from math import sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from cache import CacheError, FeatureSpec
 from pipeline.planning.forecast import Calibration
-from pipeline.planning.pilot import Material, Timed, run_pilot
+from pipeline.planning.pieces import seconds_of_heads, seconds_of_method, seconds_of_search
+from pipeline.planning.pilot import Material, Pilot
 from pipeline.planning.pool import Pool, drawn, of_arrays, of_cache, of_images
 from pipeline.planning.sample import PilotScale, PilotSet, between, pilot_sets, scales, smaller
 from pipeline.planning.size import StudySize
@@ -21,12 +23,15 @@ from pipeline.workspace import Workspace
 from stages.errors import InputError
 from stages.inputs.images import SampleTable
 from stages.networks.backbone import Backbone, build_architecture
-from stages.scorers.neighbours.bank import FeatureBank
+from stages.scorers import AUTO
 
-_EXTRACTING = 0.25  # of the time, for images
-_LARGER = 1.5  # a pilot, than the first, or it tells nothing
-_IN_BOTH = {"train", "score", "report"}  # what grows otherwise than the number of rows
-_BANK, _QUERIES = 1 << 14, 1 << 11  # rows of a search that is timed
+_EXTRACTING = 0.12  # of the time, for images
+_TUNING = 0.2  # of the time, for the fine-tune
+_REPORTING = 0.05  # of the time, for the page
+_PROBING, _TRAINING = 0.1, 0.2  # of the time, for the larger pilot's probe, and for its mixtures
+_STEPS = 4  # that people are told of: images, two pilots, scores
+_LARGER = 1.5  # than the first, at least
+_FAR = 100  # times the products of a pilot's heads: beyond, heads are timed with as many classes as the study has
 
 
 class Calibrator:
@@ -40,7 +45,6 @@ class Calibrator:
 
     def __init__(self, workspace: Workspace, size: StudySize, seconds: float) -> None:
         self._workspace, self._config, self._size = workspace, workspace.config, size
-        self._ends = time.monotonic() + seconds
         self._seconds = seconds
         began = time.perf_counter()
         self.network = self._network()
@@ -68,9 +72,11 @@ class Calibrator:
         """All of it.
 
         Args:
-            verbs: stages that are not fresh.
+            verbs: stages that are not fresh: some of ``train``, ``finetune``, ``score``, ``report``.
             extracts: whether images are to be extracted.
         """
+        began, progress = time.monotonic(), self._workspace.progress
+        progress.start(_STEPS, "step", f"calibrate {self._config.name}")
         small, large = scales(self._config, self._size)
         tables = self._tables()
         sets = pilot_sets(self._config, self._size, tables, large)
@@ -85,11 +91,14 @@ class Calibrator:
             found = of_images(left or pictured, tables, self.network, self.spec, time_for)
             sets, pools, image = sets | found.sets, found.pools | pools, found.seconds
         extracting = peak_memory_bytes()
-        if not verbs:
-            return Calibration(self._loading, image, 0.0, extracting, [])
-        material = Material(self._config, self._size, tables, pools, self.spec, self.network)
-        pilots = self._pilots(material, sets, (small, large), verbs)
-        return Calibration(self._loading, image, self._search(), extracting, pilots)
+        progress.advance()
+        measured = Calibration(self._loading, image, extracting)
+        if verbs:
+            material = Material(self._config, self._size, tables, pools, self.spec, self.network)
+            self._run_pilots(measured, material, sets, (small, large), verbs)
+        progress.close()
+        measured.seconds = self._loading + time.monotonic() - began
+        return measured
 
     def _arrays(self) -> set[str]:
         return {entry.name for entry in self._config.sets if entry.features is not None}
@@ -117,27 +126,62 @@ class Calibrator:
                 pools[entry.name] = of_cache(cache, own, rows.labels)
         return pools
 
-    def _pilots(
-        self, material: Material, sets: dict[str, PilotSet], both: tuple[PilotScale, PilotScale], verbs: set[str]
-    ) -> list[Timed]:
-        """The small pilot, in which libraries are loaded too, and a larger one, as large as there is time for."""
-
-        def run(scale: PilotScale, name: str, verbs: set[str]) -> Timed:
-            some = smaller(sets, self._config, self._size, scale)
-            return run_pilot(material, some, Path(scratch, name), verbs)
-
+    def _run_pilots(
+        self,
+        measured: Calibration,
+        material: Material,
+        sets: dict[str, PilotSet],
+        both: tuple[PilotScale, PilotScale],
+        verbs: set[str],
+    ) -> None:
+        """The small pilot, of the larger one what there is time for, and what is timed apart."""
         small, large = both
         with TemporaryDirectory(prefix="plan-") as scratch:
-            first = run(small, "small", verbs & _IN_BOTH)
-            times = max(_LARGER, (self._ends - time.monotonic()) / first.seconds)
-            return [first, run(between(small, large, times), "large", verbs)]
 
-    def _search(self) -> float:
-        """Seconds of a query times a row of the bank."""
-        rng = np.random.default_rng(0)
-        bank, queries = (rng.standard_normal((n, self.spec.cls_dim), dtype=np.float32) for n in (_BANK, _QUERIES))
-        found = FeatureBank(bank)
-        found.search(queries[:64], 10)
-        began = time.perf_counter()
-        found.search(queries, 10)
-        return (time.perf_counter() - began) / (_BANK * _QUERIES)
+            def pilot(scale: PilotScale, name: str) -> Pilot:
+                new = Pilot(material, smaller(sets, self._config, self._size, scale), Path(scratch, name))
+                measured.pilots.append(new.timed)
+                return new
+
+            first = last = pilot(small, "small")
+            first.train()
+            self._workspace.progress.advance()
+            if small != large:
+                # Rows and classes of a head grow alike.
+                times = max(_LARGER, sqrt(self._seconds * _PROBING / first.timed.probe))
+                last = pilot(between(small, large, times), "large")
+                expected = first.timed.seconds * last.timed.n_train / first.timed.n_train
+                if expected <= self._seconds * _TRAINING:
+                    last.train()
+                else:
+                    last.fit_probe()
+            self._workspace.progress.advance()
+            if "score" in verbs:
+                self._score(first, last)
+            self._time_pieces(measured, "score" in verbs)
+            self._workspace.progress.advance()
+            if "report" in verbs:
+                first.report(self._seconds * _REPORTING)
+            if "finetune" in verbs:
+                last.finetune(self._seconds * _TUNING)
+
+    def _score(self, first: Pilot, last: Pilot) -> None:
+        """Score the first pilot, and see what the larger one takes more."""
+        first.score()
+        if AUTO in self._config.score.scores:
+            first.fold()
+        if last is first:
+            return
+        if AUTO in self._config.score.scores:
+            last.fold()
+        elif last.timed.mixtures:
+            last.score()
+
+    def _time_pieces(self, measured: Calibration, scores: bool) -> None:
+        """What grows otherwise than the rows of a pilot can tell."""
+        size, (pilot, *_) = self._size, measured.pilots
+        if scores:
+            measured.search = seconds_of_search(self.spec.cls_dim)
+            measured.method = seconds_of_method(self._config, size.rows)
+        if size.of_roles(self._config, "id-train") * size.n_classes > _FAR * pilot.n_train * pilot.n_classes:
+            measured.head = seconds_of_heads(size.n_classes, self.spec.cls_dim)

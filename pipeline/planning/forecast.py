@@ -1,20 +1,22 @@
 """From what pilots took to what the study will take: arithmetic from the size of the data.
 
-Steps, refined rows and images are proportional to their number. All else of a stage is a line a + b·x through a small
-and a larger pilot; x counts multiplications of linear heads (rows x classes) in stage two, numbers that are read (rows
-x (features + classes)) in stage three. Searches grow with bank x queries, and are timed apart.
+Steps, refined rows and images are proportional to their number; lines of the table and folds of ``auto`` are counted.
+Heads are as much more than a pilot's as the linear probe is, fits and scores, where ``auto`` is asked for, as one fold
+is: by lines a + b·x through a small and a larger pilot, where x counts multiplications of heads (rows x classes), and
+numbers that are read (rows x (features + classes)). Searches grow with bank x queries, and are timed apart, as are
+heads of many more rows and classes than a pilot has.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
 
 from cache import FeatureSpec, plan_shards
 from pipeline.config import JOINT, RunConfig
 from pipeline.planning.pilot import Timed
-from pipeline.planning.size import StudySize
-from pipeline.report.maps import MOST_DOTS
+from pipeline.planning.size import StudySize, experts_of
+from stages.detection.pseudo import FITTED_ROWS, n_folds
+from stages.scorers import AUTO, FROZEN
 from stages.training.recipes import resolve_recipe, resolve_settings
 
 _SHARD_BYTES = 64 << 20  # of two shards: one that fills, one that is written
@@ -53,37 +55,49 @@ class ToDo:
         images: to extract, by set, of each backbone by its name.
         mixtures: to train, (variant, seed) of each backbone by its name.
         probes: backbones whose linear probe is not there.
-        finetunes: seeds of backbones to make.
+        finetunes: backbones to make.
         score, report: whether they are to be made.
-        subjects: choices of features to score: those of each backbone and of each mixture.
+        scored: how many mixtures are scored, over all backbones.
     """
 
     images: dict[str, dict[str, int]]
     mixtures: dict[str, list[tuple[str, int]]]
     probes: set[str]
-    finetunes: dict[str, int]
+    finetunes: set[str]
     score: bool
     report: bool
-    subjects: int
+    scored: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Calibration:
     """What was measured of this machine.
 
     Attributes:
         loading: seconds until the network is there, libraries included.
         image: seconds of an image's extraction; 0 where none is to be extracted.
-        search: seconds of a query times a row of the bank.
         extracting: bytes of memory that an extraction has taken.
-        pilots: a small one and a larger one.
+        pilots: a small one and a larger one, without mixtures where they take too long; or one; or none, where all is
+            fresh. The first is scored, the last is fine-tuned.
+        search: seconds of a query times a row of the bank.
+        method: seconds of a line of the table.
+        head: seconds of a row times a class, where pilots are too small to tell; or 0.
+        seconds: that all of it took.
     """
 
     loading: float
     image: float
-    search: float
     extracting: int
-    pilots: Sequence[Timed]
+    pilots: list[Timed] = field(default_factory=list)
+    search: float = 0.0
+    method: float = 0.0
+    head: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def peaks(self) -> Mapping[str, int]:
+        """Bytes of the largest memory after each stage, by its verb."""
+        return {verb: peak for timed in self.pilots for verb, peak in timed.peaks.items()}
 
 
 class Forecast:
@@ -99,15 +113,15 @@ class Forecast:
     def __init__(self, config: RunConfig, size: StudySize, spec: FeatureSpec, measured: Calibration) -> None:
         self._config, self._size, self._spec, self._measured = config, size, spec, measured
         self._n_train = size.of_roles(config, "id-train")
-        self._n_tests = size.total - self._n_train
+        self._n_tests = size.of_roles(config, "id-test", "near-ood", "far-ood", "cs-id")
 
     @property
-    def _last(self) -> Timed:
-        return self._measured.pilots[-1]
+    def _first(self) -> Timed:
+        return self._measured.pilots[0]
 
     @property
     def _classes(self) -> int:
-        return self._size.n_classes or self._last.n_classes
+        return self._size.n_classes or self._measured.pilots[-1].n_classes
 
     def extract(self, backbone: str, images: Mapping[str, int]) -> StageCost:
         """The caches of one backbone, of so many images of each set."""
@@ -127,97 +141,117 @@ class Forecast:
             return _fresh(name)
         assert self._config.finetune is not None
         epochs = resolve_recipe(self._config.finetune, self._n_train).epochs
-        seconds = (self._last.tuning or 0.0) * epochs * self._ratio
-        return StageCost(name, seconds, (), self._last.peaks.get("finetune", 0), f"{epochs} epochs")
-
-    @property
-    def _ratio(self) -> float:
-        return self._n_train / self._last.n_train
+        each, starting = self._measured.pilots[-1].tuning or (0.0, 0.0)
+        rows = self._n_train * (1 - (0 if self._config.sets_of("id-val") else self._config.split.val))
+        seconds = starting + each * epochs * rows
+        return StageCost(name, seconds, (), self._measured.peaks.get("finetune", 0), f"{epochs} epochs")
 
     def train(self, backbone: str, mixtures: Sequence[tuple[str, int]], probe: bool) -> StageCost:
         """Probe and mixtures on the features of one backbone."""
         name = f"train {backbone}"
         if not mixtures and not probe:
             return _fresh(name)
-        seconds = self._line([(timed, timed.probe) for timed in self._measured.pilots], _fits) if probe else 0.0
+        pilot = next(timed for timed in reversed(self._measured.pilots) if timed.mixtures)
+        seconds = self._heads(pilot.probe, pilot, 1.0) if probe else 0.0
         configs = self._config.variant_configs()
         total = 0
         for variant, _ in mixtures:
             known = "default" if variant == JOINT else variant
-            own = [(timed, parts) for timed in self._measured.pilots if (parts := timed.mixtures.get(known))]
-            epochs = resolve_settings(configs[known], max(self._classes, 2), self._spec).epochs
-            epochs = 0 if variant == JOINT else epochs  # its experts were trained with the backbone
+            own = pilot.mixtures[known]
+            # Those of a fine-tune were trained with the backbone.
+            settings = resolve_settings(configs[known], max(self._classes, 2), self._spec)
+            epochs = 0 if variant == JOINT else settings.epochs
             total += epochs
-            parts = own[-1][1]
-            seconds += (parts.steps * epochs + parts.refining) * self._ratio
-            seconds += self._line([(timed, parts.rest) for timed, parts in own], _fits)
-        memory = self._last.peaks.get("train", 0)
-        return StageCost(name, seconds, (), memory, f"{len(mixtures)} mixtures, {total} epochs")
+            seconds += (own.steps * epochs + own.refining) * self._n_train / pilot.n_train
+            # A head of all classes, and one a group, which has as small a part of the rows as of the classes.
+            heads = 1.0 + 1.0 / experts_of(configs[known], self._size.n_classes)
+            seconds += self._heads(own.rest, pilot, heads)
+        about = f"{len(mixtures)} mixtures, {total} epochs"
+        return StageCost(name, seconds, (), self._measured.peaks.get("train", 0), about)
+
+    def _heads(self, seconds: float, pilot: Timed, heads: float) -> float:
+        """What linear heads take of all rows: as much more than those of a pilot as the probe does.
+
+        Args:
+            seconds: that they took in the pilot.
+            pilot: this one.
+            heads: how many they are, each as large as the probe.
+        """
+        products = float(self._n_train) * self._classes
+        if self._measured.head:
+            return seconds + heads * self._measured.head * products
+        pilots = self._measured.pilots
+        at = [float(timed.n_train) * timed.n_classes for timed in pilots]
+        return seconds * line(at, [timed.probe for timed in pilots], products) / pilot.probe
 
     def score(self, todo: ToDo) -> StageCost:
         """All scores."""
         if not todo.score:
             return _fresh("score")
-        pilots = [(timed, timed.score) for timed in self._measured.pilots if timed.score is not None]
-        if not pilots:
+        first = self._first
+        if first.score is None:
             return StageCost("score", 0.0, (), 0, "no ID test set or no OOD set")
-        own = 1 + len(self._last.mixtures)  # choices of features that the pilot has scored
-        mixtures = max(1, own - 1)
-        rest = self._line([(timed, parts.rest) for timed, parts in pilots], self._reads) / own * todo.subjects
-        rest += self._searches() * todo.subjects
-        refining = pilots[-1][1].refining * self._n_tests / self._last.n_tests / mixtures
-        refining *= max(0, todo.subjects - len(todo.images))
+        n_backbones, own = len(todo.images), first.score
+        auto = AUTO in self._config.score.scores
+        subjects = n_backbones + todo.scored
+        fold = self._fold()
+        rest = own.rest * fold / first.fold if auto and first.fold else self._rest()
+        seconds = rest / 2 * subjects
+        seconds += own.refining * self._n_tests / first.n_tests * todo.scored
+        methods = own.methods[0] * n_backbones + own.methods[1] * todo.scored + auto * subjects
+        seconds += methods * self._measured.method
+        seconds += auto * fold * n_folds(self._classes) * subjects
+        seconds += self._searches() * subjects
         held = 4 * self._n_train * self._spec.cls_dim + _ROW_BYTES * self._size.total
-        memory = self._last.peaks["score"] + held
-        about = f"{self._n_tests:,} test rows, {todo.subjects} choices of features"
-        return StageCost("score", rest + refining, (), memory, about)
+        about = f"{self._n_tests:,} test rows, {subjects} choices of features"
+        return StageCost("score", seconds, (), self._measured.peaks["score"] + held, about)
 
-    def report(self, todo: ToDo) -> StageCost:
-        """The page."""
-        if not todo.report or self._last.report is None:
-            return _fresh("report")
-        pilots = [(timed, timed.report) for timed in self._measured.pilots if timed.report is not None]
-        dots = [float(min(MOST_DOTS, timed.n_tests)) for timed, _ in pilots]
-        seconds = line(dots, [taken for _, taken in pilots], float(min(MOST_DOTS, self._n_tests)))
-        return StageCost("report", seconds, (), self._last.peaks["report"], "one page")
+    def _rest(self) -> float:
+        """Seconds of fits and scores, by the pilots that were scored."""
+        pilots = [(timed, timed.score.rest) for timed in self._measured.pilots if timed.score]
+        at = [self._reads(timed.n_train + timed.n_tests, timed.n_classes) for timed, _ in pilots]
+        return line(at, [rest for _, rest in pilots], self._reads(self._size.total, self._classes))
+
+    def _fold(self) -> float:
+        """Seconds of a pair of folds, of which there are so many rows at most."""
+        pilots = self._measured.pilots
+        at = [self._reads(min(FITTED_ROWS, timed.n_train), timed.n_classes) for timed in pilots]
+        x = self._reads(min(FITTED_ROWS, self._n_train), self._classes)
+        return line(at, [timed.fold for timed in pilots], x)
+
+    def _reads(self, rows: int, n_classes: int) -> float:
+        return rows * float(self._spec.cls_dim + n_classes)
 
     def _searches(self) -> float:
         """Seconds of all searches of a choice of features: test rows and those that calibrate, in a bank of all."""
-        names = {part for score in self._config.score.scores for part in score.split("+")}
-        if not names & (_SEARCHES | {"auto"}):
+        names = {part.removeprefix(FROZEN) for score in self._config.score.scores for part in score.split("+")}
+        if not names & (_SEARCHES | {AUTO}):
             return 0.0
-        return self._measured.search * self._n_train * self._size.total
+        held_out = self._size.of_roles(self._config, "id-val") or self._n_train * self._config.split.val
+        queries = self._n_train if self._size.is_cross_fitted(self._config) else held_out
+        return self._measured.search * self._n_train * (self._n_tests + queries)
 
-    def _reads(self, timed: Timed | None) -> float:
-        width = self._spec.cls_dim + (self._classes if timed is None else timed.n_classes)
-        return (self._size.total if timed is None else timed.n_train + timed.n_tests) * float(width)
-
-    def _line(self, points: Sequence[tuple[Timed, float]], size: Any) -> float:
-        """What a line through the pilots says of the study, neither part below 0."""
-        x = self._n_train * float(self._classes) if size is _fits else self._reads(None)
-        at = [size(timed) for timed, _ in points]
-        seconds = [taken for _, taken in points]
-        return line(at, seconds, x)
+    def report(self, todo: ToDo) -> StageCost:
+        """The page."""
+        seconds = self._first.report if todo.report else None
+        if seconds is None:
+            return _fresh("report")
+        return StageCost("report", seconds, (), self._measured.peaks["report"], "one page")
 
 
 def line(at: Sequence[float], seconds: Sequence[float], x: float) -> float:
-    """Seconds at x by a line through two points, whose slope and beginning are not below 0.
+    """Seconds at x by a line through one or two points, whose slope and beginning are not below 0.
 
-    >>> line([1, 2], [3, 4], 10), line([1, 2], [1, 3], 10), line([2, 2], [3, 2], 4), line([1, 2], [3, 2], 10)
-    (12.0, 15.0, 4.0, 3)
+    >>> line([1, 2], [3, 4], 10), line([1, 2], [1, 3], 10), line([2], [3], 4), line([1, 2], [3, 2], 10)
+    (12.0, 15.0, 6.0, 3)
     """
-    if at[0] == at[1]:
-        return seconds[1] * x / at[1]
+    if len(at) == 1:
+        return seconds[0] * x / at[0]
     slope = (seconds[1] - seconds[0]) / (at[1] - at[0])
     begin = seconds[0] - slope * at[0]
     if slope <= 0:
         return max(seconds)
     return seconds[1] * x / at[1] if begin < 0 else begin + slope * x
-
-
-def _fits(timed: Timed) -> float:
-    """Multiplications of a step of a linear head, a feature."""
-    return float(timed.n_train) * timed.n_classes
 
 
 def _fresh(name: str) -> StageCost:

@@ -6,11 +6,13 @@ from typing import Any
 from cache import CacheError
 from pipeline.backbones import StudyBackbone
 from pipeline.checks import check_before_extraction
+from pipeline.config import RunConfig
 from pipeline.planning.asked import Planning
 from pipeline.planning.calibrate import Calibrator
-from pipeline.planning.forecast import Forecast, StageCost, ToDo
+from pipeline.planning.forecast import Calibration, Forecast, StageCost, ToDo
 from pipeline.planning.kept import KeptOption, kept_options
 from pipeline.planning.size import StudySize, study_size
+from pipeline.pseudo_ood import PseudoOOD
 from pipeline.stages_of_study.report import Report
 from pipeline.stages_of_study.score import Score
 from pipeline.workspace import Workspace
@@ -32,18 +34,24 @@ class Plan:
         size: what its sets hold.
         kept: bytes of an image by what is kept, the option that is asked for first.
         n_backbones: whose features are cached.
+        n_pseudo: images that are made of ID images and kept as well, at most.
         costs: of each stage that there is.
         workers: for how many each is said.
         cores: of this machine.
+        calibrated: seconds that were spent to measure it.
+        notes: what is less certain, a line each.
     """
 
     name: str
     size: StudySize
     kept: list[KeptOption]
     n_backbones: int
+    n_pseudo: int
     costs: list[StageCost]
     workers: tuple[int, ...]
     cores: int
+    calibrated: float
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; hours as seconds."""
@@ -53,7 +61,8 @@ class Plan:
             "classes": self.size.n_classes,
             "counted": self.size.counted,
             "backbones": self.n_backbones,
-            "kept": [asdict(kept) | {"bytes": kept.row_bytes * self.size.total} for kept in self.kept],
+            "pseudo_ood": self.n_pseudo,
+            "kept": [asdict(kept) | {"bytes": kept.row_bytes * self.n_images} for kept in self.kept],
             "cores": self.cores,
             "workers": list(self.workers),
             "stages": [
@@ -66,7 +75,14 @@ class Plan:
                 for cost in self.costs
             ],
             "seconds": {str(n): round(self.seconds(n), 2) for n in self.workers},
+            "calibrated": round(self.calibrated, 2),
+            "notes": self.notes,
         }
+
+    @property
+    def n_images(self) -> int:
+        """Whose features one backbone has in its caches."""
+        return self.size.total + self.n_pseudo
 
     def seconds(self, n: int) -> float:
         """Of all stages with n workers."""
@@ -85,12 +101,33 @@ def plan_study(workspace: Workspace, asked: Planning) -> Plan:
         check_before_extraction(workspace, lambda: workspace.pretrained.architecture)
     calibrator = Calibrator(workspace, size, asked.seconds)
     todo = _to_do(workspace, size)
+    measured = calibrator.measure(_verbs(config, todo), any(sum(own.values()) for own in todo.images.values()))
+    pseudo = PseudoOOD(workspace, workspace.pretrained)
+    return Plan(
+        name=config.name,
+        size=size,
+        kept=kept_options(calibrator.spec, None if config.has_features else calibrator.network),
+        n_backbones=len(workspace.backbones),
+        n_pseudo=pseudo.at_most if pseudo.wanted else 0,
+        costs=_costs(workspace, todo, Forecast(config, size, calibrator.spec, measured)),
+        workers=tuple(sorted({1, 2, asked.workers or _WORKERS})),
+        cores=usable_cores(),
+        calibrated=measured.seconds,
+        notes=_notes(size, measured),
+    )
+
+
+def _verbs(config: RunConfig, todo: ToDo) -> set[str]:
+    """Stages that pilots are to run."""
     verbs = {"train"} if any(todo.mixtures.values()) or todo.probes or todo.score else set()
     verbs |= {"finetune"} if todo.finetunes else set()
     if todo.score and config.sets_of("id-test") and config.sets_of("near-ood", "far-ood"):
         verbs |= {"score", "report"}
-    measured = calibrator.measure(verbs, any(sum(own.values()) for own in todo.images.values()))
-    forecast = Forecast(config, size, calibrator.spec, measured)
+    return verbs
+
+
+def _costs(workspace: Workspace, todo: ToDo, forecast: Forecast) -> list[StageCost]:
+    """Of each stage, in the order of a run."""
     costs = []
     for backbone in workspace.backbones:
         if backbone.seed is not None:
@@ -98,41 +135,53 @@ def plan_study(workspace: Workspace, asked: Planning) -> Plan:
         costs.append(forecast.extract(backbone.name, todo.images[backbone.name]))
         mixtures = todo.mixtures[backbone.name]
         costs.append(forecast.train(backbone.name, mixtures, backbone.name in todo.probes))
-    costs += [forecast.score(todo), forecast.report(todo)]
-    network = None if config.has_features else calibrator.network
-    workers = tuple(sorted({1, 2, asked.workers or _WORKERS}))
-    kept = kept_options(calibrator.spec, network)
-    return Plan(config.name, size, kept, len(workspace.backbones), costs, workers, usable_cores())
+    return [*costs, forecast.score(todo), forecast.report(todo)]
+
+
+def _notes(size: StudySize, measured: Calibration) -> list[str]:
+    """What is less certain than the rest."""
+    notes = []
+    if not size.counted:
+        notes.append("images that are not there were drawn, and the network has untrained weights")
+    if measured.head:
+        notes.append("train: heads of so many rows and classes were timed on few drawn ones: the least certain hours")
+    scored = [timed for timed in measured.pilots if timed.score or timed.fold]
+    if len(measured.pilots) > len(scored) == 1:
+        notes.append(
+            f"score: from one pilot of {scored[0].n_train:,} ID rows, all of it multiplied: the most that it takes"
+        )
+    notes += [f"finetune: from {timed.tuned:.0%} of an epoch" for timed in measured.pilots if timed.tuned < 1]
+    return notes
 
 
 def _to_do(workspace: Workspace, size: StudySize) -> ToDo:
     """What is not fresh; of a study whose images are only stated, everything."""
-    backbones, subjects = workspace.backbones, sum(1 + len(workspace.mixtures(own)) for own in workspace.backbones)
-    tuned = {own.name: own.seed for own in workspace.finetuned if own.seed is not None}
-    if not size.counted:
-        images = {own.name: dict(size.rows) for own in backbones}
-        mixtures = {own.name: workspace.mixtures(own) for own in backbones}
-        return ToDo(images, mixtures, set(images), tuned, True, True, subjects)
+    backbones, scored = workspace.backbones, sum(len(workspace.mixtures(own)) for own in workspace.backbones)
     images = {own.name: _to_extract(workspace, own, size) for own in backbones}
+    if not size.counted:
+        mixtures = {own.name: workspace.mixtures(own) for own in backbones}
+        finetunes = {own.name for own in workspace.finetuned}
+        return ToDo(images, mixtures, set(images), finetunes, True, True, scored)
     mixtures = {own.name: workspace.to_train(own) for own in backbones}
     probes = {own.name for own in backbones if not _has_probe(workspace, own)}
-    made = {own.name for own in workspace.finetuned if workspace.is_finetuned(own)}
-    tuned = {name: seed for name, seed in tuned.items() if name not in made}
-    score = bool(tuned or probes or any(mixtures.values()) or any(sum(own.values()) for own in images.values()))
+    finetunes = {own.name for own in workspace.finetuned if not workspace.is_finetuned(own)}
+    score = bool(finetunes or probes or any(mixtures.values()) or any(sum(own.values()) for own in images.values()))
     score = score or not _is_fresh(Score(workspace, fits=False))
-    return ToDo(images, mixtures, probes, tuned, score, score or not _is_fresh(Report(workspace)), subjects)
+    return ToDo(images, mixtures, probes, finetunes, score, score or not _is_fresh(Report(workspace)), scored)
 
 
 def _to_extract(workspace: Workspace, backbone: StudyBackbone, size: StudySize) -> dict[str, int]:
     """Images of each set of which a backbone has no features."""
-    spec = workspace.known_spec(backbone) if workspace.is_finetuned(backbone) else None
-    if spec is None:
-        return dict(size.rows)
-    found = {}
+    spec = workspace.known_spec(backbone) if size.counted and workspace.is_finetuned(backbone) else None
+    pseudo = PseudoOOD(workspace, backbone)
+    made = spec is not None and backbone.exists and pseudo.wanted and pseudo.found(spec) is not None
+    found = {pseudo.name: pseudo.at_most} if pseudo.wanted and not made else {}
     for entry in workspace.config.sets:
-        table = workspace.sets.table(entry)
-        changes = compare_versions(entry.name, table, spec, workspace.config.cache.root)
-        found[entry.name] = len(table) if changes is None else changes.to_extract
+        changes = None
+        if spec is not None:
+            table = workspace.sets.table(entry)
+            changes = compare_versions(entry.name, table, spec, workspace.config.cache.root)
+        found[entry.name] = size.rows[entry.name] if changes is None else changes.to_extract
     return found
 
 

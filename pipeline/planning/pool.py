@@ -134,13 +134,14 @@ def of_images(
     with TemporaryDirectory(prefix="plan-") as scratch:
         root, ends = Path(scratch), time.monotonic() + seconds
         shares = _shares(wanted, _WARM_UP)
-        cache, took = _timed(_together(wanted, shares), "warm", network, spec, root)
+        cache, took = _timed(_together(wanted, shares), "warm", network, spec, root / "warm")
         for name, least in (("first", _FEWEST), ("all", total)):
             left = (ends - time.monotonic()) / took * cache.manifest.n_inputs  # images that there is time for
-            if left < _FEWEST:
+            more = _shares(wanted, int(min(least, left)))
+            if left < _FEWEST or more == shares:
                 break
-            shares = _shares(wanted, int(min(least, left)))
-            cache, took = _timed(_together(wanted, shares), name, network, spec, root)
+            shares = more
+            cache, took = _timed(_together(wanted, shares), name, network, spec, root / name)
         kept, pools = _split(cache, sets, shares)
         return Extracted(kept, pools, took / cache.manifest.n_inputs)
 

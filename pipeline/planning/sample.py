@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import RunConfig, SetConfig
-from pipeline.planning.size import StudySize, most_experts
+from pipeline.planning.size import StudySize, experts_of
 from stages.id_data.split import MIN_ROWS
 from stages.inputs.images import SampleTable
 from stages.inputs.images.names import match_classes
@@ -77,7 +77,8 @@ def scales(config: RunConfig, size: StudySize) -> tuple[PilotScale, PilotScale]:
     if not config.sets_of("id-val") and not size.is_cross_fitted(config):
         least = ceil(2 * (MIN_ROWS + 1) / config.split.val)
     per_class = min(size.per_class, least)
-    fewest = min(size.n_classes, max(2 * most_experts(config, size.n_classes), 4))
+    experts = max(experts_of(variant, size.n_classes) for variant in config.variant_configs().values())
+    fewest = min(size.n_classes, max(2 * experts, 4))
     classes = min(size.n_classes, max(2 * fewest, _ROWS // per_class))
     more = min(size.per_class, max(per_class, _ROWS // classes))
     few, many = fewest * per_class, classes * more

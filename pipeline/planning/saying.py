@@ -24,8 +24,8 @@ def _kept_table(plan: Plan) -> Table:
     for column in ("patches", "bytes an image", "all images", "with taps"):
         table.add_column(column, justify="left" if column == "patches" else "right")
     for kept in plan.kept:
-        taps = size((kept.row_bytes + kept.tap_bytes) * plan.size.total * plan.n_backbones) if kept.tap_bytes else "–"
-        whole = size(kept.row_bytes * plan.size.total * plan.n_backbones)
+        taps = size((kept.row_bytes + kept.tap_bytes) * plan.n_images * plan.n_backbones) if kept.tap_bytes else "–"
+        whole = size(kept.row_bytes * plan.n_images * plan.n_backbones)
         table.add_row(kept.patches, f"{kept.row_bytes:,}", whole, taps)
     return table
 
@@ -45,4 +45,4 @@ def _cost_table(plan: Plan) -> Table:
 
 
 def _notes(plan: Plan) -> list[str]:
-    return [] if plan.size.counted else ["Images that are not there were drawn: hours of heads are the least certain."]
+    return [f"calibrated for {plan.calibrated:.0f} s", *plan.notes]

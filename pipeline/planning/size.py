@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.config import RunConfig, SetConfig
 from pipeline.planning.asked import Planning
 from pipeline.workspace import Workspace
+from stages.config import TrainConfig
 from stages.errors import InputError
 from stages.id_data.rows import has_classes
 from stages.id_data.split import MIN_ROWS
@@ -65,7 +66,9 @@ def study_size(workspace: Workspace, asked: Planning) -> StudySize:
         raise InputError("--images: this study's sets have features: what is planned from is their files")
     n_classes = asked.classes or 0
     if n_classes < _FEWEST or asked.images < n_classes * _FEWEST:
-        raise InputError(f"--classes: {n_classes} given for {asked.images} images: give --classes, two images of each")
+        raise InputError(
+            f"--images: {asked.images} of {n_classes} classes given: give --classes, and two images of each"
+        )
     n_tests = TEST_IMAGES if asked.test_images is None else asked.test_images
     rows = {entry.name: asked.images if entry is train else n_tests for entry in config.sets}
     return StudySize(rows, n_classes, asked.images // n_classes, counted=False)
@@ -81,7 +84,6 @@ def _counted(workspace: Workspace, train: SetConfig) -> StudySize:
     return StudySize(rows, int(np.count_nonzero(counts)), int(counts[counts > 0].min()))
 
 
-def most_experts(config: RunConfig, n_classes: int) -> int:
-    """Experts of the variant that has most of them."""
-    given = [own.experts for own in config.variant_configs().values()]
-    return max(experts if isinstance(experts, int) else experts_for(max(n_classes, _FEWEST)) for experts in given)
+def experts_of(train: TrainConfig, n_classes: int) -> int:
+    """Experts of a mixture, of so many classes."""
+    return train.experts if isinstance(train.experts, int) else experts_for(max(n_classes, _FEWEST))

@@ -4,7 +4,7 @@
 among: by what a score needs, and not by a list of names. What was chosen is kept, by what it was chosen from.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,13 @@ def is_candidate(name: str) -> bool:
     return not scorer.costly and scorer.needs <= _USABLE
 
 
+def candidates(factory: DetectorFactory) -> list[str]:
+    """Single scores that are judged of a subject without experts."""
+    families = _SIDES[: 1 if head_of(factory) is None else 2]
+    names = [name for name in SCORERS if is_candidate(name) and factory.why_not(name) is None]
+    return [name for name in names if family_of(name) in families]
+
+
 def family_of(name: str) -> tuple[bool, bool]:
     """What a score looks at: features, logits or the head that makes them, or both; scores of a family see the same."""
     needs = needs_of(name)
@@ -206,10 +213,7 @@ def _chosen(factory: DetectorFactory, frozen: AutoChoice | None) -> AutoChoice:
     """The choice for the backbone's own features; for a mixture's, whose frozen choice is known, see there."""
     if frozen is not None:
         return _chosen_of_mixture(factory, frozen)
-    head = head_of(factory)
-    names = [name for name in SCORERS if is_candidate(name) and factory.why_not(name) is None]
-    families = _SIDES[: 1 if head is None else 2]
-    judged = judge_candidates(factory, [name for name in names if family_of(name) in families])
+    judged = judge_candidates(factory, candidates(factory))
     if judged is None:
         return fallback(factory)
     sides, size = judged.sides, max(map(size_of, judged.scores))
@@ -286,12 +290,7 @@ def judge_candidates(factory: DetectorFactory, names: Sequence[str]) -> _Judged 
         factory: of the subject's detectors, for its settings.
         names: of scores; ``frozen:`` before those that look at the backbone's own features.
     """
-    head = head_of(factory)
-    strengths = {name: strength for name, strength in factory.subject.strengths.items() if _is_read(name, head)}
-    keys = [(*factory.keys_of(head or NO_HEAD, name)[0], name) for name in names]
-    folds: list[_FoldOfAll] = []
-    for pair in pseudo_folds(factory.subject, strengths, factory.subject.key.seed or 0):
-        folds.append([_scored(factory, fold, keys) for fold in pair])
+    folds = list(scored_folds(factory, names))
     usable = [name for name in names if all(name in own.id for fold in folds for own in fold)]
     if not folds or not usable:
         return None
@@ -299,6 +298,15 @@ def judge_candidates(factory: DetectorFactory, names: Sequence[str]) -> _Judged 
     singles = _losses(folds, usable)
     sums = sums_of(_families(usable))
     return _Judged([*usable, *sums], np.concatenate([singles, _losses(folds, sums)]), kinds)
+
+
+def scored_folds(factory: DetectorFactory, names: Sequence[str]) -> Iterator[_FoldOfAll]:
+    """Scores of the rows of each pair of `stages.detection.pseudo.pseudo_folds`, as `judge_candidates` takes them."""
+    head = head_of(factory)
+    strengths = {name: strength for name, strength in factory.subject.strengths.items() if _is_read(name, head)}
+    keys = [(*factory.keys_of(head or NO_HEAD, name)[0], name) for name in names]
+    for pair in pseudo_folds(factory.subject, strengths, factory.subject.key.seed or 0):
+        yield [_scored(factory, fold, keys) for fold in pair]
 
 
 def _is_read(name: str, head: str | None) -> bool:

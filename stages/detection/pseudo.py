@@ -30,7 +30,7 @@ SHUFFLED = "shuffled"
 _GROUPS = 5  # that classes are dealt into
 DIVISIONS = 2  # of each way of dealing: another one may give another choice
 _SELECTING = 0.2  # share of the rows to fit on that scores choose their settings by
-_FITTED_ROWS, _JUDGED_ROWS = 20_000, 4_000  # of a fold at most: a choice is to be cheap however many rows there are
+FITTED_ROWS, _JUDGED_ROWS = 20_000, 4_000  # of a fold at most: a choice is to be cheap however many rows there are
 _FEWEST = 10  # rows that play a side, below which a fold says nothing
 FEWEST_CLASSES = 4  # with fewer, what is left has one class, and no score of logits can be judged
 
@@ -77,7 +77,7 @@ def pseudo_folds(
     classes = np.unique(subject.bank.labels)
     if len(classes) < FEWEST_CLASSES or classes[0] < 0:
         return
-    groups = min(_GROUPS, len(classes) // 2)
+    groups = _n_groups(len(classes))
     for division in range(DIVISIONS):
         of_class = np.random.default_rng((seed, division)).permutation(np.arange(len(classes)) % groups)
         alike = _like_classes(subject.bank, classes, groups, seed + division)
@@ -85,7 +85,7 @@ def pseudo_folds(
             run = subject.runs[group % len(subject.runs)]
             rows = [run.select, run.calibrate] if len(subject.runs) > 1 else [run.select]
             rng = np.random.default_rng((seed, division, group))
-            bank = _some(run.bank, rng, _FITTED_ROWS)
+            bank = _some(run.bank, rng, FITTED_ROWS)
             dealt = _fold(bank, rows, classes[of_class == group], strengths, rng)
             far = _fold(bank, rows, classes[alike == group], strengths, rng)
             if dealt is not None and far is not None:
@@ -93,11 +93,24 @@ def pseudo_folds(
                 yield replace(dealt, ood=dealt.ood | others), replace(far, ood={"far": far.ood["near"]})
 
 
+def n_folds(n_classes: int) -> int:
+    """How many pairs of folds there are at most.
+
+    >>> n_folds(3), n_folds(6), n_folds(1000)
+    (0, 6, 10)
+    """
+    return 0 if n_classes < FEWEST_CLASSES else DIVISIONS * _n_groups(n_classes)
+
+
+def _n_groups(n_classes: int) -> int:
+    return min(_GROUPS, n_classes // 2)
+
+
 def _like_classes(bank: SetRows, classes: NDArray[np.integer], groups: int, seed: int) -> NDArray[np.int64]:
     """Group of each class, of equal sizes, by the means of its rows of length 1."""
     rows = bank if bank.frozen is None else bank.frozen
     means = np.zeros((len(classes), rows.features.shape[1]))
-    for some in np.array_split(np.arange(len(rows)), max(1, len(rows) // _FITTED_ROWS)):
+    for some in np.array_split(np.arange(len(rows)), max(1, len(rows) // FITTED_ROWS)):
         features = l2_normalise(np.asarray(rows.features[some]))
         np.add.at(means, np.searchsorted(classes, rows.labels[some]), features)
     names = tuple(map(str, classes))

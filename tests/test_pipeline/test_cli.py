@@ -24,7 +24,7 @@ name = "train"
 role = "id-train"
 images = "sklearn:digits[0-6]/train"
 """
-VERBS = ["extract", "train", "finetune", "score", "report", "run", "predict", "verify", "info"]
+VERBS = ["extract", "train", "finetune", "score", "report", "run", "plan", "predict", "verify", "info"]
 
 
 @pytest.fixture

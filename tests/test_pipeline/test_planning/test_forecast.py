@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.planning.forecast import Calibration, Forecast, StageCost, ToDo, line
-from pipeline.planning.pilot import Parts, Timed
+from pipeline.planning.pilot import ScoreTime, Timed, TrainTime
 from pipeline.planning.size import StudySize
 from tests.test_pipeline.tiny import STUDY
 
@@ -22,21 +22,19 @@ def config(tmp_path):
 
 def timed(n_train, seconds):
     """A pilot whose parts all took the same."""
-    parts = Parts(seconds, seconds, seconds)
     peaks = dict.fromkeys(("train", "score", "report"), 1 << 30)
-    return Timed(n_train, n_train, 10, seconds, {"default": parts}, None, parts, seconds, peaks)
+    mixtures, score = {"default": TrainTime(seconds, seconds, seconds)}, ScoreTime(seconds, seconds, (4, 40))
+    return Timed(n_train, n_train, 10, seconds, mixtures, None, 1.0, seconds, score, seconds, peaks)
 
 
-MEASURED = Calibration(
-    loading=1.0, image=0.01, search=1e-9, extracting=1 << 30, pilots=[timed(100, 1.0), timed(300, 2.0)]
-)
+MEASURED = Calibration(1.0, 0.01, 1 << 30, [timed(100, 1.0), timed(300, 2.0)], search=1e-9, method=0.1)
 
 
 def costs(config, backbone, n, workers=1):
     """Seconds of all stages of a study with n images to train on."""
     size = StudySize(EXTRACTED | {"train": n}, 10, n // 10)
     forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), MEASURED)
-    todo = ToDo({"pretrained": dict(size.rows)}, {"pretrained": [("default", 0)]}, {"pretrained"}, {}, True, True, 2)
+    todo = ToDo({"pretrained": dict(size.rows)}, {"pretrained": [("default", 0)]}, {"pretrained"}, set(), True, True, 1)
     stages = [
         forecast.extract("pretrained", size.rows),
         forecast.train("pretrained", [("default", 0)], probe=True),
@@ -73,10 +71,26 @@ def test_shards_bound_the_workers():
     assert [cost.with_workers(n) for n in (1, 2, 3, 100)] == pytest.approx([10, 7, 4, 4])
 
 
+def test_choosing_is_counted_by_folds(config, backbone):
+    """``auto`` is judged in ten pairs of folds, for the backbone's features and the mixture's."""
+    *_, before, _ = costs(config, backbone, 300)[0]
+    chosen = config.model_copy(
+        update={"score": config.score.model_copy(update={"scores": ["auto", *config.score.scores]})}
+    )
+    *_, after, _ = costs(chosen, backbone, 300)[0]
+    assert after - before == pytest.approx(2 * 10 * 2.0 + 2 * 0.1)
+
+
+def test_heads_that_were_timed_apart_are_counted_by_rows_and_classes(config, backbone):
+    size = StudySize(EXTRACTED | {"train": 1_000_000}, 1000, 1000)
+    forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), replace(MEASURED, head=1e-8))
+    assert forecast.train("pretrained", [], probe=True).seconds == pytest.approx(1e-8 * 1e9, abs=3)
+
+
 def test_what_is_fresh_costs_nothing(config, backbone):
     size = StudySize(EXTRACTED, 10, 100)
     forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), replace(MEASURED, pilots=[]))
-    todo = ToDo({"pretrained": {}}, {"pretrained": []}, set(), {}, False, False, 2)
+    todo = ToDo({"pretrained": {}}, {"pretrained": []}, set(), set(), False, False, 1)
     fresh = [
         forecast.extract("pretrained", {}),
         forecast.train("pretrained", [], probe=False),
