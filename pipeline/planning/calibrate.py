@@ -28,7 +28,7 @@ from stages.scorers import AUTO
 _EXTRACTING = 0.12  # of the time, for images
 _TUNING = 0.2  # of the time, for the fine-tune
 _REPORTING = 0.05  # of the time, for the page
-_PROBING, _TRAINING = 0.1, 0.2  # of the time, for the larger pilot's probe, and for its mixtures
+_PROBING = 0.1  # of the time, for the larger pilot's probe
 _STEPS = 4  # that people are told of: images, two pilots, scores
 _LARGER = 1.5  # than the first, at least
 _FAR = 100  # times the products of a pilot's heads: beyond, heads are timed with as many classes as the study has
@@ -46,6 +46,7 @@ class Calibrator:
     def __init__(self, workspace: Workspace, size: StudySize, seconds: float) -> None:
         self._workspace, self._config, self._size = workspace, workspace.config, size
         self._seconds = seconds
+        self._ends = time.monotonic() + seconds
         began = time.perf_counter()
         self.network = self._network()
         self._loading = time.perf_counter() - began
@@ -145,36 +146,33 @@ class Calibrator:
 
             first = last = pilot(small, "small")
             first.train()
+            if "score" in verbs:
+                first.score()
+            self._workspace.progress.advance()
+            self._time_pieces(measured, "score" in verbs)
+            if "report" in verbs:
+                first.report(self._seconds * _REPORTING)
             self._workspace.progress.advance()
             if small != large:
                 # Rows and classes of a head grow alike.
                 times = max(_LARGER, sqrt(self._seconds * _PROBING / first.timed.probe))
                 last = pilot(between(small, large, times), "large")
-                expected = first.timed.seconds * last.timed.n_train / first.timed.n_train
-                if expected <= self._seconds * _TRAINING:
-                    last.train()
-                else:
-                    last.fit_probe()
+                self._run_larger(first, last, verbs)
+            if "score" in verbs and AUTO in self._config.score.scores:
+                for each in dict.fromkeys((first, last)):
+                    each.fold()
             self._workspace.progress.advance()
-            if "score" in verbs:
-                self._score(first, last)
-            self._time_pieces(measured, "score" in verbs)
-            self._workspace.progress.advance()
-            if "report" in verbs:
-                first.report(self._seconds * _REPORTING)
             if "finetune" in verbs:
                 last.finetune(self._seconds * _TUNING)
 
-    def _score(self, first: Pilot, last: Pilot) -> None:
-        """Score the first pilot, and see what the larger one takes more."""
-        first.score()
-        if AUTO in self._config.score.scores:
-            first.fold()
-        if last is first:
+    def _run_larger(self, first: Pilot, last: Pilot, verbs: set[str]) -> None:
+        """All of the larger pilot where there is time for it, or else the probe alone."""
+        left = self._ends - time.monotonic() - self._seconds * _TUNING * ("finetune" in verbs)
+        if first.timed.seconds * last.timed.n_train / first.timed.n_train > left:
+            last.fit_probe()
             return
-        if AUTO in self._config.score.scores:
-            last.fold()
-        elif last.timed.mixtures:
+        last.train()
+        if "score" in verbs:
             last.score()
 
     def _time_pieces(self, measured: Calibration, scores: bool) -> None:

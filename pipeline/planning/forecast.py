@@ -78,7 +78,7 @@ class Calibration:
         image: seconds of an image's extraction; 0 where none is to be extracted.
         extracting: bytes of memory that an extraction has taken.
         pilots: a small one and a larger one, without mixtures where they take too long; or one; or none, where all is
-            fresh. The first is scored, the last is fine-tuned.
+            fresh. The last is fine-tuned.
         search: seconds of a query times a row of the bank.
         method: seconds of a line of the table.
         head: seconds of a row times a class, where pilots are too small to tell; or 0.
@@ -197,7 +197,8 @@ class Forecast:
         fold = self._fold()
         rest = own.rest * fold / first.fold if auto and first.fold else self._rest()
         seconds = rest / 2 * subjects
-        seconds += own.refining * self._n_tests / first.n_tests * todo.scored
+        last, parts = next((timed, timed.score) for timed in reversed(self._measured.pilots) if timed.score)
+        seconds += parts.refining * self._n_tests / last.n_tests * todo.scored
         methods = own.methods[0] * n_backbones + own.methods[1] * todo.scored + auto * subjects
         seconds += methods * self._measured.method
         seconds += auto * fold * n_folds(self._classes) * subjects

@@ -18,11 +18,11 @@ from pipeline.record import peak_memory_bytes
 from pipeline.sets import Sets
 from pipeline.sources import NO_VARIANT, source_to_predict
 from pipeline.study import Study
+from stages.context import Context
 from stages.detection.auto import candidates, scored_folds
 from stages.detection.routing import routed_subjects
 from stages.inputs.images import SampleTable
 from stages.networks.backbone import Backbone
-from stages.progress import NullProgress
 from stages.results.scored_study import ScoredStudy
 from stages.scorers import AUTO
 from stages.scorers.neighbours.store import NeighbourStore
@@ -76,7 +76,7 @@ class Timed:
         score: None where it was not run.
         report: seconds; None where it was not run.
         peaks: bytes of the largest memory after each stage, by its verb.
-        seconds: of training.
+        seconds: of training and scoring.
     """
 
     n_train: int
@@ -189,7 +189,7 @@ class Pilot:
         whole = _seconds(lambda: study.do("train", "pretrained"))
         timed.probe = max(0.0, whole - sum(own.steps + own.refining + own.rest for own in timed.mixtures.values()))
         timed.peaks["train"] = peak_memory_bytes()
-        timed.seconds = whole
+        timed.seconds += whole
 
     def fit_probe(self) -> None:
         """The linear probe alone."""
@@ -202,7 +202,7 @@ class Pilot:
         workspace = self._study(self._config).workspace
         source = source_to_predict(workspace, workspace.pretrained, NO_VARIANT)
         neighbours = NeighbourStore(self._config.work / "folds")
-        factory = next(routed_subjects(source, self._config.score, neighbours, NullProgress())).factory
+        factory = next(routed_subjects(source, self._config.score, neighbours, Context())).factory
         self.timed.fold = _seconds(lambda: next(scored_folds(factory, candidates(factory)), None))
 
     def score(self) -> None:
@@ -215,6 +215,7 @@ class Pilot:
         methods = [line["features"] for line in lines if line["ood"] == lines[0]["ood"]]
         self.timed.score = ScoreTime(refining, whole - refining, (methods.count("cls"), methods.count("mofe")))
         self.timed.peaks["score"] = peak_memory_bytes()
+        self.timed.seconds += whole
 
     def report(self, seconds: float) -> None:
         """The page, or as much of it as these seconds allow."""

@@ -21,7 +21,6 @@ from stages.scorers.shared.arrays import l2_normalise
 
 _FITTED = 2000  # rows of id-train that PCA is fitted on
 _SHOWN_ID, _SHOWN_OOD = 300, 600  # dots, of all OOD sets together
-MOST_DOTS = _SHOWN_ID + _SHOWN_OOD
 _PERPLEXITY = 30
 _DOT = 3  # points
 
