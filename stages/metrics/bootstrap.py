@@ -6,6 +6,7 @@ so that the interval of a difference is the interval of ``a["auroc"] - b["auroc"
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self
 
 import numpy as np
@@ -63,6 +64,8 @@ class Resamples:
 
 Counts = NDArray[np.integer] | Resamples  # [R, n]
 
+_BLOCK = 1 << 16  # counts that are worked on at a time: few enough for a core's cache, many enough for few calls
+
 
 def _draws(replicates: int, n: int, seed: int) -> Iterator[NDArray[np.uint8]]:
     rng = np.random.default_rng(seed)
@@ -116,18 +119,26 @@ def bootstrap_each(
     ]
     replicates = len(id_counts)
     found = [{"auroc": np.empty(replicates), "fpr95": np.empty(replicates)} for _ in sets]
-    for replicate, (counts, *drawn) in enumerate(zip(id_counts, *ood_counts, strict=True)):
-        sums = _running_sum(counts[order])
-        n_id = int(sums[-1])
-        threshold = int(np.searchsorted(sums[1:], _enough(n_id)))  # the ID row whose score admits 95 %
+    size = max(1, _BLOCK // max([len(ids), *(len(each.order) for each in sets)]))
+    done = 0
+    for counts, *drawn in zip(_blocks(id_counts, size), *(_blocks(own, size) for own in ood_counts), strict=True):
+        sums = _running_sums(counts.take(order, axis=1))
+        # The ID row whose score admits 95 %: every replicate has as many rows.
+        threshold = np.argmax(sums[:, 1:] >= _enough(int(sums[0, -1])), axis=1)
+        now = slice(done, done := done + len(counts))
         for each, own, metrics in zip(sets, drawn, found, strict=True):
-            weights = own[each.order]
-            ood_sums = _running_sum(weights)
-            n_ood = int(ood_sums[-1])
-            wins = int(np.einsum("n,n->", weights, sums[each.below] + sums[each.not_above]))
-            metrics["auroc"][replicate] = wins / (2 * n_id * n_ood)
-            metrics["fpr95"][replicate] = ood_sums[each.admitted[threshold]] / n_ood
+            metrics["auroc"][now], metrics["fpr95"][now] = each.metrics(own, sums, threshold)
     return found
+
+
+def _blocks(counts: Counts, size: int) -> Iterator[NDArray[np.integer]]:
+    """Some replicates at a time: ``[size, n]``, the last with what is left."""
+    if isinstance(counts, np.ndarray):
+        yield from (counts[start : start + size] for start in range(0, len(counts), size))
+        return
+    rows = iter(counts)
+    while block := list(islice(rows, size)):
+        yield np.stack(block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +176,22 @@ class _Resampled:
         below, not_above = np.searchsorted(ids, oods, "left"), np.searchsorted(ids, oods, "right")
         return cls(order, below, not_above, np.searchsorted(oods, ids, "right"))
 
+    def metrics(
+        self, counts: NDArray[np.integer], id_sums: NDArray[np.int64], threshold: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """AUROC and FPR95 of some replicates.
+
+        Args:
+            counts: [r, n_ood].
+            id_sums: [r, n_id + 1] of the ID rows in ascending order.
+            threshold: [r] the ID row whose score admits 95 %.
+        """
+        weights = counts.take(self.order, axis=1)
+        sums = _running_sums(weights)
+        wins = np.einsum("rn,rn->r", weights, id_sums.take(self.below, axis=1) + id_sums.take(self.not_above, axis=1))
+        admitted = np.take_along_axis(sums, self.admitted[threshold][:, None], axis=1)[:, 0]
+        return wins / (2 * id_sums[:, -1] * sums[:, -1]), admitted / sums[:, -1]
+
 
 def _enough(n: int) -> int:
     """The smallest m with m / n ≥ 0.95, the division rounded as everywhere."""
@@ -172,8 +199,8 @@ def _enough(n: int) -> int:
     return next(rows for rows in range(max(m - 1, 0), m + 3) if rows / n >= 0.95)
 
 
-def _running_sum(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Sums of the first 0, 1, …, n counts: [n] -> [n + 1]."""
-    sums = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=sums[1:])
+def _running_sums(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Sums of the first 0, 1, …, n counts of each replicate: [r, n] -> [r, n + 1]."""
+    sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
+    np.cumsum(counts, axis=1, out=sums[:, 1:])
     return sums
