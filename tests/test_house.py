@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,12 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
-TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """What each module says; read by the worker that asks, not by all that collect tests."""
+    return {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 
 def for_types_alone(tree: ast.Module) -> set[int]:
@@ -83,8 +89,8 @@ def for_types_alone(tree: ast.Module) -> set[int]:
 
 def imported(module: str) -> Iterator[str]:
     """Every name that a module imports when it runs, at its top or in a function: of ``from a import b`` ``a.b``."""
-    skipped = for_types_alone(TREES[module])
-    for node in ast.walk(TREES[module]):
+    skipped = for_types_alone(trees()[module])
+    for node in ast.walk(trees()[module]):
         if isinstance(node, ast.Import) and id(node) not in skipped:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and id(node) not in skipped:
@@ -99,12 +105,23 @@ def project_module(name: str) -> str | None:
     return name or None
 
 
-IMPORTS = {module: set(imported(module)) for module in FILES}
-GRAPH = {
-    module: {found for name in names if (found := project_module(name)) not in (None, module)}
-    | {other for other in FILES if module in BY_STRING and other.startswith(f"{module}.") and "__main__" not in other}
-    for module, names in IMPORTS.items()
-}
+@cache
+def imports() -> dict[str, set[str]]:
+    return {module: set(imported(module)) for module in FILES}
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Modules of the project that each imports."""
+    return {
+        module: {found for name in names if (found := project_module(name)) not in (None, module)}
+        | {
+            other
+            for other in FILES
+            if module in BY_STRING and other.startswith(f"{module}.") and "__main__" not in other
+        }
+        for module, names in imports().items()
+    }
 
 
 def entry_of(module: str) -> str | None:
@@ -119,11 +136,11 @@ def within(module: str, places: tuple[str, ...]) -> bool:
 
 
 def libraries(module: str) -> set[str]:
-    return {name.partition(".")[0] for name in IMPORTS[module]}
+    return {name.partition(".")[0] for name in imports()[module]}
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{module}.{node.name}", node
@@ -142,7 +159,7 @@ def public_names(tree: ast.Module) -> Iterator[str]:
 def test_every_module_is_seen():
     assert {"cache.shard", "stages.inputs.images", "stages.scorers.neighbours.knn", "pipeline.cli"} <= FILES.keys()
     assert "h5py" in libraries("cache.shard")
-    assert "cache.store" in GRAPH["cache"]
+    assert "cache.store" in graph()["cache"]
     assert "distributed" in libraries("pipeline.engine")  # imported inside functions
 
 
@@ -152,7 +169,7 @@ def test_every_module_has_its_layer():
 
 def test_imports_go_down_the_layers():
     wrong = []
-    for module, found in GRAPH.items():
+    for module, found in graph().items():
         for other in found:
             mine, theirs = entry_of(module), entry_of(other)
             if mine is None or theirs is None or mine == theirs:
@@ -165,7 +182,7 @@ def test_imports_go_down_the_layers():
 
 def test_no_circle_of_imports():
     """Those inside functions count: what needs them is in the wrong place."""
-    left = {module: set(found) for module, found in GRAPH.items()}
+    left = {module: set(found) for module, found in graph().items()}
     while free := [module for module, found in left.items() if not found & left.keys()]:
         for module in free:
             del left[module]
@@ -188,12 +205,12 @@ def test_heavy_libraries_have_one_door(library):
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_meet_on_disk(verb):
     """A verb's module is imported by the pipeline alone."""
-    assert {module.partition(".")[0] for module, found in GRAPH.items() if verb in found} == {"pipeline"}
+    assert {module.partition(".")[0] for module, found in graph().items() if verb in found} == {"pipeline"}
 
 
 def test_modules_are_imported_by_name_only():
     """Otherwise this file would not see it; but for a study's stages and for scores, loaded when one is asked for."""
-    by_string = {m for m, names in IMPORTS.items() if names & {"importlib.import_module", "importlib.util", "runpy"}}
+    by_string = {m for m, names in imports().items() if names & {"importlib.import_module", "importlib.util", "runpy"}}
     assert by_string == BY_STRING
     assert all(scorer.__module__.startswith("stages.scorers.") for scorer in SCORERS.values())
     assert not any("__import__" in path.read_text(encoding="utf-8") for path in FILES.values())
@@ -269,7 +286,7 @@ def test_functions_have_few_parameters():
 
 def test_a_public_name_is_defined_once():
     owners: dict[str, list[str]] = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for name in set(public_names(tree)):
             if not name.startswith("_"):
                 owners[name].append(module)

@@ -5,35 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
-from transformers import (
-    BeitConfig,
-    BeitModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    ResNetConfig,
-    ResNetModel,
-    SiglipConfig,
-    SiglipModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-)
 
 from stages.config import BackboneConfig
 from stages.errors import InputError
@@ -41,8 +18,16 @@ from stages.networks.weights.layouts import find_network
 from stages.networks.weights.loading import build_model, load_model
 from tests.test_stages.drawn import create
 
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+
+@pytest.fixture(scope="module")
+def hf():
+    """The library, which takes seconds to import: of the worker that runs this file, not of all that collect tests."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 TIMM = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -53,53 +38,57 @@ def siglip(size: int) -> dict:
     return VISION | {"image_size": size, "hidden_act": "gelu"}  # as timm's
 
 
-# transformers' model at an image size, the same network's name, and two sizes on its grid of patches.
+# transformers' (hf) model at an image size, the same network's name, and two sizes on its grid of patches.
 NETWORKS = {
-    "dinov2": (lambda n: Dinov2Model(Dinov2Config(**SMALL, image_size=n)), "vit_small_patch14_dinov2", (56, 84)),
+    "dinov2": (
+        lambda hf, n: hf.Dinov2Model(hf.Dinov2Config(**SMALL, image_size=n)),
+        "vit_small_patch14_dinov2",
+        (56, 84),
+    ),
     "dinov2 with classifier": (
-        lambda n: Dinov2ForImageClassification(Dinov2Config(**SMALL, image_size=n)),
+        lambda hf, n: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SMALL, image_size=n)),
         "vit_small_patch14_dinov2",
         (56, 84),
     ),
     "dinov2-giant": (
-        lambda n: Dinov2Model(Dinov2Config(**SMALL, image_size=n, use_swiglu_ffn=True)),
+        lambda hf, n: hf.Dinov2Model(hf.Dinov2Config(**SMALL, image_size=n, use_swiglu_ffn=True)),
         "vit_giant_patch14_dinov2",
         (56, 84),
     ),
     "dinov2-with-registers": (
-        lambda n: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, patch_size=14, image_size=n)),
+        lambda hf, n: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SMALL, patch_size=14, image_size=n)),
         "vit_small_patch14_reg4_dinov2",
         (56, 84),
     ),
     "dinov3": (
-        lambda n: DINOv3ViTModel(DINOv3ViTConfig(**VISION, image_size=n, num_register_tokens=4)),
+        lambda hf, n: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VISION, image_size=n, num_register_tokens=4)),
         "vit_small_patch16_dinov3_qkvb",
         (64, 96),
     ),
     "dinov3 plus": (
-        lambda n: DINOv3ViTModel(
-            DINOv3ViTConfig(**VISION, image_size=n, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu")
+        lambda hf, n: hf.DINOv3ViTModel(
+            hf.DINOv3ViTConfig(**VISION, image_size=n, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu")
         ),
         "vit_small_plus_patch16_dinov3_qkvb",
         (64, 96),
     ),
     "vit": (
-        lambda n: ViTModel(ViTConfig(**VISION, image_size=n, layer_norm_eps=1e-6)),
+        lambda hf, n: hf.ViTModel(hf.ViTConfig(**VISION, image_size=n, layer_norm_eps=1e-6)),
         "vit_base_patch16_224",
         (64, 96),
     ),
     "vit with classifier": (
-        lambda n: ViTForImageClassification(ViTConfig(**VISION, image_size=n, layer_norm_eps=1e-6)),
+        lambda hf, n: hf.ViTForImageClassification(hf.ViTConfig(**VISION, image_size=n, layer_norm_eps=1e-6)),
         "vit_base_patch16_224",
         (64, 96),
     ),
     "siglip's vision tower": (
-        lambda n: SiglipVisionModel(SiglipVisionConfig(**siglip(n))),
+        lambda hf, n: hf.SiglipVisionModel(hf.SiglipVisionConfig(**siglip(n))),
         "vit_base_patch16_siglip_224",
         (64, 96),
     ),
     "siglip": (
-        lambda n: SiglipModel(SiglipConfig(text_config=SMALL | {"vocab_size": 32}, vision_config=siglip(n))),
+        lambda hf, n: hf.SiglipModel(hf.SiglipConfig(text_config=SMALL | {"vocab_size": 32}, vision_config=siglip(n))),
         "vit_base_patch16_siglip_224",
         (64, 96),
     ),
@@ -117,7 +106,7 @@ def draw(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def save(model: transformers.PreTrainedModel, path: Path, as_downloaded: bool) -> None:
+def save(model: nn.Module, path: Path, as_downloaded: bool) -> None:
     """As files on the hub are, or with the names that transformers 5 has in memory."""
     model.save_pretrained(path, save_original_format=as_downloaded)
 
@@ -139,14 +128,14 @@ def at_size(stored: Tensor, model: nn.Module, name: str) -> Tensor:
 
 @pytest.mark.parametrize("as_downloaded", [True, False], ids=["as downloaded", "as in memory"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_transformers_file_gives_their_own_features(tmp_path, network, as_downloaded):
+def test_transformers_file_gives_their_own_features(hf, tmp_path, network, as_downloaded):
     build, name, sizes = NETWORKS[network]
-    model = draw(build(sizes[0]))
+    model = draw(build(hf, sizes[0]))
     save(model, tmp_path, as_downloaded)
     for size in sizes:
         config = BackboneConfig(name=name, weights=str(tmp_path / "model.safetensors"), image_size=size)
         ours = build_model(config, **TIMM)
-        theirs = model if size == sizes[0] else build(size).eval()
+        theirs = model if size == sizes[0] else build(hf, size).eval()
         if size != sizes[0]:
             state = model.state_dict()
             for key in state:
@@ -163,9 +152,9 @@ def test_transformers_file_gives_their_own_features(tmp_path, network, as_downlo
             torch.testing.assert_close(ours.forward_head(given_, pre_logits=True), cls, rtol=0, atol=3e-5)
 
 
-def test_pytorch_model_bin_is_read(tmp_path):
+def test_pytorch_model_bin_is_read(hf, tmp_path):
     """As Hugging Face's older repositories have it."""
-    model = draw(Dinov2Model(Dinov2Config(**SMALL, image_size=56)))
+    model = draw(hf.Dinov2Model(hf.Dinov2Config(**SMALL, image_size=56)))
     save(model, tmp_path, True)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     configs = [
@@ -176,8 +165,8 @@ def test_pytorch_model_bin_is_read(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_is_not_of_the_features_is_said(tmp_path):
-    save(draw(ViTForImageClassification(ViTConfig(**VISION, image_size=64))), tmp_path, True)
+def test_what_is_not_of_the_features_is_said(hf, tmp_path):
+    save(draw(hf.ViTForImageClassification(hf.ViTConfig(**VISION, image_size=64))), tmp_path, True)
     config = BackboneConfig(name="vit_base_patch16_224", weights=str(tmp_path / "model.safetensors"), image_size=64)
     assert load_model(config, **TIMM).notes == (
         "backbone.weights: not used of model.safetensors: classifier.bias, classifier.weight",
@@ -198,14 +187,17 @@ def test_torchvisions_file_gives_its_own_features(tmp_path):
 @pytest.mark.parametrize(
     ("model", "what"),
     [
-        (lambda: CLIPVisionModel(CLIPVisionConfig(**VISION, image_size=64)), "transformers' layout of CLIP"),
-        (lambda: BeitModel(BeitConfig(**VISION, image_size=64)), "transformers' layout of BEiT"),
-        (lambda: ResNetModel(ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1])), "a layout of transformers that is not"),
+        (lambda hf: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION, image_size=64)), "transformers' layout of CLIP"),
+        (lambda hf: hf.BeitModel(hf.BeitConfig(**VISION, image_size=64)), "transformers' layout of BEiT"),
+        (
+            lambda hf: hf.ResNetModel(hf.ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1])),
+            "a layout of transformers that is not",
+        ),
     ],
     ids=["CLIP", "BEiT", "ResNet"],
 )
-def test_other_layouts_of_transformers_are_named(tmp_path, model, what):
-    save(model(), tmp_path, True)
+def test_other_layouts_of_transformers_are_named(hf, tmp_path, model, what):
+    save(model(hf), tmp_path, True)
     assert f"it has {what}" in refusal(tmp_path / "model.safetensors")
 
 
