@@ -69,8 +69,8 @@ lint: $(READY) ## Check style and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@# What Linux alone has must not be called unguarded. A platform's results are of no use to another's run.
-	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
+	@# What Linux alone has must not be called unguarded.
+	$(BIN)/mypy --config-file .ci/darwin.toml
 
 bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-cluster ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
