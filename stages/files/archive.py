@@ -194,11 +194,14 @@ class SealedArchive:
         head = file.read(_LOCAL.size)
         if not head:
             raise self._another("it is empty")
-        if len(head) < _LOCAL.size or not head.startswith(_BEGIN):
+        if not head.startswith(_BEGIN):
             raise self._another("it does not begin as one")
-        length = _LOCAL.unpack(head)[7]
-        if file.read(len(MANIFEST)) != MANIFEST.encode():
+        name = file.read(len(MANIFEST)).decode("latin-1")
+        if not MANIFEST.startswith(name):
             raise self._another("it is a zip file of something else")
+        if name != MANIFEST:
+            raise self._damaged(f"truncated: {size} bytes")
+        length = _LOCAL.unpack(head)[7]
         if length > min(_LARGEST_MANIFEST, size):
             raise self._damaged("its manifest does not end")
         data = file.read(length)

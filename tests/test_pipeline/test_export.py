@@ -291,7 +291,7 @@ def test_a_damaged_file_is_one_line(home, tmp_path):
     ("name", "damaged", "said"),
     [
         ("it.ood", lambda data: b"", "is no detector bundle as `export` writes it: it is empty"),
-        ("it.ood", lambda data: data[:20], "is no detector bundle as `export` writes it: it does not begin as one"),
+        ("it.ood", lambda data: data[:20], "damaged, or changed: truncated: 20 bytes"),
         ("it.ood", lambda data: b"XXXX" + data[4:], "is no detector bundle as `export` writes it: it does not begin"),
         ("it.ood", lambda data: STUDY.encode(), "is no detector bundle as `export` writes it: it does not begin as"),
         ("it.ood", lambda data: data[:900], "damaged, or changed: its manifest does not end"),

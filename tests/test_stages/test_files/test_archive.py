@@ -205,9 +205,9 @@ def test_another_file_is_no_bundle(tmp_path, content, why):
 def test_a_glance_sees_what_is_cut_short(written):
     SealedArchive(written, KIND, 1, compared=False)
     data = written.read_bytes()
-    for cut in (0, 3, 40, 200, len(data) - 1):
+    for cut in (4, 20, 40, 200, len(data) - 1):
         written.write_bytes(data[:cut])
-        with pytest.raises(InputError, match=r"toy\.ood: (is no toy bundle|damaged, or changed)"):
+        with pytest.raises(InputError, match=r"toy\.ood: damaged, or changed: (truncated|its manifest does not end|a)"):
             SealedArchive(written, KIND, 1, compared=False)
 
 
