@@ -56,7 +56,7 @@ class Experiment:
         from stages.files.bundle_file import is_meant_as_bundle
 
         if is_meant_as_bundle(self.path):
-            raise ConfigError(f"{self.path}: a detector that was exported; {verb} takes an experiment's TOML file")
+            raise ConfigError(f"{self.path}: given as an exported detector, and {verb} takes an experiment's TOML file")
         config = load_config(self.path, self.overrides)
         config.require_roles(verb)
         if config.finetune is None and (verb == "finetune" or which == "finetuned"):

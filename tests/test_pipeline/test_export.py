@@ -310,7 +310,7 @@ def test_what_is_given_as_a_detector_and_is_none_is_said_by_every_verb(home, ima
     with pytest.raises(InputError) as refusal:
         Detector.load(given)
     assert str(refusal.value).startswith(f"{given}: {said}")
-    assert refused("run", given).endswith("a detector that was exported; run takes an experiment's TOML file")
+    assert refused("run", given).endswith("given as an exported detector, and run takes an experiment's TOML file")
 
 
 # ------------------------------------------------------------------------------------------------------ by ONNX Runtime
