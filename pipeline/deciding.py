@@ -73,7 +73,7 @@ class Serving:
         port: 0: any that is free.
         device: where the network runs: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one.
         batch: images that go through the network together, at most; no more than are worth it, see `Runtime.batch`.
-        patience: seconds that images wait for others to be decoded, at most; one that is alone does not wait.
+        patience: seconds that images wait for the next to be decoded, at most; one that is alone does not wait.
         max_bytes: of a request.
         max_pixels: of an image, before it is decoded.
         timeout: seconds until a request is refused, its way through the network included.

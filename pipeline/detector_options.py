@@ -96,7 +96,7 @@ SERVING = gathered(
         type=click.FloatRange(0, 10),
         default=Serving.patience,
         show_default=True,
-        help="Seconds that images wait for others to be decoded, to go through the network together, at most.",
+        help="Seconds that images wait for the next to be decoded, to go through the network together, at most.",
     ),
     click.option(
         "--max-bytes", type=click.IntRange(min=1), default=Serving.max_bytes, show_default=True, help="Of a request."

@@ -31,8 +31,8 @@ class Batches(Generic[Prepared, Answered]):
         most: items of a batch.
         whole: items that cost as much as fewer; by default the most. A batch waits for so many, takes more where they
             are ready, and leaves to the next what is beyond whole ones.
-        patience: seconds that a batch waits for what is being prepared, at most: on a CPU a pass that is not full costs
-            as much as a full one, and decoding has the cores meanwhile.
+        patience: seconds that a batch waits for the next of what is being prepared, at most: on a CPU a pass that is
+            not full costs as much as a full one, and decoding has the cores meanwhile.
         side_by_side: batches that run at once.
     """
 
@@ -112,10 +112,9 @@ class Batches(Generic[Prepared, Answered]):
     async def _gathered(self) -> list[tuple[Prepared, "asyncio.Future[Answered]"]]:
         batch = self._left or [await self._ready.get()]
         self._left = []
-        until = asyncio.get_running_loop().time() + self._patience
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
-                while len(batch) < self._whole and (self._coming or not self._ready.empty()):
+            while len(batch) < self._whole and (self._coming or not self._ready.empty()):
+                async with asyncio.timeout(self._patience):
                     batch.append(await self._ready.get())
         while len(batch) < self._most and not self._ready.empty():
             batch.append(self._ready.get_nowait())

@@ -79,8 +79,9 @@ def say_start(bundle: Path, images: Sequence[Path]) -> None:
     """What `Detector.load` costs beyond the network's own load, in a process of its own; of a small bundle alone."""
     command = [sys.executable, "-m", "tests.test_pipeline.starting", bundle, "224", *images]
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    took = f"{said['beyond_s']:.1f} s of the processor beyond the {said['network_s']:.1f} s of its network"
-    print(f"Detector.load: {took}; loads {', '.join(said['laboratory']) or 'no library of the laboratory'}")
+    took = f"{said['beyond_s']:.1f} s beyond the {said['network_s']:.1f} s of its network's own load"
+    loads = ", ".join(said["laboratory"]) or "no library of the laboratory"
+    print(f"Detector.load: {took}, of these {said['golden_s']:.1f} s for its golden images; loads {loads}")
 
 
 def end(server: Served) -> None:

@@ -1,7 +1,9 @@
 """Many ask one at a time, and are answered together."""
 
 import asyncio
-from threading import Barrier, Event
+import time
+from functools import partial
+from threading import Barrier, Event, Lock
 
 import pytest
 
@@ -53,6 +55,23 @@ def test_a_batch_of_more_than_a_pass_has_whole_passes():
         assert sum(sizes) == n
         assert set(passes) <= {16, 32}
         assert last == (n % 16 or 16)
+
+
+def test_a_pass_waits_for_as_long_as_the_next_comes():
+    """However slowly all are decoded that fill it."""
+    turn, sizes = Lock(), []
+
+    def slow(number):
+        with turn:
+            time.sleep(0.2)
+        return number
+
+    def same(items):
+        sizes.append(len(items))
+        return items
+
+    together(same, 4, *(partial(slow, number) for number in range(4)), patience=0.6)
+    assert sizes == [4]
 
 
 def test_batches_run_side_by_side():
