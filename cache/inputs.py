@@ -135,7 +135,8 @@ class InputTable:
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+            # Not read_table, which imports pyarrow.dataset, and pandas with it.
+            table = pq.ParquetFile(pa.BufferReader(data)).read().combine_chunks()
         except (pa.ArrowException, OSError) as error:
             raise CacheDamagedError(f"inputs.parquet cannot be read: {error}") from error
         check(table.schema.equals(_schema()), f"inputs.parquet has the columns {table.schema.names} or other types")

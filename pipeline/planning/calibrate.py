@@ -28,7 +28,7 @@ from stages.scorers import AUTO
 _EXTRACTING = 0.12  # of the time, for images
 _TUNING = 0.2  # of the time, for the fine-tune
 _REPORTING = 0.05  # of the time, for the page
-_PROBING = 0.1  # of the time, for the larger pilot's probe
+_PROBING = 0.2  # of the time, for the larger pilot's probe
 _STEPS = 4  # that people are told of: images, two pilots, scores
 _LARGER = 1.5  # than the first, at least
 _FAR = 100  # times the products of a pilot's heads: beyond, heads are timed with as many classes as the study has

@@ -29,6 +29,7 @@ from stages.scorers.neighbours.store import NeighbourStore
 from stages.train import train_probe
 
 REPLICATES = 100  # of the bootstrap in a pilot
+_LEAST = 1e-3  # seconds that a probe takes, which others are divided by
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Pilot:
 
         study = self._study(self._config, lap)
         whole = _seconds(lambda: study.do("train", "pretrained"))
-        timed.probe = max(0.0, whole - sum(own.steps + own.refining + own.rest for own in timed.mixtures.values()))
+        timed.probe = max(_LEAST, whole - sum(own.steps + own.refining + own.rest for own in timed.mixtures.values()))
         timed.peaks["train"] = peak_memory_bytes()
         timed.seconds += whole
 

@@ -6,9 +6,9 @@ No image is opened and no backbone runs; its last block does where patch tokens 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike, NDArray
 
 from cache import FeatureCache
@@ -21,9 +21,9 @@ from stages.id_data.lazy import LazyArray
 from stages.id_data.rows import Labels, lazy_rows
 from stages.id_data.split import Rows
 from stages.id_data.taps import TapRows
-from stages.id_data.tokens import read_tokens
-from stages.mixture.refine import REFINE_BATCH
-from stages.networks.ends import BackboneEnd
+
+if TYPE_CHECKING:  # torch, for those alone who read patch tokens
+    from stages.networks.ends import BackboneEnd
 
 _FINETUNE_HEAD = "finetune"
 _GIVEN_HEAD = "given"  # logits that came with features
@@ -40,7 +40,7 @@ class PatchTokens:
         rows: row numbers of the cache; all by default.
     """
 
-    def __init__(self, end: Callable[[], BackboneEnd], cache: FeatureCache, rows: Rows | None = None) -> None:
+    def __init__(self, end: "Callable[[], BackboneEnd]", cache: FeatureCache, rows: Rows | None = None) -> None:
         self._end = end
         self._cache = cache
         self._rows = np.arange(cache.n_rows) if rows is None else rows
@@ -51,8 +51,16 @@ class PatchTokens:
     def __getitem__(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "PatchTokens":
         return PatchTokens(self._end, self._cache, self._rows[rows])
 
-    @torch.inference_mode()
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            return self._read().astype(dtype or np.float32, copy=False)
+
+    def _read(self) -> NDArray[np.floating]:
+        from stages.id_data.tokens import read_tokens
+        from stages.mixture.refine import REFINE_BATCH
+
         end = self._end()
         blocks = [self._rows[start : start + REFINE_BATCH] for start in range(0, max(1, len(self)), REFINE_BATCH)]
         try:
@@ -62,7 +70,7 @@ class PatchTokens:
             if spec.patches == "full":
                 raise
             raise cannot_read_patches(spec.backbone, spec.patches) from error
-        return np.concatenate(tokens).astype(dtype or np.float32, copy=False)
+        return np.concatenate(tokens)
 
 
 def cannot_read_patches(backbone: str, patches: str) -> InputError:
@@ -155,7 +163,7 @@ class FrozenFeatures:
         return _CachedRows.of(cache, PatchTokens(lambda: self._end, cache) if has_patches else None)
 
     @cached_property
-    def _end(self) -> BackboneEnd:
+    def _end(self) -> "BackboneEnd":
         assert self.source.network is not None
         return self.source.network().end()
 

@@ -5,6 +5,7 @@ So that another k or score costs a search and some arithmetic.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,11 @@ from stages.heads.choose import WhichHead, final_head, fold_head, load_heads, pa
 from stages.id_data.lazy import LazyArray, Rows2D
 from stages.id_data.rows import Labels
 from stages.id_data.split import Rows
-from stages.mixture.model import MixtureOfFeatureExperts
-from stages.mixture.refine import refine, refine_to
 from stages.mixture.refined import LEFT_OUT, Refined, Routes, load_refined, part_bank, refined_identity, refined_path
 from stages.mixture.storage import load_mixture, load_trained_heads, run_folder
+
+if TYPE_CHECKING:  # torch, for those alone whose features are not there yet
+    from stages.mixture.model import MixtureOfFeatureExperts
 
 
 class RefinedFeatures:
@@ -114,6 +116,8 @@ class RefinedFeatures:
 
     def passing_rows(self, cache: FeatureCache, labels: Labels) -> SetRows:
         """The same of a cache that is thrown away, as of new images: nothing is kept."""
+        from stages.mixture.refine import refine
+
         return self._rows(refine(self.mixture(), cache, context=Context(device="auto")), labels, final_head)
 
     def second(self, name: str, cache: FeatureCache, labels: Labels) -> SetRows:
@@ -160,10 +164,12 @@ class RefinedFeatures:
         identity = refined_identity(self._weights(run), cache, routes)
         stored = load_refined(path, identity)
         if stored is None:
+            from stages.mixture.refine import refine_to
+
             stored = refine_to(path, identity, self.mixture(run), cache, routes, self._context)
         return stored
 
-    def mixture(self, run: str = "final") -> MixtureOfFeatureExperts:
+    def mixture(self, run: str = "final") -> "MixtureOfFeatureExperts":
         """The trained network of one run, loaded once."""
         if run not in self._mixtures:
             spec = self.source.data.train.spec

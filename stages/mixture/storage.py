@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from stages.config import ExpertKind, RouterInput
 from stages.errors import InputError
@@ -15,7 +13,11 @@ from stages.files.documents import write_document
 from stages.files.tensors import read_described, write_tensors
 from stages.heads.affine import LinearHead
 from stages.mixture.config import MixtureConfig
-from stages.mixture.model import MixtureOfFeatureExperts, build_mixture
+
+if TYPE_CHECKING:  # torch, for those alone who have or want the network: its heads are read without
+    from torch import nn
+
+    from stages.mixture.model import MixtureOfFeatureExperts
 
 
 def run_folder(folder: Path, run: str) -> Path:
@@ -23,7 +25,7 @@ def run_folder(folder: Path, run: str) -> Path:
     return folder if run == "final" else folder / run
 
 
-def save_weights(folder: Path, mixture: MixtureOfFeatureExperts) -> str:
+def save_weights(folder: Path, mixture: "MixtureOfFeatureExperts") -> str:
     """Write ``mofe.safetensors`` alone, in place of an older pair; returns the SHA-256 of its bytes.
 
     Args:
@@ -35,7 +37,7 @@ def save_weights(folder: Path, mixture: MixtureOfFeatureExperts) -> str:
     return write_tensors(folder / "mofe.safetensors", tensors)
 
 
-def save_mixture(folder: Path, mixture: MixtureOfFeatureExperts, description: Mapping[str, Any]) -> None:
+def save_mixture(folder: Path, mixture: "MixtureOfFeatureExperts", description: Mapping[str, Any]) -> None:
     """Write ``mofe.safetensors`` and, last, ``mofe.json``.
 
     Args:
@@ -48,12 +50,18 @@ def save_mixture(folder: Path, mixture: MixtureOfFeatureExperts, description: Ma
     write_document(folder / "mofe.json", {**description, "files": {"mofe.safetensors": digest}})
 
 
-def load_mixture(folder: Path, make_end: Callable[[], nn.Module], dim: int, tap_dim: int) -> MixtureOfFeatureExperts:
+def load_mixture(
+    folder: Path, make_end: "Callable[[], nn.Module]", dim: int, tap_dim: int
+) -> "MixtureOfFeatureExperts":
     """Read what `save_mixture` wrote, in evaluation mode.
 
     Raises:
         InputError: missing or damaged files, or weights of another architecture.
     """
+    import torch
+
+    from stages.mixture.model import build_mixture
+
     description, tensors = _stored(folder)
     groups, kind = _stored_groups(description), _stored_kind(description)
     if groups is None or kind is None:
