@@ -152,7 +152,10 @@ class Workspace:
         """The experts of ``[train]`` as a fine-tune trains them together with the backbone, if that is asked for."""
         if self.config.finetune is None or not self.config.finetune.joint:
             return None
-        settings = resolve_settings(self.config.train, data.n_classes, data.train.spec)
+        train = self.config.train
+        if train.preset == "default":  # its heads start as a probe; there is none of features that are still learned
+            train = train.model_copy(update={"preset": "zero"})
+        settings = resolve_settings(train, data.n_classes, data.train.spec)
         return MixturePlan(**{field.name: getattr(settings, field.name) for field in fields(MixturePlan)})
 
     def known_spec(self, backbone: StudyBackbone) -> FeatureSpec | None:

@@ -21,7 +21,7 @@ from stages.results.method import RECOMMENDED
 PROJECTS_PAGE = Path(__file__).with_name("RESULTS.md")
 ABOUT = f"""\
 `make results` writes this page, and nobody by hand. What it says is in `pipeline/benchmark/FINDINGS.md`, which images
-and studies it is about in `pipeline/benchmark/README.md`.
+and studies it is about in `pipeline/benchmark/README.md`. "Default" is the default of the commit that is named below.
 
 Recommended before the run: {method_label(RECOMMENDED)}. Per cent; FPR95 with ID positive (admit 95 %
 of ID, report the OOD admitted); near and far are means over sets. The interval of a difference resamples ID and OOD

@@ -360,6 +360,8 @@ class RunConfig(StageConfig):
                 "finetune.joint: trains copies of the backbone's end, and train.expert = "
                 f'{as_given(self.train.expert)} is another kind of expert: give "end" there, others as [[variants]]'
             )
+        if "start" in self.train.model_fields_set and self.train.start == "probe":
+            yield 'finetune.joint: its experts start at zero: give train.start = "probe" to [[variants]] alone'
         if self.cache.patches != "full":
             yield (
                 'finetune.joint: its experts read all patches: give cache.patches = "full", not '

@@ -127,16 +127,16 @@ class TrainConfig(PresetConfig):
     experts: PositiveInt | Literal["auto"] = "auto"
     grouping: str = "balanced"  # "balanced", "kmeans" or a JSON file {class: group}
     mixup: Literal["dynamic", "static", "none"] = "dynamic"
-    epochs: PositiveInt = of_preset(8)  # with these rates the held-out ID loss is lowest after four to seven
+    epochs: PositiveInt = of_preset(4)  # of experts whose heads start as the probe
     expert: Literal["auto", ExpertKind] = "auto"  # auto: "end", but "adapter" on features that came without tokens
-    router_input: Literal["auto", RouterInput] = "auto"  # auto: "tap_cls" where there is one
-    start: Literal["zero", "probe"] = of_preset("zero")  # what heads and router are before anything is learned
+    router_input: Literal["auto", RouterInput] = "auto"  # auto: "cls"; "tap_cls", if there is one, with start = "zero"
+    start: Literal["zero", "probe"] = of_preset("probe")  # what heads and router are before anything is learned
     patience: PositiveInt | None = None  # epochs without a lower held-out loss after which to stop; None: never
-    preset: Literal["default", "started", "paper"] = "default"
+    preset: Literal["default", "zero", "paper"] = "default"
     batch_size: PositiveInt = of_preset(64)
     lr: float = of_preset(1e-5, gt=0)  # of the experts' ends, which start trained: three times more costs far-OOD
-    head_lr: float = of_preset(1e-2, gt=0)  # new layers; with a tenth they lag, and what they teach the ends is late
-    router_lr: float = of_preset(1e-2, gt=0)
+    head_lr: float = of_preset(1e-4, gt=0)  # they start trained, as the ends do
+    router_lr: float = of_preset(1e-4, gt=0)
     weight_decay: float = of_preset(0.05, ge=0)
     label_smoothing: float = of_preset(0.0, ge=0, lt=1)
     other_weight: float = of_preset(0.1, ge=0)

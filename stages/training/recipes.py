@@ -40,13 +40,16 @@ class TrainSettings(TrainConfig):
 
 # "paper": the official code's recipe, where METHOD-relevant settings differ from ours; its α_min = α_max is not copied,
 # since with it the difficulty of a class cannot matter. It keeps no average of the weights.
-# "started": linear probing before fine-tuning (Kumar et al., "Fine-Tuning can Distort Pretrained Features and
+# "default": linear probing before fine-tuning (Kumar et al., "Fine-Tuning can Distort Pretrained Features and
 # Underperform Out-of-Distribution", ICLR 2022): heads that start at zero teach the experts noise until they have
 # learned, the more the more steps there are.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "started": {"start": "probe", "epochs": 4, "head_lr": 1e-4, "router_lr": 1e-4},
+    # New layers learn a hundred times as fast: with a tenth of that they lag, and what they teach the ends is late. The
+    # held-out ID loss is lowest after four to seven epochs.
+    "zero": {"start": "zero", "epochs": 8, "head_lr": 1e-2, "router_lr": 1e-2},
     "paper": {
+        "start": "zero",
         "epochs": 20,
         "label_smoothing": 0.1,
         "lr": 3.5e-5,
@@ -70,7 +73,7 @@ def resolve_settings(config: TrainConfig, n_classes: int, spec: FeatureSpec | No
     """
     has_end, has_tap = (spec is None or spec.expert_blocks > 0), (spec is None or spec.tap_dim > 0)
     given = TRAIN_PRESETS[config.preset] | config.model_dump(exclude_unset=True)
-    started = given.get("start") == "probe"  # what the probe reads is known to separate the classes
+    started = given.get("start", config.start) == "probe"  # what the probe reads is known to separate the classes
     automatic: dict[str, Any] = {
         "experts": experts_for(n_classes),
         "expert": "end" if has_end else "adapter",

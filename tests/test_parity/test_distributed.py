@@ -75,7 +75,7 @@ def fit(data, rows, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
 
     def fit(name, ranks=Ranks(), **settings):
-        chosen = resolve_settings(TrainConfig(experts=2, **{"epochs": 2} | settings), 4)
+        chosen = resolve_settings(TrainConfig(preset="zero", experts=2, **{"epochs": 2} | settings), 4)
         own = rows[: 8 * settings["batch_size"]] if "batch_size" in settings else rows
         groups = [0] * 4 if chosen.expert == "dense" else (0, 0, 1, 1)
         mixture = start_mixture(data, own, groups, chosen, backbone.end, 0)
@@ -156,7 +156,7 @@ def test_stopped_together_they_go_on_together_or_alone(fit, rows, data, backbone
                 os._exit(9)  # rank 0 dies in its second epoch, and the other, left alone, with it
 
     def run(context=Context()):
-        chosen = resolve_settings(TrainConfig(experts=2, epochs=2), 4)
+        chosen = resolve_settings(TrainConfig(preset="zero", experts=2, epochs=2), 4)
         mixture = start_mixture(data, rows, (0, 0, 1, 1), chosen, backbone.end, 0)
         return train_mixture(mixture, data, rows, chosen, 0, Checkpoints(tmp_path / "mine.checkpoint"), context)
 

@@ -107,6 +107,7 @@ def test_a_variant_may_have_fewer_seeds(study):
             'trains copies of the backbone\'s end, and train.expert = "adapter" is another kind of expert: give '
             '"end" there, others as [[variants]]',
         ),
+        ("train.start=probe", 'its experts start at zero: give train.start = "probe" to [[variants]] alone'),
         ("cache.patches=pool:4", 'its experts read all patches: give cache.patches = "full", not "pool:4"'),
     ],
 )

@@ -105,13 +105,13 @@ def test_every_model_of_cross_fitting_is_trained_by_the_same_schedule_and_select
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     of = {run: [line for line in lines if line["run"] == run] for run in ("fold-0", "fold-1", "fold-2", "final")}
     for epochs in of.values():
-        assert len(epochs) == CONFIG.epochs
+        assert [line["epoch"] for line in epochs] == [-1, *range(CONFIG.epochs)]
         assert all(line["select_loss"] is not None for line in epochs)
         # The last step's rate: a cosine over all epochs, whichever is kept, but for how many steps an epoch has.
-        assert epochs[-1]["lr"] < 0.1 * epochs[1]["lr"]
+        assert epochs[-1]["lr"] < 0.1 * epochs[2]["lr"]
     final = of["final"]
     assert json.loads((folder / "mofe.json").read_text())["best_epoch"] == min(
-        range(CONFIG.epochs), key=lambda epoch: final[epoch]["select_loss"]
+        range(-1, CONFIG.epochs), key=lambda epoch: final[1 + epoch]["select_loss"]
     )
     assert not any(np.isin(fold.select, data.split.final_train).any() for fold in data.split.folds)
 

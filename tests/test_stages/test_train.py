@@ -50,14 +50,16 @@ def rows(data):
 
 @pytest.fixture(scope="module")
 def fit(data, rows, backbone, tmp_path_factory):
-    """Train one mixture without its heads, on `rows` of `data` and for two epochs unless told otherwise."""
+    """Train one mixture from zero, without refitted heads: on `rows` of `data`, two epochs unless told otherwise."""
     numbers, folder = count(), tmp_path_factory.mktemp("fit")
 
     def new():
         return folder / f"{next(numbers)}.checkpoint"
 
     def fit(data=data, groups=(0, 0, 1, 1), seed=0, progress=None, checkpoint=None, rows=rows, **settings):
-        chosen = resolve_settings(TrainConfig(**{"experts": 2, "epochs": 2} | settings), data.n_classes)
+        chosen = resolve_settings(
+            TrainConfig(**{"preset": "zero", "experts": 2, "epochs": 2} | settings), data.n_classes
+        )
         store = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint or new())
         mixture = start_mixture(data, rows, groups, chosen, backbone.end, seed)
         return train_mixture(mixture, data, rows, chosen, seed, store, Context(progress or NullProgress()))
@@ -293,9 +295,9 @@ def test_a_transformers_end_trains_in_bfloat16(few_of):
 
 @pytest.mark.parametrize("expert", ["adapter", "frozen", "dense"])
 def test_every_kind_of_expert_is_trained_stored_and_loaded(expert, data, backbone, tmp_path):
-    # At the default's rates so few rows are learnt in the first epoch, and an adapter, which starts at 0, hardly moves.
+    # At the preset's rates so few rows are learnt in the first epoch, and an adapter, which starts at 0, hardly moves.
     rates = {"lr": 3e-5, "head_lr": 1e-3, "router_lr": 1e-3}
-    config = TrainConfig(experts=2, epochs=2, expert=expert, router_input="cls", **rates)
+    config = TrainConfig(preset="zero", experts=2, epochs=2, expert=expert, router_input="cls", **rates)
     assert train_mofe(data, config, backbone.end, seed=0, folder=tmp_path)
     about = json.loads((tmp_path / "mofe.json").read_text())
     assert about["settings"]["expert"] == expert
@@ -337,7 +339,7 @@ def few_of(few_images, tmp_path):
     def few_of(backbone, patches):
         spec = backbone.feature_spec("float16", patches)
         train = extract_set("few", few_images, spec, tmp_path / "caches", lambda: backbone)
-        data, config = id_data(train, None, val_share=0.2), TrainConfig(experts=2, epochs=1)
+        data, config = id_data(train, None, val_share=0.2), TrainConfig(preset="zero", experts=2, epochs=1)
 
         def train_one(**settings):
             chosen = resolve_settings(config.model_copy(update=settings), 4)
@@ -529,8 +531,8 @@ def test_what_a_trained_folder_holds(data, mixture, backbone):
     assert sorted(about["groups"].values()) == [0, 0, 1, 1]
     assert about["features"] == data.train.fingerprint
     lines = [json.loads(line) for line in (mixture / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["run"], line["epoch"]) for line in lines] == [("final", 0), ("final", 1)]
-    assert len(lines[1]["alpha"]) == 4
+    assert [(line["run"], line["epoch"]) for line in lines] == [("final", -1), ("final", 0), ("final", 1)]
+    assert len(lines[2]["alpha"]) == 4
     assert not list(mixture.glob("*.checkpoint"))
     loaded = load_mixture(mixture, backbone.end, backbone.dim, backbone.tap_dim)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == about["parameters"]
@@ -615,7 +617,8 @@ def test_small_classes_are_cross_fitted(vit, vit_data, tmp_path):
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for run, rows in few.train_rows().items():
-        own = [line for line in lines if line["run"] == run]
+        start, *own = (line for line in lines if line["run"] == run)
+        assert (start["epoch"], sum(start["load"])) == (-1, 0)
         assert sum(own[0]["load"]) == len(rows)
         np.testing.assert_allclose(own[1]["alpha"], class_alpha(np.array(own[0]["accuracy"]), 0.1, 0.8), atol=1e-5)
         assert own[1]["select_loss"] is not None

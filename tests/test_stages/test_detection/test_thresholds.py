@@ -62,7 +62,7 @@ def test_so_they_are_by_neighbours_in_another_space(study, per_class, space):
 
 def test_so_they_are_by_scores_of_a_mixture(study, tmp_path):
     """Refitted heads, banks and class means, as they are and on their experts' scales."""
-    config = TrainConfig(expert="frozen", experts=2, epochs=4)
+    config = TrainConfig(preset="zero", expert="frozen", experts=2, epochs=4)
     found = []
     for seed in range(3):
         own = study(20, seed)

@@ -21,7 +21,9 @@ from tests.test_stages.small_vit import PLAN
 
 def test_on_cached_features(data, backbone, tmp_path):
     rows, histories, weights = data.split.folds[0].train, [], []
-    settings = resolve_settings(TrainConfig(experts=3, epochs=2, label_smoothing=0.1, expert="adapter"), data.n_classes)
+    settings = resolve_settings(
+        TrainConfig(preset="zero", experts=3, epochs=2, label_smoothing=0.1, expert="adapter"), data.n_classes
+    )
     for stacked in (False, True):
         mixture = start_mixture(data, rows, (0, 2, 1, 2), settings, backbone.end, 0)
         mixture.stacked.forced = stacked

@@ -23,7 +23,7 @@ from stages.training.started import start_heads, start_router
 from tests.test_stages.stops import StopsIn
 
 GROUPS = (0, 0, 1, 2, 1, 2, 2)
-STARTED = TrainConfig(preset="started", experts=2, epochs=2, expert="adapter", batch_size=32)
+STARTED = TrainConfig(experts=2, epochs=2, expert="adapter", batch_size=32)
 
 
 @pytest.fixture
