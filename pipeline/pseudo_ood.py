@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from cache import CacheError, FeatureCache, FeatureSpec, fingerprint, place
+from cache import CacheError, FeatureCache, FeatureSpec, Place, fingerprint, place
 from pipeline.backbones import StudyBackbone
 from pipeline.config import SetConfig
 from pipeline.workspace import Workspace
@@ -74,18 +74,24 @@ class PseudoOOD:
         numbers = np.array([listed[name] for name in data.held_out.ids[rows].tolist()], np.int64)
         return list_pseudo_ood(table, numbers.tolist(), numbers[others].tolist())
 
+    @property
+    def path(self) -> Place | None:
+        """Where their cache stands; None where they are not wanted, not made, or made of others or another number."""
+        stored = read_document(self._path) if self.wanted else None
+        if stored is None or stored["identity"] != self._identity():
+            return None
+        path = place(stored["path"])
+        return path if path.is_dir() else self._config.cache.root / path.name
+
     def cache(self, spec: FeatureSpec) -> FeatureCache | None:
         """Their cache; None where they are not wanted, not there, or made of other ID images or another number.
 
         Args:
             spec: of the backbone's features.
         """
-        stored = read_document(self._path) if self.wanted else None
-        if stored is None or stored["identity"] != self._identity():
-            return None
-        path = place(stored["path"])
+        path = self.path
         try:
-            return FeatureCache.open(path if path.is_dir() else self._config.cache.root / path.name, spec)
+            return None if path is None else FeatureCache.open(path, spec)
         except CacheError:  # gone or damaged: `extract` makes it again
             return None
 

@@ -1,8 +1,9 @@
 """What stands on the disk of a study: whether it is whole, how it is put right, and what there is."""
 
 from collections.abc import Callable
+from functools import partial
 
-from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, restore_manifest
+from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, Place, restore_manifest
 from cache.files import TEMPORARY, is_stray
 from pipeline.backbones import StudyBackbone
 from pipeline.config import SetConfig
@@ -52,62 +53,73 @@ def _verify_work(workspace: Workspace) -> int:
     return len(found)
 
 
+_Repair = Callable[[FeatureCache, list[str]], None]  # makes these damaged files of a cache again
+
+
 def _verify_set(workspace: Workspace, backbone: StudyBackbone, entry: SetConfig, repair: bool) -> int:
     """Say what is damaged of one cache, repair it where that is asked for; how many files are damaged then."""
-    try:
-        if repair and restore_manifest(backbone.cache_path(entry)):
-            show([f"{backbone.cache_path(entry)}: the manifest was put back from its copy, or the copy from it"])
-        cache = backbone.cache(entry)
-    except (CacheDamagedError, CacheInvalidError) as error:  # its manifest; the other caches are looked at as well
-        show([str(error)])
-        return 1
-    return _verify_shards(cache, (lambda files: _repair(workspace, backbone, entry, cache, files)) if repair else None)
+
+    def again(cache: FeatureCache, files: list[str]) -> None:
+        from stages.extract import repair_import, repair_set  # and the networks
+
+        if entry.features is not None:
+            repair_import(cache, files, workspace.sets.arrays(entry), workspace.progress)
+        else:
+            _check_device(backbone, cache)
+            table = workspace.sets.table(entry)
+            repair_set(cache, files, table, lambda: backbone.loaded, progress=workspace.progress)
+
+    where = partial(backbone.cache_path, entry)
+    return _verify_cache(where, partial(backbone.cache, entry), again if repair else None)
 
 
 def _verify_pseudo(workspace: Workspace, backbone: StudyBackbone, repair: bool) -> int:
     """The same of the images that play OOD, where there are such."""
-    pseudo, spec = PseudoOOD(workspace, backbone), backbone.known_spec()
-    cache = None if spec is None else pseudo.found(spec)
-    if cache is None:
+    pseudo = PseudoOOD(workspace, backbone)
+    try:
+        path = pseudo.path
+    except (InputError, CacheError):  # those that they are made of are not there, or damaged: that is said of them
+        path = None
+    if path is None or not path.is_dir():
         return 0
 
-    def again(files: list[str]) -> None:
+    def again(cache: FeatureCache, files: list[str]) -> None:
         from stages.extract import repair_set  # and the networks
 
+        _check_device(backbone, cache)
         repair_set(cache, files, pseudo.samples(), lambda: backbone.loaded, progress=workspace.progress)
 
-    return _verify_shards(cache, again if repair else None)
+    return _verify_cache(lambda: path, partial(FeatureCache.open, path), again if repair else None)
 
 
-def _verify_shards(cache: FeatureCache, repair: Callable[[list[str]], None] | None) -> int:
+def _verify_cache(path: Callable[[], Place], opened: Callable[[], FeatureCache], repair: _Repair | None) -> int:
     """Say what is damaged of one cache, and repair it by what is given for that; how many files are damaged then."""
+    try:
+        if repair and restore_manifest(path()):
+            show([f"{path()}: the manifest was put back from its copy, or the copy from it"])
+        cache = opened()
+    except (CacheDamagedError, CacheInvalidError) as error:  # its manifest; the other caches are looked at as well
+        show([str(error)])
+        return 1
     damages = cache.verify()
     show(f"{cache.path / damage.file}: {damage.what}" for damage in damages)
     show(f"{cache.path / name}: not part of the cache, ignored" for name in cache.strays())
     if not damages:
         show([f"{cache.path}: whole, {cache.n_rows} rows"])
     elif repair:
-        repair([damage.file for damage in damages])
+        repair(cache, [damage.file for damage in damages])
         damages = FeatureCache.open(cache.path).verify()
         show([f"{cache.path}: {'still damaged' if damages else 'repaired'}"])
     return len(damages)
 
 
-def _repair(
-    workspace: Workspace, backbone: StudyBackbone, entry: SetConfig, cache: FeatureCache, files: list[str]
-) -> None:
-    from stages.extract import repair_import, repair_set  # and the networks
-
-    if entry.images is not None and (device := backbone.other_device(cache.spec)):
+def _check_device(backbone: StudyBackbone, cache: FeatureCache) -> None:
+    """Refuse to make features again that would be others."""
+    if device := backbone.other_device(cache.spec):
         raise InputError(
             f"{cache.path}: made on {device}; made on {backbone.device}, as here, its features would be others: "
             f"repair it on a machine with {device}"
         )
-    if entry.features is not None:
-        repair_import(cache, files, workspace.sets.arrays(entry), workspace.progress)
-    else:
-        table = workspace.sets.table(entry)
-        repair_set(cache, files, table, lambda: backbone.loaded, progress=workspace.progress)
 
 
 def study_lines(workspace: Workspace) -> Lines:

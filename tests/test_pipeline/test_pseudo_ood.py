@@ -8,7 +8,7 @@ from pipeline.config import RunOptions, load_config
 from pipeline.pseudo_ood import PseudoOOD
 from pipeline.workspace import Workspace
 from stages.inputs.images.pseudo_ood import PSEUDO_IMAGES
-from tests.test_pipeline.command import done, settings, snapshot
+from tests.test_pipeline.command import done, pipeline, settings, snapshot
 from tests.test_pipeline.tiny import ID_SETS, draw
 
 EACH = 5
@@ -57,6 +57,24 @@ def test_they_are_extracted_once_and_again_where_they_are_gone_or_others_are_ask
     assert pseudo.cache(workspace.pretrained.spec()) is None
     assert f"{EACH * len(PSEUDO_IMAGES)} images that play OOD" in done("extract", path).out
     assert pseudo.cache(workspace.pretrained.spec()).digest == digest
+
+
+def test_damage_is_found_and_repaired_as_of_any_cache(study):
+    """Of a shard, which is extracted again, and of the manifest, which has a copy."""
+    path, _ = study
+    workspace, pseudo = found(path)
+    cache = pseudo.cache(workspace.pretrained.spec())
+    files = [cache.path / name for name in ("shard-00000.h5", "manifest.json")]
+    before = [file.read_bytes() for file in files]
+    for file, content in zip(files, before, strict=True):
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        answer = pipeline("verify", path)
+        assert answer.status == 1
+        assert str(cache.path) in answer.out
+        assert "1 damaged files" in answer.err
+        assert str(cache.path) in done("verify", path, "--repair").out
+        assert [own.read_bytes() for own in files] == before
 
 
 @pytest.mark.parametrize("given", ["cache.pseudo_ood=0", 'score.scores=["knn"]'])
