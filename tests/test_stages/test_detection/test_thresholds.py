@@ -61,10 +61,13 @@ def test_so_they_are_by_neighbours_in_another_space(study, per_class, space):
 
 
 def test_so_they_are_by_scores_of_a_mixture(study, tmp_path):
-    """Refitted heads, banks and class means, as they are and on their experts' scales."""
-    config = TrainConfig(preset="zero", expert="frozen", experts=2, epochs=4)
+    """Refitted heads, banks and class means, as they are and on their experts' scales.
+
+    Of six studies: of so many scores one is outside the band of three studies now and then, however a mixture starts.
+    """
+    config = TrainConfig(expert="frozen", experts=2, epochs=1)
     found = []
-    for seed in range(3):
+    for seed in range(6):
         own = study(20, seed)
         refined = own.refined(config, seed, tmp_path / str(seed))
         judged = own.judged(refined, SCORES.model_copy(update={"scores": OF_MIXTURES}))
