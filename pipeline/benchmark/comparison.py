@@ -19,11 +19,15 @@ from stages.metrics.ranking import METRICS
 from stages.results.method import BASELINES, FROZEN_SUM, NO_ROUTING, RECOMMENDED, Method
 from stages.results.scored_study import ScoredStudy
 from stages.results.table import Evaluator, MethodRun, OODRow, Replicates, difference_columns, over_seeds
-from stages.scorers import reads_head
+from stages.scorers import AUTO, reads_head
 
 COMPARED_COLUMNS = ("fpr95", "auroc")  # metrics, in the order of the page
 # What the recommended score is judged against: the last is the same block as its experts, with nothing routed (E = 1).
 JUDGED_AGAINST = (*BASELINES.values(), replace(RECOMMENDED, variant="dense-1"))
+CHOSEN = (
+    replace(FROZEN_SUM, score=AUTO),
+    replace(RECOMMENDED, score=AUTO),
+)  # for each study anew, from ID images alone
 NAMING = ("features", "head", "variant", "routing", "score", "backbone")  # columns of results.csv that name a method
 
 
@@ -57,7 +61,8 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
         return []
     recommended, plain = (replace(method, backbone="finetuned") for method in (RECOMMENDED, FROZEN_SUM))
     return [
-        *(_scored_by(replace(plain, head="finetune"), score) for score in scores),
+        # What `auto` may choose reads the probe alone.
+        *(_scored_by(plain if score == AUTO else replace(plain, head="finetune"), score) for score in scores),
         plain,
         *(replace(recommended, variant=name) for name in config.variant_seeds("finetuned")),
     ]
@@ -163,6 +168,10 @@ class JudgedStudy:
             return []
         wanted = {name: getattr(method, name) for name in ("backbone", "features", "variant", "head")}
         return [entry["accuracy"] for entry in self.scored.id["accuracy"] if wanted.items() <= entry.items()]
+
+    def regret(self, method: Method, group: str, metric: str) -> float:
+        """How far ``auto`` is behind the best of all scores of its backbone, which only OOD images tell."""
+        return float(self.scored.lines[method]["average", group][f"{metric}_regret"])
 
     def _averages(self, method: Method, seed: int | None) -> _Averages:
         scores = self.scored.scores(method, seed)

@@ -12,11 +12,12 @@ from typing import Any
 
 from pipeline.benchmark.comparison import JudgedStudy, judge, method_label, result_lines
 from pipeline.benchmark.images import BenchmarkImages
-from pipeline.benchmark.tables import ResultTables, TextTable, fine_tuning_table, router_table
+from pipeline.benchmark.tables import ResultTables, TextTable, auto_table, fine_tuning_table, router_table
 from pipeline.config import RunConfig
 from stages.files.documents import read_document, write_text
 from stages.results.formats import csv_text, markdown_table
 from stages.results.method import RECOMMENDED
+from stages.scorers import AUTO
 
 PROJECTS_PAGE = Path(__file__).with_name("RESULTS.md")
 ABOUT = f"""\
@@ -91,7 +92,8 @@ def write_results(
 def _benchmark(study: JudgedStudy, lines: Sequence[Mapping[str, Any]], images: BenchmarkImages) -> BenchmarkResults:
     tables = ResultTables(lines)
     tuned = [fine_tuning_table(study)] if study.config.finetune is not None else []
-    shown = [tables.judged, tables.differences, tables.every_method, *tuned, router_table(study)]
+    chosen = [auto_table(study)] if AUTO in study.config.score.scores else []
+    shown = [tables.judged, tables.differences, tables.every_method, *chosen, *tuned, router_table(study)]
     record = read_document(study.config.work / "record.json") or {}
     return BenchmarkResults(study.config.name, _ran(record, images), tables.summary, shown)
 

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from pipeline.benchmark.comparison import (
+    CHOSEN,
     COMPARED_COLUMNS,
     JUDGED_AGAINST,
     NAMING,
@@ -15,11 +16,13 @@ from pipeline.benchmark.comparison import (
     deviation,
     fine_tuned_pairs,
     method_label,
+    methods_of,
 )
 from stages.metrics.ranking import METRICS
 from stages.results.formats import markdown_table, mean_text
 from stages.results.method import RECOMMENDED, Method
 from stages.results.table import difference_columns
+from stages.scorers import AUTO
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class ResultTables:
         return self._whole(
             "the recommended score and what it is judged against; mean ± deviation over seeds "
             "[95 % interval over images]",
-            (RECOMMENDED, *JUDGED_AGAINST),
+            self._shown,
             _mean_and_interval,
         )
 
@@ -78,9 +81,14 @@ class ResultTables:
     @property
     def summary(self) -> TextTable:
         """`judged` without its intervals; its lines say which benchmark they are of."""
-        whole = self._whole("summary", (RECOMMENDED, *JUDGED_AGAINST), _mean)
+        whole = self._whole("summary", self._shown, _mean)
         body = [[self.benchmark, name, *numbers] for name, _, *numbers in whole.body]
         return TextTable(whole.title, ["benchmark", "method", *whole.header[2:]], body)
+
+    @property
+    def _shown(self) -> list[Method]:
+        """The recommended score, what it is judged against, and ``auto`` where that was among the scores."""
+        return [RECOMMENDED, *JUDGED_AGAINST, *(method for method in CHOSEN if method in self._lines)]
 
     def _whole(self, title: str, methods: Iterable[Method], show: "_Show") -> TextTable:
         header = ["", "seeds", *self._columns, "ID accuracy ↑"]
@@ -128,6 +136,24 @@ def _difference(study: JudgedStudy, method: Method, other: Method, group: str, m
 
 def _column(group: str, metric: str) -> str:
     return f"{group} {METRICS[metric].heading}"
+
+
+def auto_table(study: JudgedStudy) -> TextTable:
+    """What ``auto`` chose, and its regret."""
+    columns = [(group, metric) for group in study.groups for metric in COMPARED_COLUMNS]
+    return TextTable(
+        f"{study.config.name}: what auto chose from ID images, and how far that is behind the best of all scores",
+        ["", "chosen", *(_column(group, metric) for group, metric in columns)],
+        [
+            [
+                method_label(method),
+                ", ".join(study.scored.chosen[method]),
+                *(f"{100 * study.regret(method, *column):.1f}" for column in columns),
+            ]
+            for method in methods_of(study.config)
+            if method.score == AUTO
+        ],
+    )
 
 
 def router_table(study: JudgedStudy) -> TextTable:

@@ -127,19 +127,6 @@ class ReportedStudy:
         asked = dict.fromkeys((*BASELINES.values(), self.recommended))
         return [method for method in asked if method is not None and method in self.scored.lines]
 
-    @cached_property
-    def chosen(self) -> dict[Method, list[str]]:
-        """What each ``auto`` chose, one score a seed at most; ``frozen`` before one that looks past the experts."""
-        found: dict[Method, list[str]] = {}
-        for row in self.scored.rows:
-            if row["score"] != AUTO:
-                continue
-            params = json.loads(row["params"])
-            name = params["chosen"] if params["features"] == row["features"] else f"frozen {params['chosen']}"
-            names = found.setdefault(Method.of(row), [])
-            names += [] if name in names else [name]
-        return found
-
     def features(self, backbone: str, features: str, variant: str) -> str:
         """Name of a choice of features."""
         if features == "cls":

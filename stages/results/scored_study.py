@@ -19,6 +19,7 @@ from stages.errors import InputError
 from stages.files.documents import CONTENTS, changed_files, read_document
 from stages.results.method import FROZEN_KNN, Method, samples_path
 from stages.results.table import GROUPS, read_summary
+from stages.scorers import AUTO
 
 SCORE_SEMANTICS = 4  # raise it when the same caches, models and settings would give another table
 # What a file that is not as this version writes it raises when it is looked into.
@@ -91,6 +92,19 @@ class ScoredStudy:
         if not found:
             raise InputError(f"{self.folder} holds no result: run make score")
         return dict(sorted(found.items(), key=lambda item: item[0] != FROZEN_KNN))
+
+    @cached_property
+    def chosen(self) -> dict[Method, list[str]]:
+        """What each ``auto`` chose, one score a seed at most; ``frozen`` before one that looks past the experts."""
+        found: dict[Method, list[str]] = {}
+        for row in self.rows:
+            if row["score"] != AUTO:
+                continue
+            params = json.loads(row["params"])
+            name = params["chosen"] if params["features"] == row["features"] else f"frozen {params['chosen']}"
+            names = found.setdefault(Method.of(row), [])
+            names += [] if name in names else [name]
+        return found
 
     @cached_property
     def id(self) -> Line:

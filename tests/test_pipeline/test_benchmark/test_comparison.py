@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.benchmark.comparison import JUDGED_AGAINST, method_label, methods_of
+from pipeline.benchmark.comparison import CHOSEN, JUDGED_AGAINST, method_label, methods_of
 from pipeline.benchmark.images import LISTED, listed_images
 from pipeline.benchmark.run import EXPERIMENTS, STUDIES
 from pipeline.config import load_config
@@ -22,7 +22,7 @@ CALTECH, TINY, MANY = STUDIES
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_have_what_is_compared_on_listed_images(path):
     config = load_config(path)
-    assert {RECOMMENDED, *JUDGED_AGAINST} <= set(methods_of(config))
+    assert {RECOMMENDED, *JUDGED_AGAINST, *CHOSEN} <= set(methods_of(config))
     assert {Path(entry.images).stem for entry in config.sets} <= listed_images(LISTED).keys()
 
 

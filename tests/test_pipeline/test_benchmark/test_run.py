@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.benchmark.choice import Choice
-from pipeline.benchmark.comparison import JUDGED_AGAINST, method_label
+from pipeline.benchmark.comparison import CHOSEN, JUDGED_AGAINST, method_label
 from pipeline.benchmark.images import images_digest, listed_images
 from pipeline.benchmark.page import SUMMARY
 from pipeline.benchmark.run import Benchmark, Remaining, run_results
@@ -26,7 +26,7 @@ from stages.scorers import reads_head
 from tests.test_pipeline.command import pipeline, refused
 from tests.test_pipeline.tiny import ADAPTERS, STUDY, draw
 
-SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "mahalanobis-pp"]
+SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "mahalanobis-pp", "auto"]
 MORE = """
 top2 = true
 
@@ -62,6 +62,7 @@ def benchmark(tmp_path_factory):
                 writer.writerow([name, path.relative_to(home / name), digest])
     for name, text in (("one", STUDY), ("two", ADAPTERS.replace("epochs = 1", "epochs = 2"))):
         text = re.sub("^scores = .*$", f"scores = {json.dumps(SCORES)}", text, flags=re.MULTILINE)
+        text = text.replace("[cache]\n", "[cache]\npseudo_ood = 2\n")
         study = text.replace("images/", "").replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
         for entry in ("train", "test", "threes"):
             study = study.replace(f'images = "{entry}"', f'images = "{entry}.tar"')
@@ -193,7 +194,7 @@ def test_the_summary_has_the_recommended_score_and_what_it_is_judged_against(fin
     text = (finished / "results.md").read_text()
     summary = text.split(SUMMARY[0])[1].split(SUMMARY[1])[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in summary[2:]]
-    names = list(map(method_label, (RECOMMENDED, *JUDGED_AGAINST)))
+    names = list(map(method_label, (RECOMMENDED, *JUDGED_AGAINST, *CHOSEN)))
     assert [row[:2] for row in rows] == [[study, name] for study in ("one", "two") for name in names]
     (near,) = (
         line for line in lines_of(finished)
@@ -204,6 +205,23 @@ def test_the_summary_has_the_recommended_score_and_what_it_is_judged_against(fin
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_auto_is_shown_with_what_it_chose_and_its_regret(finished):
+    """On frozen and on refined features, beside the best of all scores of the study."""
+    summary = read_summary(finished / "one" / "scores")
+    title = "**one: what auto chose from ID images, and how far that is behind the best of all scores**\n\n"
+    shown = (finished / "results.md").read_text().split(title)[1].split("\n\n")[0].splitlines()
+    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
+    assert [row[:2] for row in body] == [
+        ["frozen: auto (probe)", "knn+energy"],  # there are too few classes to choose by
+        ["MoFE default: auto (refit)", "frozen knn+energy"],
+    ]
+    far = [line for line in summary if (line["ood"], line["group"]) == ("average", "far")]
+    best = min(line["fpr95_mean"] for line in far if line["score"] != "auto")
+    (frozen,) = (line["fpr95_mean"] for line in far if line["score"] == "knn+energy" and line["head"] == "probe")
+    for row in body:
+        assert row[header.index("far FPR95 ↓")] == f"{100 * (frozen - best):.1f}"
 
 
 def test_routing_is_shown_with_what_it_costs(finished):
@@ -344,7 +362,8 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
     own = [line for line in lines if line["backbone"] == "finetuned"]
     near = [(line["features"], line["head"], line["score"], line["n_seeds"]) for line in own if line["group"] == "near"]
     assert near == [
-        *(("cls", "finetune" if reads_head(score) else "none", score, "1") for score in SCORES),
+        *(("cls", "finetune" if reads_head(score) else "none", score, "1") for score in SCORES[:-1]),
+        ("cls", "probe", "auto", "1"),
         ("cls", "probe", "knn+energy", "1"),
         *[("mofe", "refit", "knn+energy", "1")] * 2,
     ]
