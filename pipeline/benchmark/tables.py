@@ -148,7 +148,7 @@ def auto_table(study: JudgedStudy) -> TextTable:
             [
                 method_label(method),
                 ", ".join(study.scored.chosen[method]),
-                *(f"{100 * study.regret(method, *column):.1f}" for column in columns),
+                *(f"{100 * study.regret(method, *column) + 0:.1f}" for column in columns),
             ]
             for method in methods_of(study.config)
             if method.score == AUTO
