@@ -74,7 +74,7 @@ def test_shipped_studies_differ_in_their_images_alone():
 
 
 def test_shipped_files_name_no_folder_of_a_machine():
-    for path in EXPERIMENTS.iterdir():
+    for path in filter(Path.is_file, EXPERIMENTS.rglob("*")):
         if path.suffix == ".png":  # a picture is no text, but may hold some
             with Image.open(path) as picture:
                 text = "\n".join(map(str, picture.info.values()))
