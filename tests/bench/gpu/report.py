@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from textwrap import fill
 
 from rich.table import Table
 
@@ -75,7 +76,7 @@ def markdown(check: Check) -> str:
     rows = [f"| {' | '.join(_COLUMNS)} |", "|---|---|---:|---|---:|---:|"]
     rows += [f"| {' | '.join(cells)} |" for outcome in check.outcomes for cells in _lines(outcome)]
     proved = [f"- **{outcome.step.name}**: {outcome.step.proves}." for outcome in check.outcomes]
-    return "\n".join([f"{_title(check)}.", "", *rows, "", *proved, ""])
+    return "\n".join([fill(f"{_title(check)}.", 120), "", *rows, "", *proved, ""])
 
 
 def _title(check: Check) -> str:
