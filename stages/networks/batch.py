@@ -71,15 +71,12 @@ def batch_of_gpu(encode: Callable[[torch.Tensor], object], image_size: int, devi
 
 
 def rows_of_pass(n: int) -> int:
-    """The next number of rows of which there are few: a power of two up to 64, then a multiple of an eighth of one.
-
-    So few rows wait for the host that starts their kernels, more of them take no longer.
+    """The next number of rows of which there are few: a multiple of 8 and of an eighth of the next power of two.
 
     >>> [rows_of_pass(n) for n in (1, 8, 9, 33, 64, 65, 300)]
-    [8, 8, 16, 64, 64, 80, 320]
+    [8, 8, 16, 40, 64, 80, 320]
     """
-    power = 1 << (n - 1).bit_length()
-    step = max(8, power if power <= 64 else power // 8)
+    step = 1 << max(3, (n - 1).bit_length() - 3)
     return -(-n // step) * step
 
 
