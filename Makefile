@@ -95,9 +95,9 @@ bench-extract bench-decode bench-cache bench-store bench-train bench-finetune be
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers
 	$(BIN)/python -m tests.bench.check_gpu $(ARGS)
 
-stress: $(READY) ## The tests of kills and damage, many times over
+stress: $(READY) ## The tests of kills and damage, many times over; a thousand shards by two workers
 	$(BIN)/python -m pytest tests/test_cache tests/test_stages/test_extract_kills.py tests/test_stages/test_inputs/test_images_corpus.py \
-		tests/test_pipeline/test_study_bytes.py --kills 200 --mutants 3000 $(ARGS)
+		tests/test_pipeline/test_study_bytes.py tests/test_parity/test_engines.py --kills 200 --mutants 3000 --shards 1000 $(ARGS)
 
 fmt: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .

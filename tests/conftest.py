@@ -62,6 +62,7 @@ LONGEST = (
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=10, help="how often a process that fills a cache is killed")
     parser.addoption("--mutants", type=int, default=300, help="how many flipped bits, and damaged images, are tried")
+    parser.addoption("--shards", type=int, default=50, help="how many tiny ones a cluster makes")
 
 
 def pytest_collection_modifyitems(items):

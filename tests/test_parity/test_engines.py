@@ -1,8 +1,13 @@
 """One process, or many: the same cache, byte for byte."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from stages.extract import ExtractOptions, extract_set
+from stages.inputs.images import list_dataset
+from stages.networks.backbone import load_backbone
 from tests.test_stages.slow_extraction import small_shards
 
 
@@ -31,3 +36,19 @@ def test_workers_make_the_cache_that_one_process_makes(workers, images, backbone
     for file in serial.path.iterdir():
         assert (parallel.path / file.name).read_bytes() == file.read_bytes(), file.name
     assert len(list(parallel.path.iterdir())) == len(list(serial.path.iterdir()))
+
+
+@pytest.mark.dask
+def test_many_tiny_shards(workers, vit, tmp_path, pytestconfig):
+    """A shard an image; `make stress` has a thousand of them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (pytestconfig.getoption("shards"), 8, 8, 3), np.uint8)
+    samples = list_dataset([Image.fromarray(each) for each in pixels], "tiny")
+    network = load_backbone(vit.model_copy(update={"batch": 1}))
+
+    def extracted(folder, mapper):
+        spec, options = network.feature_spec("float16", "full"), ExtractOptions(shard_rows=1, mapper=mapper)
+        return extract_set("tiny", samples, spec, tmp_path / folder, lambda: network, options=options)
+
+    parallel, serial = extracted("dask", workers.map), extracted("serial", None)
+    assert len(parallel.manifest.shards) == parallel.n_rows == len(pixels)
+    assert parallel.digest == serial.digest
