@@ -19,6 +19,7 @@ from stages.context import Cluster, Context
 from stages.detection.auto import CHOSEN_FOLDER, AutoScore
 from stages.detection.conformal import ThresholdEstimate, threshold_at
 from stages.detection.detectors import FittedDetector
+from stages.detection.handing import Handing
 from stages.detection.routing import ChosenScores, Predictions, RoutedSubject, Scores, routed_subjects, set_key
 from stages.detection.selection import SMALLEST
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
@@ -66,7 +67,7 @@ def score(
         folder: ``<work>/scores``.
         progress: counts detectors.
         identity: of all that the scores are made of; ``contents.json`` has it.
-        cluster: refines sets and searches neighbours where they are many.
+        cluster: refines sets, searches neighbours, fits and scores where rows are many.
 
     Raises:
         InputError: no ID test set or no OOD set, empty sets, labels that id-train lacks, non-finite features.
@@ -75,7 +76,7 @@ def score(
     progress = progress or NullProgress()
     _check(sources)
     scoring = _Scoring(sources[0].tests, config, ScoresWriter(folder), progress)
-    neighbours = NeighbourStore(folder / "neighbours", cluster=cluster)
+    neighbours, context = NeighbourStore(folder / "neighbours", cluster=cluster), Context(progress, cluster=cluster)
     for source in sources:
         scoring.writer.id.split[_label(source)] = source.data.split.rule
         auto = (
@@ -83,7 +84,7 @@ def score(
             if AUTO in config.scores
             else None
         )
-        for subject in routed_subjects(source, config, neighbours, Context(progress, cluster=cluster)):
+        for subject in routed_subjects(source, config, neighbours, context, Handing(cluster, folder)):
             scoring.score(subject, source, auto)
     neighbours.forget_others()
     overlaps = find_overlaps(_sets(sources[0]))

@@ -186,9 +186,23 @@ def score_together(detectors: Sequence[FittedDetector], rows: SetRows) -> list[F
 
     Rows are read once, a block at a time, and a part is computed once however many detectors it is in.
     """
-    parts = list(dict.fromkeys(part for detector in detectors for part in detector.parts))
-    raw = dict(zip(parts, raw_scores([(part.scorer, part.head) for part in parts], rows), strict=True))
-    return [detector.combine([raw[part] for part in detector.parts], rows.expert) for detector in detectors]
+    pairs = summands(detectors)
+    return combined(detectors, raw_scores(pairs, rows), rows)
+
+
+def summands(detectors: Sequence[FittedDetector]) -> list[tuple[Scorer, str]]:
+    """Fitted scorers that detectors are made of, each once, with their heads."""
+    return [(part.scorer, part.head) for part in _parts(detectors)]
+
+
+def combined(detectors: Sequence[FittedDetector], raw: Sequence[Floats], rows: SetRows) -> list[Floats]:
+    """Scores of rows by detectors, ``[n]`` each, of what their `summands` say of them."""
+    by_part = dict(zip(_parts(detectors), raw, strict=True))
+    return [detector.combine([by_part[part] for part in detector.parts], rows.expert) for detector in detectors]
+
+
+def _parts(detectors: Sequence[FittedDetector]) -> list[FittedScore]:
+    return list(dict.fromkeys(part for detector in detectors for part in detector.parts))
 
 
 def raw_scores(scorers: Sequence[tuple[Scorer, str]], rows: SetRows) -> list[Floats]:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from stages.config import ScoreConfig
-from stages.detection.detectors import FittedDetector, FittedScore, Scales, raw_scores
+from stages.detection.detectors import FittedDetector, FittedScore, Scales
+from stages.detection.handing import Handing
 from stages.detection.selection import SearchFold, choose_k
 from stages.detection.subject import NO_HEAD, SetRows, Subject, known_route
 from stages.id_data.lazy import Floats
@@ -27,14 +28,22 @@ class DetectorFactory:
         subject: choice of features.
         config: scores, k and temperature.
         neighbours: remembers what kNN searched, so that another k costs no search.
+        handing: fits scores and scores rows.
 
     Raises:
         InputError: a score that nobody knows.
     """
 
-    def __init__(self, subject: Subject, config: ScoreConfig, neighbours: NeighbourStore | None = None) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        config: ScoreConfig,
+        neighbours: NeighbourStore | None = None,
+        handing: Handing = Handing(),
+    ) -> None:
         self.subject = subject
         self.config = config
+        self.handing = handing
         self._neighbours = neighbours
         self._parts: dict[tuple[str, str], FittedScore] = {}
         self._k: dict[tuple[str, SpaceName], tuple[int, dict[str, Any]]] = {}
@@ -151,20 +160,22 @@ class DetectorFactory:
         second: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
         scorers: list[Scorer] = []
         for run in subject.calibrating:
-            scorers = [self.scorer(*key).fit(run.bank.inputs(key[0]), run.select.inputs(key[0])) for key in new]
+            scorers = self._fitted(new, run.bank, run.select)
             pairs = [(scorer, head) for scorer, (head, _) in zip(scorers, new, strict=True)]
-            for kept, rows in ((calibration, run.calibrate), (second, run.second)):
-                if rows is not None:
-                    for key, scores in zip(new, raw_scores(pairs, rows), strict=True):
-                        kept[key].append(scores)
+            sets = {"calibrate": run.calibrate}
+            if run.second is not None:
+                sets["second"] = run.second
+            for kept, scored in zip((calibration, second), self.handing.raw_scores(pairs, sets).values(), strict=False):
+                for key, scores in zip(new, scored, strict=True):
+                    kept[key].append(scores)
         if len(subject.calibrating) > 1:
-            scorers = [
-                self.scorer(head, name).fit(subject.bank.inputs(head), subject.select_rows.inputs(head))
-                for head, name in new
-            ]
+            scorers = self._fitted(new, subject.bank, subject.select_rows)
         for key, scorer in zip(new, scorers, strict=True):
             twice = np.concatenate(second[key]) if second[key] else None
             self._parts[key] = FittedScore(scorer, key[0], np.concatenate(calibration[key]), twice)
+
+    def _fitted(self, keys: Sequence[tuple[str, str]], bank: SetRows, select: SetRows) -> list[Scorer]:
+        return self.handing.fit([(self.scorer(*key), key[0]) for key in keys], bank, select)
 
     def scorer(self, head: str, name: str, remember: bool = True) -> Scorer:
         """A score with its settings, not yet fitted; as `keys_of` names it.

@@ -10,9 +10,10 @@ from scipy.special import softmax
 from stages.config import ScoreConfig
 from stages.context import Context
 from stages.detection.auto import AutoScore, head_of
-from stages.detection.detectors import FittedDetector, gate_share, gate_weighted, score_together
+from stages.detection.detectors import FittedDetector, combined, gate_share, gate_weighted, summands
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
+from stages.detection.handing import Handing
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import CS_ID, BackboneSource, ScoredSet
 from stages.detection.subject import NO_HEAD, SetRows
@@ -57,9 +58,10 @@ class RoutedSubject:
     def scores(self, detectors: Sequence[FittedDetector]) -> list[dict[str, Scores]]:
         """Of each detector: scores of each set by each routing that it depends on."""
         routed = [detector for detector in detectors if detector.is_routed]
-        plain = _scores(detectors, self.sets)
-        second = dict(zip(routed, _scores(routed, self.second or {}), strict=True))
-        oracle = dict(zip(routed, _scores(routed, {} if self.oracle is None else {"id": self.oracle}), strict=True))
+        plain = self._scores(detectors, self.sets)
+        second = dict(zip(routed, self._scores(routed, self.second or {}), strict=True))
+        own_experts = {} if self.oracle is None else {"id": self.oracle}
+        oracle = dict(zip(routed, self._scores(routed, own_experts), strict=True))
         found: list[dict[str, Scores]] = []
         for detector, own in zip(detectors, plain, strict=True):
             if not detector.is_routed:
@@ -76,6 +78,12 @@ class RoutedSubject:
             found.append(routes)
         return found
 
+    def _scores(self, detectors: Sequence[FittedDetector], sets: Mapping[str, SetRows]) -> list[Scores]:
+        """Of each detector: scores of each set, which is read once for all of them."""
+        raw = self.factory.handing.raw_scores(summands(detectors), sets)
+        by_set = {name: combined(detectors, raw[name], rows) for name, rows in sets.items()}
+        return [{name: scores[index] for name, scores in by_set.items()} for index in range(len(detectors))]
+
     def rows(self, routing: str) -> dict[str, SetRows]:
         """Rows of each set as a routing sends them; top-2's as the first choice has them."""
         return self.sets | {"id": self.oracle} if routing == "oracle" and self.oracle is not None else self.sets
@@ -85,12 +93,6 @@ class RoutedSubject:
         if routing == "top2" and self.second is not None:
             return {name: _top2_predictions(rows, self.second[name]) for name, rows in self.sets.items()}
         return {name: rows.predictions() for name, rows in self.rows(routing).items()}
-
-
-def _scores(detectors: Sequence[FittedDetector], sets: Mapping[str, SetRows]) -> list[Scores]:
-    """Of each detector: scores of each set, which is read once for all of them."""
-    by_set = {name: score_together(detectors, rows) for name, rows in sets.items()}
-    return [{name: scores[index] for name, scores in by_set.items()} for index in range(len(detectors))]
 
 
 def _top2_predictions(rows: SetRows, twins: SetRows) -> dict[str, NDArray[np.int32]]:
@@ -112,7 +114,7 @@ def _labels(test: ScoredSet, data: IdData) -> NDArray[np.int32]:
 
 
 def routed_subjects(
-    source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, context: Context
+    source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, context: Context, handing: Handing
 ) -> Iterator[RoutedSubject]:
     """Every choice of features of one backbone, one at a time: only one is in memory."""
     labels = {test.name: _labels(test, source.data) for test in source.tests}
@@ -121,7 +123,7 @@ def routed_subjects(
     asked = config.scores if "knn" in config.scores else ["knn", *config.scores]
     first = sorted(asked, key=lambda score: score != "knn")
     sets = {set_key(test): frozen.rows(test.cache, labels[test.name]) for test in source.tests}
-    factory = DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first}), neighbours)
+    factory = DetectorFactory(frozen.subject(), config.model_copy(update={"scores": first}), neighbours, handing)
     yield RoutedSubject(factory, sets)
     for folder in source.mixtures:
         refined = RefinedFeatures(source, folder, context)
@@ -133,7 +135,8 @@ def routed_subjects(
         second = None
         if top2 := config.top2 and refined.n_experts > 1:
             second = {set_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
-        yield RoutedSubject(DetectorFactory(refined.subject(top2), config, neighbours), sets, oracle, second, refined)
+        factory = DetectorFactory(refined.subject(top2), config, neighbours, handing)
+        yield RoutedSubject(factory, sets, oracle, second, refined)
 
 
 class ChosenScores:
@@ -158,7 +161,8 @@ class ChosenScores:
         """
         own = subject.factory.subject
         if self._frozen is None:  # with no fitted part: those of the table's other scores need not stay in memory
-            self._frozen = replace(subject, factory=DetectorFactory(own, self._config, self._neighbours))
+            factory = DetectorFactory(own, self._config, self._neighbours, subject.factory.handing)
+            self._frozen = replace(subject, factory=factory)
         detector = self._auto.detector(subject.factory, self._frozen.factory)
         scored = subject if detector.subject is own else self._frozen
         (routes,) = scored.scores([detector])

@@ -7,6 +7,7 @@ all others.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from stages.scorers.inputs import LazyRows, ScoreInputs
 
 Head = LinearHead | tuple[LinearHead, ...]
 NO_HEAD = "none"
-_BLOCK = 1 << 15  # rows that are read at once, and that every score sees before the next are read
+BLOCK_ROWS = 1 << 15  # rows that are read at once, and that every score sees before the next are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class SetRows:
         frozen = None if self.frozen is None else self.frozen.take(rows)
         return SetRows(self.features[rows], self.labels[rows], logits, **small, heads=self.heads, frozen=frozen)
 
-    def blocks(self, size: int = _BLOCK) -> Iterator[tuple[slice, "SetRows"]]:
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[slice, "SetRows"]]:
         """All rows in order, `size` at a time, a block read once for all who look at it; and which rows they are."""
         for start in range(0, len(self), size):
             some = slice(start, start + size)
@@ -135,16 +136,15 @@ def logits_by_head(
 def _logits_of(features: LazyArray, head: Head, expert: NDArray[np.int64] | None) -> LazyArray:
     if isinstance(head, LinearHead):
         return features.then(head.logits, len(head.bias))
-    n_classes, routed = len(head[0].bias), known_route(expert)
+    return features.then_by_row(partial(_of_experts, head, known_route(expert)), len(head[0].bias))
 
-    def of_experts(rows: Floats, numbers: RowNumbers) -> Floats:
-        logits = np.full((len(rows), n_classes), -np.inf, dtype=np.float32)
-        for own, each in enumerate(head):
-            some = np.flatnonzero(routed[numbers] == own)
-            logits[some] = each.logits(rows[some])
-        return logits
 
-    return features.then_by_row(of_experts, n_classes)
+def _of_experts(head: tuple[LinearHead, ...], routed: NDArray[np.int64], rows: Floats, numbers: RowNumbers) -> Floats:
+    logits = np.full((len(rows), len(head[0].bias)), -np.inf, dtype=np.float32)
+    for own, each in enumerate(head):
+        some = np.flatnonzero(routed[numbers] == own)
+        logits[some] = each.logits(rows[some])
+    return logits
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ again, so that folds, experts' shares and blocks are chosen without a byte of th
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from threading import Lock
 from typing import Any
@@ -45,7 +46,7 @@ class LazyArray:
     def of(cls, stored: Floats, numbers: RowNumbers | None = None) -> "LazyArray":
         """Rows of a memory-mapped array."""
         n, dim = stored.shape
-        return cls(lambda own: np.asarray(stored[own]), n, dim, numbers)
+        return cls(partial(_taken, stored), n, dim, numbers)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -64,7 +65,7 @@ class LazyArray:
         """Some rows by numbers, mask or slice; or ``[:, columns]``."""
         if isinstance(rows, tuple):
             rows, columns = rows
-            return self[rows].then(lambda values: values[:, columns], len(np.arange(self._dim)[columns]))
+            return self[rows].then(partial(_columns, columns), len(np.arange(self._dim)[columns]))
         return LazyArray(self._read, self._n, self._dim, self._numbers[rows])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Floats:
@@ -72,11 +73,32 @@ class LazyArray:
 
     def then(self, function: Callable[[Floats], Floats], dim: int) -> "LazyArray":
         """What a function makes of the rows, ``[m, D]`` to ``[m, dim]``; it runs when they are read."""
-        return LazyArray(lambda numbers: function(self._read(numbers)), self._n, dim, self._numbers)
+        return LazyArray(partial(_then, self._read, function), self._n, dim, self._numbers)
 
     def then_by_row(self, function: Callable[[Floats, RowNumbers], Floats], dim: int) -> "LazyArray":
         """The same of a function that is told as well which rows they are of all n."""
-        return LazyArray(lambda numbers: function(self._read(numbers), numbers), self._n, dim, self._numbers)
+        return LazyArray(partial(_then_by_row, self._read, function), self._n, dim, self._numbers)
+
+
+# Functions of this module, so that rows may be pickled: another process reads them where this one would.
+
+
+def _taken(stored: Floats, numbers: RowNumbers) -> Floats:
+    return np.asarray(stored[numbers])
+
+
+def _columns(columns: Any, values: Floats) -> Floats:
+    return np.asarray(values[:, columns])
+
+
+def _then(read: Callable[[RowNumbers], Floats], function: Callable[[Floats], Floats], numbers: RowNumbers) -> Floats:
+    return function(read(numbers))
+
+
+def _then_by_row(
+    read: Callable[[RowNumbers], Floats], function: Callable[[Floats, RowNumbers], Floats], numbers: RowNumbers
+) -> Floats:
+    return function(read(numbers), numbers)
 
 
 Rows2D = NDArray[np.floating] | LazyArray
@@ -121,13 +143,13 @@ def one_after_another(parts: Sequence[Rows2D | ReadOnce]) -> Rows2D:
     if all(isinstance(part, np.ndarray) for part in parts):
         return np.concatenate([np.asarray(part) for part in parts])
     ends = np.cumsum([len(part) for part in parts])
+    return LazyArray(partial(_joined, tuple(parts), ends), int(ends[-1]), parts[0].shape[1])
 
-    def read(numbers: RowNumbers) -> Floats:
-        found = np.empty((len(numbers), parts[0].shape[1]), dtype=np.float32)
-        owner = np.searchsorted(ends, numbers, side="right")
-        for index in np.unique(owner):
-            own = owner == index
-            found[own] = np.asarray(parts[index][numbers[own] - (ends[index] - len(parts[index]))])
-        return found
 
-    return LazyArray(read, int(ends[-1]), parts[0].shape[1])
+def _joined(parts: Sequence[Rows2D | ReadOnce], ends: RowNumbers, numbers: RowNumbers) -> Floats:
+    found = np.empty((len(numbers), parts[0].shape[1]), dtype=np.float32)
+    owner = np.searchsorted(ends, numbers, side="right")
+    for index in np.unique(owner):
+        own = owner == index
+        found[own] = np.asarray(parts[index][numbers[own] - (ends[index] - len(parts[index]))])
+    return found

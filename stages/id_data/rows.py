@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -331,11 +331,11 @@ def read_blocks(cache: FeatureCache, name: str, rows: Rows) -> Iterator[tuple[Ro
 
 def lazy_rows(cache: FeatureCache, name: str, dim: int) -> LazyArray:
     """One feature of all rows ``[N, dim]``, float32, read when they are asked for."""
+    return LazyArray(partial(_read_float32, cache, name), cache.n_rows, dim)
 
-    def read(rows: RowNumbers) -> NDArray[np.float32]:
-        return np.asarray(cache.read(name, rows), dtype=np.float32)
 
-    return LazyArray(read, cache.n_rows, dim)
+def _read_float32(cache: FeatureCache, name: str, rows: RowNumbers) -> NDArray[np.float32]:
+    return np.asarray(cache.read(name, rows), dtype=np.float32)
 
 
 def not_finite(cache: FeatureCache, rows: Rows, values: NDArray[np.floating], name: str) -> InputError:

@@ -1,0 +1,260 @@
+"""Who fits scores and scores rows: this process, or a cluster where there are many rows.
+
+::
+
+    scores/.handed-<number>/
+        bank.pickle, 0.pickle, …    rows, as plans: where they are read, and what is computed of them; see `ByPlace`
+        scorers.pickle              fitted scores
+        fit-3.pickle                a score that somebody fitted
+        0-000000032768.safetensors  scores of a block of rows
+
+All of it is on the disk that workers share, and gone when the scores are there. A score is fitted whole by one worker,
+and a block is scored as one process would, by all scores: bits do not depend on who does it.
+"""
+
+import pickle
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from cache.files import write_file
+from stages.context import Cluster
+from stages.detection.detectors import raw_scores
+from stages.detection.subject import BLOCK_ROWS, SetRows
+from stages.errors import NotFiniteError, StageError
+from stages.files.places import dumped
+from stages.files.tensors import read_tensors, write_tensors
+from stages.id_data.lazy import Floats
+from stages.scorers.inputs import check_finite
+from stages.scorers.neighbours.knn import KNNScorer
+from stages.scorers.scorer import Scorer
+
+_MANY_ROWS = 1 << 17  # in all: fewer are done in less time than workers need to start
+_HEADS = Sequence[tuple[Scorer, str]]  # scorers, and whose logits they read
+
+
+@dataclass(frozen=True)
+class FitItem:
+    """A score to be fitted.
+
+    Attributes:
+        rows: file of the rows to fit on, and of those to choose settings by.
+        scorer: not fitted: its settings.
+        head: whose logits it reads.
+        path: of the file that the fitted one goes to.
+        threads: of one process that would fit it, by kind of library; their number is seen in the last bits.
+    """
+
+    rows: str
+    scorer: Scorer
+    head: str
+    path: str
+    threads: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"the fit of {self.scorer.name}"
+
+
+@dataclass(frozen=True)
+class ScoreItem:
+    """A block of rows to be scored.
+
+    Attributes:
+        name: of the set.
+        rows: file of all of its rows.
+        scorers: file of the fitted scores, with their heads.
+        start: first row of the block.
+        path: of the file that the scores go to.
+        threads: as in `FitItem`.
+    """
+
+    name: str
+    rows: str
+    scorers: str
+    start: int
+    path: str
+    threads: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"rows of {self.name} from {self.start} on, to be scored"
+
+
+def fit_item(item: FitItem) -> None:
+    """Fit one score in whatever process this is."""
+    bank, select = _of_process(item.rows)
+    with threadpool_limits(item.threads):
+        fitted = item.scorer.fit(bank.inputs(item.head), select.inputs(item.head))
+    write_file(Path(item.path), dumped(fitted))
+
+
+def score_item(item: ScoreItem) -> None:
+    """Score one block in whatever process this is, which keeps the scores for the next."""
+    rows = _of_process(item.rows).take(slice(item.start, item.start + BLOCK_ROWS))
+    with threadpool_limits(item.threads):
+        found = raw_scores(_scorers_of_process(item.scorers), rows)
+    write_tensors(Path(item.path), {str(number): scores for number, scores in enumerate(found)})
+
+
+@lru_cache(maxsize=2)
+def _of_process(path: str) -> Any:
+    return pickle.loads(Path(path).read_bytes())
+
+
+@lru_cache(maxsize=1)
+def _scorers_of_process(path: str) -> Any:
+    return pickle.loads(Path(path).read_bytes())
+
+
+@dataclass(frozen=True, eq=False)
+class Handing:
+    """Fits scores and scores rows, by a cluster where there are many; to the bits of this process.
+
+    Neighbours are searched by `stages.scorers.neighbours.store`, which knows of the cluster itself; scores of patches
+    and taps stay here.
+
+    Attributes:
+        cluster: who else works; None: this process does everything.
+        folder: for what workers read and write.
+        least_rows: how many are many.
+    """
+
+    cluster: Cluster | None = None
+    folder: Path = Path()
+    least_rows: int = _MANY_ROWS
+
+    def fit(self, scorers: _HEADS, bank: SetRows, select: SetRows) -> list[Scorer]:
+        """Scores, in their order, fitted with their heads on rows.
+
+        Args:
+            scorers: not fitted, and whose logits they read.
+            bank: ID training rows.
+            select: held-out ID rows.
+
+        Raises:
+            InputError: as `Scorer.fit`.
+            StageError: as `stages.context.Cluster.map`.
+        """
+        given = self._given(scorers, len(bank) + len(select))
+        fitted: dict[int, Scorer] = {}
+        if given:
+            assert self.cluster is not None
+            with _Shared(self.folder) as shared:
+                rows = shared.file("bank", (_travelling(bank), _travelling(select)))
+                items = {
+                    index: FitItem(rows, *scorers[index], shared.path(f"fit-{index}.pickle"), _threads())
+                    for index in given
+                }
+                for _ in self.cluster.map(fit_item, items.values()):
+                    pass
+                fitted = {index: pickle.loads(Path(item.path).read_bytes()) for index, item in items.items()}
+        return [
+            fitted[index] if index in fitted else scorer.fit(bank.inputs(head), select.inputs(head))
+            for index, (scorer, head) in enumerate(scorers)
+        ]
+
+    def raw_scores(self, scorers: _HEADS, sets: Mapping[str, SetRows]) -> dict[str, list[Floats]]:
+        """Scores of the rows of each set, ``[n]`` by each fitted scorer with its head.
+
+        Raises:
+            NotFiniteError: a row that holds NaN or inf.
+            StageError: as `stages.context.Cluster.map`.
+        """
+        given = self._given(scorers, sum(map(len, sets.values())))
+        here = [pair for index, pair in enumerate(scorers) if index not in given]
+        found = {name: dict(enumerate(raw_scores(here, rows))) for name, rows in sets.items()} if here else {}
+        handed = self._by_cluster([scorers[index] for index in given], sets) if given else {}
+        order = [index for index in range(len(scorers)) if index not in given]
+        return {
+            name: [
+                handed[name][given.index(index)] if index in given else found[name][order.index(index)]
+                for index in range(len(scorers))
+            ]
+            for name in sets
+        }
+
+    def _given(self, scorers: _HEADS, n_rows: int) -> list[int]:
+        """Which scorers are handed out."""
+        if self.cluster is None or n_rows < self.least_rows:
+            return []
+        return [
+            index
+            for index, (scorer, _) in enumerate(scorers)
+            if not isinstance(scorer, KNNScorer) and not scorer.needs & {"patches", "taps"}
+        ]
+
+    def _by_cluster(self, scorers: _HEADS, sets: Mapping[str, SetRows]) -> dict[str, list[Floats]]:
+        assert self.cluster is not None
+        with _Shared(self.folder) as shared:
+            fitted = shared.file("scorers", scorers)
+            items: list[ScoreItem] = []
+            for number, (name, rows) in enumerate(sets.items()):
+                file = shared.file(str(number), _travelling(rows))
+                items += [
+                    ScoreItem(name, file, fitted, start, shared.path(f"{number}-{start:012d}.safetensors"), _threads())
+                    for start in range(0, len(rows), BLOCK_ROWS)
+                ]
+            try:
+                for _ in self.cluster.map(score_item, items):
+                    pass
+            except NotFiniteError as error:  # who found it saw a block
+                for rows in sets.values():
+                    for head in dict.fromkeys(head for _, head in scorers):
+                        check_finite(rows.inputs(head), "scored", error)
+                raise
+            found = {name: [np.empty(len(rows), np.float32) for _ in scorers] for name, rows in sets.items()}
+            for item in items:
+                for number, scores in enumerate(_read(item, len(scorers))):
+                    found[item.name][number][item.start : item.start + BLOCK_ROWS] = scores
+        return found
+
+
+class _Shared:
+    """A folder that all workers see, for as long as it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute() / f".handed-{uuid.uuid4().hex[:8]}"
+
+    def __enter__(self) -> "_Shared":
+        for killed in self._folder.parent.glob(".handed-*"):
+            shutil.rmtree(killed, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def path(self, name: str) -> str:
+        """Of a file."""
+        return str(self._folder / name)
+
+    def file(self, name: str, content: object) -> str:
+        """Write one, and say where it is."""
+        path = self.path(f"{name}.pickle")
+        write_file(Path(path), dumped(content))
+        return path
+
+
+def _travelling(rows: SetRows) -> SetRows:
+    """The rows without what stays here."""
+    frozen = None if rows.frozen is None else _travelling(rows.frozen)
+    return replace(rows, patches=None, taps=None, frozen=frozen)
+
+
+def _threads() -> dict[str, int]:
+    """Of this process, by kind of library: ``blas``, ``openmp``."""
+    pools = [(str(pool["user_api"]), int(pool["num_threads"])) for pool in threadpool_info()]
+    return {kind: max(n for other, n in pools if other == kind) for kind, _ in pools}
+
+
+def _read(item: ScoreItem, n: int) -> list[Floats]:
+    stored = read_tensors(Path(item.path))
+    if stored is None:
+        raise StageError(f"{item.path} is damaged: run the same again")
+    return [stored[str(number)] for number in range(n)]
