@@ -114,7 +114,11 @@ def _labels(test: ScoredSet, data: IdData) -> NDArray[np.int32]:
 
 
 def routed_subjects(
-    source: BackboneSource, config: ScoreConfig, neighbours: NeighbourStore, context: Context, handing: Handing
+    source: BackboneSource,
+    config: ScoreConfig,
+    neighbours: NeighbourStore,
+    context: Context,
+    handing: Handing = Handing(),
 ) -> Iterator[RoutedSubject]:
     """Every choice of features of one backbone, one at a time: only one is in memory."""
     labels = {test.name: _labels(test, source.data) for test in source.tests}

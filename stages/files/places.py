@@ -36,9 +36,10 @@ def _place(array: Any) -> tuple[str, int] | None:
     address = array.__array_interface__["data"][0]
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap) and array.filename is not None:
-            whole = np.frombuffer(array._mmap, np.uint8)  # from a page's beginning on
-            begins = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
-            return str(Path(array.filename).absolute()), begins + address - whole.__array_interface__["data"][0]
+            mapped: Any = array
+            whole = np.frombuffer(mapped._mmap, np.uint8)  # from a page's beginning on
+            begins = mapped.offset - mapped.offset % mmap.ALLOCATIONGRANULARITY
+            return str(Path(mapped.filename).absolute()), begins + address - whole.__array_interface__["data"][0]
         array = array.base
     return None
 
