@@ -18,9 +18,9 @@ from pipeline.record import peak_memory_bytes
 from pipeline.sets import Sets
 from pipeline.sources import NO_VARIANT, source_to_predict
 from pipeline.study import Study
-from stages.context import Context
 from stages.detection.auto import candidates, scored_folds
-from stages.detection.routing import routed_subjects
+from stages.detection.factory import DetectorFactory
+from stages.detection.frozen import FrozenFeatures
 from stages.inputs.images import SampleTable
 from stages.networks.backbone import Backbone
 from stages.results.scored_study import ScoredStudy
@@ -203,7 +203,7 @@ class Pilot:
         workspace = self._study(self._config).workspace
         source = source_to_predict(workspace, workspace.pretrained, NO_VARIANT)
         neighbours = NeighbourStore(self._config.work / "folds")
-        factory = next(routed_subjects(source, self._config.score, neighbours, Context())).factory
+        factory = DetectorFactory(FrozenFeatures(source).subject(), self._config.score, neighbours)
         self.timed.fold = _seconds(lambda: next(scored_folds(factory, candidates(factory)), None))
 
     def score(self) -> None:
