@@ -30,6 +30,11 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
+def left(scratch):
+    """What is left there, but for what torch compiles for the next time."""
+    return [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor")]
+
+
 def test_a_study_is_planned_and_nothing_is_left(study, scratch):
     done = pipeline("plan", study, "--workers", 3, "--seconds", 5, "--json")
     assert done.status == 0, done.err
@@ -41,7 +46,7 @@ def test_a_study_is_planned_and_nothing_is_left(study, scratch):
     assert plan["kept"][0]["patches"] == "full"
     assert plan["kept"][0]["bytes"] == plan["kept"][0]["row_bytes"] * sum(plan["images"].values())
     assert sorted(path.name for path in study.parent.iterdir()) == ["images", "tiny.toml"]
-    assert not list(scratch.iterdir())
+    assert left(scratch) == []
 
 
 def test_an_interrupt_leaves_nothing(study, scratch):
@@ -50,7 +55,7 @@ def test_an_interrupt_leaves_nothing(study, scratch):
     running.send(signal.SIGINT)
     assert running.finish().status == 130
     assert sorted(path.name for path in study.parent.iterdir()) == ["images", "tiny.toml"]
-    assert not list(scratch.iterdir())
+    assert left(scratch) == []
 
 
 @pytest.mark.parametrize("changed", ["sets.train.images=nothing-here", "sets.train.images={empty}"])
