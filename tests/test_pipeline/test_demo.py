@@ -188,8 +188,11 @@ def test_model_says_what_it_is(demo):
     cache = next((demo / "cache").glob(f"digits-train-{about['features'][:8]}"))
     assert about["features"] == FeatureCache.open(cache).fingerprint
     epochs = json_lines(demo / "model/pretrained/default/seed-0/metrics.jsonl")
-    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3, 4]
-    assert epochs[-1]["loss"] < epochs[0]["loss"] / 2
+    started, *trained = epochs
+    assert (started["epoch"], started["loss"]) == (-1, None)  # heads and router as the probe, judged before any step
+    assert [line["epoch"] for line in trained] == [0, 1, 2, 3, 4]
+    assert trained[-1]["loss"] < trained[0]["loss"]
+    assert about["best_epoch"] == min(epochs, key=lambda line: line["select_loss"])["epoch"]
     assert min(epochs[-1]["alpha"]) < max(epochs[-1]["alpha"])  # Dynamic-β: harder classes are mixed more strongly
 
 
