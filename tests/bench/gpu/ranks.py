@@ -14,7 +14,7 @@ from stages.context import Context
 from stages.training.distributed import JOINED_BY, Joined, init_from_environment, leave
 from tests.bench.gpu.runner import ROOT
 from tests.bench.gpu.step import SIZES, Bench, NotRun
-from tests.bench.gpu.training import LOSS_TOLERANCES, Subject
+from tests.bench.gpu.training import LOSS_TOLERANCES, Subject, losses
 
 JOIN_S = 180.0  # in which all processes have to be done, where nobody stops the step before
 
@@ -73,7 +73,7 @@ def losses_of(bench: Bench, context: Context) -> list[float]:
     """Of each epoch of a training in float32."""
     subject = Subject(bench, "small")
     trained = subject.train(subject.some_rows, subject.some_data, context, experts=2, precision="float32")
-    return [record.loss for record in trained.history]
+    return losses(trained)
 
 
 def compare(bench: Bench, joined: list[float], alone: list[float], how: str) -> None:
@@ -88,11 +88,11 @@ def main(device: str, sizes: str, scratch: str, shared: str, found: str) -> None
     bench = Bench(device, SIZES[sizes], Path(scratch), Path(shared), lambda value: None)  # type: ignore[index]
     ranks = init_from_environment()
     try:
-        losses = losses_of(bench, Context(device=device, ranks=ranks))
+        of_epochs = losses_of(bench, Context(device=device, ranks=ranks))
     finally:
         leave()
     if ranks.first:
-        Path(found).write_text(json.dumps(losses))
+        Path(found).write_text(json.dumps(of_epochs))
 
 
 if __name__ == "__main__":
