@@ -75,12 +75,12 @@ def _source(
     """A backbone with some mixtures; unless `of_clusters`, without those of classes that are clusters."""
     workspace.check_caches(backbone, "id-train", "id-val", *(GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
+    probe = _probe(workspace, backbone, data, fits)  # first, for mixtures that start from it are known by its bytes
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed))
         for variant, seed in mixtures
         if of_clusters or data.labels == "given"
     ]
-    probe = _probe(workspace, backbone, data, fits)
     documents = [backbone.probe_folder / "probe.json", *(folder.path / "mofe.json" for folder in folders)]
     documents += [] if backbone.seed is None else [backbone.finetune_folder / "finetune.json"]
     config = workspace.config
