@@ -241,7 +241,7 @@ def test_experts_are_copies_of_the_end_where_tokens_are_given(caches, tmp_path):
     for verb in ("extract", "train", "score"):
         done(verb, folder / "study.toml", *settings('score.scores=["knn", "patch-knn"]'))
     about = json.loads((folder / "work" / "model" / "pretrained" / "default" / "seed-0" / "mofe.json").read_text())
-    assert (about["settings"]["expert"], about["settings"]["router_input"]) == ("end", "tap_cls")
+    assert (about["settings"]["expert"], about["settings"]["router_input"]) == ("end", "cls")
     assert {(row["features"], row["score"]) for row in table(folder)} == {
         ("cls", "knn"), ("cls", "patch-knn"), ("mofe", "knn"),
     }  # fmt: skip
