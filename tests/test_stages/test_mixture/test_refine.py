@@ -33,7 +33,7 @@ def routed(network, caches):
 def test_the_router_sends_each_row_to_its_likeliest_group(network, routed, caches):
     tokens = read_tokens(caches["test"], slice(None))
     with torch.inference_mode():
-        probability = network.router(tokens.tap_cls).softmax(1).numpy()
+        probability = network.router(tokens.cls).softmax(1).numpy()
     group = network.group.numpy()
     gate = np.stack([probability[:, group == expert].sum(1) for expert in range(2)], axis=1)
     np.testing.assert_array_equal(routed.expert, gate.argmax(1))
