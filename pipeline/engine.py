@@ -5,7 +5,6 @@ that the same code runs on one core and on many, and gives the same results. Das
 again; what is added here is whose fault it is when a worker dies.
 """
 
-import asyncio
 import logging
 import signal
 import time
@@ -66,6 +65,8 @@ def _ignore_interrupt() -> None:
 
 async def _shake_hands(address: str, answer_s: float) -> None:
     # A Client that finds something else at its address waits for it without end; this does not.
+    import asyncio
+
     from distributed.comm import connect
 
     async with asyncio.timeout(answer_s):
@@ -162,6 +163,8 @@ class DaskEngine:
         self._client.run(_ignore_interrupt)
 
     def _connect(self, address: str) -> None:
+        import asyncio  # and in `_shake_hands`: every verb imports this module, few connect
+
         from distributed import Client
 
         try:

@@ -84,7 +84,8 @@ class Calibrator:
         if not self._size.counted:
             tables = {name: drawn(own.ids) for name, own in sets.items()}
         pools = self._given(sets)
-        pictured = {name: own for name, own in sets.items() if name in tables and name not in self._arrays()}
+        arrays = {entry.name for entry in self._workspace.sets.with_features()}
+        pictured = {name: own for name, own in sets.items() if name in tables and name not in arrays}
         left, image = {name: own for name, own in pictured.items() if name not in pools}, 0.0
         if left or extracts:
             assert self.network is not None
@@ -100,9 +101,6 @@ class Calibrator:
         progress.close()
         measured.seconds = self._loading + time.monotonic() - began
         return measured
-
-    def _arrays(self) -> set[str]:
-        return {entry.name for entry in self._config.sets if entry.features is not None}
 
     def _tables(self) -> dict[str, SampleTable]:
         if not self._size.counted:

@@ -18,6 +18,7 @@ from pipeline.planning.sample import PilotSet
 from stages.errors import InputError
 from stages.extract import ExtractOptions, extract_set
 from stages.extraction.fill import begin_version, made_with
+from stages.id_data.split import rows_by_class
 from stages.inputs.arrays import ArrayTable
 from stages.inputs.images import SampleTable
 from stages.networks.backbone import Backbone
@@ -49,10 +50,10 @@ class Pool:
         """Rows by their numbers among those wanted; those beyond the last are copies of their class."""
         m = len(self.digests)
         copies = np.flatnonzero(rows.wanted >= m)
-        source = rows.wanted.copy()
+        source, by_class = rows.wanted.copy(), dict(rows_by_class(self.labels))
         for place in copies:
-            same = np.flatnonzero(self.labels == rows.labels[place])
-            source[place] = same[rows.wanted[place] % len(same)] if len(same) else rows.labels[place] % m
+            same = by_class.get(int(rows.labels[place]))
+            source[place] = rows.labels[place] % m if same is None else same[rows.wanted[place] % len(same)]
         features, digests = {name: values[source] for name, values in self.features.items()}, self.digests[source]
         rng = np.random.default_rng(0)
         for name in {"cls", "tap_cls"} & features.keys():

@@ -1,6 +1,6 @@
 """Which rows of a study a pilot has, and how large a pilot is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import RunConfig, SetConfig
 from pipeline.planning.size import StudySize, experts_of
-from stages.id_data.split import MIN_ROWS
+from stages.id_data.split import MIN_ROWS, rows_by_class
 from stages.inputs.images import SampleTable
 from stages.inputs.images.names import match_classes
 
@@ -148,15 +148,14 @@ def _of_classes(table: SampleTable | None, size: StudySize, scale: PilotScale) -
     if not scale.classes:
         rows = _spread(len(table), scale.per_class)
         return _listed(table, rows, np.full(len(rows), -1, np.int32), (), np.arange(len(rows)))
-    used = np.unique(table.labels[table.labels >= 0])
-    chosen = used[_spread(len(used), scale.classes)]
-    own = [np.flatnonzero(table.labels == label) for label in chosen]
-    own = [rows[_spread(len(rows), scale.per_class)] for rows in own]
+    used = [(label, rows) for label, rows in rows_by_class(table.labels) if label >= 0]
+    chosen = [used[number] for number in _spread(len(used), scale.classes)]
+    own = [rows[_spread(len(rows), scale.per_class)] for _, rows in chosen]
     at = [(place, number) for number, rows in enumerate(own) for place in range(len(rows))]
     at.sort()  # class after class in turn, so that the first rows have all of them
     rows = np.array([own[number][place] for place, number in at], np.int64)
     labels = np.array([number for _, number in at], np.int32)
-    names = tuple(table.class_names[label] for label in chosen)
+    names = tuple(table.class_names[label] for label, _ in chosen)
     return _listed(table, rows, labels, names, np.array([place for place, _ in at]))
 
 
@@ -179,14 +178,10 @@ def _others(entry: SetConfig, table: SampleTable | None, n: int, wanted: int, na
 
 def _turns(labels: NDArray[np.int32]) -> NDArray[np.int64]:
     """``[n]`` how many rows of the same class stand before each."""
-    return np.array(list(_counted(labels)), np.int64)
-
-
-def _counted(labels: NDArray[np.int32]) -> Iterator[int]:
-    seen: dict[int, int] = {}
-    for label in labels.tolist():
-        seen[label] = seen.get(label, -1) + 1
-        yield seen[label]
+    found = np.zeros(len(labels), np.int64)
+    for _, rows in rows_by_class(labels):
+        found[rows] = np.arange(len(rows))
+    return found
 
 
 def _listed(

@@ -28,9 +28,9 @@ from cache.files import write_file
 from stages.context import Cluster
 from stages.detection.detectors import raw_scores
 from stages.detection.subject import BLOCK_ROWS, SetRows
-from stages.errors import NotFiniteError, StageError
+from stages.errors import NotFiniteError
 from stages.files.places import dumped
-from stages.files.tensors import read_tensors, write_tensors
+from stages.files.tensors import read_handed, write_tensors
 from stages.id_data.lazy import Floats
 from stages.scorers.inputs import check_finite
 from stages.scorers.neighbours.knn import KNNScorer
@@ -88,7 +88,7 @@ class ScoreItem:
 
 def fit_item(item: FitItem) -> None:
     """Fit one score in whatever process this is."""
-    bank, select = _of_process(item.rows)
+    bank, select = _rows_of_process(item.rows)
     with threadpool_limits(item.threads):
         fitted = item.scorer.fit(bank.inputs(item.head), select.inputs(item.head))
     write_file(Path(item.path), dumped(fitted))
@@ -96,20 +96,18 @@ def fit_item(item: FitItem) -> None:
 
 def score_item(item: ScoreItem) -> None:
     """Score one block in whatever process this is, which keeps the scores for the next."""
-    rows = _of_process(item.rows).take(slice(item.start, item.start + BLOCK_ROWS))
+    rows = _rows_of_process(item.rows).take(slice(item.start, item.start + BLOCK_ROWS))
     with threadpool_limits(item.threads):
         found = raw_scores(_scorers_of_process(item.scorers), rows)
     write_tensors(Path(item.path), {str(number): scores for number, scores in enumerate(found)})
 
 
-@lru_cache(maxsize=2)
-def _of_process(path: str) -> Any:
+def _unpickled(path: str) -> Any:
     return pickle.loads(Path(path).read_bytes())
 
 
-@lru_cache(maxsize=1)
-def _scorers_of_process(path: str) -> Any:
-    return pickle.loads(Path(path).read_bytes())
+# What a process keeps: sets of rows that come in turn must not put the scores out.
+_rows_of_process, _scorers_of_process = lru_cache(maxsize=2)(_unpickled), lru_cache(maxsize=1)(_unpickled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +151,7 @@ class Handing:
                 }
                 for _ in self.cluster.map(fit_item, items.values()):
                     pass
-                fitted = {index: pickle.loads(Path(item.path).read_bytes()) for index, item in items.items()}
+                fitted = {index: _unpickled(item.path) for index, item in items.items()}
         return [
             fitted[index] if index in fitted else scorer.fit(bank.inputs(head), select.inputs(head))
             for index, (scorer, head) in enumerate(scorers)
@@ -167,17 +165,16 @@ class Handing:
             StageError: as `stages.context.Cluster.map`.
         """
         given = self._given(scorers, sum(map(len, sets.values())))
-        here = [pair for index, pair in enumerate(scorers) if index not in given]
-        found = {name: dict(enumerate(raw_scores(here, rows))) for name, rows in sets.items()} if here else {}
-        handed = self._by_cluster([scorers[index] for index in given], sets) if given else {}
-        order = [index for index in range(len(scorers)) if index not in given]
-        return {
-            name: [
-                handed[name][given.index(index)] if index in given else found[name][order.index(index)]
-                for index in range(len(scorers))
-            ]
-            for name in sets
-        }
+        here = [index for index in range(len(scorers)) if index not in given]
+        found: dict[str, dict[int, Floats]] = {name: {} for name in sets}
+        if here:
+            own = [scorers[index] for index in here]
+            for name, rows in sets.items():
+                found[name] |= zip(here, raw_scores(own, rows), strict=True)
+        if given:
+            for name, scores in self._by_cluster([scorers[index] for index in given], sets).items():
+                found[name] |= zip(given, scores, strict=True)
+        return {name: [scores[index] for index in range(len(scorers))] for name, scores in found.items()}
 
     def _given(self, scorers: _HEADS, n_rows: int) -> list[int]:
         """Which scorers are handed out."""
@@ -210,8 +207,8 @@ class Handing:
                 raise
             found = {name: [np.empty(len(rows), np.float32) for _ in scorers] for name, rows in sets.items()}
             for item in items:
-                for number, scores in enumerate(_read(item, len(scorers))):
-                    found[item.name][number][item.start : item.start + BLOCK_ROWS] = scores
+                for place, scores in read_handed(Path(item.path)).items():
+                    found[item.name][int(place)][item.start : item.start + BLOCK_ROWS] = scores
         return found
 
 
@@ -251,10 +248,3 @@ def _threads() -> dict[str, int]:
     """Of this process, by kind of library: ``blas``, ``openmp``."""
     pools = [(str(pool["user_api"]), int(pool["num_threads"])) for pool in threadpool_info()]
     return {kind: max(n for other, n in pools if other == kind) for kind, _ in pools}
-
-
-def _read(item: ScoreItem, n: int) -> list[Floats]:
-    stored = read_tensors(Path(item.path))
-    if stored is None:
-        raise StageError(f"{item.path} is damaged: run the same again")
-    return [stored[str(number)] for number in range(n)]

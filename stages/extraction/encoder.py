@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cache import FeatureSpec
 from stages.errors import StageError
+from stages.extraction.passes import threads_of_passes
 from stages.networks.backbone import Backbone
 from stages.networks.compiling import compiler_errors
-from stages.networks.compute import COMPUTE_THREADS
 from stages.networks.tokens import reduce_patches
 from stages.networks.transfer import stream_of
 
@@ -136,7 +136,7 @@ class Encoder:
 @cache
 def _starter(device: torch.device) -> ThreadPoolExecutor:
     """The thread that starts a GPU's passes."""
-    return ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(COMPUTE_THREADS))
+    return threads_of_passes(1)
 
 
 class _Lane:

@@ -16,17 +16,6 @@ Shared = TypeVar("Shared")
 
 
 @contextmanager
-def one_thread_a_pass() -> Iterator[int]:
-    """One thread for each of torch's operations, which fixes their order of summation; gives the threads there were."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(COMPUTE_THREADS)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
 def pool_of_passes(n: int, device: str) -> Iterator[Executor]:
     """Threads that compute a pass each, with one thread for each operation; left, they drop what has not begun.
 
@@ -37,18 +26,19 @@ def pool_of_passes(n: int, device: str) -> Iterator[Executor]:
         n: how many.
         device: kind of the one that computes.
     """
-    passes = _Lent(_lasting(n)) if device == "cuda" else _threads(n)
+    passes = _Lent(_lasting(n)) if device == "cuda" else threads_of_passes(n)
     try:
         yield passes
     finally:
         passes.shutdown(cancel_futures=True)
 
 
-def _threads(n: int) -> ThreadPoolExecutor:
+def threads_of_passes(n: int) -> ThreadPoolExecutor:
+    """Threads in which each of torch's operations has one thread."""
     return ThreadPoolExecutor(n, initializer=lambda: torch.set_num_threads(COMPUTE_THREADS))
 
 
-_lasting = cache(_threads)
+_lasting = cache(threads_of_passes)
 
 
 class _Lent(Executor):

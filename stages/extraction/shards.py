@@ -29,13 +29,14 @@ from stages.errors import StageError
 from stages.extraction.decoding import Decoders, DecodingProcesses, DecodingThreads
 from stages.extraction.encoder import Encoder
 from stages.extraction.gpu_jpeg import DecodedImage, decode_left
-from stages.extraction.passes import one_thread_a_pass, pool_of_passes
+from stages.extraction.passes import pool_of_passes
 from stages.extraction.reader import Reader, ReadImage
 from stages.extraction.writer import Writer
 from stages.inputs.images import ImageReader
 from stages.machine import usable_cores
 from stages.networks.backbone import Backbone, load_backbone, weights_sha
-from stages.networks.repeatable import repeatable
+from stages.networks.compute import COMPUTE_THREADS
+from stages.networks.repeatable import repeatable, torch_threads
 
 _GPU_PASSES = 3  # one computes while another's images are on their way, and a third's features
 
@@ -128,7 +129,7 @@ def make_shards(
     encoder: Encoder | None = None
     with ExitStack() as stack:
         stack.enter_context(repeatable(backbone.device))
-        threads = stack.enter_context(one_thread_a_pass())
+        threads = stack.enter_context(torch_threads(COMPUTE_THREADS))
         n_passes = threads if backbone.device.type == "cpu" else _GPU_PASSES
         writer = stack.enter_context(ThreadPoolExecutor(1))
         passes = stack.enter_context(pool_of_passes(n_passes, backbone.device.type))

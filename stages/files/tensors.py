@@ -11,6 +11,7 @@ from safetensors.numpy import load, load_file, save
 
 from cache.files import write_file
 from cache.fingerprint import sha256
+from stages.errors import StageError
 from stages.files.documents import read_document, write_document
 
 
@@ -31,6 +32,19 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
     # Packages add types to numpy when something imports them (ml_dtypes: bfloat16). What a file holds, and whether it
     # is damaged, must not depend on that: none of ours has such an array.
     return tensors if all(array.dtype.isbuiltin == 1 for array in tensors.values()) else None
+
+
+def read_handed(path: Path) -> dict[str, NDArray[Any]]:
+    """Read named arrays that another process has written for this one.
+
+    Raises:
+        StageError: they are damaged; the file is removed, so that they are made again.
+    """
+    tensors = read_tensors(path)
+    if tensors is None:
+        path.unlink(missing_ok=True)
+        raise StageError(f"{path} is damaged and was removed: run the same again")
+    return tensors
 
 
 def write_described(path: Path, tensors: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:

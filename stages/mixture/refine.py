@@ -25,12 +25,12 @@ from cache.fingerprint import fingerprint
 from stages.context import Cluster, Context
 from stages.errors import StageError
 from stages.files.rows import RowFormat, described_rows
-from stages.files.tensors import read_tensors, write_tensors
+from stages.files.tensors import read_handed, write_tensors
 from stages.id_data.rows import unit
 from stages.id_data.tokens import as_tokens, bytes_of_row, stored_tokens
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refined import Refined, Routes, load_refined
-from stages.networks.repeatable import repeatable
+from stages.networks.repeatable import repeatable, torch_threads
 from stages.networks.tokens import Tokens
 from stages.networks.transfer import Fetched, Tensors, sent_ahead
 from stages.progress import NullProgress, Progress
@@ -177,7 +177,7 @@ def refine_in_parts(
     _do_parts(parts, cache, context.cluster, context.progress)
     with described_rows(path, _columns(mixture, cache), n, identity) as writer:
         for part in parts:
-            writer.append(_read_part(part))
+            writer.append(read_handed(Path(part.path)))
     shutil.rmtree(folder)
 
 
@@ -191,34 +191,16 @@ def _do_parts(parts: Sequence[RefinePart], cache: FeatureCache, cluster: Cluster
     progress.close()
 
 
-def _read_part(part: RefinePart) -> Mapping[str, NDArray[Any]]:
-    stored = read_tensors(Path(part.path))
-    if stored is None:
-        Path(part.path).unlink(missing_ok=True)
-        raise StageError(f"{part.path} is damaged and was removed: run the same again")
-    return stored
-
-
 def refine_part(part: RefinePart) -> int:
     """Refine one part in whatever process this is, which keeps the mixture for the next; returns how many rows."""
     mixture, cache = _mixture_of_process(part.network, Context(device=part.device).place), _opened(part.cache)
     if cache.digest != part.digest:
         raise StageError(f"{part.cache} was replaced while its rows were refined: run the same again")
-    with repeatable(mixture.group.device), _threads(part.threads):
+    with repeatable(mixture.group.device), torch_threads(part.threads):
         batches = list(_batches(mixture, cache, Routes(part.expert, part.rows), NullProgress()))
     columns = {name: np.concatenate([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
     write_tensors(Path(part.path), columns)
     return len(part.rows)
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)

@@ -35,6 +35,17 @@ _FLAGS: tuple[tuple[Any, str, bool], ...] = (
 
 
 @contextmanager
+def torch_threads(n: int) -> Iterator[int]:
+    """So many threads for each of torch's operations, which fixes their order of summation; gives those there were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def repeatable(device: str | torch.device, trains: bool = False) -> Iterator[None]:
     """Compute on a GPU as exactly, and as much the same every time, as flags make it; afterwards they are as before.
 

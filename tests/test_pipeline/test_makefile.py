@@ -10,35 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = [
-    "setup",
-    "demo",
-    "extract",
-    "train",
-    "finetune",
-    "score",
-    "report",
-    "run",
-    "verify",
-    "test",
-    "lint",
-    "bench",
-    "clean",
-]
-VERBS = [
-    "extract",
-    "train",
-    "finetune",
-    "score",
-    "report",
-    "run",
-    "plan",
-    "predict",
-    "export",
-    "serve",
-    "verify",
-    "info",
-]
+STAGES = ["extract", "train", "finetune", "score", "report"]
+TARGETS = ["setup", "demo", *STAGES, "run", "verify", "test", "lint", "bench", "clean"]
+VERBS = [*STAGES, "run", "plan", "predict", "export", "serve", "verify", "info"]
 
 
 @pytest.fixture

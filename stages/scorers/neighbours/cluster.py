@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from cache.files import arriving, write_all
 from stages.context import Cluster
-from stages.errors import StageError
-from stages.files.tensors import read_tensors, write_tensors
+from stages.files.tensors import read_handed, write_tensors
 from stages.id_data.lazy import Floats, Rows2D
 from stages.scorers.neighbours.bank import QUERY_BLOCK, FeatureBank, RowsFound, merged_rows, top_rows
 from stages.scorers.shared.arrays import checked_features, l2_normalise
@@ -141,8 +140,5 @@ def _write_array(path: Path, rows: Rows2D) -> None:
 
 
 def _found(item: SearchItem) -> RowsFound:
-    stored = read_tensors(Path(item.path))
-    if stored is None:
-        Path(item.path).unlink(missing_ok=True)
-        raise StageError(f"{item.path} is damaged and was removed: run the same again")
+    stored = read_handed(Path(item.path))
     return stored["cosine"], stored["rows"]
