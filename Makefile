@@ -16,8 +16,8 @@ VERBS := run plan predict export serve verify info
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
-	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-plan \
-	bench-company bench-scale bench-cluster check-gpu clean
+	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-heads bench-watch bench-serve \
+	bench-plan bench-company bench-scale bench-cluster check-gpu clean
 
 help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
@@ -72,7 +72,7 @@ lint: $(READY) ## Check style and types; changes nothing
 	@# What Linux alone has must not be called unguarded.
 	$(BIN)/mypy --config-file .ci/darwin.toml
 
-bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve bench-cluster ## Measure every stage against its limit (some minutes; not a test)
+bench: bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-heads bench-watch bench-serve bench-cluster ## Measure every stage against its limit (some minutes; not a test)
 bench-extract: $(READY) ## Stage one against the bare forward pass
 bench-decode: $(READY) ## The decoder alone, by threads and processes (ARGS=--ways, ARGS="--difference SOURCE")
 bench-cache: $(READY) ## The cache against the disk, memory and the bare hash
@@ -81,6 +81,7 @@ bench-train: $(READY) ## Stage two against the bare training of one expert
 bench-finetune: $(READY) ## The end-to-end fine-tune against bare steps; memory with gradient checkpointing
 bench-score: $(READY) ## All scores and metrics of 100,000 rows
 bench-fits: $(READY) ## Fits on a million rows: time and memory
+bench-heads: $(READY) ## Linear heads of nine strengths beside scikit-learn's
 bench-knn: $(READY) ## kNN against a bare FAISS search
 bench-watch: $(READY) ## How often a stream of ID images is called drifting, and how soon one with OOD
 bench-serve: $(READY) ## A served detector against one in process; good and bad requests; memory (loopback only)
@@ -88,8 +89,8 @@ bench-plan: $(READY) ## What plan says against what a run takes: the demo, or AR
 bench-company: $(READY) ## Two trainings side by side against one alone
 bench-cluster: $(READY) ## One and two workers: extraction, kNN, an empty item; the scheduler's memory
 bench-scale: $(READY) ## Each step after extraction at 10,000, 100,000, … rows: time, memory, slopes (ARGS="--rows 1000000 --only grouping")
-bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-watch bench-serve \
-	bench-plan bench-company bench-scale bench-cluster:
+bench-extract bench-decode bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-heads bench-watch \
+	bench-serve bench-plan bench-company bench-scale bench-cluster:
 	$(BIN)/python -m tests.bench.$(subst -,_,$@) $(ARGS)
 
 check-gpu: $(READY) ## All that a GPU is for, checked and measured in 8 minutes; exits 3 where none answers

@@ -1,14 +1,14 @@
 """A linear head: an affine map from features to logits, whoever fitted it."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import InputError
 
-_Float = TypeVar("_Float", np.float32, np.float64)
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 
 class Standardisation(NamedTuple):

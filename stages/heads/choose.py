@@ -8,7 +8,8 @@ its small deviation, gives an OOD row that moves it an enormous logit. Held-out 
 scale or is indifferent (digits: −0.07 against −0.21; 40 Caltech classes: −0.176 against −0.175).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,13 @@ from scipy.special import log_softmax
 
 from stages.files.tensors import read_described, write_described
 from stages.heads.affine import LinearHead, Standardisation
-from stages.heads.logistic import blocks, fit_logistic, one_blas_thread, standardisation
+from stages.heads.logistic import LogisticFit, LogisticProblem, logistic_problem
+from stages.heads.sums import blocks, one_blas_thread, standardisation
 from stages.id_data.lazy import Rows2D
 
 # Inverse strength of the L2 penalty (scikit-learn's C), the same grid for every method.
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_SURE = 3  # standard errors that the held-out likelihood falls by before weaker penalties are given up
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,57 @@ def fit_head(features: Rows2D, labels: NDArray[np.int32], n_classes: int, streng
         n_classes: C.
         strength: scikit-learn's ``C``, the inverse of the penalty.
     """
-    standardise = standardisation(features)
+    with _fits(features, labels, n_classes) as fits:
+        return fits.minimum(strength)
+
+
+@contextmanager
+def _fits(features: Rows2D, labels: NDArray[np.int32], n_classes: int) -> Iterator["_Fits"]:
     classes, own = np.unique(labels, return_inverse=True)
-    weight = np.zeros((n_classes, features.shape[1]), dtype=np.float32)
-    bias = np.full(n_classes, -np.inf, dtype=np.float32)
+    standardise = standardisation(features)
     if len(classes) == 1:
-        bias[classes] = 0
-        return LinearHead(weight, bias, standardise)
-    weight[classes], bias[classes], converged = fit_logistic(features, own, len(classes), strength, standardise)
-    return LinearHead(weight, bias, standardise, converged=converged)
+        yield _Fits(classes, n_classes, standardise, None)
+        return
+    with logistic_problem(features, own, len(classes), standardise) as problem:
+        yield _Fits(classes, n_classes, standardise, problem)
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """Heads of the same rows at several strengths.
+
+    Attributes:
+        classes: that have rows.
+        n_classes: C.
+        standardise: of the rows.
+        problem: None where one class is all there is.
+    """
+
+    classes: NDArray[np.int32]
+    n_classes: int
+    standardise: Standardisation
+    problem: LogisticProblem | None
+
+    def path(self, strengths: Sequence[float]) -> Iterator[tuple[LogisticFit | None, LinearHead]]:
+        """Of each strength, ascending, what was found and its head, good enough to be compared."""
+        if self.problem is None:
+            yield from ((None, self._head(None)) for _ in strengths)
+            return
+        for found in self.problem.path(strengths):
+            yield found, self._head(found)
+
+    def minimum(self, strength: float, start: LogisticFit | None = None) -> LinearHead:
+        """The head of one strength, from where the path came to."""
+        return self._head(None if self.problem is None else self.problem.minimum(strength, start))
+
+    def _head(self, found: LogisticFit | None) -> LinearHead:
+        weight = np.zeros((self.n_classes, len(self.standardise.mean)), dtype=np.float32)
+        bias = np.full(self.n_classes, -np.inf, dtype=np.float32)
+        if found is None:
+            bias[self.classes] = 0
+            return LinearHead(weight, bias, self.standardise)
+        weight[self.classes], bias[self.classes] = found.weight, found.bias
+        return LinearHead(weight, bias, self.standardise, converged=found.converged)
 
 
 def log_likelihood(head: LinearHead, features: Rows2D, labels: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -94,15 +139,28 @@ def choose_head(rows: HeadRows, n_classes: int, strengths: Sequence[float] = STR
         return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only), only, {})
     if len(known) < len(rows.select_labels):
         rows = replace(rows, select_features=rows.select_features[known], select_labels=rows.select_labels[known])
-    heads = {strength: fit_head(rows.features, rows.labels, n_classes, strength) for strength in sorted(strengths)}
-    likelihood = {
-        strength: log_likelihood(head, rows.select_features, rows.select_labels) for strength, head in heads.items()
-    }
-    best = max(likelihood.values(), key=lambda judged: judged.mean())
-    enough = best.mean() - best.std() / np.sqrt(len(best))
-    chosen = next(strength for strength, judged in likelihood.items() if judged.mean() >= enough)
+    with _fits(rows.features, rows.labels, n_classes) as fits:
+        found, likelihood = {}, {}
+        for strength, (fit, head) in zip(sorted(strengths), fits.path(sorted(strengths)), strict=False):
+            found[strength] = fit
+            likelihood[strength] = log_likelihood(head, rows.select_features, rows.select_labels)
+            best = max(likelihood.values(), key=lambda judged: judged.mean())
+            if _turned(best, likelihood[strength]):
+                break
+        enough = best.mean() - _standard_error(best)
+        chosen = next(strength for strength, judged in likelihood.items() if judged.mean() >= enough)
+        head = fits.minimum(chosen, found[chosen])
     judged = {f"{strength:g}": round(float(own.mean()), 6) for strength, own in likelihood.items()}
-    return ChosenHead(heads[chosen], chosen, judged)
+    return ChosenHead(head, chosen, judged)
+
+
+def _turned(best: NDArray[np.float64], last: NDArray[np.float64]) -> bool:
+    """Whether the likelihood of rows has clearly fallen from the best one, so that weaker penalties need no fit."""
+    return float((best - last).mean()) > _SURE * _standard_error(best - last)
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(values.std() / np.sqrt(len(values)))
 
 
 @dataclass(frozen=True)

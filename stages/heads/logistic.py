@@ -1,73 +1,60 @@
-"""Multinomial logistic regression of more rows than memory holds.
+"""Multinomial logistic regression of more rows than memory holds, at one strength or along a path of them.
 
-The objective, the solver and when it stops are those of scikit-learn's ``LogisticRegression`` (solver ``"lbfgs"``), to
-which tests hold it; loss and gradient are summed over blocks of rows that are read anew in every step. Blocks have a
-fixed size, are computed with one BLAS thread each and summed in their order, so that the result does not depend on the
-number of cores, which work on several blocks side by side.
+The objective is that of scikit-learn's ``LogisticRegression``, to whose minimum tests hold it. So is the solver,
+L-BFGS, but what it is given differs:
+
+- It moves in coordinates in which the loss is about as steep one way as another: W = V · (c · Σ + λI)^(−½), where Σ is
+  the features' covariance, λ the penalty and c the mean of p · (1 − p) over rows and classes, by which the loss curves
+  along a logit (the Hessian is c · Σ + λI where all rows and classes are alike).
+- A path goes from the strongest penalty to the weakest. Each starts where the two before it point to, since the
+  optimum moves about evenly with the logarithm of the strength.
+- On the path products are in float32, as good as is needed to compare strengths. The one that is chosen goes to its
+  minimum in float64.
+- In these coordinates half the gradient's square is what the loss is above its minimum, about. It stops by that, and
+  not by the largest component of the gradient, which says little where the penalty is weak.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from threadpoolctl import ThreadpoolController
 
 from stages.heads.affine import Standardisation
+from stages.heads.sums import (
+    BLOCK,
+    AnyFloats,
+    HeadLoss,
+    StandardisedRows,
+    directions,
+    head_loss,
+    one_blas_thread,
+)
 from stages.id_data.lazy import Rows2D
 from stages.machine import usable_cores
 
 MAX_STEPS = 1000  # of the solver, after which it stops anyway: a weak penalty on separable rows may ask for many
-BLOCK = 1024  # rows; a result's last digits depend on it
-_KEPT_BYTES = 1 << 28  # of blocks that stay in memory as they are computed with; those beyond are read in every step
-
-
-def one_blas_thread() -> AbstractContextManager[object]:
-    """Products whose last digits do not depend on the number of cores."""
-    limit: AbstractContextManager[object] = _blas().limit(limits=1, user_api="blas")
-    return limit
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    """Of the libraries that numpy and scipy have loaded; finding them takes longer than a small fit's step."""
-    return ThreadpoolController()
-
-
-def blocks(n_rows: int) -> Iterator[slice]:
-    """Slices of at most `BLOCK` rows, in order."""
-    return (slice(start, min(start + BLOCK, n_rows)) for start in range(0, n_rows, BLOCK))
-
-
-def standardisation(features: Rows2D) -> Standardisation:
-    """Mean and common scale of features ``[N, D]``, N > 0: one pass in float64, in which nothing cancels.
-
-    Blocks are merged as by Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances", 1979.
-    """
-    n_rows, dim = features.shape
-    mean, squares, seen = np.zeros(dim), 0.0, 0
-    for block in blocks(n_rows):
-        rows = np.asarray(features[block], dtype=np.float64)
-        own = rows.mean(axis=0)
-        step, before, seen = own - mean, seen, block.stop
-        squares += float(np.square(rows - own).sum() + np.square(step).sum() * before * len(rows) / seen)
-        mean += step * (len(rows) / seen)
-    scale = max(float(np.sqrt(squares / (n_rows * dim))), 1e-6)
-    return Standardisation(mean.astype(np.float32), np.full(1, scale, dtype=np.float32))
+HEAD_TOLERANCE = 1e-9  # in mean loss, above the minimum
+ROUGH = 3e-5  # the same on a path: held-out likelihoods are known to a hundredth at best
 
 
 class LogisticFit(NamedTuple):
-    """Weight ``[K, D]`` and bias ``[K]`` float64, and whether the solver came to the minimum."""
+    """A minimum, or what came near it.
+
+    Attributes:
+        weight: ``[K, D]`` float64.
+        bias: ``[K]`` float64.
+        converged: whether the loss is above its minimum by no more than was asked for, as far as can be told.
+        curvature: mean over rows and classes of p · (1 − p) there.
+    """
 
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     converged: bool
+    curvature: float
 
 
 def fit_logistic(
@@ -76,7 +63,7 @@ def fit_logistic(
     n_classes: int,
     strength: float,
     standardise: Standardisation,
-    tolerance: float = 1e-4,
+    tolerance: float = HEAD_TOLERANCE,
     max_iter: int | None = None,
 ) -> LogisticFit:
     """Minimise Σ −log p(label) + ‖weight‖² / (2 · strength); the intercept is not penalised.
@@ -90,131 +77,216 @@ def fit_logistic(
         n_classes: K, at least 2.
         strength: scikit-learn's ``C``, the inverse of the penalty.
         standardise: of these rows.
-        tolerance: the largest component of the gradient of the objective, divided by N, at which it stops.
+        tolerance: how far the mean loss may be above its minimum.
         max_iter: steps after which it stops anyway; `MAX_STEPS` by default.
 
     Returns:
-        Weight and bias; each sums to 0 over two classes. Steps that were used up, and a line search that found no
-        lower point while the gradient was above `tolerance`, have not come to the minimum.
+        What was found; weight and bias sum to 0 over two classes.
     """
+    with logistic_problem(features, labels, n_classes, standardise) as problem:
+        return problem.minimum(strength, tolerance=tolerance, max_iter=max_iter)
+
+
+@contextmanager
+def logistic_problem(
+    features: Rows2D, labels: NDArray[np.integer], n_classes: int, standardise: Standardisation
+) -> Iterator["LogisticProblem"]:
+    """Rows to be fitted at one strength or at several; arguments as of `fit_logistic`."""
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
         cores = min(usable_cores(), -(-len(labels) // BLOCK))
         pool = stack.enter_context(ThreadPoolExecutor(cores)) if cores > 1 else None
-        objective = _Objective(features, labels, n_classes, strength, standardise, pool, cores)
-        found = minimize(
-            objective,
-            np.zeros(objective.n_parameters),
-            method="L-BFGS-B",
-            jac=True,
-            # ftol: as fine as the loss can be told from its rounding
-            options={
-                "maxiter": max_iter or MAX_STEPS,
-                "maxls": 50,
-                "gtol": tolerance,
-                "ftol": 64 * np.finfo(np.float64).eps,
-            },
-        )
-    weight, bias = objective.split(found.x)
-    converged = bool(found.success) or float(np.abs(found.jac).max()) <= tolerance
-    if n_classes == 2:
-        return LogisticFit(np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2, converged)
-    return LogisticFit(weight, bias, converged)
+        yield LogisticProblem(features, labels, n_classes, standardise, pool, cores)
 
 
-class _Objective:
-    """Mean loss with penalty, and its gradient, at given parameters ``[outputs · (D + 1)]``: weight, then bias."""
+class LogisticProblem:
+    """Rows, and the minima that belong to strengths of the penalty; made by `logistic_problem`."""
 
     def __init__(
         self,
         features: Rows2D,
         labels: NDArray[np.integer],
         n_classes: int,
-        strength: float,
         standardise: Standardisation,
         pool: ThreadPoolExecutor | None,
         ahead: int,
     ) -> None:
-        self._features, self._labels, self._standardise = features, labels, standardise
-        self._n_rows, self._dim = features.shape
-        self._outputs = 1 if n_classes == 2 else n_classes
-        self._penalty = 1 / (strength * self._n_rows)
-        self._pool, self._ahead = pool, ahead
-        kept_rows = _KEPT_BYTES // (8 * self._dim)
-        self._kept = [
-            standardise(np.asarray(features[block]), np.float64)
-            for block in blocks(self._n_rows)
-            if block.stop <= kept_rows
-        ]
+        self._labels, self._n_classes = labels, n_classes
+        self._given = features, standardise, pool, ahead
+        self._rows = StandardisedRows(*self._given, dtype=np.float32)
+        self._dim = features.shape[1]
+        self._directions = directions(self._rows)
+        if self._rows.whole:
+            self._rows.turn(self._directions.basis)
 
-    @property
-    def n_parameters(self) -> int:
-        return self._outputs * (self._dim + 1)
+    def path(self, strengths: Sequence[float], tolerance: float = ROUGH) -> Iterator[LogisticFit]:
+        """A fit for each strength, one when it is asked for.
 
-    def split(self, parameters: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Views of weight ``[outputs, D]`` and bias ``[outputs]``."""
-        weight, bias = np.split(parameters, [self._outputs * self._dim])
-        return weight.reshape(self._outputs, self._dim), bias
+        Args:
+            strengths: ascending, which is from the strongest penalty to the weakest.
+            tolerance: how far the mean loss may be above its minimum, as far as float32 can tell.
+        """
+        earlier: list[tuple[float, _Point]] = []
+        for strength in strengths:
+            start = _pointed_to(earlier, strength) if earlier else self._origin()
+            found = self._descended(strength, start, tolerance, MAX_STEPS)
+            earlier = [*earlier[-1:], (strength, found)]
+            yield self._fit(found)
 
-    def __call__(self, parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        weight, bias = self.split(parameters)
-        gradient = np.zeros_like(parameters)
-        of_weight, of_bias = self.split(gradient)
-        loss = 0.0
-        for part in self._parts(weight, bias):
-            loss += part.loss
-            of_weight += part.weight
-            of_bias += part.bias
-        gradient /= self._n_rows
-        of_weight += self._penalty * weight
-        return loss / self._n_rows + 0.5 * self._penalty * float(np.vdot(weight, weight)), gradient
+    def minimum(
+        self,
+        strength: float,
+        start: LogisticFit | None = None,
+        tolerance: float = HEAD_TOLERANCE,
+        max_iter: int | None = None,
+    ) -> LogisticFit:
+        """The minimum, in float64.
 
-    def _parts(self, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> Iterator["_Part"]:
-        """Of every block, in their order; read here, computed in the pool, a few of them ahead."""
-        waiting: deque[Future[_Part]] = deque()
-        for number, block in enumerate(blocks(self._n_rows)):
-            work = self._work(number, block, weight, bias)
-            if self._pool is None:
-                yield work()
-                continue
-            if len(waiting) > self._ahead:
-                yield waiting.popleft().result()
-            waiting.append(self._pool.submit(work))
-        while waiting:
-            yield waiting.popleft().result()
+        Args:
+            strength: scikit-learn's ``C``.
+            start: what the path found for it; from zero, and in float32 first, where there is none.
+            tolerance: how far the mean loss may be above it.
+            max_iter: steps after which it stops anyway; `MAX_STEPS` by default.
+        """
+        steps = max_iter or MAX_STEPS
+        near = self._point(start) if start is not None else self._descended(strength, self._origin(), ROUGH, steps)
+        self._rows = StandardisedRows(*self._given, dtype=np.float64)
+        if self._rows.whole:
+            self._rows.turn(self._directions.basis)
+        return self._fit(self._descended(strength, near, tolerance, steps))
 
-    def _work(
-        self, number: int, block: slice, weight: NDArray[np.float64], bias: NDArray[np.float64]
-    ) -> Callable[[], "_Part"]:
-        labels = self._labels[block]
-        if number < len(self._kept):
-            return lambda: _part(self._kept[number], labels, weight, bias)
-        stored = np.asarray(self._features[block])
-        return lambda: _part(self._standardise(stored, np.float64), labels, weight, bias)
+    def _origin(self) -> "_Point":
+        outputs = 1 if self._n_classes == 2 else self._n_classes
+        even = 1 / self._n_classes
+        return _Point(np.zeros((outputs, self._dim)), np.zeros(outputs), False, even * (1 - even))
+
+    def _fit(self, point: "_Point") -> LogisticFit:
+        weight, bias, converged, curvature = point
+        if self._n_classes == 2:
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        return LogisticFit(weight, bias, converged, curvature)
+
+    def _point(self, fit: LogisticFit) -> "_Point":
+        weight, bias, converged, curvature = fit
+        if self._n_classes == 2:
+            weight, bias = 2 * weight[1:], 2 * bias[1:]
+        return _Point(weight, bias, converged, curvature)
+
+    def _descended(self, strength: float, start: "_Point", tolerance: float, max_steps: int) -> "_Point":
+        penalty = 1 / (strength * len(self._labels))
+        coordinates = self._coordinates(start.curvature, penalty)
+        objective = _Objective(self._rows, self._labels, penalty, coordinates)
+
+        def stop(intermediate_result: Any) -> None:
+            if objective.above(intermediate_result.x) <= tolerance:
+                raise StopIteration
+
+        found = minimize(
+            objective,
+            coordinates.of_point(start),
+            method="L-BFGS-B",
+            jac=True,
+            callback=stop,
+            options={"maxiter": max_steps, "maxfun": 50 * max_steps, "maxls": 50, "gtol": 0, "ftol": 0},
+        )
+        weight, bias = coordinates.weights(found.x)
+        if coordinates.turned is None:
+            weight = weight @ coordinates.basis.T
+        return _Point(weight, bias, objective.above(found.x) <= tolerance, objective.last.curvature)
+
+    def _coordinates(self, curvature: float, penalty: float) -> "_Coordinates":
+        # Where all rows are certain nothing curves any more, and a bias, which has no penalty, would know no scale.
+        curvature = max(curvature, 1e-9)
+        basis, variance = self._directions
+        turned: AnyFloats | None = None if self._rows.whole else basis.astype(self._rows.dtype)
+        return _Coordinates(basis, turned, (curvature * variance + penalty) ** -0.5, curvature**-0.5)
 
 
-class _Part(NamedTuple):
-    """A block's sums: of −log p(label), and of its gradients by weight and bias."""
+class _Point(NamedTuple):
+    """As `LogisticFit`, but with one output, the difference of the logits, for two classes."""
 
-    loss: float
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
+    converged: bool
+    curvature: float
 
 
-def _part(
-    rows: NDArray[np.float64], labels: NDArray[np.integer], weight: NDArray[np.float64], bias: NDArray[np.float64]
-) -> _Part:
-    logits = rows @ weight.T
-    logits += bias
-    if len(bias) == 1:  # the difference of two logits, one on either side of 0
-        logits = logits * np.array([-0.5, 0.5])
-    own = np.arange(len(labels)), labels
-    logits -= logits.max(axis=1, keepdims=True)
-    loss = -float(logits[own].sum())
-    probability = np.exp(logits, out=logits)
-    total = probability.sum(axis=1, keepdims=True)
-    loss += float(np.log(total).sum())
-    probability /= total
-    probability[own] -= 1
-    by_logit = probability[:, -len(bias) :]
-    return _Part(loss, by_logit.T @ rows, by_logit.sum(axis=0))
+def _pointed_to(earlier: Sequence[tuple[float, _Point]], strength: float) -> _Point:
+    """Where the path goes on, by the one or two minima before: straight, by the logarithm of the strength."""
+    (own, last), before = earlier[-1], earlier[:-1]
+    if not before:
+        return last
+    other, point = before[0]
+    ahead = np.log(strength / own) / np.log(own / other)
+    return last._replace(
+        weight=last.weight + ahead * (last.weight - point.weight), bias=last.bias + ahead * (last.bias - point.bias)
+    )
+
+
+class _Coordinates(NamedTuple):
+    """Those in which the loss is about as steep one way as another, ``[outputs · (r + 1)]``: of weight, then of bias.
+
+    The minimum is within what the rows span, so directions in which no row lies need no coordinate.
+
+    Attributes:
+        basis: directions in which features vary, ``[D, r]`` float64.
+        turned: None where rows are given along the basis; else the basis again, in the precision of a step's products.
+        along: what a coordinate along each is worth in weight, ``[r]``.
+        of_bias: the same of a bias.
+    """
+
+    basis: NDArray[np.float64]
+    turned: AnyFloats | None
+    along: NDArray[np.float64]
+    of_bias: float
+
+    def of_point(self, point: _Point) -> NDArray[np.float64]:
+        """Coordinates of weights of features as they are."""
+        return np.concatenate([(point.weight @ self.basis / self.along).ravel(), point.bias / self.of_bias])
+
+    def weights(self, at: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Weight and bias, of the rows as they are given."""
+        outputs = len(at) // (len(self.along) + 1)
+        along, bias = np.split(at, [outputs * len(self.along)])
+        weight = along.reshape(outputs, -1) * self.along
+        return weight if self.turned is None else _product(weight, self.turned.T), bias * self.of_bias
+
+    def gradient(self, by_weight: NDArray[np.float64], by_bias: NDArray[np.float64]) -> NDArray[np.float64]:
+        """By coordinates, where that by weight and bias of the given rows is known."""
+        along = by_weight if self.turned is None else _product(by_weight, self.turned)
+        return np.concatenate([(along * self.along).ravel(), by_bias * self.of_bias])
+
+
+def _product(rows: NDArray[np.float64], matrix: AnyFloats) -> NDArray[np.float64]:
+    """In the matrix's precision."""
+    return np.asarray(rows.astype(matrix.dtype) @ matrix, dtype=np.float64)
+
+
+class _Objective:
+    """Mean loss with its penalty, and its gradient, by coordinates.
+
+    Attributes:
+        last: the loss, without penalty, where it was asked for last.
+    """
+
+    last: HeadLoss
+
+    def __init__(
+        self, rows: StandardisedRows, labels: NDArray[np.integer], penalty: float, coordinates: _Coordinates
+    ) -> None:
+        self._rows, self._labels, self._penalty, self._coordinates = rows, labels, penalty, coordinates
+        self._at, self._above = np.zeros(0), np.inf
+
+    def __call__(self, at: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weight, bias = self._coordinates.weights(at)
+        self.last = head_loss(self._rows, self._labels, weight, bias)
+        gradient = self._coordinates.gradient(self.last.weight + self._penalty * weight, self.last.bias)
+        self._at, self._above = at.copy(), 0.5 * float(np.vdot(gradient, gradient))
+        return self.last.loss + 0.5 * self._penalty * float(np.vdot(weight, weight)), gradient
+
+    def above(self, at: NDArray[np.float64]) -> float:
+        """By how much the loss is above its minimum, about: what a step of Newton's would gain.
+
+        Known of the last place alone; elsewhere it is infinite.
+        """
+        return self._above if np.array_equal(at, self._at) else np.inf

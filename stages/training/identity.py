@@ -20,7 +20,7 @@ from stages.mixture.grouping import grouping_content
 from stages.mixture.refined import LEFT_OUT, load_refined, refined_path
 from stages.training.recipes import MixturePlan, TrainSettings, recorded_settings, resolve_recipe
 
-TRAIN_SEMANTICS = 5  # raise it when the same settings would train another model
+TRAIN_SEMANTICS = 6  # raise it when the same settings would train another model
 FINETUNE_SEMANTICS = 2  # raise it when the same settings would train another backbone
 
 _UNREAD = ("metrics.jsonl",)  # which nothing is made of but the report

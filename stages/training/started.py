@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 from stages.heads.affine import LinearHead
-from stages.heads.logistic import blocks
+from stages.heads.sums import blocks
 from stages.id_data.lazy import Rows2D
 from stages.mixture.model import Expert, MixtureOfFeatureExperts, Router
 

@@ -8,6 +8,7 @@ from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from stages.heads import logistic
 from stages.heads.affine import LinearHead
 from stages.heads.choose import (
     STRENGTHS,
@@ -44,15 +45,21 @@ def likely(head: LinearHead, features, labels) -> float:
     return float(np.mean([np.log(probability[row, label]) for row, label in enumerate(labels)]))
 
 
+def exactly(features, labels) -> LogisticRegression:
+    """At the minimum: where scikit-learn's default stops, logits of these rows are 0.04 off."""
+    scaled = plainly_scaled(features, features).astype(float)
+    return LogisticRegression(C=0.1, solver="newton-cg", tol=1e-10, max_iter=1000).fit(scaled, labels)
+
+
 # ------------------------------------------------------------------------------------------------------ the fit
 
 
 def test_logits_are_scikit_learns_decision_function():
     features, labels = digits()
     head = fit_head(features, labels, 10, strength=0.1)
-    reference = LogisticRegression(C=0.1, max_iter=1000).fit(plainly_scaled(features, features).astype(float), labels)
+    reference = exactly(features, labels)
     test, _ = digits(start=600, stop=900)
-    assert head.logits(test) == pytest.approx(reference.decision_function(plainly_scaled(test, features)), abs=1e-4)
+    assert head.logits(test) == pytest.approx(reference.decision_function(plainly_scaled(test, features)), abs=2e-3)
     assert head.logits(test).dtype == np.float32
     assert head.standardise.scale.shape == (1,)
 
@@ -61,10 +68,10 @@ def test_two_classes_have_scikit_learns_probabilities():
     """It fits one difference of logits; ours are one per class."""
     features, labels = digits(3, 8)
     head = fit_head(features, labels, 10, strength=0.1)
-    reference = LogisticRegression(C=0.1, max_iter=1000).fit(plainly_scaled(features, features).astype(float), labels)
+    reference = exactly(features, labels)
     test, _ = digits(3, 8, start=200)
     ours = softmax(head.logits(test).astype(float), axis=1)
-    assert ours[:, [3, 8]] == pytest.approx(reference.predict_proba(plainly_scaled(test, features)), abs=1e-5)
+    assert ours[:, [3, 8]] == pytest.approx(reference.predict_proba(plainly_scaled(test, features)), abs=1e-4)
 
 
 @pytest.mark.parametrize("classes", [(0, 4, 9), (3, 8), (5,)])
@@ -102,8 +109,8 @@ def test_one_common_scale_keeps_a_quiet_feature_quiet():
     assert head.logits(moved)[:, 1:3] == pytest.approx(head.logits(features)[:, 1:3], abs=0.1)
 
 
-def never_there() -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose optimum, hardly penalised, a thousand steps do not reach."""
+def unlearnable() -> tuple[np.ndarray, np.ndarray]:
+    """Labels that features do not tell, and features of very different sizes."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((300, 60), np.float32) * np.logspace(0, -4, 60, dtype=np.float32)
     return features, rng.integers(0, 4, 300).astype(np.int32)
@@ -111,18 +118,21 @@ def never_there() -> tuple[np.ndarray, np.ndarray]:
 
 def test_weak_penalty_warns_nobody():
     """The steps are enough all the same."""
-    features, labels = never_there()
+    features, labels = unlearnable()
     assert np.isfinite(fit_head(features, labels, 4, strength=1e6).logits(features)).all()
 
 
-def test_a_fit_that_stopped_before_its_minimum_is_said_then_and_when_it_is_read_again(tmp_path):
-    rows = HeadRows(*never_there(), *never_there())
-    strong, weak, again = (choose_head(rows, 4, [strength]).head for strength in (1e-3, 1e6, 1e6))
+def test_a_fit_that_stopped_before_its_minimum_is_said_then_and_when_it_is_read_again(tmp_path, monkeypatch):
+    rows = HeadRows(*unlearnable(), *unlearnable())
+    strong = choose_head(rows, 4, [1e-3]).head
+    monkeypatch.setattr(logistic, "MAX_STEPS", 3)
+    weak, again = (choose_head(rows, 4, [1e6]).head for _ in range(2))
     fitted = FittedHeads((strong, weak), again, 1e6, {"1e+06": -1.0})
     expected = ["head probe: 2 of 3 fits stopped before the minimum"]
     assert fitted.notes("probe") == expected
     save_heads(tmp_path, "probe", {"probe": fitted}, "of this test")
     assert load_heads(tmp_path, "probe", "of this test")["probe"].notes("probe") == expected
+    monkeypatch.undo()
     assert fit_heads([fold()], 10).notes("probe") == []
 
 
@@ -163,8 +173,11 @@ def test_one_standard_error_rule_written_out():
     enough = [strength for strength in STRENGTHS if rows[strength].mean() >= rows[best].mean() - standard_error]
     assert chosen == min(enough)
     assert chosen < best  # the rule does something here
-    assert judged == {f"{s:g}": pytest.approx(rows[s].mean(), abs=1e-6) for s in STRENGTHS}
-    assert same(head, fit_head(own.features, own.labels, 10, chosen))
+    # Weaker penalties than the best one's are not taken, and are known less well; the last are not fitted at all.
+    of_candidates = {strength: judged[f"{strength:g}"] for strength in STRENGTHS if strength <= best}
+    assert of_candidates == {s: pytest.approx(rows[s].mean(), abs=standard_error / 5) for s in of_candidates}
+    again = fit_head(own.features, own.labels, 10, chosen)  # from zero, and not from where stronger penalties led
+    assert head.logits(own.select_features) == pytest.approx(again.logits(own.select_features), abs=2e-3)
     assert choose_head(own, 10, STRENGTHS[::-1]).strength == chosen
 
 
