@@ -223,7 +223,7 @@ ABSENT = {
     "stages.detection": ("torch", "timm", "faiss", "h5py", "pyarrow", "sklearn", "matplotlib"),
     "stages.detection.onnx_runtime": ("torch", "torchvision", "timm", "onnxruntime"),
     "stages.networks.backbone": ("h5py", "pyarrow", "sklearn", "matplotlib"),
-    "stages.score": ("torch", "timm", "torchvision", "huggingface_hub", "matplotlib", "pandas"),
+    "stages.score": ("torch", "timm", "torchvision", "huggingface_hub", "matplotlib", "pandas", "scipy.optimize"),
     "pipeline.stages_of_study.score": ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib"),
     "pipeline.serving.supervisor": ("torch", "timm", "starlette", "uvicorn", "h5py", "pyarrow", "sklearn"),
     "pipeline.cli": ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow"),

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from stages.heads.affine import Standardisation
 from stages.heads.sums import (
@@ -173,6 +172,8 @@ class LogisticProblem:
         return _Point(weight, bias, converged, curvature)
 
     def _descended(self, strength: float, start: "_Point", tolerance: float, max_steps: int) -> "_Point":
+        from scipy.optimize import minimize  # not where heads are read alone: it takes long to import
+
         penalty = 1 / (strength * len(self._labels))
         coordinates = self._coordinates(start.curvature, penalty)
         objective = _Objective(self._rows, self._labels, penalty, coordinates)
