@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stages.scorers import FROZEN
 
-AUTO_SEMANTICS = 2  # raise it when the same rows and settings would give another choice
+AUTO_SEMANTICS = 3  # raise it when the same rows and settings would give another choice
 Losses = NDArray[np.float64]  # [candidates, folds, kinds of pseudo-OOD]; lower is better
 IN_SUMS = 4  # of each family of scores so many of the best are looked at of experts as well
 CLEARLY = 2.0  # standard errors by which a sum has to be better than what is recommended beforehand

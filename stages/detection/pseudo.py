@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from stages.detection.subject import SetRows, Subject, logits_by_head
 from stages.heads.affine import LinearHead
 from stages.heads.choose import fit_head
+from stages.heads.logistic import ROUGH
 from stages.id_data.lazy import Floats, LazyArray, one_after_another
 from stages.mixture.grouping import group_classes
 from stages.scorers import FROZEN
@@ -159,7 +160,7 @@ def _refitted(bank: SetRows, strengths: Mapping[str, float], n_classes: int) -> 
     for name, strength in strengths.items():
         rows = bank if not name.startswith(FROZEN) else bank.frozen
         assert rows is not None
-        found[name] = fit_head(np.asarray(rows.features), rows.labels, n_classes, strength)
+        found[name] = fit_head(np.asarray(rows.features), rows.labels, n_classes, strength, ROUGH)
     return found
 
 

@@ -20,7 +20,7 @@ from scipy.special import log_softmax
 
 from stages.files.tensors import read_described, write_described
 from stages.heads.affine import LinearHead, Standardisation
-from stages.heads.logistic import LogisticFit, LogisticProblem, logistic_problem
+from stages.heads.logistic import HEAD_TOLERANCE, LogisticFit, LogisticProblem, logistic_problem
 from stages.heads.sums import blocks, one_blas_thread, standardisation
 from stages.id_data.lazy import Rows2D
 
@@ -39,7 +39,13 @@ class HeadRows:
     select_labels: NDArray[np.int32]
 
 
-def fit_head(features: Rows2D, labels: NDArray[np.int32], n_classes: int, strength: float) -> LinearHead:
+def fit_head(
+    features: Rows2D,
+    labels: NDArray[np.int32],
+    n_classes: int,
+    strength: float,
+    tolerance: float = HEAD_TOLERANCE,
+) -> LinearHead:
     """Multinomial logistic regression with an L2 penalty on centred, commonly scaled features.
 
     Memory does not grow with N, labels aside; the result does not depend on the number of cores.
@@ -49,9 +55,11 @@ def fit_head(features: Rows2D, labels: NDArray[np.int32], n_classes: int, streng
         labels: ``[N]`` in 0 to C − 1; classes without a row get no output (logit ``-inf``).
         n_classes: C.
         strength: scikit-learn's ``C``, the inverse of the penalty.
+        tolerance: how far the mean loss may be above its minimum; with ``ROUGH`` or more it is fitted in float32, in a
+            fraction of the time, which is enough where heads are compared and thrown away.
     """
     with _fits(features, labels, n_classes) as fits:
-        return fits.minimum(strength)
+        return fits.minimum(strength, tolerance=tolerance)
 
 
 @contextmanager
@@ -89,9 +97,11 @@ class _Fits:
         for found in self.problem.path(strengths):
             yield found, self._head(found)
 
-    def minimum(self, strength: float, start: LogisticFit | None = None) -> LinearHead:
+    def minimum(
+        self, strength: float, start: LogisticFit | None = None, tolerance: float = HEAD_TOLERANCE
+    ) -> LinearHead:
         """The head of one strength, from where the path came to."""
-        return self._head(None if self.problem is None else self.problem.minimum(strength, start))
+        return self._head(None if self.problem is None else self.problem.minimum(strength, start, tolerance))
 
     def _head(self, found: LogisticFit | None) -> LinearHead:
         weight = np.zeros((self.n_classes, len(self.standardise.mean)), dtype=np.float32)

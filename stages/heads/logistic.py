@@ -139,16 +139,19 @@ class LogisticProblem:
         tolerance: float = HEAD_TOLERANCE,
         max_iter: int | None = None,
     ) -> LogisticFit:
-        """The minimum, in float64.
+        """The minimum, in float64 where float32 cannot tell it any more.
 
         Args:
             strength: scikit-learn's ``C``.
             start: what the path found for it; from zero, and in float32 first, where there is none.
-            tolerance: how far the mean loss may be above it.
+            tolerance: how far the mean loss may be above it; with `ROUGH` or more float32 is enough.
             max_iter: steps after which it stops anyway; `MAX_STEPS` by default.
         """
         steps = max_iter or MAX_STEPS
-        near = self._point(start) if start is not None else self._descended(strength, self._origin(), ROUGH, steps)
+        rough = max(tolerance, ROUGH)
+        near = self._point(start) if start is not None else self._descended(strength, self._origin(), rough, steps)
+        if tolerance >= ROUGH and near.converged:
+            return self._fit(near)
         self._rows = StandardisedRows(*self._given, dtype=np.float64)
         if self._rows.whole:
             self._rows.turn(self._directions.basis)

@@ -21,6 +21,7 @@ from stages.heads.choose import (
     log_likelihood,
     save_heads,
 )
+from stages.heads.logistic import HEAD_TOLERANCE, ROUGH
 
 
 def digits(*classes: int, start: int = 0, stop: int = 600) -> tuple[np.ndarray, np.ndarray]:
@@ -62,6 +63,14 @@ def test_logits_are_scikit_learns_decision_function():
     assert head.logits(test) == pytest.approx(reference.decision_function(plainly_scaled(test, features)), abs=2e-3)
     assert head.logits(test).dtype == np.float32
     assert head.standardise.scale.shape == (1,)
+
+
+def test_heads_to_be_compared_are_near_enough_in_float32():
+    features, labels = digits()
+    exact, near = (fit_head(features, labels, 10, 0.1, tolerance) for tolerance in (HEAD_TOLERANCE, ROUGH))
+    test, truth = digits(start=600, stop=900)
+    assert near.logits(test) != pytest.approx(exact.logits(test), abs=2e-3)
+    assert likely(near, test, truth) == pytest.approx(likely(exact, test, truth), abs=0.01)
 
 
 def test_two_classes_have_scikit_learns_probabilities():
