@@ -115,6 +115,10 @@ class LogisticProblem:
         self._rows = StandardisedRows(*self._given, dtype=np.float32)
         self._dim = features.shape[1]
         self._directions = directions(self._rows)
+        self._turn_rows()
+
+    def _turn_rows(self) -> None:
+        """Rows that are all in memory are turned once, and not weights and gradients in every step."""
         if self._rows.whole:
             self._rows.turn(self._directions.basis)
 
@@ -152,9 +156,9 @@ class LogisticProblem:
         near = self._point(start) if start is not None else self._descended(strength, self._origin(), rough, steps)
         if tolerance >= ROUGH and near.converged:
             return self._fit(near)
+        del self._rows  # before others take as much memory again
         self._rows = StandardisedRows(*self._given, dtype=np.float64)
-        if self._rows.whole:
-            self._rows.turn(self._directions.basis)
+        self._turn_rows()
         return self._fit(self._descended(strength, near, tolerance, steps))
 
     def _origin(self) -> "_Point":
@@ -194,7 +198,7 @@ class LogisticProblem:
             options={"maxiter": max_steps, "maxfun": 50 * max_steps, "maxls": 50, "gtol": 0, "ftol": 0},
         )
         weight, bias = coordinates.weights(found.x)
-        if coordinates.turned is None:
+        if coordinates.turning is None:
             weight = weight @ coordinates.basis.T
         return _Point(weight, bias, objective.above(found.x) <= tolerance, objective.last.curvature)
 
@@ -202,8 +206,8 @@ class LogisticProblem:
         # Where all rows are certain nothing curves any more, and a bias, which has no penalty, would know no scale.
         curvature = max(curvature, 1e-9)
         basis, variance = self._directions
-        turned: AnyFloats | None = None if self._rows.whole else basis.astype(self._rows.dtype)
-        return _Coordinates(basis, turned, (curvature * variance + penalty) ** -0.5, curvature**-0.5)
+        turning: AnyFloats | None = None if self._rows.whole else basis.astype(self._rows.dtype)
+        return _Coordinates(basis, turning, (curvature * variance + penalty) ** -0.5, curvature**-0.5)
 
 
 class _Point(NamedTuple):
@@ -234,13 +238,14 @@ class _Coordinates(NamedTuple):
 
     Attributes:
         basis: directions in which features vary, ``[D, r]`` float64.
-        turned: None where rows are given along the basis; else the basis again, in the precision of a step's products.
+        turning: the basis again, in the precision of a step's products, by which weights are turned; None where the
+            rows are.
         along: what a coordinate along each is worth in weight, ``[r]``.
         of_bias: the same of a bias.
     """
 
     basis: NDArray[np.float64]
-    turned: AnyFloats | None
+    turning: AnyFloats | None
     along: NDArray[np.float64]
     of_bias: float
 
@@ -253,11 +258,11 @@ class _Coordinates(NamedTuple):
         outputs = len(at) // (len(self.along) + 1)
         along, bias = np.split(at, [outputs * len(self.along)])
         weight = along.reshape(outputs, -1) * self.along
-        return weight if self.turned is None else _product(weight, self.turned.T), bias * self.of_bias
+        return weight if self.turning is None else _product(weight, self.turning.T), bias * self.of_bias
 
     def gradient(self, by_weight: NDArray[np.float64], by_bias: NDArray[np.float64]) -> NDArray[np.float64]:
         """By coordinates, where that by weight and bias of the given rows is known."""
-        along = by_weight if self.turned is None else _product(by_weight, self.turned)
+        along = by_weight if self.turning is None else _product(by_weight, self.turning)
         return np.concatenate([(along * self.along).ravel(), by_bias * self.of_bias])
 
 
