@@ -5,6 +5,7 @@ EXPERIMENT ?= pipeline/experiments/demo.toml
 WORK ?= runs/results
 STUDY ?= pipeline/experiments/dinov2-imagenet.toml
 STUDIES ?= runs/study
+MAP ?= runs/map
 ARGS ?=
 BIN := $(VENV)/bin
 # faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
@@ -15,7 +16,7 @@ STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_o
 VERBS := run plan predict export serve verify info
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
+.PHONY: help setup demo results map study pseudo-ood $(STAGES) $(VERBS) test lint fmt stress bench bench-extract bench-decode \
 	bench-cache bench-store bench-train bench-finetune bench-knn bench-score bench-fits bench-heads bench-watch bench-serve \
 	bench-plan bench-company bench-scale bench-cluster check-gpu clean
 
@@ -42,6 +43,10 @@ demo: $(READY) ## All three stages on real images and weights from the package r
 results: $(READY) ## Results on real images: DATA=folder (WORK=runs/results, ARGS="--page FILE"); pipeline/benchmark/README.md
 	@$(if $(DATA),,$(error DATA is missing: make results DATA=folder, see pipeline/benchmark/README.md))
 	$(BIN)/python -m pipeline results '$(DATA)' --work '$(WORK)' $(ARGS)
+
+map: $(READY) ## Where mixtures gain, by classes, images and experts: DATA=folder (MAP=runs/map); pipeline/benchmark/README.md
+	@$(if $(DATA),,$(error DATA is missing: make map DATA=folder, see pipeline/benchmark/README.md))
+	$(BIN)/python -m pipeline map '$(DATA)' --work '$(MAP)' $(ARGS)
 
 study: $(READY) ## Several backbones against published numbers: STUDY=file.toml DATA=folder (STUDIES=runs/study); pipeline/reproduction/README.md
 	@$(if $(DATA),,$(error DATA is missing: make study DATA=folder, see pipeline/reproduction/README.md))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.benchmark.choice import Choice
+from pipeline.benchmark.choice import Choice, MapChoice
 from pipeline.config import RunConfig, RunOptions
 from pipeline.deciding import Deciding, Exporting, Serving, Watching
 from pipeline.detector_options import EXPORTING, RUNTIME, SERVING, WATCHING
@@ -26,6 +26,7 @@ from pipeline.options import (
     DRY_RUN,
     EXPERIMENT,
     FORMAT,
+    MAP_CHOICE,
     MAX_FAILURES,
     NETWORK,
     OF_STAGES,
@@ -222,6 +223,20 @@ def results(data: Path, work: Path, choice: Choice, page: Path | None, asked: As
     from pipeline.benchmark.run import run_results
 
     show(run_results(data, work, choice, asked.run_options(), dry_run=asked.dry_run, page=page))
+
+
+@verbs.command("map")
+@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/map", show_default=True, help="Where to.")
+@MAP_CHOICE
+@PAGE
+@DEBUG
+@asked(DRY_RUN, SCHEDULER, WORKERS)
+def map_(data: Path, work: Path, choice: MapChoice, page: Path | None, asked: Asked) -> None:
+    """Where mixtures gain on frozen features: by ID classes, training images and experts, from the folder DATA."""
+    from pipeline.benchmark.map import run_map
+
+    show(run_map(data, work, choice, asked.run_options(), dry_run=asked.dry_run, page=page))
 
 
 @verbs.command()

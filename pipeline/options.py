@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.benchmark.choice import Choice
+from pipeline.benchmark.choice import Choice, MapChoice
 from pipeline.config import (
     ConfigError,
     FeaturesConfig,
@@ -207,13 +207,15 @@ def _set_name(_context: click.Context, _option: click.Parameter, value: str | No
         raise click.BadParameter(str(error)) from error
 
 
-def _taps(_context: click.Context, _option: click.Parameter, value: str | None) -> Sequence[int] | str | None:
-    if value is None or value == "all":
-        return value
+def _numbers(value: str, otherwise: str = "") -> list[int]:
     try:
         return [int(number) for number in value.split(",")]
     except ValueError as error:
-        raise click.BadParameter(f'{value!r} given, must be numbers with commas between them, or "all"') from error
+        raise click.BadParameter(f"{value!r} given, must be numbers with commas between them{otherwise}") from error
+
+
+def _taps(_context: click.Context, _option: click.Parameter, value: str | None) -> Sequence[int] | str | None:
+    return value if value is None or value == "all" else _numbers(value, ', or "all"')
 
 
 NETWORK = gathered(
@@ -242,6 +244,14 @@ def _known_score(_context: click.Context, _option: click.Parameter, value: str |
 
 def _split_names(_context: click.Context, _option: click.Parameter, names: str | None) -> list[str] | None:
     return None if names is None else names.split(",")
+
+
+def _split_numbers(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:
+    return _numbers(value)
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 DECIDING_BACKBONE = click.option(
@@ -304,6 +314,28 @@ CHOICE = gathered(
         help="Of the control variants, only these.",
     ),
     click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them."),
+    click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well."),
+)
+MAP_CHOICE = gathered(
+    "choice",
+    MapChoice,
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every cell."),
+    click.option(
+        "--classes",
+        metavar="N,…",
+        default=_joined(MapChoice.classes),
+        show_default=True,
+        callback=_split_numbers,
+        help="Numbers of ID classes.",
+    ),
+    click.option(
+        "--images",
+        metavar="N,…",
+        default=_joined(MapChoice.images),
+        show_default=True,
+        callback=_split_numbers,
+        help="Numbers of training images a class.",
+    ),
     click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well."),
 )
 SELECTION = gathered(

@@ -1,4 +1,4 @@
-"""What is asked of `make results`; alone, so that the command line answers before the rest is loaded."""
+"""What is asked of `make results` and `make map`; alone, so that the command line answers before the rest is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,4 +20,21 @@ class Choice:
     benchmarks: Sequence[str] | None = None
     controls: Sequence[str] | None = None
     finetune: bool = False
+    unchecked: bool = False
+
+
+@dataclass(frozen=True)
+class MapChoice:
+    """Which cells of the map are run.
+
+    Attributes:
+        classes: numbers of ID classes.
+        images: numbers of training images a class.
+        overrides: ``a.b=value`` for every cell's study.
+        unchecked: as of `Choice`.
+    """
+
+    classes: Sequence[int] = (20, 40, 80, 157)
+    images: Sequence[int] = (25, 50, 100)
+    overrides: Sequence[str] = ()
     unchecked: bool = False

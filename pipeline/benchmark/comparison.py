@@ -44,8 +44,8 @@ def method_label(method: Method) -> str:
 def methods_of(config: RunConfig) -> list[Method]:
     """All rows of a study's results: each score frozen and refined, then the recommended one of every variant."""
     scores = [score for score in config.score.scores if score != "mos"]
-    frozen = [_scored_by(FROZEN_SUM, score) for score in scores]
-    refined = [_scored_by(RECOMMENDED, score) for score in scores]
+    frozen = [scored_by(FROZEN_SUM, score) for score in scores]
+    refined = [scored_by(RECOMMENDED, score) for score in scores]
     # Oracle routing sends ID images by their true label, which no deployment knows: it shows what wrong routes cost.
     routings = [replace(RECOMMENDED, routing=name) for name in (["top2"] if config.score.top2 else []) + ["oracle"]]
     variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
@@ -62,13 +62,13 @@ def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
     recommended, plain = (replace(method, backbone="finetuned") for method in (RECOMMENDED, FROZEN_SUM))
     return [
         # What `auto` may choose reads the probe alone.
-        *(_scored_by(plain if score == AUTO else replace(plain, head="finetune"), score) for score in scores),
+        *(scored_by(plain if score == AUTO else replace(plain, head="finetune"), score) for score in scores),
         plain,
         *(replace(recommended, variant=name) for name in config.variant_seeds("finetuned")),
     ]
 
 
-def _scored_by(method: Method, score: str) -> Method:
+def scored_by(method: Method, score: str) -> Method:
     """The same with another score, and with no head where that reads none."""
     return replace(method, score=score, head=method.head if reads_head(score) else NO_HEAD)
 
@@ -183,12 +183,17 @@ class JudgedStudy:
 
 
 def judge(studies: Sequence[JudgedStudy]) -> None:
+    """Say of every difference of pages of results what it is; see `judge_together`."""
+    judge_together([(study, key) for study in studies for key in study.compared()])
+
+
+def judge_together(differences: Sequence[tuple[JudgedStudy, Compared]]) -> None:
     """Say of every difference what it is, the false discovery rate held over all of them: they are read together."""
-    keys = [(study, key) for study in studies for key in study.compared()]
     told = verdicts(
-        [study.difference(*key) for study, key in keys], [METRICS[key[-1]].higher_is_better for _, key in keys]
+        [study.difference(*key) for study, key in differences],
+        [METRICS[key[-1]].higher_is_better for _, key in differences],
     )
-    for (study, key), says in zip(keys, told, strict=True):
+    for (study, key), says in zip(differences, told, strict=True):
         study.says[key] = says
 
 

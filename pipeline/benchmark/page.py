@@ -95,11 +95,16 @@ def _benchmark(study: JudgedStudy, lines: Sequence[Mapping[str, Any]], images: B
     chosen = [auto_table(study)] if AUTO in study.config.score.scores else []
     shown = [tables.judged, tables.differences, tables.every_method, *chosen, *tuned, router_table(study)]
     record = read_document(study.config.work / "record.json") or {}
-    return BenchmarkResults(study.config.name, _ran(record, images), tables.summary, shown)
+    return BenchmarkResults(study.config.name, what_was_run(record, images), tables.summary, shown)
 
 
-def _ran(record: Mapping[str, Any], images: BenchmarkImages) -> dict[str, str]:
-    """What was run, as the record of a study has it."""
+def what_was_run(record: Mapping[str, Any], images: BenchmarkImages) -> dict[str, str]:
+    """What was run, as the record of a study has it.
+
+    Args:
+        record: ``record.json``.
+        images: that it was run on.
+    """
     git, machine = record.get("git") or {"commit": "unknown", "dirty": False}, record.get("hardware", {})
     listed = (
         "those of the benchmark's list" if images.difference is None else f"NOT the benchmark's: {images.difference}"

@@ -66,7 +66,20 @@ def run_results(
     """
     choice, benchmark = choice or Choice(), benchmark or Benchmark()
     configs = _configs(benchmark.studies, data, work, choice)
-    images = [_images(config, data, benchmark.listed, choice) for config in configs]
+    images = [checked_images(config, data, benchmark.listed, choice.unchecked) for config in configs]
+    yield from run_studies(configs, options, dry_run)
+    if not dry_run:
+        yield from write_results(configs, work, images, page)
+
+
+def run_studies(configs: Sequence[RunConfig], options: RunOptions | None, dry_run: bool) -> Iterator[Any]:
+    """Run studies as far as they are not fresh, a stage of all before the next; says how long training will take.
+
+    Args:
+        configs: the studies.
+        options: how to run.
+        dry_run: say what would run, and no more.
+    """
     remaining = Remaining(TqdmProgress())
     opened = [
         Study(config, options or RunOptions(), partial(remaining.trained, number))
@@ -94,7 +107,6 @@ def run_results(
     finally:
         for study in opened:
             study.workspace.close()
-    yield from write_results(configs, work, images, page)
 
 
 def _configs(studies: Sequence[Path], data: Path, work: Path, choice: Choice) -> list[RunConfig]:
@@ -117,14 +129,20 @@ def _configs(studies: Sequence[Path], data: Path, work: Path, choice: Choice) ->
     return [_config(path, data, work, choice) for path in wanted]
 
 
-def _images(config: RunConfig, data: Path, listed: Path, choice: Choice) -> BenchmarkImages:
+def checked_images(config: RunConfig, data: Path, listed: Path, unchecked: bool) -> BenchmarkImages:
     """The images of one study, which are to be those of the list.
 
+    Args:
+        config: of the study.
+        data: folder of the images.
+        listed: list of the images, see `compare_images`.
+        unchecked: whether others will do as well.
+
     Raises:
-        InputError: they are not, and that was not asked for.
+        InputError: they are others, and that was not asked for.
     """
     found = compare_images(data, listed, {Path(entry.images or "").name.removesuffix(".tar") for entry in config.sets})
-    if found.difference is not None and not choice.unchecked:
+    if found.difference is not None and not unchecked:
         raise InputError(
             f"{data} does not hold the benchmark's images: {found.difference}; see pipeline/benchmark/README.md, give "
             "--benchmarks to leave others out, or --unchecked to run on these all the same"
@@ -132,10 +150,19 @@ def _images(config: RunConfig, data: Path, listed: Path, choice: Choice) -> Benc
     return found
 
 
-def _config(path: Path, data: Path, work: Path, choice: Choice) -> RunConfig:
+def study_on(path: Path, data: Path, work: Path, overrides: Sequence[str]) -> RunConfig:
+    """A study of the benchmark, its images in ``data``, its folder below ``work``.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
     plain = load_config(path)
     images = [f"sets.{entry.name}.images={image_source(data, entry.images or '')}" for entry in plain.sets]
-    config = load_config(path, [f"work={work / plain.name}", *images, *choice.overrides])
+    return load_config(path, [f"work={work / plain.name}", *images, *overrides])
+
+
+def _config(path: Path, data: Path, work: Path, choice: Choice) -> RunConfig:
+    config = study_on(path, data, work, choice.overrides)
     if choice.controls is not None:
         config = _with_controls(config, choice.controls)
     if not choice.finetune:

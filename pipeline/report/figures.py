@@ -60,6 +60,21 @@ class Series:
     dashed: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Differences in a grid: negative ones are better.
+
+    Attributes:
+        title: above it.
+        values: ``[rows, columns]``.
+        marked: which are written in bold, likewise.
+    """
+
+    title: str
+    values: NDArray[np.floating]
+    marked: NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Points:
     """Dots of one colour, ``[n, 2]``."""
@@ -203,6 +218,33 @@ def line_panel(title: str, x: Sequence[float], series: Sequence[Series], axes_na
     return _panel(title, draw)
 
 
+def heat_map_file(maps: Sequence[HeatMap], rows: Sequence[str], columns: Sequence[str]) -> str:
+    """Maps with the same rows and columns, two beside each other, as an SVG file: blue is better, red is worse."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    down = -(-len(maps) // 2)
+    size = (2.6 + 1.1 * len(columns), down * (0.6 + 0.22 * len(rows)))
+    widest = max(float(np.abs(own.values).max()) for own in maps) or 1.0
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "heat maps", "font.size": 8}):
+        figure = Figure(figsize=size, layout="constrained")
+        for axes, own in zip(figure.subplots(down, 2, squeeze=False).flat, maps, strict=False):
+            axes.imshow(own.values, cmap="RdBu_r", vmin=-widest, vmax=widest, aspect="auto")
+            axes.set_title(own.title, fontsize=9)
+            axes.set_xticks(range(len(columns)), columns)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            for (row, column), value in np.ndenumerate(own.values):
+                ink = "white" if abs(value) > widest / 2 else "black"
+                text = axes.text(column, row, f"{value:+.1f}".replace("-", "−"), ha="center", va="center", color=ink)
+                text.set_weight("bold" if own.marked[row, column] else "normal")
+        out = io.StringIO()
+        figure.savefig(out, format="svg", facecolor="white", metadata=_NO_METADATA)
+    return out.getvalue()
+
+
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _LOW_MIDDLE_HIGH: tuple[Callable[[NDArray[np.float64]], float], ...] = (np.min, np.median, np.max)
 
 
@@ -227,8 +269,7 @@ def _panel(title: str, draw: Callable[["Axes"], None]) -> str:
         figure = Figure(figsize=(4.2, 2.7), layout=TightLayoutEngine(pad=0.35))
         draw(figure.add_subplot())
         out = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
+        figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
     return _for_page(out.getvalue(), title)
 
 

@@ -1,13 +1,10 @@
 """``make results`` on a tiny benchmark: two studies of a few digits, run once from the command line's own function."""
 
 import csv
-import gzip
-import hashlib
 import io
 import json
 import re
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -24,7 +21,8 @@ from stages.results.method import RECOMMENDED
 from stages.results.table import read_summary
 from stages.scorers import reads_head
 from tests.test_pipeline.command import pipeline, refused
-from tests.test_pipeline.tiny import ADAPTERS, STUDY, draw
+from tests.test_pipeline.test_benchmark.packed import in_tars, pack
+from tests.test_pipeline.tiny import ADAPTERS, STUDY
 
 SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "mahalanobis-pp", "auto"]
 MORE = """
@@ -46,26 +44,11 @@ seeds = [1]
 def benchmark(tmp_path_factory):
     """Folder of a benchmark: tars in ``data``, the list of their images, two studies."""
     home = tmp_path_factory.mktemp("benchmark")
-    draw(home / "train", "sklearn:digits[0-2]/train", 32)
-    draw(home / "test", "sklearn:digits[0-2]/test", 8)
-    draw(home / "threes", "sklearn:digits[3]/test", 16, nested=False)
-    draw(home / "photos", "sklearn:photos", 8)
-    (home / "data").mkdir()
-    with gzip.open(home / "listed.csv.gz", "wt", newline="") as listed:
-        writer = csv.writer(listed)
-        writer.writerow(["set", "id", "sha256"])
-        for name in ("train", "test", "threes", "photos"):
-            with tarfile.open(home / "data" / f"{name}.tar", "w") as tar:
-                tar.add(home / name, arcname=".")
-            for path in sorted((home / name).rglob("*.png")):
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                writer.writerow([name, path.relative_to(home / name), digest])
+    pack(home)
     for name, text in (("one", STUDY), ("two", ADAPTERS.replace("epochs = 1", "epochs = 2"))):
         text = re.sub("^scores = .*$", f"scores = {json.dumps(SCORES)}", text, flags=re.MULTILINE)
         text = text.replace("[cache]\n", "[cache]\npseudo_ood = 2\n")
-        study = text.replace("images/", "").replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
-        for entry in ("train", "test", "threes"):
-            study = study.replace(f'images = "{entry}"', f'images = "{entry}.tar"')
+        study = in_tars(text).replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
         (home / f"{name}.toml").write_text(study.replace('name = "tiny"', f'name = "{name}"') + MORE)
     return home
 
