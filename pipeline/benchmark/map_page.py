@@ -27,9 +27,9 @@ from stages.results.method import FROZEN_SUM, RECOMMENDED, Method
 from stages.scorers import title_of
 
 PROJECTS_MAP = Path(__file__).with_name("MAP.md")
-SUMMARY = ("<!-- map: begin -->\n", "<!-- map: end -->\n")  # stand around the table that README shows
-SHOWN = "fpr95"  # of the page and the picture; map.csv has the other metric as well
-ABOUT = """\
+MAP_SUMMARY = ("<!-- map: begin -->\n", "<!-- map: end -->\n")  # stand around the table that README shows
+_SHOWN = "fpr95"  # of the page and the picture; map.csv has the other metric as well
+_ABOUT = """\
 `make map` writes this page, and nobody by hand. What it says is in `pipeline/benchmark/FINDINGS.md`, which images it is
 about in `pipeline/benchmark/README.md`.
 
@@ -117,7 +117,7 @@ class MapTables:
                 _title(score, group),
                 ["classes × images", "frozen", *self._header],
                 [
-                    [_cell_name(cell), f"{100 * lines[0][f'{SHOWN}_frozen']:.1f}", *map(_difference, lines)]
+                    [_cell_name(cell), f"{100 * lines[0][f'{_SHOWN}_frozen']:.1f}", *map(_difference, lines)]
                     for cell, lines in self._rows(score, group)
                 ],
             )
@@ -131,7 +131,7 @@ class MapTables:
         for score, group in self._parts:
             cells = [lines for _, lines in self._rows(score, group)]
             body.append([_title(score, group), *(_tally(column) for column in zip(*cells, strict=True))])
-        title = f"Mean difference in {METRICS[SHOWN].title}, points; gains and losses among {len(cells)} cells"
+        title = f"Mean difference in {METRICS[_SHOWN].title}, points; gains and losses among {len(cells)} cells"
         return TextTable(title, ["", *self._header], body)
 
     def picture(self) -> str:
@@ -139,7 +139,7 @@ class MapTables:
         maps = []
         for score, group in self._parts:
             rows = list(self._rows(score, group))
-            values = np.array([[line[f"{SHOWN}_difference"] for line in lines] for _, lines in rows])
+            values = np.array([[line[f"{_SHOWN}_difference"] for line in lines] for _, lines in rows])
             marked = np.array([[_is_told(line) for line in lines] for _, lines in rows])
             maps.append(HeatMap(_title(score, group), 100 * values, marked))
         return heat_map_file(maps, [_cell_name(cell) for cell, _ in rows], self._header)
@@ -154,7 +154,7 @@ def _cell_name(cell: Cell) -> str:
 
 
 def _word(line: Mapping[str, Any]) -> str:
-    return str(line[f"{SHOWN}_says"]).split(" ")[0]
+    return str(line[f"{_SHOWN}_says"]).split(" ")[0]
 
 
 def _is_told(line: Mapping[str, Any]) -> bool:
@@ -163,13 +163,13 @@ def _is_told(line: Mapping[str, Any]) -> bool:
 
 
 def _difference(line: Mapping[str, Any]) -> str:
-    mean, lo, hi = (points(line[f"{SHOWN}_{name}"]) for name in ("difference", "lo", "hi"))
+    mean, lo, hi = (points(line[f"{_SHOWN}_{name}"]) for name in ("difference", "lo", "hi"))
     return f"{mean} [{lo}, {hi}]" + (f" {_word(line)}" if _is_told(line) else "")
 
 
 def _tally(lines: Sequence[Mapping[str, Any]]) -> str:
     said = [*map(_word, lines)]
-    mean = points(float(np.mean([line[f"{SHOWN}_difference"] for line in lines])))
+    mean = points(float(np.mean([line[f"{_SHOWN}_difference"] for line in lines])))
     return f"{mean}: {said.count('gain')} gains, {said.count('loss')} losses"
 
 
@@ -204,11 +204,11 @@ def _ran_table(configs: Mapping[Cell, RunConfig], images: BenchmarkImages) -> st
 
 
 def _page(tables: MapTables, picture: str, ran: str) -> str:
-    begin, end = SUMMARY
+    begin, end = MAP_SUMMARY
     summary = tables.summary
     parts = [
         "# Where mixtures gain\n",
-        ABOUT,
+        _ABOUT,
         f"![the map]({picture})\n",
         "## Summary\n",
         f"{summary.title}:\n",

@@ -7,6 +7,7 @@ import pytest
 import timm
 from PIL import Image
 
+from pipeline.benchmark.map import MAPPED
 from pipeline.benchmark.run import STUDIES
 from pipeline.config import load_config
 from pipeline.reproduction.document import every_score, load_study, run_configs
@@ -15,7 +16,7 @@ from tests.test_pipeline.command import done
 
 EXPERIMENTS = Path(__file__).parents[2] / "pipeline" / "experiments"
 REPRODUCED = EXPERIMENTS / "dinov2-imagenet.toml"  # a study file, which names runs of experiment files
-OTHERS = {EXPERIMENTS / "demo.toml", *STUDIES, REPRODUCED}  # run for real by their own tests, but for the last
+OTHERS = {EXPERIMENTS / "demo.toml", *STUDIES, MAPPED, REPRODUCED}  # run for real by their own tests, but for the last
 PAPERS = sorted(set(EXPERIMENTS.glob("*.toml")) - OTHERS)
 CLASSES = [line for line in (EXPERIMENTS / "imagenet-100.txt").read_text().splitlines() if not line.startswith("#")]
 OTHER_CLASS = "n01440764"  # of ImageNet-1K, not of ImageNet-100

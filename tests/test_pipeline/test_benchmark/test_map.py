@@ -10,7 +10,7 @@ import pytest
 from pipeline.benchmark.cells import Cell, OrderedImages
 from pipeline.benchmark.choice import MapChoice
 from pipeline.benchmark.map import MAPPED, run_map
-from pipeline.benchmark.map_page import SUMMARY
+from pipeline.benchmark.map_page import MAP_SUMMARY
 from pipeline.benchmark.run import Benchmark
 from pipeline.config import ConfigError, load_config
 from stages.errors import InputError
@@ -117,7 +117,7 @@ def test_page_and_picture(finished):
     page, picture = (finished / "map.md").read_text(), (finished / "map.svg").read_text()
     assert "![the map](map.svg)" in page
     assert str(finished) not in page  # a page to be published
-    summary = page.split(SUMMARY[0])[1].split(SUMMARY[1])[0].splitlines()
+    summary = page.split(MAP_SUMMARY[0])[1].split(MAP_SUMMARY[1])[0].splitlines()
     assert summary[0] == "|  | E = 1 | E = 2 |"
     assert [line.split(" | ")[0] for line in summary[2:]] == [
         f"| {score}, {group}" for score in ("kNN+energy", "energy", "auto", "kNN") for group in ("near", "far")
