@@ -56,15 +56,10 @@ class LogisticFit(NamedTuple):
     curvature: float
 
 
-def fit_logistic(
-    features: Rows2D,
-    labels: NDArray[np.integer],
-    n_classes: int,
-    strength: float,
-    standardise: Standardisation,
-    tolerance: float = HEAD_TOLERANCE,
-    max_iter: int | None = None,
-) -> LogisticFit:
+@contextmanager
+def logistic_problem(
+    features: Rows2D, labels: NDArray[np.integer], n_classes: int, standardise: Standardisation
+) -> Iterator["LogisticProblem"]:
     """Minimise Σ −log p(label) + ‖weight‖² / (2 · strength); the intercept is not penalised.
 
     As in scikit-learn, two classes have one vector of coefficients, the difference of their logits, and it is the one
@@ -74,23 +69,8 @@ def fit_logistic(
         features: ``[N, D]``, standardised as they are read.
         labels: ``[N]`` in 0 to K − 1.
         n_classes: K, at least 2.
-        strength: scikit-learn's ``C``, the inverse of the penalty.
         standardise: of these rows.
-        tolerance: how far the mean loss may be above its minimum.
-        max_iter: steps after which it stops anyway; `MAX_STEPS` by default.
-
-    Returns:
-        What was found; weight and bias sum to 0 over two classes.
     """
-    with logistic_problem(features, labels, n_classes, standardise) as problem:
-        return problem.minimum(strength, tolerance=tolerance, max_iter=max_iter)
-
-
-@contextmanager
-def logistic_problem(
-    features: Rows2D, labels: NDArray[np.integer], n_classes: int, standardise: Standardisation
-) -> Iterator["LogisticProblem"]:
-    """Rows to be fitted at one strength or at several; arguments as of `fit_logistic`."""
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
         cores = min(usable_cores(), -(-len(labels) // BLOCK))

@@ -8,9 +8,10 @@ from sklearn.linear_model import LogisticRegression
 from stages.heads import sums
 from stages.heads.affine import Standardisation
 from stages.heads.choose import STRENGTHS, fit_head
-from stages.heads.logistic import HEAD_TOLERANCE, fit_logistic
+from stages.heads.logistic import HEAD_TOLERANCE
 from stages.heads.sums import standardisation
 from stages.id_data.rows import lazy_rows
+from tests.test_stages.test_heads.fitting import minimum
 
 
 def mean_log_likelihood(logits, labels) -> float:
@@ -28,7 +29,7 @@ def loss(fit, rows, labels, strength) -> float:
 def compare(features, labels, strength, standardise: Standardisation) -> None:
     n_classes = int(labels.max()) + 1
     exact, near = (
-        fit_logistic(features, labels, n_classes, strength, standardise, gap) for gap in (1e-20, HEAD_TOLERANCE)
+        minimum(features, labels, n_classes, strength, standardise, tolerance=gap) for gap in (1e-20, HEAD_TOLERANCE)
     )
     assert near.converged
     weight, bias = exact.weight, exact.bias

@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_limits
 from stages.heads import logistic, sums
 from stages.heads.affine import Standardisation
 from stages.heads.choose import fit_head, log_likelihood
-from stages.heads.logistic import fit_logistic
 from stages.heads.sums import blocks, standardisation
+from tests.test_stages.test_heads.fitting import minimum
 
 
 def digits(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +25,7 @@ def digits(n: int) -> tuple[np.ndarray, np.ndarray]:
 def weights(features, labels, strength=1.0) -> np.ndarray:
     """Weight and bias in one, float64."""
     classes, own = np.unique(labels, return_inverse=True)
-    weight, bias, *_ = fit_logistic(features, own, len(classes), strength, standardisation(features), 1e-15)
+    weight, bias, *_ = minimum(features, own, len(classes), strength, standardisation(features), tolerance=1e-15)
     return np.concatenate([weight, bias[:, None]], axis=1)
 
 
@@ -107,8 +107,8 @@ def test_features_that_do_not_vary_are_divided_by_something():
 def test_a_solver_that_stops_before_the_minimum_says_so(monkeypatch):
     features, labels = digits(300)
     standardise = standardisation(features)
-    assert fit_logistic(features, labels, 10, 0.1, standardise).converged
-    assert not fit_logistic(features, labels, 10, 0.1, standardise, max_iter=3).converged
+    assert minimum(features, labels, 10, 0.1, standardise).converged
+    assert not minimum(features, labels, 10, 0.1, standardise, max_iter=3).converged
     assert fit_head(features, labels, 10, 0.1).converged
     monkeypatch.setattr(logistic, "MAX_STEPS", 3)
     assert not fit_head(features, labels, 10, 0.1).converged
@@ -143,7 +143,7 @@ def test_many_wide_classes_take_little_memory():
     features = np.random.default_rng(0).standard_normal((1200, 1536), np.float32)
     standardise = Standardisation(np.zeros(1536, np.float32), np.ones(1, np.float32))
     tracemalloc.start()
-    fit_logistic(features, np.arange(1200) % 1000, 1000, 1.0, standardise, max_iter=2)
+    minimum(features, np.arange(1200) % 1000, 1000, 1.0, standardise, max_iter=2)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 30
