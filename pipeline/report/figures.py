@@ -261,15 +261,18 @@ def _epoch_axis(axes: "Axes", best_epoch: int | None) -> None:
 def _panel(title: str, draw: Callable[["Axes"], None]) -> str:
     """One small figure as an ``<svg>`` element."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import TightLayoutEngine
 
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        # No pyplot: no global figures, no display. Constrained layout draws every panel twice before it is written.
-        figure = Figure(figsize=(4.2, 2.7), layout=TightLayoutEngine(pad=0.35))
+        # No pyplot: no global figures, no display. No `savefig`: with a layout it draws every panel twice.
+        figure = Figure(figsize=(4.2, 2.7), dpi=72, facecolor="none", edgecolor="none")
+        canvas = FigureCanvasSVG(figure)
         draw(figure.add_subplot())
+        TightLayoutEngine(pad=0.35).execute(figure)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
+        canvas.print_svg(out, metadata=_NO_METADATA)
     return _for_page(out.getvalue(), title)
 
 
