@@ -266,13 +266,13 @@ def _panel(title: str, draw: Callable[["Axes"], None]) -> str:
     from matplotlib.layout_engine import TightLayoutEngine
 
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        # No pyplot: no global figures, no display. No `savefig`: with a layout it draws every panel twice.
-        figure = Figure(figsize=(4.2, 2.7), dpi=72, facecolor="none", edgecolor="none")
-        canvas = FigureCanvasSVG(figure)
+        # No pyplot: no global figures, no display. Laid out here: `savefig` would draw every panel twice for that.
+        figure = Figure(figsize=(4.2, 2.7), dpi=72)
+        FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         TightLayoutEngine(pad=0.35).execute(figure)
         out = io.StringIO()
-        canvas.print_svg(out, metadata=_NO_METADATA)
+        figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
     return _for_page(out.getvalue(), title)
 
 

@@ -158,6 +158,7 @@ def wilson(share: float, n: int) -> Interval:
     return Interval(max(float(centre - reach), 0.0), min(float(centre + reach), 1.0))
 
 
+@lru_cache
 def newcombe(auroc: float, n_id: int, n_ood: int) -> Interval:
     """Interval of an AUROC from its value and sizes alone (method 5): all θ with |AUROC − θ| ≤ z·√V(θ).
 
@@ -231,9 +232,14 @@ def _over_seeds(replicates: NDArray[np.float64]) -> NDArray[np.float64]:
     n_seeds, n = replicates.shape
     if n_seeds == 1:
         return replicates[0]
-    drawn = np.random.default_rng(0).integers(n_seeds, size=(n, n_seeds - 1))  # alike for both methods
-    means: NDArray[np.float64] = replicates[drawn, np.arange(n)[:, None]].mean(axis=1)
+    means: NDArray[np.float64] = replicates[_drawn_seeds(n_seeds, n), np.arange(n)[:, None]].mean(axis=1)
     return means
+
+
+@lru_cache
+def _drawn_seeds(n_seeds: int, n: int) -> NDArray[np.int64]:
+    """``[n, S - 1]`` of S seeds, alike for all methods."""
+    return np.random.default_rng(0).integers(n_seeds, size=(n, n_seeds - 1))
 
 
 def _bias_corrected(value: float, replicates: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -243,8 +249,9 @@ def _bias_corrected(value: float, replicates: NDArray[np.float64]) -> tuple[floa
         return value, value, 1.0 if value == 0 else 0.0
 
     def score(threshold: float) -> float:  # ties half; kept off 0 and 1, which no finite number of replicates shows
-        share = (np.mean(replicates < threshold) + np.mean(replicates <= threshold)) / 2
-        return float(ndtri(np.clip(share, 0.5 / n, 1 - 0.5 / n)))
+        below, up_to = np.count_nonzero(replicates < threshold), np.count_nonzero(replicates <= threshold)
+        share = (below / n + up_to / n) / 2
+        return float(ndtri(min(max(share, 0.5 / n), 1 - 0.5 / n)))
 
     bias = score(value)
     lo, hi = np.quantile(replicates, ndtr([2 * bias - _Z, 2 * bias + _Z]))

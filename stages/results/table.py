@@ -315,19 +315,22 @@ def write_summary(folder: Path, summary: Sequence[dict[str, Any]]) -> None:
 def read_summary(folder: Path) -> list[dict[str, Any]]:
     """Read ``summary.csv`` back as `summarise` gave it."""
     with (folder / "summary.csv").open(encoding="utf-8", newline="") as file:
-        return [{column: _parse(column, text) for column, text in line.items()} for line in csv.DictReader(file)]
+        lines = csv.DictReader(file)
+        readers = {column: _reader(column) for column in lines.fieldnames or ()}
+        return [{column: readers[column](text) for column, text in line.items()} for line in lines]
 
 
-def _parse(column: str, text: str) -> Any:
+def _reader(column: str) -> Callable[[str], Any]:
+    """What makes of a cell of a column what it says."""
     if column == "calibrated":
-        return text == "true"
+        return lambda text: text == "true"
     if column == "n_seeds":
-        return int(text)
+        return int
     if column.endswith("_says"):
-        return text or None
+        return lambda text: text or None
     if column.startswith((*METRICS, *_BESIDE)):
-        return float(text) if text else None
-    return csv_cell_text(text)
+        return lambda text: float(text) if text else None
+    return csv_cell_text
 
 
 def compact(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
