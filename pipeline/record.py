@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -56,16 +57,20 @@ class RunRecord:
         A record that cannot be read only costs the knowledge of what is fresh, so it is begun anew.
         """
         self.path = path
-        self._writes = writes
-        self._context = {
-            "name": config.name,
-            "config": config.to_dict(),
-            "seeds": list(config.seeds),
+        self._config, self._writes = config, writes
+        self._stages = _read_stages(path)
+
+    @cached_property
+    def _context(self) -> dict[str, Any]:
+        """What stands beside the stages; asked of packages, git and the driver only where a stage runs."""
+        return {
+            "name": self._config.name,
+            "config": self._config.to_dict(),
+            "seeds": list(self._config.seeds),
             "versions": versions(),
             "git": git_revision(),
             "hardware": hardware(),
         }
-        self._stages = _read_stages(path)
 
     def stage(self, name: str) -> StageRecord | None:
         """The last run of a stage, if there was one."""
@@ -120,6 +125,12 @@ def peak_memory_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Python and every installed package that the project runs on, by name."""
+    return dict(_installed())
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Read once a process: what it has loaded stays as it is, and thirty packages' metadata are long."""
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # a bare checkout: nothing declares what it runs on

@@ -137,6 +137,7 @@ class TrainConfig(PresetConfig):
     lr: float = of_preset(1e-5, gt=0)  # of the experts' ends, which start trained: three times more costs far-OOD
     head_lr: float = of_preset(1e-4, gt=0)  # they start trained, as the ends do
     router_lr: float = of_preset(1e-4, gt=0)
+    rate_steps: NonNegativeInt = of_preset(200)  # a longer training takes its rates less in proportion; 0: as given
     weight_decay: float = of_preset(0.05, ge=0)
     label_smoothing: float = of_preset(0.0, ge=0, lt=1)
     other_weight: float = of_preset(0.1, ge=0)

@@ -26,7 +26,7 @@ from stages.networks.tokens import Tokens
 from stages.networks.transfer import Fetched, Tensors, array_for, sent_ahead
 from stages.training.expert_rows import Draw, draw_rows
 from stages.training.loop import Step
-from stages.training.optim import follow, mixture_optimiser, warm_cosine
+from stages.training.optim import follow, mixture_optimiser, rate_share, warm_cosine
 from stages.training.recipes import TrainSettings
 from stages.training.run import Record
 
@@ -230,8 +230,9 @@ class CachedTrainer:
         optimiser.zero_grad(set_to_none=True)
         losses = self._backward(lambda: self._forward(loaded))
         self._ranks.add_gradients(self._parameters)
+        rate = rate_share(self.settings, batch.length) * warm_cosine(self.settings, batch.done, batch.length)
         for group in optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * warm_cosine(self.settings, batch.done, batch.length)
+            group["lr"] = group["initial_lr"] * rate
         self._scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip)
         self._scaler.step(optimiser)

@@ -61,6 +61,16 @@ def warm_cosine(settings: TrainSettings, done: float, step: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)))
 
 
+def rate_share(settings: TrainSettings, step: float) -> float:
+    """How much of its rates a training takes: all, or so much that it moves weights as far as ``rate_steps`` steps do.
+
+    Args:
+        settings: of the training.
+        step: its length in epochs.
+    """
+    return min(1.0, settings.rate_steps * step / settings.epochs) if settings.rate_steps else 1.0
+
+
 @torch.no_grad()
 def follow(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float, steps: int) -> None:
     """Draw an average after the weights; young, it forgets faster. Buffers are frozen: none is averaged.

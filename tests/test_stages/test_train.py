@@ -237,6 +237,20 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(fit):
     assert ends[-1] < 2e-6
 
 
+def test_a_long_training_takes_its_rates_in_proportion(fit):
+    """So weights go about as far in many steps as in few: the sum of all rates is that of `rate_steps` steps."""
+
+    def rates(**settings):
+        seen = []
+        with after_every_step(lambda optimiser: seen.append([g["lr"] for g in optimiser.param_groups])):
+            fit(epochs=3, expert="adapter", batch_size=8, **settings)
+        return np.array(seen)
+
+    given = rates()
+    np.testing.assert_array_equal(rates(rate_steps=len(given)), given)  # no more steps than the rates are for
+    np.testing.assert_allclose(rates(rate_steps=len(given) // 3), given / 3, rtol=1e-12)
+
+
 def test_patience_ends_the_run_and_a_resumed_one(fit, monkeypatch, tmp_path):
     judge = CachedTrainer.judge_held_out
 

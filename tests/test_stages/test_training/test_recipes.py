@@ -67,9 +67,9 @@ def test_a_mixture_has_the_values_of_its_preset():
     default = resolve_settings(TrainConfig(), n_classes=100)
     assert (default.experts, default.lr, default.alpha_min, default.alpha_max) == (4, 1e-5, 0.1, 0.8)
     assert (default.start, default.router_input, default.head_lr, default.epochs) == ("probe", "cls", 1e-4, 4)
-    assert recorded_settings(default)["start"] == "probe"
+    assert (recorded_settings(default)["start"], recorded_settings(default)["rate_steps"]) == ("probe", 200)
     paper = resolve_settings(TrainConfig(preset="paper", head_lr=1e-2), n_classes=1000)
-    assert (paper.start, paper.router_input) == ("zero", "tap_cls")
+    assert (paper.start, paper.router_input, paper.rate_steps) == ("zero", "tap_cls", 0)
     assert (paper.experts, paper.lr, paper.head_lr, paper.label_smoothing) == (7, 3.5e-5, 1e-2, 0.1)
     assert paper.alpha_min < paper.alpha_max
     assert (default.ema, paper.ema, default.expert, default.patience) == (0.99, 0.0, "end", None)
