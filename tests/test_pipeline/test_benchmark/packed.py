@@ -1,10 +1,11 @@
-"""A benchmark of a few digits and photographs: its tars, and the list of their images."""
+"""A benchmark of a few digits and photographs: its tars, the list of their images, and what its studies have made."""
 
 import csv
 import gzip
 import hashlib
 import tarfile
 
+from tests.test_pipeline.command import snapshot
 from tests.test_pipeline.tiny import draw
 
 
@@ -32,3 +33,8 @@ def in_tars(study):
     for entry in ("train", "test", "threes"):
         study = study.replace(f'images = "{entry}"', f'images = "{entry}.tar"')
     return study
+
+
+def made_by(*folders):
+    """Every file of finished studies with its size and time; of the record, which every run writes, nothing."""
+    return {path: state for path, state in snapshot(*folders).items() if not path.endswith("record.json")}

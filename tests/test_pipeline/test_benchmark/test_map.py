@@ -17,7 +17,7 @@ from stages.errors import InputError
 from stages.inputs.images import list_images
 from stages.results.table import read_summary
 from tests.test_pipeline.command import refused
-from tests.test_pipeline.test_benchmark.packed import in_tars, pack
+from tests.test_pipeline.test_benchmark.packed import in_tars, made_by, pack
 from tests.test_pipeline.tiny import ADAPTERS
 
 SCORES = ["knn+energy", "energy", "auto", "knn"]
@@ -132,12 +132,15 @@ def test_page_and_picture(finished):
 
 
 def test_a_finished_map_is_not_made_again_and_its_page_is_written_where_it_is_asked_for(home, finished, tmp_path):
-    work = shutil.copytree(finished, tmp_path / "work")
-    models = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
-    make_map(home, work, page=tmp_path / "docs" / "MAP.md")
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == models
-    assert (work / "map.csv").read_bytes() == (finished / "map.csv").read_bytes()
-    assert (tmp_path / "docs" / "MAP.svg").read_bytes() == (finished / "map.svg").read_bytes()
+    stages = [path for name in ("model", "scores", "report") for path in finished.glob(f"cells/*/{name}")]
+    folders = (*stages, finished / "cache", finished / "images")
+    before = made_by(*folders)
+    made = {name: (finished / name).read_bytes() for name in ("map.csv", "map.md", "map.svg")}
+    make_map(home, finished, page=tmp_path / "docs" / "MAP.md")
+    assert len(stages) == 3 * len(CLASSES) * len(IMAGES)
+    assert made_by(*folders) == before
+    assert {name: (finished / name).read_bytes() for name in made} == made
+    assert (tmp_path / "docs" / "MAP.svg").read_bytes() == made["map.svg"]
     assert "![the map](MAP.svg)" in (tmp_path / "docs" / "MAP.md").read_text()
 
 

@@ -21,39 +21,40 @@ from stages.results.method import RECOMMENDED
 from stages.results.table import read_summary
 from stages.scorers import reads_head
 from tests.test_pipeline.command import pipeline, refused
-from tests.test_pipeline.test_benchmark.packed import in_tars, pack
+from tests.test_pipeline.test_benchmark.packed import in_tars, made_by, pack
 from tests.test_pipeline.tiny import ADAPTERS, STUDY
 
 SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "mahalanobis-pp", "auto"]
-MORE = """
-top2 = true
-
+DENSE = """
 [[variants]]
 name = "dense-1"
 set = { "train.experts" = 1 }
 seeds = [0]
-
+"""
+MORE = f"""
+top2 = true
+{DENSE}
 [[variants]]
 name = "static"
-set = { "train.mixup" = "static" }
+set = {{ "train.mixup" = "static" }}
 seeds = [1]
 """
 
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    """Folder of a benchmark: tars in ``data``, the list of their images, two studies."""
+    """Folder of a benchmark: tars in ``data``, the list of their images, two studies, the second with one control."""
     home = tmp_path_factory.mktemp("benchmark")
     pack(home)
-    for name, text in (("one", STUDY), ("two", ADAPTERS.replace("epochs = 1", "epochs = 2"))):
+    for name, text, more in (("one", STUDY, MORE), ("two", ADAPTERS.replace("epochs = 1", "epochs = 2"), DENSE)):
         text = re.sub("^scores = .*$", f"scores = {json.dumps(SCORES)}", text, flags=re.MULTILINE)
         text = text.replace("[cache]\n", "[cache]\npseudo_ood = 2\n")
         study = in_tars(text).replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
-        (home / f"{name}.toml").write_text(study.replace('name = "tiny"', f'name = "{name}"') + MORE)
+        (home / f"{name}.toml").write_text(study.replace('name = "tiny"', f'name = "{name}"') + more)
     return home
 
 
-BOTH, ONE, TWO = ("one", "two"), ("one",), ("two",)
+BOTH, ONE = ("one", "two"), ("one",)
 
 
 def results(home, work, *overrides, studies=BOTH, data=None, dry_run=False, page=None, **choice):
@@ -227,24 +228,18 @@ def test_routing_is_shown_with_what_it_costs(finished):
 
 
 def test_finished_runs_are_not_repeated_and_their_page_is_written_where_it_is_asked_for(benchmark, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "work")
-    said = results(benchmark, tmp_path / "work", page=tmp_path / "docs" / "RESULTS.md")
-    assert [line.split("; ")[1] for line in said[:2]] == ["0 of 4 mixtures to train, in 3 variants"] * 2
+    before = made_by(finished / "one", finished / "two")
+    made = {name: (finished / name).read_bytes() for name in ("results.csv", "results.md")}
+    said = results(benchmark, finished, page=tmp_path / "docs" / "RESULTS.md")
+    assert [line.split("; ")[1] for line in said[:2]] == [
+        "0 of 4 mixtures to train, in 3 variants",
+        "0 of 3 mixtures to train, in 2 variants",
+    ]
     assert not [line for line in said if "done" in line or "sets extracted" in line]
-    for name in ("results.csv", "results.md"):
-        assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()
-    assert (tmp_path / "docs" / "RESULTS.md").read_bytes() == (finished / "results.md").read_bytes()
-    assert said[-1].endswith(f"{tmp_path / 'docs' / 'RESULTS.md'}, {tmp_path / 'work' / 'results.csv'}")
-
-
-def test_a_lost_mixture_alone_is_trained_again(benchmark, finished, tmp_path, capsys):
-    """As after a kill: by study, variant and seed."""
-    shutil.copytree(finished, tmp_path / "work")
-    shutil.rmtree(tmp_path / "work" / "two" / "model" / "pretrained" / "static")
-    said = results(benchmark, tmp_path / "work", studies=TWO)
-    assert [line.split(":")[0] for line in said if ": done" in line] == ["train pretrained static seed 1"]
-    assert "1 of 1 trained, about 0.0 s of training to go" in capsys.readouterr().err
-    assert lines_of(tmp_path / "work") == [line for line in lines_of(finished) if line["benchmark"] == "two"]
+    assert made_by(finished / "one", finished / "two") == before
+    assert {name: (finished / name).read_bytes() for name in made} == made
+    assert (tmp_path / "docs" / "RESULTS.md").read_bytes() == made["results.md"]
+    assert said[-1].endswith(f"{tmp_path / 'docs' / 'RESULTS.md'}, {finished / 'results.csv'}")
 
 
 def test_dry_run(benchmark, tmp_path):
@@ -308,11 +303,7 @@ def test_some_controls_are_enough(benchmark, finished, unchecked, tmp_path):
         results(benchmark, tmp_path / "work", controls=["statik"])
 
 
-def test_some_benchmarks_are_enough(benchmark, finished, tmp_path):
-    """The images of the others need not be there."""
-    shutil.copytree(finished, tmp_path / "work")
-    results(benchmark, tmp_path / "work", benchmarks=["two"])
-    assert {line["benchmark"] for line in lines_of(tmp_path / "work")} == {"two"}
+def test_benchmarks_that_there_are_not_are_refused(benchmark, tmp_path):
     with pytest.raises(ConfigError, match=r"--benchmarks: .*'tow'; did you mean 'two'"):
         results(benchmark, tmp_path / "work", benchmarks=["tow"])
     with pytest.raises(ConfigError, match="--benchmarks: none is named; known: one, two"):
@@ -334,8 +325,12 @@ def test_command_line_refuses_a_folder_that_is_not_there(tmp_path):
 # -------------------------------------------------------------------------------------------------------- fine-tunes
 
 
-def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_path):
-    """They stand beside the others, whose lines stay as they were; the same command again makes nothing anew."""
+def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_path, capsys):
+    """They stand beside the others, whose lines stay as they were; the same command again makes nothing anew.
+
+    Without the option, of one benchmark among several, and of which a mixture is lost as
+    after a kill: that one is trained again, and all is as it was.
+    """
     work, options = tmp_path / "results", {"studies": ONE, "finetune": True}
     shutil.copytree(finished, work)
     tune = ["finetune.epochs=1", "finetune.seeds=[0]", 'finetune.variants=["default"]', "finetune.joint=1"]
@@ -360,7 +355,11 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
     models = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
     results(benchmark, work, *tune, **options)
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == models
-    results(benchmark, work, *tune, studies=ONE)  # without the option they are left out again
+    shutil.rmtree(work / "one" / "model" / "pretrained" / "static")
+    capsys.readouterr()
+    said = results(benchmark, work, *tune, benchmarks=["one"])
+    assert [line.split(":")[0] for line in said if ": done" in line] == ["train pretrained static seed 1"]
+    assert "1 of 1 trained, about 0.0 s of training to go" in capsys.readouterr().err
     assert {tuple(line.values()) for line in lines_of(work)} == before
 
 
