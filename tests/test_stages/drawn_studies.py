@@ -7,6 +7,7 @@ ReLU bends them. New rows are drawn from the same distribution, as many as one l
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ def make_study(world: World, per_class: int, folder: Path, fresh: int = 500) -> 
     return Study(source, cached("fresh", fresh, 1))
 
 
+@cache
 def band(calibrated: int, fresh: int, studies: int, admit: float = 0.95) -> tuple[float, float]:
     """Where the mean share admitted in some studies lies in 99 of 100 cases, if scores are exchangeable.
 

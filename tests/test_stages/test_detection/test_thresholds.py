@@ -1,6 +1,7 @@
 """A threshold admits the share of new ID rows that it says, for every score, by the whole way that it comes."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -31,19 +32,29 @@ def study(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def judged(study):
+    """Every score of frozen features, in each of three studies of so many rows a class."""
+
+    @cache
+    def get(per_class):
+        studies = [study(per_class, seed) for seed in range(3)]
+        return [own.judged(FrozenFeatures(own.source), SCORES) for own in studies]
+
+    return get
+
+
 @pytest.mark.parametrize(("per_class", "cross_fitted"), [(20, True), (100, False)])
-def test_new_rows_are_admitted_as_often_as_the_threshold_says(study, per_class, cross_fitted):
+def test_new_rows_are_admitted_as_often_as_the_threshold_says(study, judged, per_class, cross_fitted):
     """Of every score; where banks of two thirds calibrated the whole one, nearly all were."""
-    studies = [study(per_class, seed) for seed in range(3)]
-    assert all(own.source.data.split.cross_fitted == cross_fitted for own in studies)
-    assert outside(own.judged(FrozenFeatures(own.source), SCORES) for own in studies) == {}
+    assert all(study(per_class, seed).source.data.split.cross_fitted == cross_fitted for seed in range(3))
+    assert outside(judged(per_class)) == {}
 
 
 @pytest.mark.parametrize(("per_class", "classes_rows"), [(5, 4), (10, 8)])
-def test_with_few_rows_a_class_no_fewer_are_admitted_than_it_says(study, per_class, classes_rows):
+def test_with_few_rows_a_class_no_fewer_are_admitted_than_it_says(judged, per_class, classes_rows):
     """Of the few rows that a class has in the bank one is left out: what is nearest is a little farther then."""
-    studies = [study(per_class, seed) for seed in range(3)]
-    found = outside(own.judged(FrozenFeatures(own.source), SCORES) for own in studies)
+    found = outside(judged(per_class))
     n = 8 * classes_rows
     assert all(math.ceil(0.95 * (n + 1)) / (n + 1) < share for share in found.values())
     assert len(found) < len(OF_FEATURES) / 4
@@ -75,12 +86,8 @@ def test_so_they_are_by_scores_of_a_mixture(study, tmp_path):
     assert outside(found) == {}
 
 
-def test_the_interval_holds_the_threshold_of_all_new_rows(study):
-    held = [
-        each.interval_holds
-        for seed in range(3)
-        for each in study(20, seed).judged(FrozenFeatures(study(20, seed).source), SCORES).values()
-    ]
+def test_the_interval_holds_the_threshold_of_all_new_rows(judged):
+    held = [each.interval_holds for found in judged(20) for each in found.values()]
     assert np.mean(held) > 0.9
 
 
