@@ -5,6 +5,7 @@ They are served as netpbm bytes: these depend on no compressor, so neither do th
 
 import re
 from collections import defaultdict
+from functools import cache
 
 import numpy as np
 
@@ -38,16 +39,21 @@ def list_embedded(source: str) -> SampleTable:
 
 
 def _digits(classes: set[int], part: str) -> list[Sample]:
+    return [
+        _sample(f"{label}/{row:04d}.pgm", str(label), image)
+        for row, (image, label, in_train) in enumerate(_all_digits())
+        if label in classes and part in ("all", "train" if in_train else "test")
+    ]
+
+
+@cache
+def _all_digits() -> list[tuple[np.ndarray, int, bool]]:
+    """Pixels [8, 8] uint8, label and whether it is for training, of each image; a study lists several sets of them."""
     from sklearn.datasets import load_digits  # here, since it takes a second
 
     digits = load_digits()
     pixels = ((digits.images.astype(np.int32) * 255 + 8) // 16).astype(np.uint8)  # [n, 8, 8], 0 … 16 to 0 … 255
-    in_train = _train_part(pixels, digits.target)
-    return [
-        _sample(f"{label}/{row:04d}.pgm", str(label), image)
-        for row, (image, label) in enumerate(zip(pixels, digits.target.tolist(), strict=True))
-        if label in classes and part in ("all", "train" if in_train[row] else "test")
-    ]
+    return list(zip(pixels, digits.target.tolist(), _train_part(pixels, digits.target), strict=True))
 
 
 def _train_part(pixels: np.ndarray, labels: np.ndarray) -> list[bool]:
