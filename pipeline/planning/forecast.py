@@ -162,7 +162,7 @@ class Forecast:
             settings = resolve_settings(configs[known], max(self._classes, 2), self._spec)
             epochs = 0 if variant == JOINT else settings.epochs
             total += epochs
-            seconds += (own.steps * epochs + own.refining) * self._n_train / pilot.n_train
+            seconds += (own.steps * epochs + own.refining) * self._n_train / pilot.n_train + own.starting
             # A head of all classes, and one a group, which has as small a part of the rows as of the classes.
             heads = 1.0 + 1.0 / experts_of(configs[known], self._size.n_classes)
             seconds += self._heads(own.rest, pilot, heads)

@@ -29,6 +29,7 @@ from stages.scorers.neighbours.store import NeighbourStore
 from stages.train import train_probe
 
 REPLICATES = 100  # of the bootstrap in a pilot
+EPOCHS = 2  # of a mixture in a pilot: in the first all kernels are chosen, which a study does once
 _LEAST = 1e-3  # seconds that a probe takes, which others are divided by
 
 
@@ -40,11 +41,18 @@ class TrainTime:
         steps: of one epoch, over all models of a mixture, judging included.
         refining: of rows through the experts.
         rest: heads above all.
+        starting: until steps took what they take, which they do once.
     """
 
     steps: float
     refining: float
     rest: float
+    starting: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the pilot's training, which has `EPOCHS` epochs."""
+        return self.starting + self.steps * EPOCHS + self.refining + self.rest
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class _LoadedBackbone(StudyBackbone):
 
 
 class Pilot:
-    """Runs the stages of a study on some rows: one epoch of each training, one seed.
+    """Runs the stages of a study on some rows: two epochs of each mixture, one seed.
 
     Args:
         material: what it is made of.
@@ -183,12 +191,15 @@ class Pilot:
 
         def lap(variant: str, seconds: float) -> None:
             spent = self._clock.taken("train", "refine")
-            steps, refining = spent["train"].seconds, spent["refine"].seconds
-            timed.mixtures[variant] = TrainTime(steps, refining, max(0.0, seconds - steps - refining))
+            refining = spent["refine"].seconds
+            steps = spent["train"].each * spent["train"].total / EPOCHS
+            starting = max(0.0, spent["train"].seconds - steps * EPOCHS)
+            rest = max(0.0, seconds - spent["train"].seconds - refining)
+            timed.mixtures[variant] = TrainTime(steps, refining, rest, starting)
 
         study = self._study(self._config, lap)
         whole = _seconds(lambda: study.do("train", "pretrained"))
-        timed.probe = max(_LEAST, whole - sum(own.steps + own.refining + own.rest for own in timed.mixtures.values()))
+        timed.probe = max(_LEAST, whole - sum(own.seconds for own in timed.mixtures.values()))
         timed.peaks["train"] = peak_memory_bytes()
         timed.seconds += whole
 
@@ -241,9 +252,9 @@ class Pilot:
 
 
 def pilot_config(config: RunConfig, size: StudySize, folder: Path) -> RunConfig:
-    """The study as a pilot runs it: as many experts, one epoch, one seed, few replicates, in another folder."""
+    """The study as a pilot runs it: as many experts, few epochs, one seed, few replicates, in another folder."""
     experts = {name: experts_of(train, size.n_classes) for name, train in config.variant_configs().items()}
-    train: dict[str, object] = {"epochs": 1, "warmup_epochs": 0.5, "patience": None, "tensorboard": False}
+    train: dict[str, object] = {"epochs": EPOCHS, "warmup_epochs": 0.5, "patience": None, "tensorboard": False}
     train |= {"grouping": "balanced"} if config.train.grouping not in ("balanced", "kmeans") else {}
     own = {f"train.{key}": value for key, value in train.items()}
     variants = tuple(
