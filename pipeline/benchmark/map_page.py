@@ -33,7 +33,7 @@ _ABOUT = """\
 `make map` writes this page, and nobody by hand. What it says is in `pipeline/benchmark/FINDINGS.md`, which images it is
 about in `pipeline/benchmark/README.md`.
 
-A cell is a study of its own: so many ID classes, so many training images of each (a fifth of them held out), and the
+A cell is a study of its own: so many ID classes, so many training images of each (a quarter of them held out), and the
 same near and far sets for all. Each number is what a mixture of E experts is off the same score of frozen features, in
 percentage points of FPR95 with ID positive: less is better; near and far are means over sets. It is called a gain or a
 loss where its interval, which resamples ID and OOD images alike for both, excludes 0 and the false discovery rate of
