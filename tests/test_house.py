@@ -228,15 +228,15 @@ ABSENT = {
     "pipeline.serving.supervisor": ("torch", "timm", "starlette", "uvicorn", "h5py", "pyarrow", "sklearn"),
     "pipeline.cli": ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow"),
 }
-# Each module is imported in a process of its own, forked from one that has loaded nothing, or torch where that is
-# allowed: it takes seconds, and so is loaded once.
+# Each module is imported in a process of its own, forked from one that has loaded nothing, or numpy and torch where
+# they are allowed: they take seconds, and so are loaded once.
 IMPORTED = """
 import importlib, json, os, sys
 
 absent = json.loads(sys.argv[1])
-for module in sorted(absent, key=lambda module: "torch" not in absent[module]):
-    if "torch" not in absent[module]:
-        import torch
+for module in sorted(absent, key=lambda module: [name not in absent[module] for name in ("numpy", "torch")]):
+    for name in {"numpy", "torch"} - set(absent[module]):
+        importlib.import_module(name)
     if not (child := os.fork()):
         importlib.import_module(module)
         print(json.dumps([module, sorted(set(absent[module]) & sys.modules.keys())]), flush=True)

@@ -325,7 +325,7 @@ def test_a_study_that_was_moved_as_a_whole_is_found_again(beside, home, tmp_path
     """Work, caches (below it or beside it), files of features and the experiment file."""
     if beside:
         (home / "study.toml").write_text(STUDY + '\n[cache]\nroot = "caches"\n')
-        shutil.rmtree(home / "work")
+        (home / "work" / "cache").rename(home / "caches")
     done("run", home / "study.toml")
     (tmp_path / "far" / "away").mkdir(parents=True)
     home = home.rename(tmp_path / "far" / "away" / "there")

@@ -1,16 +1,12 @@
-"""Extract a folder of images in shards of 16. Run it, and it stops after every batch until it is told to go on.
+"""Extract a folder of images in shards of 16, in a process that stops after every batch until it is told to go on."""
 
-python -m tests.test_stages.slow_extraction IMAGES ROOT
-"""
-
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cache import FeatureCache
-from stages.config import BackboneConfig
 from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import list_images
-from stages.networks.backbone import Backbone, load_backbone
+from stages.networks.backbone import Backbone
 from stages.progress import NullProgress
 
 
@@ -21,11 +17,11 @@ def small_shards(backbone: Backbone, images: Path, root: Path, **options) -> Fea
 
 
 class WaitsAfterEveryBatch(NullProgress):
+    """Says how many images are done to whoever is at the other end, and waits for an answer."""
+
+    def __init__(self, other: Connection) -> None:
+        self._other = other
+
     def advance(self, n=1, **fields):
-        print(n, flush=True)
-        sys.stdin.readline()
-
-
-if __name__ == "__main__":
-    config = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
-    small_shards(load_backbone(config), Path(sys.argv[1]), Path(sys.argv[2]), progress=WaitsAfterEveryBatch())
+        self._other.send(n)
+        self._other.recv()

@@ -3,9 +3,7 @@
 import hashlib
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from stages.extraction.changes import compare_versions
 from stages.inputs.images import ImageReader, decode_image, list_images
 from stages.networks.backbone import Backbone
 from tests.test_stages.drawn import create
-from tests.test_stages.slow_extraction import small_shards
+from tests.test_stages.slow_extraction import WaitsAfterEveryBatch, small_shards
 from tests.test_stages.test_extraction.digits import (
     BROKEN,
     Notes,
@@ -91,17 +89,19 @@ def test_a_second_run_does_nothing(images, whole, backbone, monkeypatch):
 
 
 def test_killed_and_resumed_gives_the_same_bytes(images, sharded, backbone, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "tests.test_stages.slow_extraction", str(images), str(tmp_path)]
-    with subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        for _ in range(2):  # it has begun; the first shard is done
-            assert process.stdout.readline()
-            process.stdin.write("\n")
-            process.stdin.flush()
-        assert process.stdout.readline()  # a batch: now it stands in the midst of the second shard
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    fork = get_context("fork")
+    here, there = fork.Pipe()
+    waits = {"progress": WaitsAfterEveryBatch(there)}
+    process = fork.Process(target=small_shards, args=(backbone, images, tmp_path), kwargs=waits)
+    process.start()
+    for _ in range(2):  # it has begun; the first shard is done
+        assert here.poll(60)
+        assert here.recv() is not None
+        here.send(None)
+    assert here.poll(60)  # a batch: now it stands in the midst of the second shard
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (unfinished,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert not (unfinished / "manifest.json").exists()
     assert [path.name for path in unfinished.glob("shard-*.h5")] == ["shard-00000.h5"]

@@ -1,7 +1,6 @@
 """End-to-end fine-tune: a seeded, resumable run whose checkpoint is a plain timm backbone."""
 
 import json
-import shutil
 from dataclasses import replace
 from itertools import count
 
@@ -24,7 +23,7 @@ from stages.training.identity import read_finetuned_head
 from stages.training.images import ImageTrainer
 from stages.training.loading import ImageSet
 from stages.training.recipes import resolve_recipe
-from tests.test_stages.small_vit import metrics
+from tests.test_stages.small_vit import metrics, small_vit
 
 EMBEDDED = BackboneConfig(name="tf_efficientnet_lite0", weights="embedded", image_size=48)
 TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8, warmup_epochs=0)
@@ -34,11 +33,17 @@ TWO = FinetuneConfig(epochs=2, batch_size=16, lr=1e-3, hflip=0.0, crop_scale=0.8
 def tune(small, few_images, tmp_path_factory):
     """Fine-tune into a new folder, or the one given."""
 
-    def tune(config=TWO, data=small, images=few_images, seed=0, folder=None, context=Context()):
+    def tune(config=TWO, data=small, images=few_images, seed=0, folder=None, context=Context(), backbone=EMBEDDED):
         folder = folder or tmp_path_factory.mktemp("finetune")
-        return folder, finetune(EMBEDDED, TuningImages(data, images, images), config, seed, folder, context)
+        return folder, finetune(backbone, TuningImages(data, images, images), config, seed, folder, context)
 
     return tune
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """A small network with batch norms, for what does not depend on how well it learns."""
+    return small_vit(tmp_path_factory.mktemp("resnet"), "test_resnet", image_size=48)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_it_learns(tuned):
     assert about["select_accuracy"] == last["select_accuracy"] > 0.5
 
 
-def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(tune, monkeypatch):
+def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(tune, resnet, monkeypatch):
     losses, heads = iter([0.4, 0.4, 0.9]), []
 
     def judged(trainer):
@@ -72,7 +77,7 @@ def test_the_kept_epoch_is_the_first_with_the_lowest_held_out_loss(tune, monkeyp
         return {"select_loss": next(losses), "select_accuracy": 0.5}, np.zeros(4, dtype=int)
 
     monkeypatch.setattr(ImageTrainer, "judge_held_out", judged)
-    folder, _ = tune(TWO.model_copy(update={"epochs": 3}))
+    folder, _ = tune(TWO.model_copy(update={"epochs": 3}), backbone=resnet)
     np.testing.assert_array_equal(read_finetuned_head(folder)[0], heads[0])
     assert not np.array_equal(heads[0], heads[1])
     assert json.loads((folder / "finetune.json").read_text())["best_epoch"] == 0
@@ -147,7 +152,7 @@ def test_each_image_is_augmented_on_its_own_and_anew_each_epoch(small, few_image
     assert torch.equal(drawn([7, 3], 0), one[[7, 3]])  # whatever else is in the batch
 
 
-def test_held_out_images_teach_nothing(tune, small, few_images):
+def test_held_out_images_teach_nothing(tune, small, few_images, resnet):
     """Their pictures and labels are changed: the weights after an epoch stay; those of training rows move them."""
     one, fold, numbers = TWO.model_copy(update={"epochs": 1}), small.split.folds[0], count()
 
@@ -157,7 +162,7 @@ def test_held_out_images_teach_nothing(tune, small, few_images):
             contents[row] = contents[(row + 24) % 48]  # a digit of another class
             labels[row] = (labels[row] + 2 + next(numbers) % 2) % 4
         data = replace(small, train_labels=labels, held_out_labels=labels)
-        return files(tune(one, data, replace(few_images, contents=tuple(contents)))[0])[0]
+        return files(tune(one, data, replace(few_images, contents=tuple(contents)), backbone=resnet)[0])[0]
 
     weights = spoilt([])
     assert spoilt(fold.select) == weights
@@ -167,15 +172,17 @@ def test_held_out_images_teach_nothing(tune, small, few_images):
 # ------------------------------------------------------------------------------------------------------ what is fresh
 
 
-def test_killed_while_writing_it_is_not_whole(tune, tuned, tmp_path, monkeypatch):
-    folder = shutil.copytree(tuned, tmp_path / "tuned")
+def test_killed_while_writing_it_is_not_whole(tune, resnet, monkeypatch):
+    one = TWO.model_copy(update={"epochs": 1})
+    folder, _ = tune(one, backbone=resnet)
+    assert (folder / "finetune.json").exists()
 
     def killed(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune_module, "write_document", killed)
     with pytest.raises(KeyboardInterrupt):
-        tune(TWO.model_copy(update={"epochs": 1}), seed=1, folder=folder)
+        tune(one, seed=1, folder=folder, backbone=resnet)
     assert not (folder / "finetune.json").exists()  # the new weights do not pass for those of seed 0
 
 
@@ -183,14 +190,14 @@ def test_killed_while_writing_it_is_not_whole(tune, tuned, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("lr", "epochs"), [(1e20, 1), (1e20, 2)])
-def test_a_loss_that_is_not_finite_stops_the_run(tune, lr, epochs):
+def test_a_loss_that_is_not_finite_stops_the_run(tune, resnet, lr, epochs):
     with pytest.raises(StageError, match=r"loss .* epoch 0.*finetune\.lr \(now 1e\+20\)"):
-        tune(TWO.model_copy(update={"lr": lr, "epochs": epochs}))
+        tune(TWO.model_copy(update={"lr": lr, "epochs": epochs}), backbone=resnet)
 
 
-def test_a_held_out_loss_that_is_not_finite_stops_it_too(tune):
+def test_a_held_out_loss_that_is_not_finite_stops_it_too(tune, resnet):
     with pytest.raises(StageError, match=r"held-out loss .* epoch 0"):  # after the only batch
-        tune(TWO.model_copy(update={"lr": 1e20, "epochs": 1, "batch_size": 64}))
+        tune(TWO.model_copy(update={"lr": 1e20, "epochs": 1, "batch_size": 64}), backbone=resnet)
 
 
 def test_images_that_are_gone_are_named(tune, few_images):

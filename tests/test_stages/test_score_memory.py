@@ -21,7 +21,8 @@ from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.shared.quantiles import column_quantiles
 
 DIM, CLASSES = 256, 4
-FEW = 5_000  # more than a block, so that both sizes fill one
+FEW_TO_SCORE = 2_500  # more than a block that is scored, so that both sizes fill one
+FEW = 5_000  # more than a block that is fitted on
 OF_MIXTURES_OR_IMAGES = {"mos", "other", "patch-knn", "mm-pp", "knn-layers"}
 PARAMS = {"corp": {"features": 64}, "kpca-nystrom": {"landmarks": 64}}  # their own memory, whatever the rows
 COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many training rows
@@ -29,8 +30,8 @@ COMPARES_ALL_PAIRS = {"knn-mean", "nnguide", "relation"}  # slow on many trainin
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(SetRows, "blocks", partialmethod(SetRows.blocks, size=4096))
-    monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, block_rows=4096))
+    monkeypatch.setattr(SetRows, "blocks", partialmethod(SetRows.blocks, size=2048))
+    monkeypatch.setattr(FeatureBank, "__init__", partialmethod(FeatureBank.__init__, block_rows=2048))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def peak_of(source, scores, folder):
 
 def test_four_times_the_rows_to_score_take_hardly_more_memory(source_of, tmp_path):
     scores = set(SCORERS) - OF_MIXTURES_OR_IMAGES
-    few, many = (peak_of(source_of(500, n), scores, tmp_path / str(n)) for n in (FEW, 4 * FEW))
+    few, many = (peak_of(source_of(500, n), scores, tmp_path / str(n)) for n in (FEW_TO_SCORE, 4 * FEW_TO_SCORE))
     # A row's scores, its label and its draws of the bootstrap are kept; its features alone would take 4 * DIM bytes.
-    assert (many - few) / (3 * FEW) < 2 * DIM
+    assert (many - few) / (3 * FEW_TO_SCORE) < 2 * DIM
 
 
 def test_four_times_the_training_rows_take_hardly_more_memory(source_of, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every option of the fine-tune turns what it says, on a small ViT."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -271,12 +272,14 @@ def test_difficulty_makes_harder_classes_mix_more(run):
 # ------------------------------------------------------------------------------------------------- kills and failures
 
 
-def test_killed_it_goes_on_to_the_same_run(vit, vit_data, run, tmp_path):
+def test_killed_it_goes_on_to_the_same_run(vit, vit_data, few_images, run, tmp_path):
     """A real SIGKILL in the second epoch, while others load the images; it goes on without them."""
     settings = {"mixup": 0.8, "ema": 0.9, "beta": "dynamic"}
     whole = run(**settings)
-    command = [sys.executable, "-m", "tests.test_stages.killed_finetune", vit.weights, str(tmp_path / "caches")]
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    (tmp_path / "images").write_bytes(pickle.dumps(few_images))
+    given = (vit.weights, tmp_path / "images", vit_data.train.path.parent, tmp_path / "killed")
+    command = [sys.executable, "-m", "tests.test_stages.killed_finetune", *map(str, given)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.strip() == "1":
             others = psutil.Process(process.pid).children(recursive=True)
