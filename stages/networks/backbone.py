@@ -117,6 +117,7 @@ class Backbone:
             self._hook.remove()  # read what the whole network ends in: only there does its family's layout hold
             self._hook = None
             tokens = self._encode(noise)
+        self._of_noise = tokens
         self.dim, self.tap_dim = tokens.cls.shape[1], tokens.tap_cls.shape[1]
         self.n_registers = tokens.registers.shape[1]
         self.taps.n_tokens = int(self.has_class_token) + self.n_registers + tokens.patches.shape[1]
@@ -288,7 +289,7 @@ class Backbone:
 
         Rotary embeddings and relative positions of some families ask for all patches.
         """
-        tokens = reduce_patches(self._encode(self._noise()), self.grid, patches)
+        tokens = reduce_patches(self._of_noise, self.grid, patches)
         return runs_on(self.end(), tokens.map(lambda x: x.cpu()))
 
     def end(self) -> BackboneEnd:

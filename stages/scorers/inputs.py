@@ -67,8 +67,7 @@ class ScoreInputs:
         return len(next(iter(self._arrays().values())))
 
     def _arrays(self) -> dict[str, Any]:
-        names = (each.name for each in fields(self) if each.name != "head")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in _ARRAYS if (value := getattr(self, name)) is not None}
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "ScoreInputs":
         """The given rows, by number, by mask or by slice."""
@@ -173,6 +172,9 @@ class ScoreInputs:
             labels = numbers[np.maximum(labels, -1)]
         logits = None if self.logits is None else self.logits[:, classes]
         return replace(self, logits=logits, labels=labels, head=None if head is None else head.take(classes))
+
+
+_ARRAYS = tuple(each.name for each in fields(ScoreInputs) if each.name != "head")  # asked for by every score and block
 
 
 @contextmanager
