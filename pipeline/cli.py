@@ -360,7 +360,7 @@ def verify(experiment: Experiment, repair: bool) -> None:
 def info(experiment: Experiment) -> None:
     """Show the caches and models of EXPERIMENT.toml, one CACHE folder, or one exported file, at a glance."""
     if _is_exported(experiment):
-        from pipeline.exports import bundle_lines
+        from pipeline.one_bundle import bundle_lines
 
         show(bundle_lines(Path(experiment.path)))
         return

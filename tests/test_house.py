@@ -225,6 +225,7 @@ ABSENT = {
     "stages.networks.backbone": ("h5py", "pyarrow", "sklearn", "matplotlib"),
     "stages.score": ("torch", "timm", "torchvision", "huggingface_hub", "matplotlib", "pandas", "scipy.optimize"),
     "pipeline.stages_of_study.score": ("torch", "timm", "torchvision", "faiss", "sklearn", "matplotlib"),
+    "pipeline.one_bundle": ("torch", "timm", "faiss", "h5py", "pyarrow", "sklearn", "matplotlib"),
     "pipeline.serving.supervisor": ("torch", "timm", "starlette", "uvicorn", "h5py", "pyarrow", "sklearn"),
     "pipeline.cli": ("torch", "timm", "sklearn", "faiss", "distributed", "matplotlib", "h5py", "pyarrow"),
 }
