@@ -25,7 +25,7 @@ def hangs_while_loading(bundle: str | Path) -> Path:
 def work(bundle: str, asked: Serving, channel: socket.socket) -> None:
     """What a worker does."""
     while hangs_while_loading(bundle).exists():
-        time.sleep(60)
+        time.sleep(0.1)
     detector = Detector.load(bundle)
     whole = detector.score_prepared
 

@@ -80,17 +80,22 @@ def test_it_says_of_an_image_what_the_samples_say(home, images, scored):
     assert scored.decision.tolist() == ["ID" if score <= entry["threshold"] else "OOD" for score in own["knn+energy"]]
 
 
-def test_predict_shows_what_is_shipped(home, scored):
-    rows = list(csv.DictReader(io.StringIO(done("predict", home / "tiny.toml", home / "images" / "test").out)))
+@pytest.fixture(scope="module")
+def by_study(home):
+    """What the study predicts of the test images, together."""
+    return done("predict", home / "tiny.toml", home / "images" / "test", "--fdr", "0.1").out
+
+
+def test_predict_shows_what_is_shipped(by_study, scored):
+    rows = list(csv.DictReader(io.StringIO(by_study)))
     np.testing.assert_array_equal(np.float32([row["score"] for row in rows]), scored.score)
     assert [float(row["p_value"]) for row in rows] == scored.p_value.tolist()
     assert [row["decision"] for row in rows] == scored.decision.tolist()
     assert [row["nearest_2"] for row in rows] == scored.nearest.ids[:, 1].tolist()
 
 
-def test_predict_and_watch_take_the_file_itself(home, images, scored):
+def test_predict_and_watch_take_the_file_itself(home, images, scored, by_study):
     given = home / "images" / "test"
-    by_study = done("predict", home / "tiny.toml", given, "--fdr", "0.1").out
     assert done("predict", home / "tiny.ood", given, "--fdr", "0.1").out == by_study
     said = json.loads(done("predict", home / "tiny.ood", images[0], "--format", "json").out)
     assert (
