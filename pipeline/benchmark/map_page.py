@@ -24,7 +24,7 @@ from stages.files.documents import read_document, write_text
 from stages.metrics.ranking import METRICS
 from stages.results.formats import csv_text, markdown_table
 from stages.results.method import FROZEN_SUM, RECOMMENDED, Method
-from stages.scorers import title_of
+from stages.scorers import FROZEN, title_of
 
 PROJECTS_MAP = Path(__file__).with_name("MAP.md")
 MAP_SUMMARY = ("<!-- map: begin -->\n", "<!-- map: end -->\n")  # stand around the table that README shows
@@ -72,8 +72,9 @@ def map_lines(configs: Mapping[Cell, RunConfig]) -> list[dict[str, Any]]:
 
 
 def _pair(variant: str, score: str) -> tuple[Method, Method]:
-    """A mixture's score, and the same of frozen features."""
-    return scored_by(replace(RECOMMENDED, variant=variant), score), scored_by(FROZEN_SUM, score)
+    """A mixture's score, and the same of frozen features, where all parts look at these."""
+    frozen = "+".join(part.removeprefix(FROZEN) for part in score.split("+"))
+    return scored_by(replace(RECOMMENDED, variant=variant), score), scored_by(FROZEN_SUM, frozen)
 
 
 def _numbers(study: JudgedStudy, pair: tuple[Method, Method], group: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tests.test_pipeline.command import refused
 from tests.test_pipeline.test_benchmark.packed import in_tars, made_by, pack
 from tests.test_pipeline.tiny import ADAPTERS
 
-SCORES = ["knn+energy", "energy", "auto", "knn"]
+SCORES = ["knn+energy", "ncm+energy", "frozen:ncm+energy", "auto"]
 CLASSES, IMAGES = (2, 3), (20,)
 MORE = """
 [[variants]]
@@ -79,18 +79,19 @@ def test_numbers_are_those_of_the_cells_studies(finished):
     for line in lines_of(finished):
         summary = read_summary(finished / "cells" / f"{line['classes']}x{line['images']}" / "scores")
 
-        def mean(features, variant, line=line, summary=summary):
+        def mean(features, variant, score, line=line, summary=summary):
             heads = {"cls": ("probe", "none"), "mofe": ("refit", "none")}[features]
             (found,) = (
                 own["fpr95_mean"]
                 for own in summary
-                if (own["features"], own["variant"], own["score"]) == (features, variant, line["score"])
+                if (own["features"], own["variant"], own["score"]) == (features, variant, score)
                 and (own["ood"], own["group"]) == ("average", line["group"])
                 and own["head"] in heads and not own["calibrated"]
             )  # fmt: skip
             return found
 
-        refined, frozen = mean("mofe", {"1": "e1", "2": "default"}[line["experts"]]), mean("cls", "")
+        refined = mean("mofe", {"1": "e1", "2": "default"}[line["experts"]], line["score"])
+        frozen = mean("cls", "", line["score"].removeprefix("frozen:"))
         assert float(line["fpr95"]) == refined
         assert float(line["fpr95_frozen"]) == frozen
         assert float(line["fpr95_difference"]) == pytest.approx(refined - frozen, abs=1e-12)
@@ -120,7 +121,9 @@ def test_page_and_picture(finished):
     summary = page.split(MAP_SUMMARY[0])[1].split(MAP_SUMMARY[1])[0].splitlines()
     assert summary[0] == "|  | E = 1 | E = 2 |"
     assert [line.split(" | ")[0] for line in summary[2:]] == [
-        f"| {score}, {group}" for score in ("kNN+energy", "energy", "auto", "kNN") for group in ("near", "far")
+        f"| {score}, {group}"
+        for score in ("kNN+energy", "NCM+energy", "frozen NCM+energy", "auto")
+        for group in ("near", "far")
     ]
     for line in lines_of(finished):
         shown = f"{100 * float(line['fpr95_difference']):+.1f}".replace("-", "−").replace("+0.0", "0.0")
