@@ -354,7 +354,7 @@ PAGE = click.option(
     "--page",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the page of results there as well; the project's is pipeline/benchmark/RESULTS.md.",
+    help="Write the page there as well; the project's own stand in pipeline/benchmark.",
 )
 PLANNING = gathered(
     "planning",

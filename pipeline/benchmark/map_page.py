@@ -27,7 +27,7 @@ from stages.results.method import FROZEN_SUM, RECOMMENDED, Method
 from stages.scorers import FROZEN, title_of
 
 PROJECTS_MAP = Path(__file__).with_name("MAP.md")
-MAP_SUMMARY = ("<!-- map: begin -->\n", "<!-- map: end -->\n")  # stand around the table that README shows
+MAP_SUMMARY = ("<!-- map: begin -->\n", "<!-- map: end -->\n")  # stand around the summary, which FINDINGS.md shows
 _SHOWN = "fpr95"  # of the page and the picture; map.csv has the other metric as well
 _ABOUT = """\
 `make map` writes this page, and nobody by hand. What it says is in `pipeline/benchmark/FINDINGS.md`, which images it is
@@ -37,7 +37,8 @@ A cell is a study of its own: so many ID classes, so many training images of eac
 same near and far sets for all. Each number is what a mixture of E experts is off the same score of frozen features, in
 percentage points of FPR95 with ID positive: less is better; near and far are means over sets. It is called a gain or a
 loss where its interval, which resamples ID and OOD images alike for both, excludes 0 and the false discovery rate of
-all differences of the map, those of AUROC included, stays at 5 %; in the picture these are bold. One seed.
+all differences of the map, those of AUROC included, stays at 5 %; in the picture these are bold. One seed. "frozen"
+before a part of a score: it looks past the experts; what that is compared with looks past them in all its parts.
 """
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from pipeline.benchmark.cells import Cell, OrderedImages
 from pipeline.benchmark.choice import MapChoice
 from pipeline.benchmark.map import MAPPED, run_map
-from pipeline.benchmark.map_page import MAP_SUMMARY
+from pipeline.benchmark.map_page import MAP_SUMMARY, PROJECTS_MAP
 from pipeline.benchmark.run import Benchmark
 from pipeline.config import ConfigError, load_config
 from stages.errors import InputError
@@ -203,6 +204,17 @@ def test_the_projects_own_map():
     assert sorted(settings.experts for settings in config.variant_configs().values()) == [1, 4, 8, 16]
     choice = MapChoice()
     assert Cell(max(choice.classes), max(choice.images)).name == "157x100"
+
+
+def test_the_projects_page_is_shown_where_it_is_explained():
+    """Its summary is copied whole into the findings, from mark to mark, whenever it is written anew."""
+    page = PROJECTS_MAP.read_text(encoding="utf-8")
+    begin, end = MAP_SUMMARY
+    summary = page.split(begin)[1].split(end)[0]
+    findings = PROJECTS_MAP.with_name("FINDINGS.md").read_text(encoding="utf-8")
+    assert findings.split(begin)[1].split(end)[0] == summary
+    assert re.search(r"\| commit \| [0-9a-f]{40} \|", page)  # of all cells, with no change beside
+    assert PROJECTS_MAP.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
 def test_command_line(tmp_path):
