@@ -133,7 +133,7 @@ class MapTables:
         for score, group in self._parts:
             cells = [lines for _, lines in self._rows(score, group)]
             body.append([_title(score, group), *(_tally(column) for column in zip(*cells, strict=True))])
-        title = f"Mean difference in {METRICS[_SHOWN].title}, points; gains and losses among {len(cells)} cells"
+        title = f"Mean difference in {METRICS[_SHOWN].title}, points (gains / losses among {len(cells)} cells)"
         return TextTable(title, ["", *self._header], body)
 
     def picture(self) -> str:
@@ -143,7 +143,7 @@ class MapTables:
             rows = list(self._rows(score, group))
             values = np.array([[line[f"{_SHOWN}_difference"] for line in lines] for _, lines in rows])
             marked = np.array([[_is_told(line) for line in lines] for _, lines in rows])
-            maps.append(HeatMap(_title(score, group), 100 * values, marked))
+            maps.append(HeatMap(_title(score, group), values, marked))
         return heat_map_file(maps, [_cell_name(cell) for cell, _ in rows], self._header)
 
 
@@ -172,7 +172,7 @@ def _difference(line: Mapping[str, Any]) -> str:
 def _tally(lines: Sequence[Mapping[str, Any]]) -> str:
     said = [*map(_word, lines)]
     mean = points(float(np.mean([line[f"{_SHOWN}_difference"] for line in lines])))
-    return f"{mean}: {said.count('gain')} gains, {said.count('loss')} losses"
+    return f"{mean} ({said.count('gain')} / {said.count('loss')})"
 
 
 def write_map(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.report.wording import points
 from stages.id_data.lazy import Floats
 from stages.metrics.ranking import fpr95
 
@@ -62,7 +63,7 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Differences in a grid: negative ones are better.
+    """Differences of shares in a grid, shown in points: negative ones are better.
 
     Attributes:
         title: above it.
@@ -237,7 +238,7 @@ def heat_map_file(maps: Sequence[HeatMap], rows: Sequence[str], columns: Sequenc
             axes.spines[:].set_visible(False)
             for (row, column), value in np.ndenumerate(own.values):
                 ink = "white" if abs(value) > widest / 2 else "black"
-                text = axes.text(column, row, f"{value:+.1f}".replace("-", "−"), ha="center", va="center", color=ink)
+                text = axes.text(column, row, points(float(value)), ha="center", va="center", color=ink)
                 text.set_weight("bold" if own.marked[row, column] else "normal")
         out = io.StringIO()
         figure.savefig(out, format="svg", facecolor="white", metadata=_NO_METADATA)
