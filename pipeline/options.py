@@ -250,10 +250,6 @@ def _split_numbers(_context: click.Context, _option: click.Parameter, value: str
     return _numbers(value)
 
 
-def _joined(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
-
-
 DECIDING_BACKBONE = click.option(
     "--backbone",
     type=click.Choice(["pretrained", "finetuned"]),
@@ -297,57 +293,46 @@ DECIDING = gathered(
 FORMAT = click.option(
     "--format", "form", type=click.Choice(["csv", "json"]), default="csv", show_default=True, help="Of what is printed."
 )
+
+
+def _overrides(what: str) -> Option[Any]:
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help=f"Override a key of every {what}."
+    )
+
+
+def _names(option: str, about: str) -> Option[Any]:
+    return click.option(option, metavar="NAME,…", callback=_split_names, help=about)
+
+
+def _counts(option: str, default: Sequence[int], about: str) -> Option[Any]:
+    shown = ",".join(map(str, default))
+    return click.option(option, metavar="N,…", default=shown, show_default=True, callback=_split_numbers, help=about)
+
+
+_UNCHECKED = click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well.")
 CHOICE = gathered(
     "choice",
     Choice,
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study."),
-    click.option(
-        "--benchmarks",
-        metavar="NAME,…",
-        callback=_split_names,
-        help="Of the benchmarks, only these.",
-    ),
-    click.option(
-        "--controls",
-        metavar="NAME,…",
-        callback=_split_names,
-        help="Of the control variants, only these.",
-    ),
+    _overrides("study"),
+    _names("--benchmarks", "Of the benchmarks, only these."),
+    _names("--controls", "Of the control variants, only these."),
     click.option("--finetune", is_flag=True, help="Fine-tune the backbones as well, and score what follows from them."),
-    click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well."),
+    _UNCHECKED,
 )
 MAP_CHOICE = gathered(
     "choice",
     MapChoice,
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every cell."),
-    click.option(
-        "--classes",
-        metavar="N,…",
-        default=_joined(MapChoice.classes),
-        show_default=True,
-        callback=_split_numbers,
-        help="Numbers of ID classes.",
-    ),
-    click.option(
-        "--images",
-        metavar="N,…",
-        default=_joined(MapChoice.images),
-        show_default=True,
-        callback=_split_numbers,
-        help="Numbers of training images a class.",
-    ),
-    click.option("--unchecked", is_flag=True, help="Run on other images than the benchmark's as well."),
+    _overrides("cell"),
+    _counts("--classes", MapChoice.classes, "Numbers of ID classes."),
+    _counts("--images", MapChoice.images, "Numbers of training images a class."),
+    _UNCHECKED,
 )
 SELECTION = gathered(
     "selection",
     Selection,
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every run."),
-    click.option(
-        "--only",
-        metavar="NAME,…",
-        callback=_split_names,
-        help="Of the runs, only these.",
-    ),
+    _overrides("run"),
+    _names("--only", "Of the runs, only these."),
     click.option("--available", is_flag=True, help="Leave runs out whose images or weights are missing."),
 )
 PAGE = click.option(

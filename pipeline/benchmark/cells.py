@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config import ConfigError, RunConfig
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document, write_text
@@ -68,17 +70,15 @@ class OrderedImages:
         if not table.class_names or min(table.labels) < 0:
             raise InputError(f"{source}: has images without a class; a map of classes needs the class of each")
         reader = table.reader()
-        found: dict[str, list[tuple[str, int]]] = {name: [] for name in sorted(table.class_names, key=_digest)}
-        for row, label in enumerate(table.labels.tolist()):
-            found[table.class_names[label]].append((_digest(reader.read(row)), row))
-        paths = {
-            name: [f"{number:04}/{place:05}{Path(table.ids[row]).suffix}" for place, (_, row) in enumerate(sorted(own))]
-            for number, (name, own) in enumerate(found.items())
-        }
-        for name, own in found.items():
-            for path, (_, row) in zip(paths[name], sorted(own), strict=True):
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes(reader.read(row))
+        digests = [order_key(reader.read(row)) for row in range(len(table))]
+        paths: dict[str, list[str]] = {}
+        for name in sorted(table.class_names, key=order_key):
+            inside, paths[name] = f"{len(paths):04}", []
+            (folder / inside).mkdir(parents=True, exist_ok=True)
+            rows = np.flatnonzero(table.labels == table.class_names.index(name)).tolist()
+            for place, row in enumerate(sorted(rows, key=digests.__getitem__)):
+                paths[name].append(f"{inside}/{place:05}{Path(table.ids[row]).suffix}")
+                (folder / paths[name][-1]).write_bytes(reader.read(row))
         write_document(folder / _MARK, {"images": digest, "paths": paths})
         return cls(folder, paths)
 
@@ -92,7 +92,8 @@ class OrderedImages:
         write_text(path, out.getvalue())
 
 
-def _digest(content: bytes | str) -> str:
+def order_key(content: bytes | str) -> str:
+    """What images and classes are ordered by, so that neither names nor files decide."""
     return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
 
 

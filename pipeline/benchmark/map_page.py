@@ -189,10 +189,11 @@ def write_map(
     lines = map_lines(configs)
     tables = MapTables(lines)
     places = [work / "map.md", *([] if page is None else [page])]
+    picture, ran = tables.picture(), _ran_table(configs, images)
     for place in places:
-        picture = place.with_suffix(".svg")
-        write_text(picture, tables.picture())
-        write_text(place, _page(tables, picture.name, _ran_table(configs, images)))
+        beside = place.with_suffix(".svg")
+        write_text(beside, picture)
+        write_text(place, _page(tables, beside.name, ran))
     write_text(work / "map.csv", csv_text(lines, list(lines[0])))
     return [tables.summary.rich(), f"map: {', '.join(map(str, [*places, work / 'map.csv']))}"]
 

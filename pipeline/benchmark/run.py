@@ -26,6 +26,8 @@ from stages.progress import Progress
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STUDIES = tuple(EXPERIMENTS / f"results-{name}.toml" for name in ("caltech", "tinyimagenet", "manyclasses"))
 
+_OTHERS = "--benchmarks to leave others out, or "
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -66,7 +68,7 @@ def run_results(
     """
     choice, benchmark = choice or Choice(), benchmark or Benchmark()
     configs = _configs(benchmark.studies, data, work, choice)
-    images = [checked_images(config, data, benchmark.listed, choice.unchecked) for config in configs]
+    images = [checked_images(config, data, benchmark.listed, choice.unchecked, _OTHERS) for config in configs]
     yield from run_studies(configs, options, dry_run)
     if not dry_run:
         yield from write_results(configs, work, images, page)
@@ -129,7 +131,9 @@ def _configs(studies: Sequence[Path], data: Path, work: Path, choice: Choice) ->
     return [_config(path, data, work, choice) for path in wanted]
 
 
-def checked_images(config: RunConfig, data: Path, listed: Path, unchecked: bool) -> BenchmarkImages:
+def checked_images(
+    config: RunConfig, data: Path, listed: Path, unchecked: bool, otherwise: str = ""
+) -> BenchmarkImages:
     """The images of one study, which are to be those of the list.
 
     Args:
@@ -137,6 +141,7 @@ def checked_images(config: RunConfig, data: Path, listed: Path, unchecked: bool)
         data: folder of the images.
         listed: list of the images, see `compare_images`.
         unchecked: whether others will do as well.
+        otherwise: what else can be done where they are others.
 
     Raises:
         InputError: they are others, and that was not asked for.
@@ -145,7 +150,7 @@ def checked_images(config: RunConfig, data: Path, listed: Path, unchecked: bool)
     if found.difference is not None and not unchecked:
         raise InputError(
             f"{data} does not hold the benchmark's images: {found.difference}; see pipeline/benchmark/README.md, give "
-            "--benchmarks to leave others out, or --unchecked to run on these all the same"
+            f"{otherwise}--unchecked to run on these all the same"
         )
     return found
 

@@ -1,7 +1,7 @@
 """A listener that takes the time of what stages tell of their work, and can stop one that takes too long."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 
@@ -49,7 +49,7 @@ class _Task:
     """A task that goes on: where it is, and where its usual pace began, in seconds and units."""
 
     name: str
-    began: float = field(default_factory=lambda: perf_counter())
+    began: float
     epoch: object = None
     at: tuple[float, int] = (0.0, 0)
     since: tuple[float, int] | None = None
@@ -76,7 +76,7 @@ class Clock:
     def start(self, total: int, unit: str, description: str) -> None:
         """Begin a task, which ends the one before."""
         self.close()
-        self._task = _Task(description.split(" ")[0])
+        self._task = _Task(description.split(" ")[0], perf_counter())
         self._spent[self._task.name].total += total
 
     def advance(self, n: int = 1, **fields: object) -> None:
@@ -104,10 +104,10 @@ class Clock:
     def close(self) -> None:
         """End the task."""
         if self._task is not None:
-            spent, (seconds, units) = self._spent[self._task.name], self._task.since or (0.0, 0)
+            spent, (seconds, units) = self._spent[self._task.name], self._task.since or self._task.at
             spent.seconds += perf_counter() - self._task.began
-            spent.paced += self._task.at[0] - seconds if units else 0.0
-            spent.paced_units += self._task.at[1] - units if units else 0
+            spent.paced += self._task.at[0] - seconds
+            spent.paced_units += self._task.at[1] - units
         self._task = None
 
     def taken(self, *tasks: str) -> dict[str, Spent]:

@@ -193,9 +193,8 @@ class Pilot:
             spent = self._clock.taken("train", "refine")
             refining = spent["refine"].seconds
             steps = spent["train"].each * spent["train"].total / EPOCHS
-            starting = max(0.0, spent["train"].seconds - steps * EPOCHS)
             rest = max(0.0, seconds - spent["train"].seconds - refining)
-            timed.mixtures[variant] = TrainTime(steps, refining, rest, starting)
+            timed.mixtures[variant] = TrainTime(steps, refining, rest, spent["train"].starting)
 
         study = self._study(self._config, lap)
         whole = _seconds(lambda: study.do("train", "pretrained"))

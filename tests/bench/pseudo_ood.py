@@ -14,7 +14,6 @@ over the folds for each benchmark. A training takes about a minute.
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 from collections import defaultdict
@@ -27,6 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.benchmark.cells import order_key
 from pipeline.benchmark.images import image_source
 from pipeline.benchmark.run import STUDIES
 from pipeline.config import RunOptions, load_config
@@ -61,11 +61,6 @@ class Size:
         return f"{self.classes or 'all'}-classes-{self.per_class or 'all'}-images"
 
 
-def digest(content: bytes | str) -> str:
-    """What images and classes are ordered by, so that neither names nor files decide."""
-    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
-
-
 def shuffle_tiles(content: bytes, seed: int) -> bytes:
     """An image cut into tiles that are put together in another order, as PNG."""
     with Image.open(io.BytesIO(content)) as opened:
@@ -90,13 +85,13 @@ def write_images(id_train: Path, fold: int, size: Size, folder: Path) -> None:
     for row, label in enumerate(table.labels):
         by_class[table.class_names[label]].append(reader.read(row))
     known = 0
-    for place, name in enumerate(sorted(by_class, key=digest)):
+    for place, name in enumerate(sorted(by_class, key=order_key)):
         left_out = place % PARTS == fold
         known += not left_out
         if not left_out and size.classes is not None and known > size.classes:
             continue
         trained = 0
-        for number, content in enumerate(sorted(by_class[name], key=digest)):
+        for number, content in enumerate(sorted(by_class[name], key=order_key)):
             if left_out:
                 _write(folder / "left-out" / name / f"{number:03}.jpg", content)
             elif number % TEST_EVERY == 0:
