@@ -3,7 +3,7 @@
 ::
 
     scores/.handed-<number>/
-        bank.pickle, 0.pickle, …    rows, as plans: where they are read, and what is computed of them; see `ByPlace`
+        bank.pickle, 0.pickle, …    rows, as plans: where they are read, and what is computed of them
         scorers.pickle              fitted scores
         fit-3.pickle                a score that somebody fitted
         0-000000032768.safetensors  scores of a block of rows
@@ -12,14 +12,10 @@ All of it is on the disk that workers share, and gone when the scores are there.
 and a block is scored as one process would, by all scores: bits do not depend on who does it.
 """
 
-import pickle
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -29,6 +25,7 @@ from stages.context import Cluster
 from stages.detection.detectors import raw_scores
 from stages.detection.subject import BLOCK_ROWS, SetRows
 from stages.errors import NotFiniteError
+from stages.files.handed import HandedFolder, unpickled
 from stages.files.places import dumped
 from stages.files.tensors import read_handed, write_tensors
 from stages.id_data.lazy import Floats
@@ -102,12 +99,8 @@ def score_item(item: ScoreItem) -> None:
     write_tensors(Path(item.path), {str(number): scores for number, scores in enumerate(found)})
 
 
-def _unpickled(path: str) -> Any:
-    return pickle.loads(Path(path).read_bytes())
-
-
 # What a process keeps: sets of rows that come in turn must not put the scores out.
-_rows_of_process, _scorers_of_process = lru_cache(maxsize=2)(_unpickled), lru_cache(maxsize=1)(_unpickled)
+_rows_of_process, _scorers_of_process = lru_cache(maxsize=2)(unpickled), lru_cache(maxsize=1)(unpickled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +136,7 @@ class Handing:
         fitted: dict[int, Scorer] = {}
         if given:
             assert self.cluster is not None
-            with _Shared(self.folder) as shared:
+            with HandedFolder(self.folder) as shared:
                 rows = shared.file("bank", (_travelling(bank), _travelling(select)))
                 items = {
                     index: FitItem(rows, *scorers[index], shared.path(f"fit-{index}.pickle"), _threads())
@@ -151,7 +144,7 @@ class Handing:
                 }
                 for _ in self.cluster.map(fit_item, items.values()):
                     pass
-                fitted = {index: _unpickled(item.path) for index, item in items.items()}
+                fitted = {index: unpickled(item.path) for index, item in items.items()}
         return [
             fitted[index] if index in fitted else scorer.fit(bank.inputs(head), select.inputs(head))
             for index, (scorer, head) in enumerate(scorers)
@@ -188,7 +181,7 @@ class Handing:
 
     def _by_cluster(self, scorers: _HEADS, sets: Mapping[str, SetRows]) -> dict[str, list[Floats]]:
         assert self.cluster is not None
-        with _Shared(self.folder) as shared:
+        with HandedFolder(self.folder) as shared:
             fitted = shared.file("scorers", scorers)
             items: list[ScoreItem] = []
             for number, (name, rows) in enumerate(sets.items()):
@@ -210,32 +203,6 @@ class Handing:
                 for place, scores in read_handed(Path(item.path)).items():
                     found[item.name][int(place)][item.start : item.start + BLOCK_ROWS] = scores
         return found
-
-
-class _Shared:
-    """A folder that all workers see, for as long as it is needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute() / f".handed-{uuid.uuid4().hex[:8]}"
-
-    def __enter__(self) -> "_Shared":
-        for killed in self._folder.parent.glob(".handed-*"):
-            shutil.rmtree(killed, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def path(self, name: str) -> str:
-        """Of a file."""
-        return str(self._folder / name)
-
-    def file(self, name: str, content: object) -> str:
-        """Write one, and say where it is."""
-        path = self.path(f"{name}.pickle")
-        write_file(Path(path), dumped(content))
-        return path
 
 
 def _travelling(rows: SetRows) -> SetRows:

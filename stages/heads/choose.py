@@ -20,8 +20,9 @@ from scipy.special import log_softmax
 
 from stages.files.tensors import read_described, write_described
 from stages.heads.affine import LinearHead, Standardisation
+from stages.heads.handed import Others
 from stages.heads.logistic import HEAD_TOLERANCE, LogisticFit, LogisticProblem, logistic_problem
-from stages.heads.sums import blocks, one_blas_thread, standardisation
+from stages.heads.sums import GivenRows, blocks, one_blas_thread, standardisation
 from stages.id_data.lazy import Rows2D
 
 # Inverse strength of the L2 penalty (scikit-learn's C), the same grid for every method.
@@ -45,6 +46,7 @@ def fit_head(
     n_classes: int,
     strength: float,
     tolerance: float = HEAD_TOLERANCE,
+    others: Others | None = None,
 ) -> LinearHead:
     """Multinomial logistic regression with an L2 penalty on centred, commonly scaled features.
 
@@ -57,19 +59,22 @@ def fit_head(
         strength: scikit-learn's ``C``, the inverse of the penalty.
         tolerance: how far the mean loss may be above its minimum; with ``ROUGH`` or more it is fitted in float32, in a
             fraction of the time, which is enough where heads are compared and thrown away.
+        others: who sums over rows that do not fit into memory; None: this process, to the same bits.
     """
-    with _fits(features, labels, n_classes) as fits:
+    with _fits(features, labels, n_classes, others) as fits:
         return fits.minimum(strength, tolerance=tolerance)
 
 
 @contextmanager
-def _fits(features: Rows2D, labels: NDArray[np.int32], n_classes: int) -> Iterator["_Fits"]:
+def _fits(
+    features: Rows2D, labels: NDArray[np.int32], n_classes: int, others: Others | None = None
+) -> Iterator["_Fits"]:
     classes, own = np.unique(labels, return_inverse=True)
     standardise = standardisation(features)
     if len(classes) == 1:
         yield _Fits(classes, n_classes, standardise, None)
         return
-    with logistic_problem(features, own, len(classes), standardise) as problem:
+    with logistic_problem(GivenRows(features, own, standardise), len(classes), others) as problem:
         yield _Fits(classes, n_classes, standardise, problem)
 
 
@@ -132,7 +137,9 @@ class ChosenHead(NamedTuple):
     judged: dict[str, float]
 
 
-def choose_head(rows: HeadRows, n_classes: int, strengths: Sequence[float] = STRENGTHS) -> ChosenHead:
+def choose_head(
+    rows: HeadRows, n_classes: int, strengths: Sequence[float] = STRENGTHS, others: Others | None = None
+) -> ChosenHead:
     """The head of the strongest penalty whose held-out ID log-likelihood is within one standard error of the best.
 
     The one-standard-error rule of Breiman et al., "Classification and Regression Trees", 1984: among heads that ID
@@ -142,14 +149,15 @@ def choose_head(rows: HeadRows, n_classes: int, strengths: Sequence[float] = STR
         rows: of one model. Where none is there to judge by, of a class that it knows, the strongest penalty is taken.
         n_classes: C.
         strengths: to choose from.
+        others: as in `fit_head`.
     """
     known = np.flatnonzero(np.isin(rows.select_labels, rows.labels))  # of others every head says p = 0
     if not len(known):
         only = sorted(strengths)[0]
-        return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only), only, {})
+        return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only, others=others), only, {})
     if len(known) < len(rows.select_labels):
         rows = replace(rows, select_features=rows.select_features[known], select_labels=rows.select_labels[known])
-    with _fits(rows.features, rows.labels, n_classes) as fits:
+    with _fits(rows.features, rows.labels, n_classes, others) as fits:
         found, likelihood = {}, {}
         for strength, (fit, head) in zip(sorted(strengths), fits.path(sorted(strengths)), strict=False):
             found[strength] = fit
@@ -189,16 +197,19 @@ class FittedHeads:
     parts: tuple[LinearHead, ...] = ()
 
     @classmethod
-    def of(cls, chosen: Sequence[ChosenHead], n_classes: int, parts: Sequence["FitRows"] = ()) -> "FittedHeads":
+    def of(
+        cls, chosen: Sequence[ChosenHead], n_classes: int, parts: Sequence["FitRows"] = (), others: Others | None = None
+    ) -> "FittedHeads":
         """Heads of the folds' models and, last, of the final one; a single one is both.
 
         Args:
             chosen: them.
             n_classes: C.
             parts: rows that are left without each part under cross-fitting.
+            others: as in `fit_head`.
         """
         *folds, final = chosen
-        without = tuple(fit_head(*rows, n_classes, final.strength) for rows in parts)
+        without = tuple(fit_head(*rows, n_classes, final.strength, others=others) for rows in parts)
         return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged, without)
 
     def of_run(self, run: str) -> LinearHead:
@@ -236,15 +247,19 @@ def part_head(part: int) -> WhichHead:
 FitRows = tuple[Rows2D, NDArray[np.int32]]  # features [N, D] and labels [N]
 
 
-def fit_heads(models: Sequence[HeadRows], n_classes: int, parts: Sequence[FitRows] = ()) -> FittedHeads:
+def fit_heads(
+    models: Sequence[HeadRows], n_classes: int, parts: Sequence[FitRows] = (), others: Others | None = None
+) -> FittedHeads:
     """Choose and fit the head of every model by the same rule, each on its own rows alone.
 
     Args:
         models: rows of the folds' models and, last, of the final one; one where that is the only fold's.
         n_classes: C.
         parts: rows that are left without each part under cross-fitting.
+        others: as in `fit_head`.
     """
-    return FittedHeads.of([choose_head(rows, n_classes) for rows in models], n_classes, parts)
+    chosen = [choose_head(rows, n_classes, others=others) for rows in models]
+    return FittedHeads.of(chosen, n_classes, parts, others)
 
 
 def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identity: str) -> None:

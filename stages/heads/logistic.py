@@ -14,7 +14,7 @@ L-BFGS, but what it is given differs:
   not by the largest component of the gradient, which says little where the penalty is weak.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -22,17 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.heads.affine import Standardisation
+from stages.heads.handed import HandedRows, Others
 from stages.heads.sums import (
     BLOCK,
     AnyFloats,
+    FloatType,
+    GivenRows,
     HeadLoss,
     StandardisedRows,
     directions,
     head_loss,
     one_blas_thread,
 )
-from stages.id_data.lazy import Rows2D
 from stages.machine import usable_cores
 
 MAX_STEPS = 1000  # of the solver, after which it stops anyway: a weak penalty on separable rows may ask for many
@@ -57,43 +58,32 @@ class LogisticFit(NamedTuple):
 
 
 @contextmanager
-def logistic_problem(
-    features: Rows2D, labels: NDArray[np.integer], n_classes: int, standardise: Standardisation
-) -> Iterator["LogisticProblem"]:
+def logistic_problem(given: GivenRows, n_classes: int, others: Others | None = None) -> Iterator["LogisticProblem"]:
     """Minimise Σ −log p(label) + ‖weight‖² / (2 · strength); the intercept is not penalised.
 
     As in scikit-learn, two classes have one vector of coefficients, the difference of their logits, and it is the one
     that is penalised.
 
     Args:
-        features: ``[N, D]``, standardised as they are read.
-        labels: ``[N]`` in 0 to K − 1.
+        given: the rows, standardised as they are read.
         n_classes: K, at least 2.
-        standardise: of these rows.
+        others: who sums over rows that do not fit into memory; None: this process, to the same bits.
     """
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
-        cores = min(usable_cores(), -(-len(labels) // BLOCK))
+        cores = min(usable_cores(), -(-len(given.labels) // BLOCK))
         pool = stack.enter_context(ThreadPoolExecutor(cores)) if cores > 1 else None
-        yield LogisticProblem(features, labels, n_classes, standardise, pool, cores)
+        elsewhere = None if others is None else stack.enter_context(HandedRows(given, others))
+        yield LogisticProblem(n_classes, lambda dtype: StandardisedRows(given, pool, cores, dtype, elsewhere))
 
 
 class LogisticProblem:
     """Rows, and the minima that belong to strengths of the penalty; made by `logistic_problem`."""
 
-    def __init__(
-        self,
-        features: Rows2D,
-        labels: NDArray[np.integer],
-        n_classes: int,
-        standardise: Standardisation,
-        pool: ThreadPoolExecutor | None,
-        ahead: int,
-    ) -> None:
-        self._labels, self._n_classes = labels, n_classes
-        self._given = features, standardise, pool, ahead
-        self._rows = StandardisedRows(*self._given, dtype=np.float32)
-        self._dim = features.shape[1]
+    def __init__(self, n_classes: int, rows_in: Callable[[FloatType], StandardisedRows]) -> None:
+        self._n_classes, self._rows_in = n_classes, rows_in
+        self._rows = rows_in(np.float32)
+        self._n_rows, self._dim = self._rows.shape
         self._directions = directions(self._rows)
         self._turn_rows()
 
@@ -137,7 +127,7 @@ class LogisticProblem:
         if tolerance >= ROUGH and near.converged:
             return self._fit(near)
         del self._rows  # before others take as much memory again
-        self._rows = StandardisedRows(*self._given, dtype=np.float64)
+        self._rows = self._rows_in(np.float64)
         self._turn_rows()
         return self._fit(self._descended(strength, near, tolerance, steps))
 
@@ -161,9 +151,9 @@ class LogisticProblem:
     def _descended(self, strength: float, start: "_Point", tolerance: float, max_steps: int) -> "_Point":
         from scipy.optimize import minimize  # not where heads are read alone: it takes long to import
 
-        penalty = 1 / (strength * len(self._labels))
+        penalty = 1 / (strength * self._n_rows)
         coordinates = self._coordinates(start.curvature, penalty)
-        objective = _Objective(self._rows, self._labels, penalty, coordinates)
+        objective = _Objective(self._rows, penalty, coordinates)
 
         def stop(intermediate_result: Any) -> None:
             if objective.above(intermediate_result.x) <= tolerance:
@@ -260,15 +250,13 @@ class _Objective:
 
     last: HeadLoss
 
-    def __init__(
-        self, rows: StandardisedRows, labels: NDArray[np.integer], penalty: float, coordinates: _Coordinates
-    ) -> None:
-        self._rows, self._labels, self._penalty, self._coordinates = rows, labels, penalty, coordinates
+    def __init__(self, rows: StandardisedRows, penalty: float, coordinates: _Coordinates) -> None:
+        self._rows, self._penalty, self._coordinates = rows, penalty, coordinates
         self._at, self._above = np.zeros(0), np.inf
 
     def __call__(self, at: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weight, bias = self._coordinates.weights(at)
-        self.last = head_loss(self._rows, self._labels, weight, bias)
+        self.last = head_loss(self._rows, weight, bias)
         gradient = self._coordinates.gradient(self.last.weight + self._penalty * weight, self.last.bias)
         self._at, self._above = at.copy(), 0.5 * float(np.vdot(gradient, gradient))
         return self.last.loss + 0.5 * self._penalty * float(np.vdot(weight, weight)), gradient

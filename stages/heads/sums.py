@@ -1,15 +1,18 @@
 """Sums over more rows than memory holds: the scale of features, their covariance, and a linear head's loss.
 
-Blocks have a fixed size, are computed with one BLAS thread each and summed in their order, so that a result does not
-depend on the number of cores, which work on several blocks side by side.
+Blocks have a fixed size and are computed with one BLAS thread each. They are summed in their order within groups of a
+fixed size, and so are the groups: a result does not depend on the number of cores, which work on several blocks side by
+side, nor on who computes a group (`stages.heads.handed`).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +22,13 @@ from stages.heads.affine import Standardisation
 from stages.id_data.lazy import Rows2D
 
 BLOCK = 1024  # rows; a result's last digits depend on it
+GROUP = 16  # blocks; likewise
 _KEPT_BYTES = 1 << 28  # of blocks that stay in memory as they are computed with; those beyond are read in every step
 
 AnyFloats = NDArray[np.floating[Any]]
 FloatType = type[np.floating[Any]]
-_Sum = TypeVar("_Sum")
+Sums = list[NDArray[np.float64]]
+_Part = TypeVar("_Part")
 
 
 def one_blas_thread() -> AbstractContextManager[object]:
@@ -61,6 +66,57 @@ def standardisation(features: Rows2D) -> Standardisation:
     return Standardisation(mean.astype(np.float32), np.full(1, scale, dtype=np.float32))
 
 
+class BlockSum(Protocol):
+    """What is summed over all rows; picklable, for another process may sum a group of blocks."""
+
+    def zeros(self) -> Sums:
+        """What no rows give."""
+        ...
+
+    def __call__(self, rows: AnyFloats, labels: NDArray[np.integer], /) -> Sequence[Any]:
+        """What the rows of a block give, standardised ``[n, D]``, with labels ``[n]``; arrays of the zeros' shapes."""
+        ...
+
+
+class SummedElsewhere(Protocol):
+    """Who sums groups of blocks in this process's place, to the same bits."""
+
+    def groups(self, of: BlockSum, dtype: FloatType) -> Iterator[Sums]:
+        """The sums of every group, in their order, of rows standardised in a precision."""
+        ...
+
+
+def added(parts: Iterable[Sequence[Any]], zeros: Sums) -> Sums:
+    """Their sum, in their order; in place of the zeros."""
+    for part in parts:
+        for total, own in zip(zeros, part, strict=True):
+            total += own
+    return zeros
+
+
+class GivenRows(NamedTuple):
+    """Features ``[N, D]`` as they are, labels ``[N]`` in 0 to K − 1, and how features are standardised."""
+
+    features: Rows2D
+    labels: NDArray[np.integer]
+    standardise: Standardisation
+
+    def block(self, at: slice, dtype: FloatType) -> AnyFloats:
+        """Some rows, read and standardised."""
+        return self.standardise(np.asarray(self.features[at]), dtype)
+
+    def group(self, number: int, of: BlockSum, dtype: FloatType) -> Sums:
+        """The sums over the blocks of a group, by this process and one BLAS thread."""
+        own = islice(blocks(len(self.labels)), number * GROUP, (number + 1) * GROUP)
+        with one_blas_thread():
+            return added((of(self.block(at, dtype), self.labels[at]) for at in own), of.zeros())
+
+
+def n_groups(n_rows: int) -> int:
+    """Groups of blocks that so many rows are."""
+    return -(-n_rows // (BLOCK * GROUP))
+
+
 class StandardisedRows:
     """Features ``[N, D]`` by blocks, standardised in one precision: in memory as far as that is allowed, else read.
 
@@ -71,20 +127,16 @@ class StandardisedRows:
 
     def __init__(
         self,
-        features: Rows2D,
-        standardise: Standardisation,
+        given: GivenRows,
         pool: ThreadPoolExecutor | None,
         ahead: int,
         dtype: FloatType,
+        elsewhere: SummedElsewhere | None = None,
     ) -> None:
-        self.shape, self.dtype = features.shape, dtype
-        self._features, self._standardise, self._pool, self._ahead = features, standardise, pool, ahead
-        kept_rows = _KEPT_BYTES // (np.dtype(dtype).itemsize * max(features.shape[1], 1))
-        self._kept: list[AnyFloats] = [
-            standardise(np.asarray(features[block]), dtype)
-            for block in blocks(features.shape[0])
-            if block.stop <= kept_rows
-        ]
+        self.shape, self.dtype = given.features.shape, dtype
+        self._given, self._pool, self._ahead, self._elsewhere = given, pool, ahead, elsewhere
+        kept_rows = _KEPT_BYTES // (np.dtype(dtype).itemsize * max(self.shape[1], 1))
+        self._kept = [given.block(at, dtype) for at in blocks(self.shape[0]) if at.stop <= kept_rows]
 
     @property
     def whole(self) -> bool:
@@ -97,11 +149,18 @@ class StandardisedRows:
         self._kept = list(self.parts(lambda block, _: block @ typed))
         self.shape = self.shape[0], basis.shape[1]
 
-    def parts(self, compute: Callable[[AnyFloats, slice], _Sum]) -> Iterator[_Sum]:
+    def sums(self, of: BlockSum) -> Sums:
+        """Over all rows. What is not whole in memory is summed elsewhere, where there is somebody."""
+        if self._elsewhere is not None and not self.whole:
+            return added(self._elsewhere.groups(of, self.dtype), of.zeros())
+        parts = self.parts(of)
+        return added((added(islice(parts, GROUP), of.zeros()) for _ in range(n_groups(self.shape[0]))), of.zeros())
+
+    def parts(self, compute: Callable[[AnyFloats, NDArray[np.integer]], _Part]) -> Iterator[_Part]:
         """Of every block, in their order; read here, computed in the pool, a few of them ahead."""
-        waiting: deque[Future[_Sum]] = deque()
+        waiting: deque[Future[_Part]] = deque()
         for number, block in enumerate(blocks(self.shape[0])):
-            work = partial(_computed, compute, self._rows(number, block), block)
+            work = partial(_computed, compute, self._rows(number, block), self._given.labels[block])
             if self._pool is None:
                 yield work()
                 continue
@@ -115,11 +174,15 @@ class StandardisedRows:
         """How to have a block: what is not kept is read now, and standardised where it is computed with."""
         if number < len(self._kept):
             return partial(self._kept.__getitem__, number)
-        return partial(self._standardise.__call__, np.asarray(self._features[block]), self.dtype)
+        return partial(self._given.standardise.__call__, np.asarray(self._given.features[block]), self.dtype)
 
 
-def _computed(compute: Callable[[AnyFloats, slice], _Sum], rows: Callable[[], AnyFloats], block: slice) -> _Sum:
-    return compute(rows(), block)
+def _computed(
+    compute: Callable[[AnyFloats, NDArray[np.integer]], _Part],
+    rows: Callable[[], AnyFloats],
+    labels: NDArray[np.integer],
+) -> _Part:
+    return compute(rows(), labels)
 
 
 class Directions(NamedTuple):
@@ -138,11 +201,22 @@ def directions(rows: StandardisedRows) -> Directions:
         spanned = variance > 1e-10 * max(variance[-1], 1e-300)
         variance, within = variance[spanned], within[:, spanned]
         return Directions(whole.T @ within / np.sqrt(n_rows * variance), variance)
-    covariance = np.zeros((dim, dim))
-    for part in rows.parts(lambda block, _: block.T @ block):
-        covariance += part
+    (covariance,) = rows.sums(_Products(dim))
     variance, basis = np.linalg.eigh(covariance / n_rows)
     return Directions(basis, np.maximum(variance, 0))
+
+
+@dataclass(frozen=True)
+class _Products:
+    """xᵀx of rows of D values, ``[D, D]``."""
+
+    dim: int
+
+    def zeros(self) -> Sums:
+        return [np.zeros((self.dim, self.dim))]
+
+    def __call__(self, rows: AnyFloats, _labels: NDArray[np.integer]) -> Sequence[Any]:
+        return [rows.T @ rows]
 
 
 class HeadLoss(NamedTuple):
@@ -160,42 +234,48 @@ class HeadLoss(NamedTuple):
     curvature: float
 
 
-def head_loss(
-    rows: StandardisedRows, labels: NDArray[np.integer], weight: NDArray[np.float64], bias: NDArray[np.float64]
-) -> HeadLoss:
+def head_loss(rows: StandardisedRows, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> HeadLoss:
     """Of a linear head on all rows, whose products are in the rows' precision and whose sums are in float64.
 
     Args:
         rows: ``[N, D]``.
-        labels: ``[N]``.
         weight: ``[outputs, D]``; one output is the difference of two classes' logits.
         bias: ``[outputs]``.
     """
-    found, of_weight, of_bias = np.zeros(2), np.zeros_like(weight), np.zeros_like(bias)
-    typed = weight.T.astype(rows.dtype), bias.astype(rows.dtype)
-    for part in rows.parts(lambda block, at: _part(block, labels[at], *typed)):
-        found += part.loss, part.curvature
-        of_weight += part.weight
-        of_bias += part.bias
-    n_rows = len(labels)
+    n_rows, _ = rows.shape
+    found, of_weight, of_bias = rows.sums(_Loss(weight.T.astype(rows.dtype), bias.astype(rows.dtype)))
     loss, curvature = (found / n_rows).tolist()
     return HeadLoss(loss, of_weight / n_rows, of_bias / n_rows, curvature)
 
 
-def _part(rows: AnyFloats, labels: NDArray[np.integer], weight: Any, bias: Any) -> HeadLoss:
-    """A block's sums; weight ``[D, outputs]``."""
-    logits = rows @ weight
-    logits += bias
-    if len(bias) == 1:  # the difference of two logits, one on either side of 0
-        logits = logits * np.array([-0.5, 0.5], dtype=logits.dtype)
-    own = np.arange(len(labels)), labels
-    logits -= logits.max(axis=1, keepdims=True)
-    loss = -float(logits[own].sum(dtype=np.float64))
-    probability = np.exp(logits, out=logits)
-    total = probability.sum(axis=1, keepdims=True)
-    loss += float(np.log(total).sum(dtype=np.float64))
-    probability /= total
-    curvature = (len(labels) - float(np.vdot(probability, probability))) / probability.shape[1]
-    probability[own] -= 1
-    by_logit = probability[:, -len(bias) :]
-    return HeadLoss(loss, by_logit.T @ rows, by_logit.sum(axis=0, dtype=np.float64), curvature)
+@dataclass(frozen=True)
+class _Loss:
+    """Loss and curvature ``[2]``, and the gradient by weight and by bias.
+
+    Attributes:
+        weight: ``[D, outputs]``.
+        bias: ``[outputs]``.
+    """
+
+    weight: AnyFloats
+    bias: AnyFloats
+
+    def zeros(self) -> Sums:
+        return [np.zeros(2), np.zeros(self.weight.shape[::-1]), np.zeros(len(self.bias))]
+
+    def __call__(self, rows: AnyFloats, labels: NDArray[np.integer]) -> Sequence[Any]:
+        logits = rows @ self.weight
+        logits += self.bias
+        if len(self.bias) == 1:  # the difference of two logits, one on either side of 0
+            logits = logits * np.array([-0.5, 0.5], dtype=logits.dtype)
+        own = np.arange(len(labels)), labels
+        logits -= logits.max(axis=1, keepdims=True)
+        loss = -float(logits[own].sum(dtype=np.float64))
+        probability = np.exp(logits, out=logits)
+        total = probability.sum(axis=1, keepdims=True)
+        loss += float(np.log(total).sum(dtype=np.float64))
+        probability /= total
+        curvature = (len(labels) - float(np.vdot(probability, probability))) / probability.shape[1]
+        probability[own] -= 1
+        by_logit = probability[:, -len(self.bias) :]
+        return (loss, curvature), by_logit.T @ rows, by_logit.sum(axis=0, dtype=np.float64)

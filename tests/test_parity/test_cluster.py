@@ -9,27 +9,16 @@ import torch
 from pipeline.engine import ItemsFailedError
 from stages.context import Context
 from stages.errors import StageError
+from stages.heads import sums
+from stages.heads.choose import HeadRows, choose_head
+from stages.heads.handed import Others
 from stages.mixture.refine import REFINE_BATCH, RefinePart, refine_in_parts, refine_part, refine_to
 from stages.mixture.refined import Routes, load_refined
 from stages.mixture.storage import load_mixture
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.cluster import SearchItem, cluster_distances, search_item
 from stages.scorers.neighbours.store import NeighbourStore
-from tests.test_parity.killing import Killing
-
-
-class InHere:
-    """A cluster of this process alone, which counts items, and stops before one of them."""
-
-    def __init__(self, most=10**9):
-        self.done, self.most = [], most
-
-    def map(self, fn, items):
-        for item in items:
-            if len(self.done) == self.most:
-                raise StageError("the scheduler is gone")
-            self.done.append(item)
-            yield fn(item)
+from tests.test_parity.clusters import InHere, Killing
 
 
 def drawn(n, dim, seed, near=0.0):
@@ -146,3 +135,25 @@ def test_items_are_small_and_named(workers, tmp_path):
     with pytest.raises(ItemsFailedError, match=r"2 items failed.*queries 4096 to 8191 .*bank.npy: FileNotFoundError"):
         list(workers.map(search_item, [item, replace(item, k=3)]))
     assert refine_part.__module__ == "stages.mixture.refine"
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.dask
+def test_workers_fit_the_head_that_one_process_fits(workers, tmp_path, monkeypatch):
+    """Three groups of rows that memory does not keep, mapped from a file; a worker is killed."""
+    monkeypatch.setattr(sums, "_KEPT_BYTES", 0)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 40_000).astype(np.int32)
+    np.save(tmp_path / "features.npy", np.float32(rng.normal(size=(40_000, 6)) + labels[:, None]))
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    rows, own = HeadRows(mapped, labels, mapped[:500], labels[:500]), tmp_path / "head"
+    own.mkdir()
+    found = choose_head(rows, 3, [0.01, 1.0], Others(Killing(workers, tmp_path / "killed"), own))
+    alone = choose_head(rows, 3, [0.01, 1.0])
+    assert (found.strength, found.judged) == (alone.strength, alone.judged)
+    for name, values in alone.head.tensors().items():
+        assert np.array_equal(found.head.tensors()[name], values), name
+    assert (tmp_path / "killed").exists()
+    assert list(own.iterdir()) == []

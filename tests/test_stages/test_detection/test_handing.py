@@ -11,23 +11,11 @@ from stages.detection.frozen import FrozenFeatures
 from stages.detection.handing import Handing
 from stages.detection.subject import BLOCK_ROWS
 from stages.errors import NotFiniteError, StageError
-from tests.test_parity.killing import Killing
+from tests.test_parity.clusters import InHere, Killing
 from tests.test_stages.drawn_studies import OF_FEATURES, PARAMS, World, make_study
 
 CONFIG = ScoreConfig(scores=OF_FEATURES, k=3, params=PARAMS)
 MIXED = ScoreConfig(scores=["energy", "ncm", "mahalanobis", "other", "energy+frozen:msp", "knn"], k=3)
-
-
-class InHere:
-    """A cluster of this process alone, which counts items."""
-
-    def __init__(self):
-        self.done = []
-
-    def map(self, fn, items):
-        for item in items:
-            self.done.append(str(item))
-            yield fn(item)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +57,9 @@ def test_every_score_is_the_same(study, tmp_path):
     subject, fresh = FrozenFeatures(study.source).subject(), rows_of(study, FrozenFeatures(study.source))
     sets, here = {"few": fresh.take(slice(0, 300)), "none": fresh.take(slice(0, 0))}, InHere()
     same(scored(Handing(here, tmp_path, 0), subject, CONFIG, sets), scored(Handing(), subject, CONFIG, sets))
-    assert "the fit of mahalanobis" in here.done
-    assert "rows of few from 0 on, to be scored" in here.done
+    done = [*map(str, here.done)]
+    assert "the fit of mahalanobis" in done
+    assert "rows of few from 0 on, to be scored" in done
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,12 +90,8 @@ def test_what_is_not_finite_is_counted_in_all_rows(study, tmp_path):
 
 
 def test_a_cluster_that_goes_away_leaves_nothing_behind(study, tmp_path):
-    class Gone:
-        def map(self, fn, items):
-            raise StageError("gone")
-
     with pytest.raises(StageError, match="gone"):
         DetectorFactory(
-            FrozenFeatures(study.source).subject(), CONFIG, handing=Handing(Gone(), tmp_path, 0)
+            FrozenFeatures(study.source).subject(), CONFIG, handing=Handing(InHere(most=1), tmp_path, 0)
         ).detectors()
     assert list(tmp_path.iterdir()) == []
