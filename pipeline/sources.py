@@ -76,8 +76,9 @@ def _source(
     workspace.check_caches(backbone, "id-train", "id-val", *(GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
     probe = _probe(workspace, backbone, data, fits)  # first, for mixtures that start from it are known by its bytes
+    scores = {variant.name: variant.scores for variant in workspace.config.variants}
     folders = [
-        MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed))
+        MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed), scores.get(variant))
         for variant, seed in mixtures
         if of_clusters or data.labels == "given"
     ]

@@ -127,7 +127,7 @@ class _Scoring:
         predicted = {routing: subject.predictions(routing) for routing in subject.routings}
         first = predicted[subject.routings[0]]
         found = [*zip(detectors, subject.scores(detectors), strict=True)]
-        if auto is not None:
+        if auto is not None and AUTO in subject.factory.config.scores:
             found.append(auto.of(subject))
             self._say_what_is_chosen(found[-1][0])
         for detector, routes in found:

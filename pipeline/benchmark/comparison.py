@@ -19,7 +19,7 @@ from stages.metrics.ranking import METRICS
 from stages.results.method import BASELINES, FROZEN_SUM, NO_ROUTING, RECOMMENDED, Method
 from stages.results.scored_study import ScoredStudy
 from stages.results.table import Evaluator, MethodRun, OODRow, Replicates, difference_columns, over_seeds
-from stages.scorers import AUTO, reads_head
+from stages.scorers import AUTO, FROZEN, reads_head
 
 COMPARED_COLUMNS = ("fpr95", "auroc")  # metrics, in the order of the page
 # What the recommended score is judged against: the last is the same block as its experts, with nothing routed (E = 1).
@@ -44,15 +44,18 @@ def method_label(method: Method) -> str:
 def methods_of(config: RunConfig) -> list[Method]:
     """All rows of a study's results: each score frozen and refined, then the recommended one of every variant."""
     scores = [score for score in config.score.scores if score != "mos"]
-    frozen = [scored_by(FROZEN_SUM, score) for score in scores]
+    of_frozen = [score for score in scores if FROZEN not in score]  # what says of itself that it is has no other
+    frozen = [scored_by(FROZEN_SUM, score) for score in of_frozen]
     refined = [scored_by(RECOMMENDED, score) for score in scores]
     # Oracle routing sends ID images by their true label, which no deployment knows: it shows what wrong routes cost.
     routings = [replace(RECOMMENDED, routing=name) for name in (["top2"] if config.score.top2 else []) + ["oracle"]]
-    variants = [replace(RECOMMENDED, variant=variant.name) for variant in config.variants]
+    judged = {variant.name: variant.scores or config.score.scores for variant in config.variants}
+    variants = [replace(RECOMMENDED, variant=name) for name, own in judged.items() if RECOMMENDED.score in own]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
     mos = [Method("pretrained", "mofe", "trained", name, NO_ROUTING, "mos") for name in frozen_experts]
-    own = [*frozen, *refined, *routings, *variants, *(mos if "mos" in config.score.scores else [])]
-    return [*own, *_finetuned(config, scores)]
+    mos = [method for method in mos if "mos" in judged.get(method.variant, config.score.scores)]
+    own = [*frozen, *refined, *routings, *variants, *mos]
+    return [*own, *_finetuned(config, of_frozen)]
 
 
 def _finetuned(config: RunConfig, scores: list[str]) -> list[Method]:
@@ -89,6 +92,19 @@ def fine_tuned_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
     pairs += [(recommended, other) for other in (plain, FROZEN_SUM)]
     pairs += [(joint, other) for other in (recommended, RECOMMENDED, plain, FROZEN_SUM)]
     return [pair for pair in pairs if set(pair) <= set(known)]
+
+
+def chosen_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
+    """What ``auto`` chooses of frozen features, and each frozen baseline."""
+    chosen, known = CHOSEN[0], methods_of(config)
+    return [(chosen, baseline) for baseline in BASELINES.values() if {chosen, baseline} <= set(known)]
+
+
+def beside_frozen_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
+    """What the experts' part adds to a frozen one: each sum of both, and the same sum of frozen features alone."""
+    known = methods_of(config)
+    sums = [(own, scored_by(FROZEN_SUM, own.score.replace(FROZEN, ""))) for own in known if FROZEN in own.score]
+    return [pair for pair in sums if set(pair) <= set(known)]
 
 
 def check_comparable(config: RunConfig) -> None:
@@ -140,7 +156,8 @@ class JudgedStudy:
     def compared(self) -> list[Compared]:
         """All differences that a page of results shows."""
         known = methods_of(self.config)
-        pairs = [(RECOMMENDED, other) for other in known if other != RECOMMENDED] + fine_tuned_pairs(self.config)
+        pairs = [(RECOMMENDED, other) for other in known if other != RECOMMENDED]
+        pairs += [pair for of in (chosen_pairs, beside_frozen_pairs, fine_tuned_pairs) for pair in of(self.config)]
         return [
             (*pair, group, metric)
             for pair in dict.fromkeys(pairs)

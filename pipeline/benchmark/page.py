@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.benchmark.comparison import JudgedStudy, judge, method_label, result_lines
 from pipeline.benchmark.images import BenchmarkImages
-from pipeline.benchmark.tables import ResultTables, TextTable, auto_table, fine_tuning_table, router_table
+from pipeline.benchmark.tables import ResultTables, TextTable, auto_table, pair_tables, router_table
 from pipeline.config import RunConfig
 from stages.files.documents import read_document, write_text
 from stages.results.formats import csv_text, markdown_table
@@ -91,9 +91,8 @@ def write_results(
 
 def _benchmark(study: JudgedStudy, lines: Sequence[Mapping[str, Any]], images: BenchmarkImages) -> BenchmarkResults:
     tables = ResultTables(lines)
-    tuned = [fine_tuning_table(study)] if study.config.finetune is not None else []
     chosen = [auto_table(study)] if AUTO in study.config.score.scores else []
-    shown = [tables.judged, tables.differences, tables.every_method, *chosen, *tuned, router_table(study)]
+    shown = [tables.judged, tables.differences, tables.every_method, *chosen, *pair_tables(study), router_table(study)]
     record = read_document(study.config.work / "record.json") or {}
     return BenchmarkResults(study.config.name, what_was_run(record, images), tables.summary, shown)
 

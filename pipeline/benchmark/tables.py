@@ -13,6 +13,8 @@ from pipeline.benchmark.comparison import (
     JUDGED_AGAINST,
     NAMING,
     JudgedStudy,
+    beside_frozen_pairs,
+    chosen_pairs,
     deviation,
     fine_tuned_pairs,
     method_label,
@@ -116,17 +118,25 @@ class ResultTables:
 _Show = Callable[[Mapping[str, Any], str], str]  # a cell, of a line and a metric
 
 
-def fine_tuning_table(study: JudgedStudy) -> TextTable:
-    """What fine-tuning the backbone changes, in paired differences."""
+_PAIRS = {  # what methods are compared with beside the recommended score, by what the table is called
+    "what auto chose of frozen features, and the frozen baselines": chosen_pairs,
+    "a frozen distance with the experts' energy, and with the probe's": beside_frozen_pairs,
+    "what fine-tuning changes": fine_tuned_pairs,
+}
+
+
+def pair_tables(study: JudgedStudy) -> list[TextTable]:
+    """Paired differences of methods that a study has."""
     columns = [(group, metric) for group in study.groups for metric in COMPARED_COLUMNS]
-    return TextTable(
-        f"{study.config.name}: what fine-tuning changes",
-        ["", "minus", *(_column(group, metric) for group, metric in columns)],
-        [
-            [*map(method_label, pair), *(_difference(study, *pair, *column) for column in columns)]
-            for pair in fine_tuned_pairs(study.config)
-        ],
-    )
+    return [
+        TextTable(
+            f"{study.config.name}: {title}",
+            ["", "minus", *(_column(group, metric) for group, metric in columns)],
+            [[*map(method_label, pair), *(_difference(study, *pair, *column) for column in columns)] for pair in pairs],
+        )
+        for title, pairs_of in _PAIRS.items()
+        if (pairs := pairs_of(study.config))
+    ]
 
 
 def _difference(study: JudgedStudy, method: Method, other: Method, group: str, metric: str) -> str:
@@ -139,8 +149,8 @@ def _column(group: str, metric: str) -> str:
 
 
 def auto_table(study: JudgedStudy) -> TextTable:
-    """What ``auto`` chose, and its regret."""
-    columns = [(group, metric) for group in study.groups for metric in COMPARED_COLUMNS]
+    """What ``auto`` chose, and its regret: of the near sets, the far sets, and all, each to the best score of these."""
+    columns = [(group, metric) for group in (*study.groups, "all") for metric in COMPARED_COLUMNS]
     return TextTable(
         f"{study.config.name}: what auto chose from ID images, and how far that is behind the best of all scores",
         ["", "chosen", *(_column(group, metric) for group, metric in columns)],

@@ -6,7 +6,7 @@ A problem is one line that names the key, what was given and what is allowed.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -161,6 +161,7 @@ class VariantConfig(StageConfig):
     name: FolderName
     set: dict[str, Any]
     seeds: _Seeds | None = None  # some of the study's; all of them where nothing is given
+    scores: Several[str] | None = None  # likewise: some of score.scores
 
     @field_validator("set", mode="before")
     @classmethod
@@ -341,14 +342,10 @@ class RunConfig(StageConfig):
             yield f"finetune: needs images; set {given[0].name} has features"
 
     def _finetune_problems(self) -> Iterator[str]:
-        seeds, variants = self.finetune_seeds(), (self.finetune and self.finetune.variants) or ()
-        if self.finetune is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
-            yield (
-                f"finetune.seeds: {as_given(seeds)} given, must be one or more different numbers of the study's seeds "
-                f"{as_given(self.seeds)}"
-            )
-        if self.finetune is not None and self.finetune.joint:
-            yield from self._joint_problems()
+        variants = (self.finetune and self.finetune.variants) or ()
+        if self.finetune is not None:
+            yield from _some("finetune.seeds", self.finetune_seeds(), self.seeds, "numbers of the study's seeds")
+            yield from self._joint_problems() if self.finetune.joint else ()
         known = ["default", *(variant.name for variant in self.variants)]
         for name in variants:
             if name not in known:
@@ -371,25 +368,28 @@ class RunConfig(StageConfig):
             yield f"variants.{JOINT}: this name is taken by the experts that finetune.joint trains"
 
     def _variant_problems(self, variant: VariantConfig) -> Iterator[str]:
-        seeds = variant.seeds
-        if seeds is not None and (not seeds or _repeated(seeds) or not set(seeds) <= set(self.seeds)):
-            yield (
-                f"variants.{variant.name}.seeds: {as_given(seeds)} given, must be one or more different numbers of the "
-                f"study's seeds {as_given(self.seeds)}"
-            )
-        at = f"variants.{variant.name}.set"
+        at = f"variants.{variant.name}"
+        if variant.seeds is not None:
+            yield from _some(f"{at}.seeds", variant.seeds, self.seeds, "numbers of the study's seeds")
+        if variant.scores is not None:
+            yield from _some(f"{at}.scores", variant.scores, self.score.scores, "names of score.scores")
         if others := [key for key in variant.set if not key.startswith("train.")]:
-            yield f"{at}.{others[0]}: a variant changes [train] alone, its keys begin with 'train.'"
+            yield f"{at}.set.{others[0]}: a variant changes [train] alone, its keys begin with 'train.'"
             return
         try:
             self._variant(variant)
         except ValidationError as error:
             document = {key.removeprefix("train."): value for key, value in variant.set.items()}
-            yield from (f"{at}.train.{line}" for line in problem_lines(error, document, TrainConfig))
+            yield from (f"{at}.set.train.{line}" for line in problem_lines(error, document, TrainConfig))
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
     return [value for value, n in Counter(values).items() if n > 1]
+
+
+def _some(key: str, given: Collection[Any], known: Collection[Any], of: str) -> Iterator[str]:
+    if not given or _repeated(given) or not set(given) <= set(known):
+        yield f"{key}: {as_given(given)} given, must be one or more different {of} {as_given(known)}"
 
 
 def _leaves(table: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:

@@ -57,7 +57,7 @@ class ToDo:
         probes: backbones whose linear probe is not there.
         finetunes: backbones to make.
         score, report: whether they are to be made.
-        scored: how many mixtures are scored, over all backbones.
+        scored: variant of each mixture that is scored, over all backbones.
     """
 
     images: dict[str, dict[str, int]]
@@ -66,7 +66,7 @@ class ToDo:
     finetunes: set[str]
     score: bool
     report: bool
-    scored: int
+    scored: Sequence[str]
 
 
 @dataclass
@@ -192,20 +192,24 @@ class Forecast:
         if first.score is None:
             return StageCost("score", 0.0, (), 0, "no ID test set or no OOD set")
         n_backbones, own = len(todo.images), first.score
-        auto = AUTO in self._config.score.scores
-        subjects = n_backbones + todo.scored
+        scores = [self._config.score.scores] * n_backbones + [self._scores_of(variant) for variant in todo.scored]
+        subjects, auto = len(scores), sum(AUTO in own for own in scores)
         fold = self._fold()
         rest = own.rest * fold / first.fold if auto and first.fold else self._rest()
         seconds = rest / 2 * subjects
         last, parts = next((timed, timed.score) for timed in reversed(self._measured.pilots) if timed.score)
-        seconds += parts.refining * self._n_tests / last.n_tests * todo.scored
-        methods = own.methods[0] * n_backbones + own.methods[1] * todo.scored + auto * subjects
+        seconds += parts.refining * self._n_tests / last.n_tests * len(todo.scored)
+        shares = [len(judged) / len(self._config.score.scores) for judged in scores[n_backbones:]]
+        methods = own.methods[0] * n_backbones + own.methods[1] * sum(shares) + auto
         seconds += methods * self._measured.method
-        seconds += auto * fold * n_folds(self._classes) * subjects
+        seconds += auto * fold * n_folds(self._classes)
         seconds += self._searches() * subjects
         held = 4 * self._n_train * self._spec.cls_dim + _ROW_BYTES * self._size.total
         about = f"{self._n_tests:,} test rows, {subjects} choices of features"
         return StageCost("score", seconds, (), self._measured.peaks["score"] + held, about)
+
+    def _scores_of(self, variant: str) -> Sequence[str]:
+        return {own.name: own.scores for own in self._config.variants}.get(variant) or self._config.score.scores
 
     def _rest(self) -> float:
         """Seconds of fits and scores, by the pilots that were scored."""

@@ -156,7 +156,8 @@ def _notes(size: StudySize, measured: Calibration) -> list[str]:
 
 def _to_do(workspace: Workspace, size: StudySize) -> ToDo:
     """What is not fresh; of a study whose images are only stated, everything."""
-    backbones, scored = workspace.backbones, sum(len(workspace.mixtures(own)) for own in workspace.backbones)
+    backbones = workspace.backbones
+    scored = [variant for own in backbones for variant, _ in workspace.mixtures(own)]
     images = {own.name: _to_extract(workspace, own, size) for own in backbones}
     if not size.counted:
         mixtures = {own.name: workspace.mixtures(own) for own in backbones}

@@ -13,7 +13,7 @@ from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.detection.choice import AUTO_SEMANTICS
-from stages.detection.sources import BackboneSource
+from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.errors import InputError
 from stages.files.documents import CONTENTS, has_contents, read_document
 from stages.results.scored_study import SCORE_SEMANTICS
@@ -61,7 +61,7 @@ class Score(Stage):
                         "name": [source.name, source.seed],
                         "data": source.data.identity,
                         "tests": [[test.name, test.group, test.cache.digest] for test in source.tests],
-                        "mixtures": [[mixture.variant, mixture.seed] for mixture in source.mixtures],
+                        "mixtures": [_named(mixture) for mixture in source.mixtures],
                         "models": dict(source.models),
                     }
                     for source in self._sources
@@ -112,6 +112,11 @@ class Score(Stage):
     def found(self) -> Lines:
         """The table."""
         return table_lines(self.folder)
+
+
+def _named(mixture: MixtureFolder) -> list[object]:
+    fewer = [] if mixture.scores is None else [mixture.scores]
+    return [mixture.variant, mixture.seed, *fewer]
 
 
 def stale_scores(workspace: Workspace) -> str | None:

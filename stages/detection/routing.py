@@ -139,7 +139,8 @@ def routed_subjects(
         second = None
         if top2 := config.top2 and refined.n_experts > 1:
             second = {set_key(test): refined.second(test.name, test.cache, labels[test.name]) for test in source.tests}
-        factory = DetectorFactory(refined.subject(top2), config, neighbours, handing)
+        own = config if folder.scores is None else config.model_copy(update={"scores": list(folder.scores)})
+        factory = DetectorFactory(refined.subject(top2), own, neighbours, handing)
         yield RoutedSubject(factory, sets, oracle, second, refined)
 
 

@@ -30,11 +30,19 @@ class ScoredSet:
 
 @dataclass(frozen=True)
 class MixtureFolder:
-    """A trained mixture on disk."""
+    """A trained mixture on disk.
+
+    Attributes:
+        variant: its name.
+        seed: that it was trained with.
+        path: of its folder.
+        scores: those of the study's that its features are judged by; None for all.
+    """
 
     variant: str
     seed: int
     path: Path
+    scores: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

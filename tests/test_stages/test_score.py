@@ -435,6 +435,26 @@ def test_one_expert_has_no_second(source, data, backbone, tmp_path):
     assert {row["routing"] for row in rows} == {"none", "predicted", "oracle"}
 
 
+def test_a_mixture_may_have_fewer_scores(source, tmp_path):
+    """A control that is compared by one score alone: neither others nor ``auto`` are made of its features."""
+    default = source.mixtures[0]
+    control = replace(default, variant="control", scores=("knn+energy",))
+    both, config = (
+        replace(source, mixtures=(default, control)),
+        CONFIG.model_copy(update={"scores": ["auto", "knn+energy"]}),
+    )
+    found = score([both], config, tmp_path / "scores")
+    names = {
+        name: {row["score"] for row in found.rows if row["variant"] == name} for name in ("", "default", "control")
+    }
+    assert names == {"": {"knn", "knn+energy", "auto"}, "default": {"auto", "knn+energy"}, "control": {"knn+energy"}}
+    own, other = (
+        [row for row in found.rows if (row["variant"], row["score"]) == (name, "knn+energy")]
+        for name in ("default", "control")
+    )
+    assert [row | {"variant": "default"} for row in other] == own
+
+
 # -------------------------------------------------------------------------------------------------- further scores
 
 

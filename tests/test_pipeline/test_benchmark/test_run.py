@@ -24,7 +24,8 @@ from tests.test_pipeline.command import pipeline, refused
 from tests.test_pipeline.test_benchmark.packed import in_tars, made_by, pack
 from tests.test_pipeline.tiny import ADAPTERS, STUDY
 
-SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "mahalanobis-pp", "auto"]
+SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "frozen:ncm+energy", "mahalanobis-pp", "auto"]
+FROZEN = [score for score in SCORES if score != "frozen:ncm+energy"]  # scores of frozen features
 DENSE = """
 [[variants]]
 name = "dense-1"
@@ -77,6 +78,13 @@ def lines_of(work):
     return list(csv.DictReader(io.StringIO((work / "results.csv").read_text())))
 
 
+def table_called(work, title):
+    """Cells of a table of the page, its header first."""
+    shown = (work / "results.md").read_text().split(f"**{title}**\n\n")[1].split("\n\n")[0].splitlines()
+    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
+    return [header, *body]
+
+
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
@@ -85,7 +93,7 @@ def test_every_method_of_both_benchmarks(finished):
     assert {line["benchmark"] for line in lines} == {"one", "two"}
     own = [line for line in lines if line["benchmark"] == "one" and line["group"] == "near"]
     assert [(line["features"], line["variant"], line["routing"], line["score"], line["n_seeds"]) for line in own] == [
-        *(("cls", "", "none", score, "1") for score in SCORES),
+        *(("cls", "", "none", score, "1") for score in FROZEN),
         *(("mofe", "default", "predicted", score, "2") for score in SCORES),
         ("mofe", "default", "top2", "knn+energy", "2"),
         ("mofe", "default", "oracle", "knn+energy", "2"),
@@ -194,19 +202,52 @@ def test_the_summary_has_the_recommended_score_and_what_it_is_judged_against(fin
 def test_auto_is_shown_with_what_it_chose_and_its_regret(finished):
     """On frozen and on refined features, beside the best of all scores of the study."""
     summary = read_summary(finished / "one" / "scores")
-    title = "**one: what auto chose from ID images, and how far that is behind the best of all scores**\n\n"
-    shown = (finished / "results.md").read_text().split(title)[1].split("\n\n")[0].splitlines()
-    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
+    title = "one: what auto chose from ID images, and how far that is behind the best of all scores"
+    header, *body = table_called(finished, title)
     # There are too few classes to choose by.
     methods = {"frozen: auto (probe)": ("cls", ""), "MoFE default: auto (refit)": ("mofe", "default")}
     assert [row[:2] for row in body] == [[method, "knn+energy"] for method in methods]
-    near = [line for line in summary if (line["ood"], line["group"]) == ("average", "near")]
-    best = min(line["fpr95_mean"] for line in near if line["score"] != "auto")
-    for name, _, *regrets in body:
-        (own,) = (
-            line for line in near if (line["features"], line["variant"], line["score"]) == (*methods[name], "auto")
+    for group in ("near", "far", "all"):
+        lines = [line for line in summary if (line["ood"], line["group"]) == ("average", group)]
+        best = min(line["fpr95_mean"] for line in lines if line["score"] != "auto")
+        for name, _, *regrets in body:
+            (own,) = (
+                line for line in lines if (line["features"], line["variant"], line["score"]) == (*methods[name], "auto")
+            )
+            assert regrets[header.index(f"{group} FPR95 ↓") - 2] == f"{100 * (own['fpr95_mean'] - best):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("title", "pairs"),
+    [
+        (
+            "what auto chose of frozen features, and the frozen baselines",
+            [
+                ("frozen: auto (probe)", f"frozen: {baseline}")
+                for baseline in ("knn", "knn+energy (probe)", "mahalanobis-pp", "ncm+energy (probe)")
+            ],
+        ),
+        (
+            "a frozen distance with the experts' energy, and with the probe's",
+            [("MoFE default: frozen:ncm+energy (refit)", "frozen: ncm+energy (probe)")],
+        ),
+    ],
+)
+def test_pairs_beside_the_recommended_score_are_those_of_the_summary(finished, title, pairs):
+    header, *body = table_called(finished, f"one: {title}")
+    assert [tuple(row[:2]) for row in body] == pairs
+    summary = {
+        (line["features"], line["score"], line["variant"]): line
+        for line in read_summary(finished / "one" / "scores")
+        if (line["ood"], line["group"]) == ("average", "far")
+    }
+    for method, other, *cells in body:
+        own = ("mofe", "frozen:ncm+energy", "default") if "MoFE" in method else ("cls", "auto", "")
+        baseline = other.split(" ")[1]
+        assert cells[header.index("far FPR95 ↓") - 2].startswith(
+            f"{100 * summary[own][f'fpr95_minus_{baseline}']:+.1f} "
+            f"[{100 * summary[own][f'fpr95_minus_{baseline}_lo']:+.1f}, "
         )
-        assert regrets[header.index("near FPR95 ↓") - 2] == f"{100 * (own['fpr95_mean'] - best):.1f}"
 
 
 def test_routing_is_shown_with_what_it_costs(finished):
@@ -341,7 +382,7 @@ def test_fine_tuned_rows_are_an_option_that_goes_on(benchmark, finished, tmp_pat
     own = [line for line in lines if line["backbone"] == "finetuned"]
     near = [(line["features"], line["head"], line["score"], line["n_seeds"]) for line in own if line["group"] == "near"]
     assert near == [
-        *(("cls", "finetune" if reads_head(score) else "none", score, "1") for score in SCORES[:-1]),
+        *(("cls", "finetune" if reads_head(score) else "none", score, "1") for score in FROZEN[:-1]),
         ("cls", "probe", "auto", "1"),
         ("cls", "probe", "knn+energy", "1"),
         *[("mofe", "refit", "knn+energy", "1")] * 2,
@@ -367,8 +408,7 @@ def check_fine_tuning_table(work):
     """Each method with itself on the pre-trained features, and mixtures with each other; by the seed that both have."""
     text = (work / "results.md").read_text()
     assert text.count("what fine-tuning changes**\n") == 1
-    shown = text.split("one: what fine-tuning changes**\n\n")[1].split("\n\n")[0].splitlines()
-    header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
+    header, *body = table_called(work, "one: what fine-tuning changes")
     pairs = {tuple(line[:2]): line[2:] for line in body}
     assert next(iter(pairs)) == ("fine-tuned: msp (finetune)", "frozen: msp (probe)")
     default, joint = (f"fine-tuned, MoFE {name}: knn+energy (refit)" for name in ("default", "joint"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import load_config
+from pipeline.config.schema import VariantConfig
 from pipeline.planning.forecast import Calibration, Forecast, StageCost, ToDo, line
 from pipeline.planning.pilot import ScoreTime, Timed, TrainTime
 from pipeline.planning.size import StudySize
@@ -30,11 +31,13 @@ def timed(n_train, seconds):
 MEASURED = Calibration(1.0, 0.01, 1 << 30, [timed(100, 1.0), timed(300, 2.0)], search=1e-9, method=0.1)
 
 
-def costs(config, backbone, n, workers=1):
-    """Seconds of all stages of a study with n images to train on."""
+def costs(config, backbone, n, workers=1, scored=("default",)):
+    """Seconds of all stages of a study with n images to train on, and mixtures of some variants to score."""
     size = StudySize(EXTRACTED | {"train": n}, 10, n // 10)
     forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), MEASURED)
-    todo = ToDo({"pretrained": dict(size.rows)}, {"pretrained": [("default", 0)]}, {"pretrained"}, set(), True, True, 1)
+    todo = ToDo(
+        {"pretrained": dict(size.rows)}, {"pretrained": [("default", 0)]}, {"pretrained"}, set(), True, True, scored
+    )
     stages = [
         forecast.extract("pretrained", size.rows),
         forecast.train("pretrained", [("default", 0)], probe=True),
@@ -81,6 +84,16 @@ def test_choosing_is_counted_by_folds(config, backbone):
     assert after - before == pytest.approx(2 * 10 * 2.0 + 2 * 0.1)
 
 
+def test_a_variant_with_fewer_scores_costs_less(config, backbone):
+    """Fewer lines of the table, and no folds where it is not asked for ``auto``."""
+    given = {"scores": ["auto", "knn", "energy", "msp"]}
+    fewer = VariantConfig(name="control", set={"train.experts": 1}, scores=["knn"])
+    chosen = config.model_copy(update={"score": config.score.model_copy(update=given), "variants": (fewer,)})
+    both = [costs(chosen, backbone, 300, scored=["default", name])[0][2] for name in ("default", "control")]
+    n_lines = MEASURED.pilots[0].score.methods[1]
+    assert both[0] - both[1] == pytest.approx(10 * 2.0 + (1 + n_lines * 3 / 4) * 0.1)
+
+
 def test_heads_that_were_timed_apart_are_counted_by_rows_and_classes(config, backbone):
     size = StudySize(EXTRACTED | {"train": 1_000_000}, 1000, 1000)
     forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), replace(MEASURED, head=1e-8))
@@ -90,7 +103,7 @@ def test_heads_that_were_timed_apart_are_counted_by_rows_and_classes(config, bac
 def test_what_is_fresh_costs_nothing(config, backbone):
     size = StudySize(EXTRACTED, 10, 100)
     forecast = Forecast(config, size, backbone.feature_spec("float16", "full"), replace(MEASURED, pilots=[]))
-    todo = ToDo({"pretrained": {}}, {"pretrained": []}, set(), set(), False, False, 1)
+    todo = ToDo({"pretrained": {}}, {"pretrained": []}, set(), set(), False, False, ["default"])
     fresh = [
         forecast.extract("pretrained", {}),
         forecast.train("pretrained", [], probe=False),
