@@ -311,10 +311,13 @@ def test_override_refused(study, override, message):
         ("[[variants]]\nname = 'k'\nset = {}\nseeds = []", "toy.toml: variants.k.seeds: [] given, must be one or more"),
         (
             "[[variants]]\nname = 'k'\nset = {}\nscores = ['knn', 'mos']",
-            "toy.toml: variants.k.scores: ['knn', 'mos'] given, must be one or more different names of score.scores",
+            'toy.toml: variants.k.scores: ["knn", "mos"] given, must be one or more different names of score.scores ["auto", ',
         ),
         ("[[variants]]\nname = 'k'\nset = {}\nscores = []", "toy.toml: variants.k.scores: [] given, must be one or"),
-        ("[[variants]]\nname = 'k'\nset = {}\nscores = ['knn', 'knn']", "toy.toml: variants.k.scores: ['knn', 'knn'] given"),
+        (
+            "[[variants]]\nname = 'k'\nset = {}\nscores = ['knn', 'knn']",
+            'toy.toml: variants.k.scores: ["knn", "knn"] given',
+        ),
         ("[[variants]]\nname = 'k'\nset = {}\nseeds = [0, 0]", "toy.toml: variants.k.seeds: [0, 0] given, must be one"),
         ("[[variants]]\nname = 'k'\nset = {}\nseeds = 0", "toy.toml: variants.k.seeds: 0 given, must be a list"),
         (
