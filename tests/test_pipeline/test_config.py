@@ -311,7 +311,7 @@ def test_override_refused(study, override, message):
         ("[[variants]]\nname = 'k'\nset = {}\nseeds = []", "toy.toml: variants.k.seeds: [] given, must be one or more"),
         (
             "[[variants]]\nname = 'k'\nset = {}\nscores = ['knn', 'mos']",
-            'toy.toml: variants.k.scores: ["knn", "mos"] given, must be one or more different names of score.scores ["auto", ',
+            'toy.toml: variants.k.scores: ["knn", "mos"] given, must be one or more different names of score.scores',
         ),
         ("[[variants]]\nname = 'k'\nset = {}\nscores = []", "toy.toml: variants.k.scores: [] given, must be one or"),
         (
