@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from cache.arrow import column_of_numbers, column_of_text, column_values
 from cache.errors import CacheDamagedError, CacheInvalidError
 from cache.files import check, check_fields
 from cache.fingerprint import arrays_sha256, canonical_json
@@ -112,12 +113,12 @@ class InputTable:
         import pyarrow.parquet as pq
 
         columns = [
-            pa.array(self.ids, pa.string()),
-            pa.array(self.labels),
-            pa.array(self.sizes),
-            pa.array(self.mtimes_ns),
+            column_of_text(self.ids),
+            column_of_numbers(self.labels),
+            column_of_numbers(self.sizes),
+            column_of_numbers(self.mtimes_ns),
             pa.Array.from_buffers(pa.binary(32), len(self), [None, pa.py_buffer(self.sha256.tobytes())]),
-            pa.array(np.where(self.failed, "failed", "row"), pa.string()),
+            column_of_text(["failed" if failed else "row" for failed in self.failed]),
         ]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns, schema=_schema()), sink, compression="zstd", version="2.6")
@@ -141,16 +142,16 @@ class InputTable:
             raise CacheDamagedError(f"inputs.parquet cannot be read: {error}") from error
         check(table.schema.equals(_schema()), f"inputs.parquet has the columns {table.schema.names} or other types")
         check(all(column.null_count == 0 for column in table.columns), "inputs.parquet has empty cells")
-        status = table["status"].to_numpy()
+        status = table["status"].to_pylist()
         check(set(status) <= {"row", "failed"}, 'inputs.parquet: status must be "row" or "failed"')
         digests = b"".join(table["sha256"].to_pylist())
         return cls(
             tuple(table["id"].to_pylist()),
-            table["label"].to_numpy(),
-            table["size"].to_numpy(),
-            table["mtime_ns"].to_numpy(),
+            column_values(table["label"]),
+            column_values(table["size"]),
+            column_values(table["mtime_ns"]),
             np.frombuffer(digests, np.uint8).reshape(-1, 32),
-            np.asarray(status == "failed", np.bool_),
+            np.array([own == "failed" for own in status], np.bool_),
         )
 
 

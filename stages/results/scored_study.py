@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.arrow import column_values
 from stages.detection.sources import CS_ID
 from stages.errors import InputError
 from stages.files.documents import CONTENTS, changed_files, read_document
@@ -197,7 +198,7 @@ class ScoredStudy:
     def scores(self, method: Method, seed: int | None) -> dict[str, NDArray[np.float32]]:
         """Scores ``[n]`` of each set's images by the model of a seed; the ID test set's under ``"id"``."""
         path, table = self._sample_table(method, seed, ["set"])
-        return self._by_set(path, np.asarray(table["set"].to_pylist()), table[method.column].to_numpy())
+        return self._by_set(path, np.asarray(table["set"].to_pylist()), column_values(table[method.column]))
 
     def samples(self, method: Method, seed: int | None) -> dict[str, tuple[Samples, NDArray[np.float32]]]:
         """Images of each set with their scores by the model of a seed; the ID test set's under ``"id"``."""
@@ -206,14 +207,18 @@ class ScoredStudy:
         expert = None if table["expert"].null_count else np.asarray(table["expert"].to_pylist(), dtype=np.int64)
         samples = Samples(**text, expert=expert)
         rows = self._by_set(path, samples.set, np.arange(len(samples)))
-        scores = table[method.column].to_numpy()
+        scores = column_values(table[method.column])
         return {name: (samples[own], scores[own]) for name, own in rows.items()}
 
     def _sample_table(self, method: Method, seed: int | None, columns: list[str]) -> tuple[Path, Any]:
         import pyarrow.parquet as pq
 
+        def read(path: Path) -> Any:
+            with pq.ParquetFile(path) as file:  # not read_table, which imports pyarrow.dataset, and pandas with it
+                return file.read(columns=wanted).select(wanted)
+
         path, wanted = samples_path(self.folder, method, seed), [*columns, method.column]
-        return path, read_file(path, lambda path: pq.read_table(path, columns=wanted).select(wanted))
+        return path, read_file(path, read)
 
     def _by_set(self, path: Path, sets: NDArray[np.str_], values: NDArray[Any]) -> dict[str, NDArray[Any]]:
         others = [name for name, _ in self._sets]

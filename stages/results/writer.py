@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cache.arrow import column_of_numbers, column_of_text
 from stages.detection.conformal import ThresholdEstimate
 from stages.files.documents import write_contents, write_json
 from stages.results.method import Method, samples_path
@@ -77,15 +78,14 @@ class SampleBlock:
     def table(self) -> pa.Table:
         """As it is written."""
         n = len(self.id)
-        columns: dict[str, Any] = {
-            "set": pa.array([self.set] * n),
-            "id": pa.array(self.id),
-            "label": pa.array(self.label),
-            "prediction": pa.array(self.prediction),
-            "expert": pa.nulls(n) if self.expert is None else pa.array(self.expert),
-            "confidence": pa.nulls(n) if self.confidence is None else pa.array(np.float64(self.confidence)),
-        }
-        return pa.table(columns | {name: pa.array(own, pa.float32()) for name, own in self.scores.items()})
+        about = {"set": [self.set] * n, "id": self.id, "label": self.label, "prediction": self.prediction}
+        routes = {"expert": (self.expert, np.int64), "confidence": (self.confidence, np.float64)}
+        columns: dict[str, Any] = {name: column_of_text(values) for name, values in about.items()}
+        for name, (values, dtype) in routes.items():
+            columns[name] = pa.nulls(n) if values is None else column_of_numbers(values.astype(dtype))
+        return pa.table(
+            columns | {name: column_of_numbers(np.asarray(own, np.float32)) for name, own in self.scores.items()}
+        )
 
 
 class ScoresWriter:

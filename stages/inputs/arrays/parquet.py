@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.errors import InputError
@@ -53,6 +52,8 @@ def _list_shape(path: str, key: str, kind: Any, first: Any) -> tuple[tuple[int, 
 
 def _scanning(path: str, name: str, key: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], Blocks]:
     def begin() -> Blocks:
+        import pyarrow.compute as pc  # for those alone who read lists: it takes long to import
+
         start, rows = 0, block_rows(prod(shape) * dtype.itemsize)
         # Without a buffer size a whole row group is read at once.
         with reading_arrays(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
