@@ -101,7 +101,7 @@ def cells_of(classes: Sequence[int], images: Sequence[int], config: RunConfig, f
     """Every cell, small ones first.
 
     Raises:
-        ConfigError: a number of classes or images that the set does not have, or fewer classes than experts.
+        ConfigError: a number of classes or images that the set does not have.
     """
     most = {"--classes": len(found.paths), "--images": max(map(len, found.paths.values()))}
     for option, given in (("--classes", classes), ("--images", images)):
@@ -110,10 +110,18 @@ def cells_of(classes: Sequence[int], images: Sequence[int], config: RunConfig, f
                 f"{option}: {','.join(map(str, given))} given, must be one or more different numbers from 1 to "
                 f"{most[option]}, which is what {config.sets_of('id-train')[0].source} has"
             )
-    experts = max(number_of_experts(config).values())
-    if min(classes) < experts:
-        raise ConfigError(f"--classes: {min(classes)} given, fewer than the {experts} experts of a variant")
     return [Cell(of_classes, of_images) for of_classes in sorted(classes) for of_images in sorted(images)]
+
+
+def check_experts(classes: Sequence[int], config: RunConfig) -> None:
+    """Refuse what can be known without an image.
+
+    Raises:
+        ConfigError: fewer classes than experts, or a variant that leaves their number to be chosen.
+    """
+    experts = max(number_of_experts(config).values())
+    if min(classes, default=experts) < experts:
+        raise ConfigError(f"--classes: {min(classes)} given, fewer than the {experts} experts of a variant")
 
 
 def number_of_experts(config: RunConfig) -> dict[str, int]:

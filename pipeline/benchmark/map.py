@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.cells import OrderedImages, cell_study, cells_of
+from pipeline.benchmark.cells import OrderedImages, cell_study, cells_of, check_experts
 from pipeline.benchmark.choice import MapChoice
 from pipeline.benchmark.map_page import write_map
 from pipeline.benchmark.run import EXPERIMENTS, Benchmark, checked_images, run_studies, study_on
@@ -44,6 +44,7 @@ def run_map(
     choice, benchmark = choice or MapChoice(), benchmark or Benchmark([MAPPED])
     whole = study_on(benchmark.studies[0], data, work, choice.overrides)
     whole.require_roles("run")
+    check_experts(choice.classes, whole)
     images = checked_images(whole, data, benchmark.listed, choice.unchecked)
     train, test = (
         OrderedImages.unpack(whole.sets_of(role)[0].images or "", work / "images" / role, images.digest)

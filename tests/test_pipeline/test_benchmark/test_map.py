@@ -165,7 +165,6 @@ def test_dry_run_trains_nothing(home, tmp_path):
     ("given", "message"),
     [
         ({"classes": (2, 4)}, r"--classes: 2,4 given, must be one or more different numbers from 1 to 3, which"),
-        ({"classes": (1,)}, r"--classes: 1 given, fewer than the 2 experts of a variant"),
         ({"images": (20, 20)}, r"--images: 20,20 given, must be one or more different numbers from 1 to 32"),
         ({"images": ()}, r"--images:  given, must be"),
     ],
@@ -186,6 +185,13 @@ def test_other_images_are_refused(home, tmp_path):
 def test_a_number_of_experts_that_is_chosen_is_no_row_of_a_map(home, tmp_path):
     with pytest.raises(ConfigError, match=r"needs train.experts as a number; variant default has none"):
         make_map(home, tmp_path / "work", 'train.experts="auto"')
+    assert not (tmp_path / "work").exists()
+
+
+def test_fewer_classes_than_experts_are_refused_before_an_image_is_unpacked(home, tmp_path):
+    with pytest.raises(ConfigError, match=r"--classes: 1 given, fewer than the 2 experts of a variant"):
+        make_map(home, tmp_path / "work", classes=(1,))
+    assert not (tmp_path / "work").exists()
 
 
 def test_unpacked_images_are_taken_again_until_they_are_others(home, tmp_path):
