@@ -1,5 +1,6 @@
 """What a cluster makes is what one process makes, to the bit; a worker that dies costs its items, and no more."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -7,17 +8,20 @@ import pytest
 import torch
 
 from pipeline.engine import ItemsFailedError
+from stages.config import TrainConfig
 from stages.context import Context
 from stages.errors import StageError
 from stages.heads import sums
 from stages.heads.choose import HeadRows, choose_head
-from stages.heads.handed import Others
+from stages.heads.handed import GroupItem, Others
 from stages.mixture.refine import REFINE_BATCH, RefinePart, refine_in_parts, refine_part, refine_to
 from stages.mixture.refined import Routes, load_refined
 from stages.mixture.storage import load_mixture
+from stages.networks.backbone import load_backbone
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.cluster import SearchItem, cluster_distances, search_item
 from stages.scorers.neighbours.store import NeighbourStore
+from stages.train import train_mofe
 from tests.test_parity.clusters import InHere, Killing
 
 
@@ -157,3 +161,15 @@ def test_workers_fit_the_head_that_one_process_fits(workers, tmp_path, monkeypat
         assert np.array_equal(found.head.tensors()[name], values), name
     assert (tmp_path / "killed").exists()
     assert list(own.iterdir()) == []
+
+
+def test_all_heads_of_a_training_are_those_of_one_process(vit, vit_data, tmp_path, monkeypatch):
+    """The probe's, and those refitted on refined rows, of which no item holds a row."""
+    monkeypatch.setattr(sums, "_KEPT_BYTES", 0)
+    here, backbone, config = InHere(), load_backbone(vit), TrainConfig(experts=2, epochs=1)
+    for name, context in (("alone", Context()), ("handed", Context(cluster=here))):
+        train_mofe(vit_data, config, backbone.end, 0, tmp_path / name, context)
+    for name in ("probe/probe.safetensors", "heads.safetensors", "mofe.safetensors"):
+        assert (tmp_path / "handed" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert {type(item) for item in here.done} == {GroupItem}
+    assert max(len(pickle.dumps(item)) for item in here.done) < 1000
