@@ -26,6 +26,7 @@ from stages.mixture.grouping import check_groups
 from stages.mixture.model import cannot_read
 from stages.networks.backbone import Backbone, build_architecture
 from stages.networks.preprocessing import check_decode
+from stages.networks.tokens import stored_grid
 from stages.networks.weights.loading import check_source
 from stages.scorers import AUTO, get_scorer, needs_of, parts_of
 from stages.scorers.features.gmm import GMMScorer
@@ -99,6 +100,7 @@ def check_study(
         check_source(config.backbone)
         built = network()  # an image size, or taps, that it does not have
         built.tap_layout(config.cache.taps)
+        stored_grid(built.grid, config.cache.patches)
         check_decode(config.backbone, default_device(), built.data_config)
     check_patches(config, names, spec, to_train, network)
     if spec is None:

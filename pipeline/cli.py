@@ -18,6 +18,7 @@ from pipeline.benchmark.choice import Choice, MapChoice
 from pipeline.config import RunConfig, RunOptions
 from pipeline.deciding import Deciding, Exporting, Serving, Watching
 from pipeline.detector_options import EXPORTING, RUNTIME, SERVING, WATCHING
+from pipeline.interrupts import interrupts
 from pipeline.options import (
     CHOICE,
     DEBUG,
@@ -47,7 +48,7 @@ from pipeline.planning.asked import Planning
 from pipeline.processes import SaidElsewhereError, is_first, started, together
 from pipeline.reproduction.selection import Selection
 from pipeline.stages_of_study import STAGES, Listed
-from pipeline.terminal import complain, explain, show
+from pipeline.terminal import INTERRUPTED, complain, explain, show
 from stages.errors import PeerLostError
 
 if TYPE_CHECKING:
@@ -67,26 +68,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status; see `pipeline.terminal`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        with verbs.make_context("python -m pipeline", arguments.copy(), obj=arguments) as context:
-            verbs.invoke(context)
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except SaidElsewhereError as failed:
-        return failed.status
-    except KeyboardInterrupt:
-        if is_first():
-            complain("interrupted; what is finished is kept: the same command goes on where it was")
-        return 130
-    except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        status, message = explain(error)
-        # Who lost another has nothing to say, and of several that misread the same command line one says so.
-        if not isinstance(error, PeerLostError) and (is_first() or not isinstance(error, click.UsageError)):
-            complain(f"error: {message}")
-        return status
+    with interrupts() as interrupted:
+        try:
+            with verbs.make_context("python -m pipeline", arguments.copy(), obj=arguments) as context:
+                verbs.invoke(context)
+        except click.exceptions.Exit as done:
+            return done.exit_code
+        except SaidElsewhereError as failed:
+            return failed.status
+        except (Exception, KeyboardInterrupt) as error:
+            return _failed(KeyboardInterrupt() if interrupted.is_set() else error, arguments)
     return 0
+
+
+def _failed(error: BaseException, arguments: Sequence[str]) -> int:
+    """Say what went wrong, and the exit status."""
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    status, message = explain(error)
+    # Who lost another has nothing to say, and of several that misread the same command line one says so.
+    if not isinstance(error, PeerLostError) and (
+        is_first() or not isinstance(error, (click.UsageError, KeyboardInterrupt))
+    ):
+        complain(message if status == INTERRUPTED else f"error: {message}")
+    return status
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})

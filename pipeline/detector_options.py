@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from pipeline.deciding import Exporting, Serving, Watching
-from pipeline.options import DECIDING_SCORE, gathered
+from pipeline.options import DECIDING_SCORE, RealRange, gathered
 
 RUNTIME = click.option(
     "--runtime",
@@ -42,7 +42,7 @@ WATCHING = gathered(
     Watching,
     click.option(
         "--alpha",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=RealRange(0, 1, min_open=True, max_open=True),
         default=Watching.alpha,
         show_default=True,
         help="Probability that a stream of ID images is ever called drifting, at most.",
@@ -93,7 +93,7 @@ SERVING = gathered(
     ),
     click.option(
         "--patience",
-        type=click.FloatRange(0, 10),
+        type=RealRange(0, 10),
         default=Serving.patience,
         show_default=True,
         help="Seconds that images wait for the next to be decoded, to go through the network together, at most.",
@@ -106,7 +106,7 @@ SERVING = gathered(
     ),
     click.option(
         "--timeout",
-        type=click.FloatRange(0, 3600, min_open=True),
+        type=RealRange(0, 3600, min_open=True),
         default=Serving.timeout,
         show_default=True,
         help="Seconds until a request is refused.",

@@ -1,6 +1,7 @@
 """Options of the command line, and the objects that commands take in their place."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,10 @@ from pipeline.config import (
     folder_name,
     load_config,
 )
+from pipeline.config.explain import score_problem
 from pipeline.deciding import Deciding
 from pipeline.planning.asked import Planning
 from pipeline.reproduction.selection import Selection
-from stages.config import nearest
-from stages.scorers import SCORERS, unknown_part
 
 if TYPE_CHECKING:
     from stages.detection.detector import Per
@@ -156,6 +156,17 @@ def _with(command: Any, options: Sequence[Option[Any]]) -> Any:
     return command
 
 
+class RealRange(click.FloatRange):
+    """Numbers of a range; NaN, which compares with nothing, is outside of any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or a refusal."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable.")
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
 DRY_RUN = click.option(
@@ -166,7 +177,7 @@ SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Hand the work t
 WORKERS = click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Work in N local processes.")
 MAX_FAILURES = click.option(
     "--max-failures",
-    type=click.FloatRange(0, 1),
+    type=RealRange(0, 1),
     default=RunOptions.max_failures,
     show_default=True,
     help="Largest share of a set's images that may be unusable.",
@@ -237,8 +248,8 @@ SET_NAME = click.option(
 
 
 def _known_score(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
-    if value is not None and (unknown := unknown_part(value)) is not None:
-        raise click.BadParameter(f"{unknown!r} is not a known score{nearest(unknown, SCORERS)}")
+    if value is not None and (problem := score_problem(value)) is not None:
+        raise click.BadParameter(problem)
     return value
 
 
@@ -285,7 +296,7 @@ DECIDING = gathered(
     ),
     click.option(
         "--fdr",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=RealRange(0, 1, min_open=True, max_open=True),
         metavar="SHARE",
         help="Judge the images together: at most this share of those flagged is ID, on average.",
     ),
@@ -347,7 +358,7 @@ PLANNING = gathered(
     click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Plan for N workers as well, not for 4."),
     click.option(
         "--seconds",
-        type=click.FloatRange(5, 600),
+        type=RealRange(5, 600),
         default=Planning.seconds,
         show_default=True,
         help="That the calibration may take, about.",

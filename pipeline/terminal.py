@@ -16,11 +16,14 @@ import click
 
 from stages.errors import InputError, StageError
 
+INTERRUPTED = 130
 Lines = list[Any]  # what a verb says: text, or tables of rich
 
 
-def explain(error: Exception) -> tuple[int, str]:
+def explain(error: BaseException) -> tuple[int, str]:
     """Exit status and message of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; what is finished is kept: the same command goes on where it was"
     if isinstance(error, click.UsageError):
         return 2, error.format_message()
     if isinstance(error, StageError):

@@ -151,6 +151,7 @@ class _Scoring:
         method = Method(
             key.backbone, key.features, detector.head, key.variant, routing, detector.score, detector.calibrated
         )
+        _check_finite_scores(detector, scores)
         known = labels if labels == "given" or detector.reads_classes else "none"
         run = MethodRun(method, key.seed, json.dumps(detector.params, sort_keys=True), self._config.profile, known)
         self.writer.rows += self._evaluator.rows(run, scores["id"], scores, failures)
@@ -294,6 +295,20 @@ def _failures(routed: RoutedSubject, classes: Predictions, head: str) -> dict[st
         for name, rows in routed.sets.items()
         if head in classes[name]
     }
+
+
+def _check_finite_scores(detector: FittedDetector, scores: Scores) -> None:
+    """Refuse what cannot be ranked, by its name.
+
+    Raises:
+        InputError: NaN or inf.
+    """
+    for name, own in scores.items():
+        if bad := int(np.count_nonzero(~np.isfinite(own))):
+            raise InputError(
+                f"score {detector.score}: {bad} of {len(own)} scores of set {name!r} are NaN or inf: look at "
+                "score.params and at the features"
+            )
 
 
 def _thresholds(detector: FittedDetector, routing: str) -> list[ThresholdEstimate]:

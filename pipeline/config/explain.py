@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from stages.config import nearest
+from stages.scorers import AUTO, FROZEN, SCORERS, parts_of, unknown_part
 
 _KINDS = {"model_type": "be a table", "dict_type": "be a table", "tuple_type": "be a list", "list_type": "be a list"}
 
@@ -87,6 +88,25 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if members := get_args(annotation):
         return next(filter(None, map(_model_in, members)), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def score_problem(score: str) -> str | None:
+    """What is wrong with the name of a score or of a sum of them; None where nothing is.
+
+    >>> score_problem("frozen:knn+energy") is None
+    True
+    >>> print(score_problem("enrgy"))
+    "enrgy" is not a known score; did you mean 'energy'?
+    """
+    unknown = unknown_part(score)
+    if unknown == AUTO:
+        return f"{as_given(score)} given, but {AUTO} is chosen as a whole, and no part of a sum"
+    if unknown is not None:
+        return f"{as_given(unknown)} is not a known score{nearest(unknown, SCORERS)}"
+    if score != AUTO and all(part.frozen for part in parts_of(score)):
+        plain = as_given(score.replace(FROZEN, ""))
+        return f"{as_given(score)} given, which reads nothing that experts make: {plain} says the same"
+    return None
 
 
 def as_given(value: object) -> str:

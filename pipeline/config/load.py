@@ -103,6 +103,8 @@ def _open(path: str, data: object, above: tuple[str, ...] = ()) -> dict[str, Any
     if (extended := raw.pop("extends", None)) is not None:
         if not isinstance(extended, str):
             raise ConfigError(f"{where}extends: {as_given(extended)} given, must be the path of an experiment file")
+        if not os.path.isfile(os.path.join(folder, extended)):
+            raise ConfigError(f"{where}extends: {as_given(extended)} given, there is no such file beside it")
         if here in above:
             raise ConfigError(f"{where}extends: {extended} extends this file; a file cannot extend itself")
         parent = _open(os.path.join(folder, extended), data, (*above, here))

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from cache import CacheInvalidError, Place, place
-from pipeline.config.explain import as_given, problem_lines
+from pipeline.config.explain import as_given, problem_lines, score_problem
 from stages.config import (
     ARRAY_KEYS,
     TAKEN_NAMES,
@@ -36,7 +36,7 @@ from stages.config import (
     nearest,
 )
 from stages.errors import InputError
-from stages.scorers import SCORERS, get_scorer, unknown_part
+from stages.scorers import SCORERS, get_scorer
 
 _OOD_ROLES = ("near-ood", "far-ood")
 JOINT = "joint"  # the variant whose experts were trained together with the backbone, by `finetune.joint`
@@ -280,9 +280,9 @@ class RunConfig(StageConfig):
                     yield f"sets.{entry.name}.columns.{key}: unknown key{nearest(key, ARRAY_KEYS)}"
         yield from self._source_problems()
         for score in self.score.scores:
-            if (unknown := unknown_part(score)) is not None:
-                yield f"score.scores: {as_given(unknown)} is not a known score{nearest(unknown, SCORERS)}"
-        if not self.score.scores or _repeated(self.score.scores):
+            if (problem := score_problem(score)) is not None:
+                yield f"score.scores: {problem}"
+        if not self.score.scores or _repeated(tuple(sorted(score.split("+"))) for score in self.score.scores):
             yield f"score.scores: {as_given(self.score.scores)} given, must be one or more different names"
         yield from self._score_settings_problems()
         yield from self._finetune_problems()

@@ -22,12 +22,15 @@ from stages.scorers.shared.arrays import l2_normalise
 _FITTED = 2000  # rows of id-train that PCA is fitted on
 _SHOWN_ID, _SHOWN_OOD = 300, 600  # dots, of all OOD sets together
 _PERPLEXITY = 30
+_AXES = 2
 _DOT = 3  # points
 
 
 def feature_maps(study: ReportedStudy, progress: Progress) -> dict[str, Any]:
     """Panels of the plane before and after the experts of the recommended mixture, or why there are none."""
     id_train, oods = study.evidence.id_train, [ood for ood, _ in study.oods]
+    if study.evidence.caches and next(iter(study.evidence.caches.values())).spec.cls_dim < _AXES:
+        return {"panels": [], "why": "one value a row needs no plane"}
     missing = [name for name in (id_train, study.id_test, *oods) if name not in study.evidence.caches]
     if missing:
         return {"panels": [], "why": f"no cached features of {', '.join(filter(None, missing))}"}
@@ -88,7 +91,7 @@ def _stages(
 def _pca(fitted: Floats, shown: Mapping[str, Floats]) -> dict[str, NDArray[np.float64]]:
     from sklearn.decomposition import PCA
 
-    pca = PCA(n_components=2, svd_solver="full").fit(fitted)
+    pca = PCA(n_components=_AXES, svd_solver="full").fit(fitted)
     return {name: pca.transform(features) for name, features in shown.items()}
 
 
@@ -97,6 +100,6 @@ def _tsne(shown: Mapping[str, Floats]) -> dict[str, NDArray[np.float64]]:
 
     together = np.concatenate(list(shown.values()))
     perplexity = min(_PERPLEXITY, (len(together) - 1) / 3)
-    flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(together)
+    flat = TSNE(_AXES, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(together)
     ends = np.cumsum([len(features) for features in shown.values()])[:-1]
     return dict(zip(shown, np.split(flat, ends), strict=True))

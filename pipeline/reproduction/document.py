@@ -13,14 +13,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import ConfigError, RunConfig, load_config
-from pipeline.config.explain import as_given, first_problem
+from pipeline.config.explain import as_given, first_problem, score_problem
 from pipeline.config.load import read_toml
 from pipeline.config.schema import FolderName, Several
 from pipeline.reproduction.selection import Selection
 from stages.config import Positive, StageConfig, nearest
 from stages.metrics.ranking import METRICS
 from stages.metrics.selective import SELECTIVE
-from stages.scorers import SCORERS, needs_of, unknown_part
+from stages.scorers import SCORERS, needs_of
 
 KNN_ACCURACY = "knn-accuracy"  # the measure that needs features alone, and so comes first
 EVERY = "every"  # as score.scores: all that are of a frozen backbone's class token, or of its linear probe
@@ -83,8 +83,8 @@ class Target(StageConfig):
                 yield f"{key}: is for metrics of the table; {KNN_ACCURACY} has none"
             if not self.needs_features_alone and getattr(self, key) is None:
                 yield f"{key}: missing"
-        if self.score is not None and (unknown := unknown_part(self.score)) is not None:
-            yield f"score: {as_given(unknown)} is not a known score{nearest(unknown, SCORERS)}"
+        if self.score is not None and (problem := score_problem(self.score)) is not None:
+            yield f"score: {problem}"
 
 
 class StudyDocument(StageConfig):

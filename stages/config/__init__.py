@@ -53,7 +53,7 @@ class BackboneConfig(StageConfig):
     name: Annotated[str, AfterValidator(canonical_name)] = "vit_small_patch14_dinov2.lvd142m"
     weights: str = "hub"
     recipe: Literal["official", "timm"] | None = Field(default=None, validate_default=True)
-    image_size: int = Field(default=224, ge=16)
+    image_size: int = Field(default=224, ge=16, le=4096)
     decode: Literal["pil", "draft", "cuda"] = "pil"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
     compile: bool | Literal["auto"] = False  # torch.compile; auto: on a GPU, where a trial says that it pays

@@ -15,6 +15,7 @@ from stages.id_data.lazy import LazyArray, RowNumbers
 from stages.id_data.split import Fold, Rows, Split, split_rows, split_with_validation_set
 from stages.inputs.images.names import match_classes, unlike
 
+_FEW = 3  # rows of a class
 Labels = NDArray[np.int32]
 Labelling = Literal["given", "clusters"]
 
@@ -248,9 +249,13 @@ def _check_folds(
     for fold in split.folds:
         if len(few := np.flatnonzero(np.bincount(labels[fold.train], minlength=len(names)) == 0)):
             n = len(few) if alike is None else int(alike[few].sum())
+            rows = np.count_nonzero(labels == few[0])
+            why = "too few to hold some out"
+            if rows > _FEW:
+                why = "none of which is left to train on: the same bytes stay together, or split.val is too large"
             raise InputError(
-                f"id-train set {dataset!r}: class {names[few[0]]!r} has {np.count_nonzero(labels == few[0])} "
-                f"{what}(s), too few to hold some out ({n} such class(es)): give more, or leave the class out"
+                f"id-train set {dataset!r}: class {names[few[0]]!r} has {rows} {what}(s), {why} ({n} such class(es)): "
+                "give more, or leave the class out"
             )
         if len(fold.select) and len(fold.calibrate):
             continue

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import InputError
+from stages.files.regular import check_regular
 from stages.id_data.rows import IdData, read_blocks
 from stages.id_data.split import Rows
 from stages.inputs.images.names import listed, match_classes, shown, unlike
@@ -175,6 +176,7 @@ def _balance(points: NDArray[np.floating], centers: NDArray[np.floating]) -> NDA
 
 def _from_file(path: Path, class_names: tuple[str, ...]) -> list[object]:
     try:
+        check_regular(path)
         stored = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"train.grouping: {path} cannot be read as JSON {{class: group}}: {error}") from error

@@ -102,10 +102,10 @@ class Backbone:
 
     def _describe(self) -> None:
         """Measure shapes, and whether the cut-out end reproduces the backbone, on two noise images."""
-        size, noise = self.config.image_size, self._noise()
+        size = self.config.image_size
         self.grid: tuple[int, int] = (0, 0)
         try:
-            tokens = self._encode(noise)
+            tokens = self._encode(noise := self._noise())
             self._block_kwargs = self._tap.kwargs
         except (RuntimeError, AssertionError, ValueError) as error:  # windows or strides that do not divide the map
             raise InputError(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.errors import InputError
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -56,10 +58,19 @@ def reduce_patches(tokens: Tokens, grid: tuple[int, int], option: str) -> Tokens
 
 
 def stored_grid(grid: tuple[int, int], option: str) -> tuple[int, int]:
-    """``(h, w)`` of the patch tokens that the ``patches`` option leaves."""
+    """``(h, w)`` of the patch tokens that the ``patches`` option leaves.
+
+    Raises:
+        InputError: it asks for more than there are: pooled, some would be there several times.
+    """
     if option == "none":
         return (0, 0)
     if option == "full":
         return grid
     side = int(option.removeprefix("pool:"))
+    if side > min(grid):
+        raise InputError(
+            f'cache.patches: "{option}" given, but the network makes {grid[0]} x {grid[1]} patch tokens: give "full", '
+            "or fewer"
+        )
     return (side, side)

@@ -363,6 +363,8 @@ class CachedTrainer:
         if not math.isfinite(loss_sum):
             for batch in _batches_of(select):
                 _check_finite(data.held_out, batch, reads)
+            if record.epoch < 0:
+                raise StageError("train: the held-out loss is not finite before anything is learnt: scale the features")
             raise StageError(f"train: the held-out loss is not finite after epoch {record.epoch}: lower train.lr")
         record.select_loss = round(loss_sum / len(select), 6)
         record.select_accuracy = round(both / len(select), 6)

@@ -92,6 +92,16 @@ KINDS = {
         lambda home: [f"sets.train.images={home / 'images/small'}"],
         "class 'digit 2' has 1 image(s), too few to hold some out (1 such class(es))",
     ),
+    "more patch tokens than there are": (
+        "study",
+        lambda home: ["cache.patches=pool:100"],
+        'cache.patches: "pool:100" given, but the network makes ',
+    ),
+    "a share to hold out that leaves nothing": (
+        "study",
+        lambda home: ["split.val=0.99"],
+        "none of which is left to train on: the same bytes stay together, or split.val is too large",
+    ),
     "an id-val set too small to halve": (
         "val",
         lambda home: [],

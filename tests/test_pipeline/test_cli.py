@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from cache import CacheBusyError, CacheDamagedError, CacheInvalidError, CacheMismatchError, CacheNotFoundError
 from pipeline import options
-from pipeline.cli import main
+from pipeline.cli import main, verbs
 from pipeline.config import ConfigError
 from pipeline.engine import EngineError
 from pipeline.terminal import explain, show
@@ -92,10 +93,10 @@ def test_as_a_program(study):
         (["score", "TOY"], "sets: score needs a set with role id-test"),
         (["run", "TOY"], "sets: run needs a set with role id-test"),
         (["predict", "TOY"], "Missing argument 'PATH...'."),
-        (["predict", "TOY", "a.jpg", "--score", "kn"], "Invalid value for '--score': 'kn'"),
+        (["predict", "TOY", "a.jpg", "--score", "kn"], "Invalid value for '--score': \"kn\""),
         (
             ["predict", "TOY", "a.jpg", "--score", "knn+enrgy"],
-            "Invalid value for '--score': 'enrgy' is not a known score; did you mean 'energy'?",
+            "Invalid value for '--score': \"enrgy\" is not a known score; did you mean 'energy'?",
         ),
     ],
 )
@@ -167,6 +168,35 @@ def test_defect_is_one_line_and_debug_says_where(study, monkeypatch, capsys):
     traceback, _, last = capsys.readouterr().err.rstrip("\n").rpartition("\n")
     assert traceback.startswith("Traceback")
     assert last.startswith("error: ")
+
+
+def test_no_option_of_a_range_takes_nan(refused):
+    """It compares with nothing: a bound would be switched off, or the work done before it is refused."""
+    ranges = [
+        (verb, option)
+        for verb, command in verbs.commands.items()
+        for option in command.params
+        if isinstance(option.type, click.FloatRange)
+    ]
+    assert len(ranges) >= 6
+    for verb, option in ranges:
+        needed = ["x"] * sum(param.required for param in verbs.commands[verb].params)
+        assert refused(verb, *needed, option.opts[0], "nan").startswith(f"Invalid value for '{option.opts[0]}': nan is")
+
+
+def test_an_interrupt_that_became_another_error(study, monkeypatch, capsys):
+    """As where it comes while a module written in C is imported."""
+
+    def load(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    monkeypatch.setattr(options, "load_config", load)
+    assert main(["info", study]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interrupted(study, monkeypatch, capsys):

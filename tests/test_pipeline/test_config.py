@@ -226,6 +226,19 @@ def test_what_is_no_literal_is_text(study, text):
         ),
         ("score.k=0", "--set score.k: 0 given, must be greater than 0 or 'auto'"),
         ('score.scores=["kn"]', "--set score.scores: \"kn\" is not a known score; did you mean 'knn'?"),
+        (
+            'score.scores=["auto+knn"]',
+            '--set score.scores: "auto+knn" given, but auto is chosen as a whole, and no part of a sum',
+        ),
+        (
+            'score.scores=["frozen:knn"]',
+            '--set score.scores: "frozen:knn" given, which reads nothing that experts make: "knn" says the same',
+        ),
+        (
+            'score.scores=["knn+msp", "msp+knn"]',
+            '--set score.scores: ["knn+msp", "msp+knn"] given, must be one or more different names',
+        ),
+        ("backbone.image_size=4097", "--set backbone.image_size: 4097 given, must be less than or equal to 4096"),
         ('score.scores=["knn+kn"]', "--set score.scores: \"kn\" is not a known score; did you mean 'knn'?"),
         ("score.params.enrgy.temperature=2", "--set score.params.enrgy: unknown key; did you mean 'energy'?"),
         ("score.params.energy.temperature=0", "--set score.params.energy.temperature: 0 given, must be greater than 0"),
@@ -442,7 +455,9 @@ def test_a_study_may_extend_another(study, tmp_path):
 def test_what_cannot_be_extended_is_refused(study, tmp_path):
     assert "extends: 3 given, must be the path of an experiment file" in refusal(study(text="extends = 3\n"))
     assert "extends this file; a file cannot extend itself" in refusal(study(text='extends = "toy.toml"\n'))
-    assert "nowhere.toml: No such file or directory" in refusal(study(text='extends = "nowhere.toml"\n'))
+    assert 'extends: "nowhere.toml" given, there is no such file beside it' in refusal(
+        study(text='extends = "nowhere.toml"\n')
+    )
 
 
 FEATURES = """

@@ -6,6 +6,18 @@ import sys
 
 import pytest
 
+_INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pipeline.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupts())
+runpy.run_module("pipeline", run_name="__main__")
+"""
 _COUNT_ARENAS = """
 import ctypes, sys
 import pipeline.__main__
@@ -18,6 +30,12 @@ file = libc.fopen(sys.argv[1].encode(), b"w")
 libc.malloc_info(0, file)
 libc.fclose(file)
 """
+
+
+def test_interrupted_while_it_is_imported():
+    """No traceback, and the status of an interrupt."""
+    run = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="this C library does not list its arenas")

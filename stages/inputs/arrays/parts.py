@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.errors import InputError
-from stages.inputs.arrays.columns import ArrayFile
+from stages.files.regular import check_regular
+from stages.inputs.arrays.columns import ArrayFile, reading_arrays
 from stages.inputs.arrays.hdf5 import open_hdf5
 from stages.inputs.arrays.numpy_files import is_beside, open_npy, open_npz
 from stages.inputs.arrays.parquet import open_parquet
@@ -98,6 +99,8 @@ def _in_order(path: str) -> list[tuple[int, int, str]]:
 
 
 def _open(path: str) -> ArrayFile:
+    with reading_arrays(path):
+        check_regular(path)
     opened = _OPENERS[Path(path).suffix.lower()](path)
     folder, name = os.path.split(os.path.abspath(path))
     match = _EMBEDDING_FILE.fullmatch(name)

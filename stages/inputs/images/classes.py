@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from stages.errors import InputError
+from stages.files.regular import check_regular
 from stages.inputs.images.names import match_classes, trimmed, unlike
 from stages.inputs.images.table import SampleTable
 
@@ -47,6 +48,7 @@ def read_classes(path: str) -> tuple[str, ...]:
         InputError: The file cannot be read or names no class.
     """
     try:
+        check_regular(path)
         with open(path, encoding="utf-8-sig") as file:
             lines = [trimmed(line) for line in file]
     except OSError as error:

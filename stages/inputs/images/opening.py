@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import IO, NamedTuple, cast
 
 from cache import RemotePath, is_remote
+from stages.files.regular import check_regular
 
 
 class FileStat(NamedTuple):
@@ -51,9 +52,12 @@ def open_file(path: str) -> AbstractContextManager[IO[bytes]]:
     """A file to read from.
 
     Raises:
-        OSError: it is not there, or cannot be opened.
+        OSError: it is not there, or cannot be opened; it is a pipe or a device, which may never end.
     """
-    return cast(AbstractContextManager[IO[bytes]], RemotePath(path).open()) if is_remote(path) else open(path, "rb")
+    if is_remote(path):
+        return cast(AbstractContextManager[IO[bytes]], RemotePath(path).open())
+    check_regular(path)
+    return open(path, "rb")
 
 
 def read_part(path: str, start: int, n_bytes: int) -> bytes:
@@ -65,6 +69,7 @@ def read_part(path: str, start: int, n_bytes: int) -> bytes:
     if is_remote(path):
         end = RemotePath(path).stat().st_size if n_bytes < 0 else start + n_bytes
         return RemotePath(path).read_range(start, end) if end > start else b""
+    check_regular(path)
     with open(path, "rb") as file:
         file.seek(start)
         return file.read(n_bytes)

@@ -60,8 +60,10 @@ def refuse_packed(path: str, where: str = "") -> None:
         where: Begins the message; the path where nothing is given.
 
     Raises:
-        InputError: It is compressed; the message has the command that unpacks it.
+        InputError: It is compressed; the message has the command that unpacks it. Or it holds arrays.
     """
+    if path.lower().endswith(".npz"):
+        raise InputError(f"{where or path}: holds arrays of numpy and not images: arrays are `features` of a set")
     if (command := _unpacking(path)) is not None:
         raise InputError(
             f"{where or path}: compressed, but images are read in any order: `{command}` unpacks it, give that"

@@ -1,5 +1,6 @@
 """Features from files: whatever the file, the same rows come out; what cannot be used is said in one line."""
 
+import os
 import tracemalloc
 import warnings
 import zipfile
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from stages.errors import InputError
 from stages.extract import import_set
 from stages.inputs import arrays as module
-from stages.inputs.arrays import KEYS, ArrayTable, list_arrays
+from stages.inputs.arrays import ARRAY_SUFFIXES, KEYS, ArrayTable, list_arrays
 
 N, D = 23, 6
 
@@ -372,3 +373,10 @@ def test_what_was_begun_goes_on(tmp_path, monkeypatch):
     assert asked == [0, 4096, 4096, 8192]
     np.testing.assert_array_equal(cache.read("cls"), cls)
     assert cache.verify() == []
+
+
+@pytest.mark.parametrize("suffix", ARRAY_SUFFIXES)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"rows{suffix}")
+    with pytest.raises(InputError, match=f"rows{suffix}: cannot be read: .*not a regular file"):
+        list_arrays(str(tmp_path / f"rows{suffix}"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from stages.errors import InputError
 from stages.inputs.images import ImageError, list_images, only_classes
+from stages.inputs.images.classes import read_classes
 from stages.inputs.images.kind import SPECIAL
 from stages.inputs.images.names import tidy
 from stages.inputs.images.table import Sample, make_table
@@ -251,3 +252,16 @@ def test_a_table_is_sorted_and_labels_name_their_class(class_of):
     assert [table.reader().read(i).decode() for i in range(len(table))] == list(table.ids)
     assert classes(table) == class_of
     assert set(table.class_names) == set(class_of.values()) - {None}
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.csv", "a.parquet", "a.txt"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: cannot be read: .*not a regular file"):
+        list_images(str(tmp_path / name))
+
+
+def test_a_pipe_names_no_classes(tmp_path):
+    os.mkfifo(tmp_path / "classes.txt")
+    with pytest.raises(InputError, match=r"classes.txt: cannot be read: not a regular file; give a text file"):
+        read_classes(str(tmp_path / "classes.txt"))

@@ -1,6 +1,7 @@
 """Classes to groups: balanced k-means against random assignments, and the user's file with everything wrong in it."""
 
 import json
+import os
 from itertools import permutations
 
 import numpy as np
@@ -165,6 +166,12 @@ def test_file_names_groups_as_it_likes(tmp_path):
     assert group_classes(points(4), 3, str(path), PETS, 0) == [0, 0, 1, 1]
     path.write_text(json.dumps({"cat": 7, "dog": 3, "eagle": 7, "finch": 7}))
     assert group_classes(points(4), 1, str(path), PETS, 0) == [0, 1, 0, 0]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "groups.json")
+    with pytest.raises(InputError, match=r"groups.json cannot be read as JSON .*not a regular file"):
+        group_classes(points(4), 2, str(tmp_path / "groups.json"), PETS, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Tokens: what a cache keeps of them."""
 
+import pytest
 import torch
 
+from stages.errors import InputError
 from stages.networks.tokens import Tokens, reduce_patches, stored_grid
 
 
@@ -15,3 +17,9 @@ def test_pooled_patches_are_means_of_their_cells():
     assert reduce_patches(tokens, (4, 6), "full") is tokens
     assert reduce_patches(tokens, (4, 6), "none").patches.shape == (2, 0, 5)
     assert [stored_grid((4, 6), option) for option in ("full", "pool:2", "none")] == [(4, 6), (2, 2), (0, 0)]
+
+
+def test_more_tokens_than_there_are_are_refused():
+    assert stored_grid((4, 6), "pool:4") == (4, 4)
+    with pytest.raises(InputError, match='"pool:5" given, but the network makes 4 x 6 patch tokens: give "full"'):
+        stored_grid((4, 6), "pool:5")
