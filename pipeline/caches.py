@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from pipeline.checks import check_folder
 from pipeline.config import FeaturesConfig, RunOptions
 from pipeline.engine import engine_for
 from stages.errors import InputError
@@ -39,11 +40,12 @@ def cache_images(
         InputError: before any work, where a source is not there or two sets would have one name.
         StageError, CacheError: as `stages.extract.extract_features`; caches that were sealed before stay.
     """
-    tables = _tables(paths, name)
+    tables, root = _tables(paths, name), config.cache.root
+    if isinstance(root, Path):
+        check_folder("--out", root)
     backbone = load_backbone(config.backbone, config.cache.expert_blocks, default_device())
     for note in backbone.notes():
         progress.note(note)
-    root = config.cache.root
     shared = [root] if isinstance(root, Path) else []
     with engine_for(options.scheduler, options.workers, shared, progress) or nullcontext() as engine:
         for own, table in tables.items():

@@ -14,6 +14,7 @@ import numpy as np
 from cache import FeatureSpec
 from pipeline.backbones import StudyBackbone
 from pipeline.config import RunConfig, SetConfig
+from pipeline.layers import check_layers
 from pipeline.workspace import Workspace
 from stages.detection.frozen import cannot_read_patches
 from stages.errors import InputError
@@ -94,6 +95,8 @@ def check_study(
         check_folder("cache.root", config.cache.root)
     names, _ = _split(config, table)
     check_mixtures(config, names, spec)
+    if spec is not None:
+        check_layers(config, spec)
     if config.has_features or config.backbone is None:
         return
     if spec is None:

@@ -122,12 +122,14 @@ class _Scoring:
         if not self.writer.rows:
             self._progress.note(_first_row(subject, self._oods))
         detectors = subject.factory.detectors()
-        self._progress.start(len(detectors), "detector", f"score {_slug(subject.factory.subject)}")
+        auto = auto if AUTO in subject.factory.config.scores else None
+        n = len(detectors) + (auto is not None)
+        self._progress.start(n, "detector", f"score {_slug(subject.factory.subject)}")
         scored: dict[str, list[tuple[FittedDetector, Scores]]] = {}  # by routing
         predicted = {routing: subject.predictions(routing) for routing in subject.routings}
         first = predicted[subject.routings[0]]
         found = [*zip(detectors, subject.scores(detectors), strict=True)]
-        if auto is not None and AUTO in subject.factory.config.scores:
+        if auto is not None:
             found.append(auto.of(subject))
             self._say_what_is_chosen(found[-1][0])
         for detector, routes in found:

@@ -79,8 +79,10 @@ def nearest_of(request: Request) -> int:
     """How many of the nearest ID images are asked for, ``?nearest=3``.
 
     Raises:
-        RefusedError: no such number.
+        RefusedError: no such number, or something else is asked for.
     """
+    if unknown := sorted({*request.query_params} - {"nearest"}):
+        raise RefusedError(400, f"{unknown[0][:20]!r} is not known in a query: nearest is")
     given = request.query_params.get("nearest", "0")
     if not (given.isascii() and given.isdecimal()) or len(given) > 9 or int(given) > MOST_NEAREST:
         raise RefusedError(400, f"nearest: {given[:20]!r} given, must be a number up to {MOST_NEAREST}")

@@ -6,6 +6,7 @@ from typing import Self
 
 from cache import CacheError, fingerprint
 from pipeline.backbones import StudyBackbone
+from pipeline.layers import check_layers
 from pipeline.sources import sources_to_score
 from pipeline.stage import Done, Stage
 from pipeline.tables import table_lines
@@ -85,8 +86,15 @@ class Score(Stage):
     def _sources(self) -> list[BackboneSource]:
         return sources_to_score(self.workspace, self.which, self.fits)
 
+    def check(self) -> None:
+        """Refuse layers that the features do not have."""
+        spec = self.workspace.known_spec(self.workspace.pretrained)
+        if spec is not None:
+            check_layers(self.workspace.config, spec)
+
     def plan(self) -> Lines:
         """Whether the scores are those of now."""
+        self.check()
         try:
             finetuned = all(map(self.workspace.is_finetuned, self.workspace.asked(self.which)))
             fresh = finetuned and Score(self.workspace, self.which, fits=False).is_fresh()

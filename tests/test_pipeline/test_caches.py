@@ -127,6 +127,12 @@ def test_what_cannot_be_is_refused_before_any_work(home, tmp_path, arguments, me
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_file_is_no_folder_for_caches(home, tmp_path):
+    (tmp_path / "file").touch()
+    line = refused("cache", home / "images" / "test", *NETWORK, "--out", tmp_path / "file")
+    assert line == f"--out: {tmp_path / 'file'} is a file, a folder is needed"
+
+
 def test_more_failures_than_allowed_end_with_one_line_and_keep_what_was_done(home, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"no image")

@@ -25,7 +25,9 @@ from stages.detection.conformal import FalseAlarms, threshold_at
 from stages.detection.refined import RefinedFeatures
 from stages.detection.sources import BackboneSource, MixtureFolder
 from stages.errors import InputError
+from stages.extract import import_set
 from stages.files.documents import digest_of, read_document, write_contents, write_document, write_json, write_text
+from stages.inputs.arrays import list_arrays
 from stages.inputs.images import decode_image, list_images
 from stages.metrics.ranking import auroc
 from stages.mixture.mixup import class_alpha
@@ -510,6 +512,16 @@ def test_what_a_map_needs_and_is_gone_is_said(page, work, evidence, tmp_path):
         "Before the experts, PCA fitted on ID",
         "Before the experts, t-SNE",
     ]
+
+
+def test_one_value_a_row_needs_no_map(evidence, work, tmp_path):
+    np.savez(tmp_path / "rows.npz", cls=np.float32([[1], [2]]))
+    arrays = list_arrays(str(tmp_path / "rows.npz"))
+    narrow = import_set("rows", arrays, arrays.spec("one value", "float32"), tmp_path)
+    told = feature_maps(
+        ReportedStudy.of(work, replace(evidence, caches=dict.fromkeys(evidence.caches, narrow))), NullProgress()
+    )
+    assert told == {"panels": [], "why": "one value a row needs no plane"}
 
 
 def test_ood_images_have_no_say_in_the_plane_of_pca():

@@ -170,6 +170,8 @@ def test_what_cannot_be_scored_is_told_why(server, bad):
 def test_what_is_asked_wrongly_is_told_why(server, images):
     assert server.score(images[0], "/score?nearest=101")[0] == 400
     assert server.score(images[0], "/score?nearest=-1")[0] == 400
+    status, answer = server.score(images[0], "/score?nearst=3")
+    assert (status, answer["error"]) == (400, "'nearst' is not known in a query: nearest is")
     for method in ("GET", "OPTIONS", "PUT"):
         status, answer = server.ask(method, "/score")
         assert (status, answer["error"].partition(":")[0]) == (405, "Method Not Allowed")

@@ -7,7 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache import FeatureCache
+from pipeline.config import RunOptions, load_config
+from pipeline.layers import check_layers
+from pipeline.workspace import Workspace
 from stages.detection import Detector
+from stages.errors import InputError
 from tests.test_pipeline.command import done, refused
 from tests.test_pipeline.tiny import ADAPTERS, draw
 
@@ -64,6 +68,17 @@ def test_taps_that_are_not_cached_are_another_cache_and_layers_must_be_among_the
     assert "score.params.mm-pp.layers: 5 given, must be some of cache.taps = [6, 7]" in refused(
         "score", home / "tiny.toml", *asked
     )
+
+
+def test_layers_of_all_taps_are_refused_before_anything_is_scored(home):
+    """Which there are is known of the features alone, where the file says "all"."""
+    config = load_config(home / "tiny.toml")
+    spec = Workspace(config, RunOptions()).pretrained.known_spec()
+    params = {"mm-pp": {"layers": [5, 99]}}
+    every = config.model_copy(update={"score": config.score.model_copy(update={"params": params})})
+    with pytest.raises(InputError, match=r"^score.params.mm-pp.layers: 99 given, .* after 5, 6, 7: give"):
+        check_layers(every, spec)
+    check_layers(every, spec.without_taps())  # where none are, that is said otherwise
 
 
 def test_an_exported_detector_reads_the_same_taps_by_torch_by_onnx_and_from_features(home, samples):
