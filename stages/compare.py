@@ -81,7 +81,7 @@ def compare_scores(
         profile: whose defaults, where implementations differ.
 
     Raises:
-        InputError: no OOD set, an unknown score or setting, rows that lack what a score needs, or that are none.
+        InputError: no OOD set, no score, an unknown one or setting, rows that lack what a score needs, or are none.
 
     >>> rng = np.random.default_rng(0)
     >>> blob = lambda centre: centre + rng.normal(size=(50, 4))
@@ -90,6 +90,8 @@ def compare_scores(
     ('knn', 1.0, (50,))
     """
     asked = _settings_by_part(scores)
+    if not asked:
+        raise InputError("scores: none is asked for")
     classifier = None if head is None else _head(head)
     train, class_names = _without_class_names(train)
     given = {"train": train, "test": test} | ({} if held_out is None else {"held_out": held_out})

@@ -87,8 +87,8 @@ class Score(Stage):
         return sources_to_score(self.workspace, self.which, self.fits)
 
     def check(self) -> None:
-        """Refuse layers that the features do not have."""
-        spec = self.workspace.known_spec(self.workspace.pretrained)
+        """Refuse layers that the features do not have; of features that came as arrays no file is opened for it."""
+        spec = None if self.workspace.config.has_features else self.workspace.pretrained.known_spec()
         if spec is not None:
             check_layers(self.workspace.config, spec)
 

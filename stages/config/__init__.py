@@ -24,6 +24,7 @@ from pydantic import (
 from stages.config.backbone_names import canonical_name, has_official_recipe
 
 # What a file of features may hold, see stages/inputs/arrays.
+LARGEST_SIDE = 4096  # of a network's input, in pixels
 ARRAY_FEATURES = ("cls", "tap_cls", "registers", "patches", "logits", "taps")
 ARRAY_KEYS = (*ARRAY_FEATURES, "label", "id")
 
@@ -53,7 +54,7 @@ class BackboneConfig(StageConfig):
     name: Annotated[str, AfterValidator(canonical_name)] = "vit_small_patch14_dinov2.lvd142m"
     weights: str = "hub"
     recipe: Literal["official", "timm"] | None = Field(default=None, validate_default=True)
-    image_size: int = Field(default=224, ge=16, le=4096)
+    image_size: int = Field(default=224, ge=16, le=LARGEST_SIDE)
     decode: Literal["pil", "draft", "cuda"] = "pil"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32, but float16 on a GPU
     compile: bool | Literal["auto"] = False  # torch.compile; auto: on a GPU, where a trial says that it pays

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import CacheError, FeatureSpec
+from stages.config import LARGEST_SIDE
 from stages.detection.onnx_file import check_graph
 from stages.detection.parts import DetectorParts, MixtureParts, of_scores
-from stages.detection.runtime import LARGEST_SIDE, NetworkRows
+from stages.detection.runtime import NetworkRows
 from stages.errors import InputError
 from stages.inputs.images import decode_image
 from stages.machine import usable_cores

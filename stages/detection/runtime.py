@@ -16,8 +16,6 @@ from stages.mixture.refined import Refined
 
 RuntimeName = Literal["torch", "onnx"]
 
-LARGEST_SIDE = 4096  # of a network's input, in pixels
-
 
 @dataclass(frozen=True, eq=False)
 class NetworkRows:

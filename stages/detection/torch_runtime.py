@@ -10,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import nn
 
 from cache import CacheError, FeatureSpec
 from cache.spec import first_difference
 from stages.config import BackboneConfig
 from stages.detection.parts import DetectorParts, MixtureParts, NetworkParts, of_scores
-from stages.detection.runtime import LARGEST_SIDE, NetworkRows
+from stages.detection.runtime import NetworkRows
 from stages.errors import InputError
 from stages.extraction.encoder import Encoder
 from stages.extraction.gpu_jpeg import decode_left
@@ -246,12 +247,13 @@ def _stored_config(network: NetworkParts, spec: FeatureSpec) -> BackboneConfig:
     asked = {name: spec.transform[name] for name in TRANSFORM_KEYS if name in spec.transform}
     precision = {name: spec.compute[name] for name in ("precision", "batch") if name in spec.compute}
     try:
-        config = BackboneConfig(**{**network.config, **asked, **precision, "compile": False})
-    except (ValueError, TypeError) as error:  # pydantic's is a ValueError
+        return BackboneConfig(**{**network.config, **asked, **precision, "compile": False})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["network.config", *map(str, first["loc"])])
+        raise InputError(f"{key}: {first['msg'][:120]}") from error
+    except (ValueError, TypeError) as error:
         raise InputError(f"network.config: {str(error).splitlines()[-1][:120]}") from error
-    if config.image_size > LARGEST_SIDE:
-        raise InputError(f"network.config.image_size: {config.image_size} given, {LARGEST_SIDE} is the most")
-    return config
 
 
 def _check_shapes(model: nn.Module, tensors: Mapping[str, NDArray[Any]], what: str) -> None:

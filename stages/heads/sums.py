@@ -136,6 +136,8 @@ class StandardisedRows:
         self.shape, self.dtype = given.features.shape, dtype
         self._given, self._pool, self._ahead, self._elsewhere = given, pool, ahead, elsewhere
         kept_rows = _KEPT_BYTES // (np.dtype(dtype).itemsize * max(self.shape[1], 1))
+        if elsewhere is not None and kept_rows < self.shape[0]:
+            kept_rows = 0  # they are read there
         self._kept = [given.block(at, dtype) for at in blocks(self.shape[0]) if at.stop <= kept_rows]
 
     @property

@@ -120,6 +120,7 @@ def test_every_score_of_features_and_logits_runs(mine):
         ({"test": {"features": np.ones((2, 12)), "labels": [1]}}, "score inputs need one number of rows"),
         ({"test": np.full((2, 12), np.nan)}, "^2 of 2 scored features .* row 0 "),
         ({"ood": None}, "needs an OOD set"),
+        ({"scores": []}, "^scores: none is asked for"),
         ({"ood": {3: np.ones((2, 12))}}, "an OOD set is called 3, which is no text"),
         (
             {"ood": "near.npy"},

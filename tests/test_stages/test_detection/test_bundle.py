@@ -202,7 +202,7 @@ def with_value(document, place, value):
         (
             "value/network",
             {"config": {"image_size": 10**9, "name": "resnet18"}, "expert_blocks": 1},
-            "4096 is the most",
+            r"network\.config\.image_size: .* less than or equal to 4096",
         ),
         ("value/mixture", {"groups": [0, 2**40]}, r"mixture\.\w+: missing"),
         ("value/scores/0/scorer/name", "os.system", "no score is called 'os.system'"),
