@@ -1,4 +1,5 @@
-"""What workers add: extraction and the search of neighbours with one and with two of them, and what an item costs.
+"""What workers add: extraction, the search of neighbours and a linear head's step with one and with two of them, and
+what an item costs.
 
 Beside them two processes that know nothing of each other do the same: what two cores of this machine are worth.
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 N_IMAGES, SHARD = 192, 16
 BANK, QUERIES, DIM, K = 32_768, 16_384, 384, 200
+HEAD_ROWS, HEAD_CLASSES = 12 * 16_384, 500  # groups of blocks, more than memory keeps
 N_EMPTY, N_MANY = 500, 100_000
 LONG_S = 0.05  # an item whose successor waits at the worker, as shards do
 
@@ -40,7 +42,13 @@ LONG_S = 0.05  # an item whose successor waits at the worker, as shards do
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parts: dict[str, Callable[[Console], None]] = {"extract": extract, "knn": knn, "empty": empty, "memory": memory}
+    parts: dict[str, Callable[[Console], None]] = {
+        "extract": extract,
+        "knn": knn,
+        "head": head,
+        "empty": empty,
+        "memory": memory,
+    }
     parser.add_argument("--only", choices=parts)
     only = parser.parse_args().only
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of the bare processes, as Dask's workers have
@@ -157,6 +165,34 @@ def knn(console: Console) -> None:
         one_and_two(
             console, what, "queries/s", QUERIES, partial(_search, folder / "found"), partial(_search_alone, folder)
         )
+
+
+def _step(folder: Path, cluster: Any) -> None:
+    from stages.heads.affine import Standardisation
+    from stages.heads.handed import HandedRows, Others
+    from stages.heads.sums import GivenRows, StandardisedRows, head_loss
+
+    features = np.load(folder / "features.npy", mmap_mode="r")
+    labels = np.arange(HEAD_ROWS, dtype=np.int32) % HEAD_CLASSES
+    given = GivenRows(features, labels, Standardisation(np.zeros(DIM, np.float32), np.ones(1, np.float32)))
+    with HandedRows(given, Others(cluster, folder / f"{os.getpid()}")) as handed:
+        rows = StandardisedRows(given, None, 1, np.float32, handed)
+        head_loss(rows, np.zeros((HEAD_CLASSES, DIM)), np.zeros(HEAD_CLASSES))
+
+
+def _step_alone(folder: Path, _number: int) -> None:
+    _step(folder, _Here)
+
+
+def head(console: Console) -> None:
+    """Rows per second of a linear head's loss and gradient."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (HEAD_ROWS, DIM))
+        features[:] = np.random.default_rng(0).standard_normal((HEAD_ROWS, DIM), dtype=np.float32)
+        del features
+        what = f"loss and gradient of a head, {HEAD_ROWS:,} x {DIM}, C = {HEAD_CLASSES}"
+        one_and_two(console, what, "rows/s", HEAD_ROWS, partial(_step, folder), partial(_step_alone, folder))
 
 
 def empty(console: Console) -> None:
