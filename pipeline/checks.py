@@ -14,7 +14,7 @@ import numpy as np
 from cache import FeatureSpec
 from pipeline.backbones import StudyBackbone
 from pipeline.config import RunConfig, SetConfig
-from pipeline.layers import check_layers
+from pipeline.layers import asked_layers, check_layers
 from pipeline.workspace import Workspace
 from stages.detection.frozen import cannot_read_patches
 from stages.errors import InputError
@@ -227,8 +227,7 @@ def _check_scores(config: RunConfig, n_classes: int, network: _Network) -> None:
     """Scores that the features to be extracted cannot have."""
     if config.cache.taps is not None:
         count = network().taps.count
-        asked = [(name, own.get("layers", "auto")) for name, own in config.score.params.items()]
-        for name, most in ((name, max(layers)) for name, layers in asked if layers != "auto"):
+        for name, most in ((name, max(layers)) for name, layers in asked_layers(config)):
             if most > count:
                 raise InputError(f"score.params.{name}.layers: {most} given, the network has {count} blocks or stages")
     patches = config.cache.patches

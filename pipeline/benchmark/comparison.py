@@ -107,6 +107,13 @@ def beside_frozen_pairs(config: RunConfig) -> list[tuple[Method, Method]]:
     return [pair for pair in sums if set(pair) <= set(known)]
 
 
+PAIRS = {  # what methods are compared with beside the recommended score, by what the table is called
+    "what auto chose of frozen features, and the frozen baselines": chosen_pairs,
+    "a frozen distance with the experts' energy, and with the probe's": beside_frozen_pairs,
+    "what fine-tuning changes": fine_tuned_pairs,
+}
+
+
 def check_comparable(config: RunConfig) -> None:
     """Refuse a study in which something that is to be compared is not there, before hours of work.
 
@@ -157,7 +164,7 @@ class JudgedStudy:
         """All differences that a page of results shows."""
         known = methods_of(self.config)
         pairs = [(RECOMMENDED, other) for other in known if other != RECOMMENDED]
-        pairs += [pair for of in (chosen_pairs, beside_frozen_pairs, fine_tuned_pairs) for pair in of(self.config)]
+        pairs += [pair for pairs_of in PAIRS.values() for pair in pairs_of(self.config)]
         return [
             (*pair, group, metric)
             for pair in dict.fromkeys(pairs)

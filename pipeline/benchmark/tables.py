@@ -12,11 +12,9 @@ from pipeline.benchmark.comparison import (
     COMPARED_COLUMNS,
     JUDGED_AGAINST,
     NAMING,
+    PAIRS,
     JudgedStudy,
-    beside_frozen_pairs,
-    chosen_pairs,
     deviation,
-    fine_tuned_pairs,
     method_label,
     methods_of,
 )
@@ -118,13 +116,6 @@ class ResultTables:
 _Show = Callable[[Mapping[str, Any], str], str]  # a cell, of a line and a metric
 
 
-_PAIRS = {  # what methods are compared with beside the recommended score, by what the table is called
-    "what auto chose of frozen features, and the frozen baselines": chosen_pairs,
-    "a frozen distance with the experts' energy, and with the probe's": beside_frozen_pairs,
-    "what fine-tuning changes": fine_tuned_pairs,
-}
-
-
 def pair_tables(study: JudgedStudy) -> list[TextTable]:
     """Paired differences of methods that a study has."""
     columns = [(group, metric) for group in study.groups for metric in COMPARED_COLUMNS]
@@ -134,7 +125,7 @@ def pair_tables(study: JudgedStudy) -> list[TextTable]:
             ["", "minus", *(_column(group, metric) for group, metric in columns)],
             [[*map(method_label, pair), *(_difference(study, *pair, *column) for column in columns)] for pair in pairs],
         )
-        for title, pairs_of in _PAIRS.items()
+        for title, pairs_of in PAIRS.items()
         if (pairs := pairs_of(study.config))
     ]
 

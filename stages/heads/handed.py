@@ -69,23 +69,17 @@ _rows_of_process, _sum_of_process = lru_cache(maxsize=1)(unpickled), lru_cache(m
 
 
 class HandedRows:
-    """Rows that others sum, for as long as one head is fitted.
+    """Rows that others sum.
 
     Args:
         given: the rows.
-        others: who does it.
+        cluster: does it.
+        folder: for as long as one head is fitted.
     """
 
-    def __init__(self, given: GivenRows, others: Others) -> None:
-        self._given, self._cluster, self._folder = given, others.cluster, HandedFolder(others.folder)
+    def __init__(self, given: GivenRows, cluster: Cluster, folder: HandedFolder) -> None:
+        self._given, self._cluster, self._folder = given, cluster, folder
         self._rows, self._sums = "", 0
-
-    def __enter__(self) -> "HandedRows":
-        self._folder.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.__exit__()
 
     def groups(self, of: BlockSum, dtype: FloatType) -> Iterator[Sums]:
         """As `stages.heads.sums.SummedElsewhere`.

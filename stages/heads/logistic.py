@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.files.handed import HandedFolder
 from stages.heads.handed import HandedRows, Others
 from stages.heads.sums import (
     BLOCK,
@@ -73,7 +74,9 @@ def logistic_problem(given: GivenRows, n_classes: int, others: Others | None = N
         stack.enter_context(one_blas_thread())
         cores = min(usable_cores(), -(-len(given.labels) // BLOCK))
         pool = stack.enter_context(ThreadPoolExecutor(cores)) if cores > 1 else None
-        elsewhere = None if others is None else stack.enter_context(HandedRows(given, others))
+        elsewhere = None
+        if others is not None:
+            elsewhere = HandedRows(given, others.cluster, stack.enter_context(HandedFolder(others.folder)))
         yield LogisticProblem(n_classes, lambda dtype: StandardisedRows(given, pool, cores, dtype, elsewhere))
 
 

@@ -168,15 +168,16 @@ def knn(console: Console) -> None:
 
 
 def _step(folder: Path, cluster: Any) -> None:
+    from stages.files.handed import HandedFolder
     from stages.heads.affine import Standardisation
-    from stages.heads.handed import HandedRows, Others
+    from stages.heads.handed import HandedRows
     from stages.heads.sums import GivenRows, StandardisedRows, head_loss
 
     features = np.load(folder / "features.npy", mmap_mode="r")
     labels = np.arange(HEAD_ROWS, dtype=np.int32) % HEAD_CLASSES
     given = GivenRows(features, labels, Standardisation(np.zeros(DIM, np.float32), np.ones(1, np.float32)))
-    with HandedRows(given, Others(cluster, folder / f"{os.getpid()}")) as handed:
-        rows = StandardisedRows(given, None, 1, np.float32, handed)
+    with HandedFolder(folder / f"{os.getpid()}") as shared:
+        rows = StandardisedRows(given, None, 1, np.float32, HandedRows(given, cluster, shared))
         head_loss(rows, np.zeros((HEAD_CLASSES, DIM)), np.zeros(HEAD_CLASSES))
 
 

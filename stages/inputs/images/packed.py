@@ -24,6 +24,7 @@ _TO_FOLDER = {  # first bytes -> what unpacks an archive into a folder
 _TARS = (".tgz", ".taz", ".tbz", ".tbz2", ".txz", ".tlz", ".tzst")
 _FILES = (".gz", ".z", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
 _ARCHIVES = (".zip", ".7z", ".rar")
+_OF_ARRAYS = (".npz", ".pt", ".pth")  # zip archives inside, which nobody unpacks
 
 
 def is_packed(name: str) -> bool:
@@ -60,10 +61,8 @@ def refuse_packed(path: str, where: str = "") -> None:
         where: Begins the message; the path where nothing is given.
 
     Raises:
-        InputError: It is compressed; the message has the command that unpacks it. Or it holds arrays.
+        InputError: It is compressed; the message has the command that unpacks it.
     """
-    if path.lower().endswith(".npz"):
-        raise InputError(f"{where or path}: holds arrays of numpy and not images: arrays are `features` of a set")
     if (command := _unpacking(path)) is not None:
         raise InputError(
             f"{where or path}: compressed, but images are read in any order: `{command}` unpacks it, give that"
@@ -72,6 +71,8 @@ def refuse_packed(path: str, where: str = "") -> None:
 
 def _unpacking(path: str) -> str | None:
     """The command that unpacks a file; None where it is not compressed."""
+    if path.lower().endswith(_OF_ARRAYS):
+        return None
     try:
         with open_file(path) as file:
             head = file.read(_HEAD_BYTES)

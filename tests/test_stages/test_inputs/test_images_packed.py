@@ -77,3 +77,12 @@ def test_what_is_only_called_compressed_is_refused(tmp_path):
         list_images(str(tmp_path))
     with pytest.raises(InputError, match="not a source of images"):
         list_images(str(tmp_path / "0.tar.gz"))
+
+
+@pytest.mark.parametrize("name", ["rows.npz", "rows.pt", "rows.pth"])
+def test_files_of_arrays_are_no_archives_to_unpack(tmp_path, name):
+    """Though their bytes are those of a zip archive."""
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("cls.npy", b"")
+    with pytest.raises(InputError, match=f"{name}: not a source of images; give a folder"):
+        list_images(str(tmp_path / name))
