@@ -19,7 +19,7 @@ from stages.context import Context
 from stages.files.documents import read_document
 from stages.heads.affine import LinearHead
 from stages.heads.choose import FittedHeads, choose_head, fit_heads, load_heads, save_heads
-from stages.heads.handed import others_of
+from stages.heads.places import summing_of
 from stages.id_data.rows import IdData, lazy_rows, read_blocks
 from stages.id_data.split import Rows
 from stages.id_data.tokens import read_tokens
@@ -69,7 +69,7 @@ def _fitted_probe(data: IdData, folder: Path, context: Context) -> FittedHeads:
     features, held_out = (lazy_rows(cache, "cls", cache.spec.cls_dim) for cache in (data.train, data.held_out))
     models = [head_rows(data, features, held_out, rows, data.split.select) for rows in data.train_rows().values()]
     parts = [(features[rows := data.split.without(part)], data.train_labels[rows]) for part in data.split.parts]
-    heads = {"probe": fit_heads(models, data.n_classes, parts, others_of(context, folder))}
+    heads = {"probe": fit_heads(models, data.n_classes, parts, summing_of(context, folder))}
     save_heads(folder, "probe", heads, identity)
     return heads["probe"]
 

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from stages.files.tensors import read_described, write_described
 from stages.heads.affine import LinearHead, Standardisation
-from stages.heads.handed import Others
 from stages.heads.logistic import HEAD_TOLERANCE, LogisticFit, LogisticProblem, logistic_problem
-from stages.heads.sums import GivenRows, blocks, one_blas_thread, standardisation
+from stages.heads.summing import HERE, Summing
+from stages.heads.sums import GivenRows, standardisation
 from stages.id_data.lazy import Rows2D
 
 # Inverse strength of the L2 penalty (scikit-learn's C), the same grid for every method.
@@ -46,7 +45,7 @@ def fit_head(
     n_classes: int,
     strength: float,
     tolerance: float = HEAD_TOLERANCE,
-    others: Others | None = None,
+    summing: Summing = HERE,
 ) -> LinearHead:
     """Multinomial logistic regression with an L2 penalty on centred, commonly scaled features.
 
@@ -59,22 +58,20 @@ def fit_head(
         strength: scikit-learn's ``C``, the inverse of the penalty.
         tolerance: how far the mean loss may be above its minimum; with ``ROUGH`` or more it is fitted in float32, in a
             fraction of the time, which is enough where heads are compared and thrown away.
-        others: who sums over rows that do not fit into memory; None: this process, to the same bits.
+        summing: who sums over the rows; this process by default.
     """
-    with _fits(features, labels, n_classes, others) as fits:
+    with _fits(features, labels, n_classes, summing) as fits:
         return fits.minimum(strength, tolerance=tolerance)
 
 
 @contextmanager
-def _fits(
-    features: Rows2D, labels: NDArray[np.int32], n_classes: int, others: Others | None = None
-) -> Iterator["_Fits"]:
+def _fits(features: Rows2D, labels: NDArray[np.int32], n_classes: int, summing: Summing = HERE) -> Iterator["_Fits"]:
     classes, own = np.unique(labels, return_inverse=True)
     standardise = standardisation(features)
     if len(classes) == 1:
         yield _Fits(classes, n_classes, standardise, None)
         return
-    with logistic_problem(GivenRows(features, own, standardise), len(classes), others) as problem:
+    with logistic_problem(GivenRows(features, own, standardise), len(classes), summing) as problem:
         yield _Fits(classes, n_classes, standardise, problem)
 
 
@@ -118,17 +115,6 @@ class _Fits:
         return LinearHead(weight, bias, self.standardise, converged=found.converged)
 
 
-def log_likelihood(head: LinearHead, features: Rows2D, labels: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Log p(label) of each row, ``[N]``; higher is better."""
-    likelihood = np.empty(len(labels))
-    with one_blas_thread():
-        for block in blocks(len(labels)):
-            logits = head.logits(np.asarray(features[block], dtype=np.float32)).astype(np.float64)
-            own = labels[block, None].astype(np.int64)
-            likelihood[block] = np.take_along_axis(log_softmax(logits, axis=1), own, axis=1)[:, 0]
-    return likelihood
-
-
 class ChosenHead(NamedTuple):
     """A head, the strength that was chosen for it, and the mean log-likelihood of each strength for the record."""
 
@@ -138,7 +124,7 @@ class ChosenHead(NamedTuple):
 
 
 def choose_head(
-    rows: HeadRows, n_classes: int, strengths: Sequence[float] = STRENGTHS, others: Others | None = None
+    rows: HeadRows, n_classes: int, strengths: Sequence[float] = STRENGTHS, summing: Summing = HERE
 ) -> ChosenHead:
     """The head of the strongest penalty whose held-out ID log-likelihood is within one standard error of the best.
 
@@ -149,19 +135,19 @@ def choose_head(
         rows: of one model. Where none is there to judge by, of a class that it knows, the strongest penalty is taken.
         n_classes: C.
         strengths: to choose from.
-        others: as in `fit_head`.
+        summing: as in `fit_head`.
     """
     known = np.flatnonzero(np.isin(rows.select_labels, rows.labels))  # of others every head says p = 0
     if not len(known):
         only = sorted(strengths)[0]
-        return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only, others=others), only, {})
+        return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only, summing=summing), only, {})
     if len(known) < len(rows.select_labels):
         rows = replace(rows, select_features=rows.select_features[known], select_labels=rows.select_labels[known])
-    with _fits(rows.features, rows.labels, n_classes, others) as fits:
+    with _fits(rows.features, rows.labels, n_classes, summing) as fits:
         found, likelihood = {}, {}
         for strength, (fit, head) in zip(sorted(strengths), fits.path(sorted(strengths)), strict=False):
             found[strength] = fit
-            likelihood[strength] = log_likelihood(head, rows.select_features, rows.select_labels)
+            likelihood[strength] = summing.log_likelihood(head, rows.select_features, rows.select_labels)
             best = max(likelihood.values(), key=lambda judged: judged.mean())
             if _turned(best, likelihood[strength]):
                 break
@@ -198,7 +184,7 @@ class FittedHeads:
 
     @classmethod
     def of(
-        cls, chosen: Sequence[ChosenHead], n_classes: int, parts: Sequence["FitRows"] = (), others: Others | None = None
+        cls, chosen: Sequence[ChosenHead], n_classes: int, parts: Sequence["FitRows"] = (), summing: Summing = HERE
     ) -> "FittedHeads":
         """Heads of the folds' models and, last, of the final one; a single one is both.
 
@@ -206,10 +192,10 @@ class FittedHeads:
             chosen: them.
             n_classes: C.
             parts: rows that are left without each part under cross-fitting.
-            others: as in `fit_head`.
+            summing: as in `fit_head`.
         """
         *folds, final = chosen
-        without = tuple(fit_head(*rows, n_classes, final.strength, others=others) for rows in parts)
+        without = tuple(fit_head(*rows, n_classes, final.strength, summing=summing) for rows in parts)
         return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged, without)
 
     def of_run(self, run: str) -> LinearHead:
@@ -248,7 +234,7 @@ FitRows = tuple[Rows2D, NDArray[np.int32]]  # features [N, D] and labels [N]
 
 
 def fit_heads(
-    models: Sequence[HeadRows], n_classes: int, parts: Sequence[FitRows] = (), others: Others | None = None
+    models: Sequence[HeadRows], n_classes: int, parts: Sequence[FitRows] = (), summing: Summing = HERE
 ) -> FittedHeads:
     """Choose and fit the head of every model by the same rule, each on its own rows alone.
 
@@ -256,10 +242,10 @@ def fit_heads(
         models: rows of the folds' models and, last, of the final one; one where that is the only fold's.
         n_classes: C.
         parts: rows that are left without each part under cross-fitting.
-        others: as in `fit_head`.
+        summing: as in `fit_head`.
     """
-    chosen = [choose_head(rows, n_classes, others=others) for rows in models]
-    return FittedHeads.of(chosen, n_classes, parts, others)
+    chosen = [choose_head(rows, n_classes, summing=summing) for rows in models]
+    return FittedHeads.of(chosen, n_classes, parts, summing)
 
 
 def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identity: str) -> None:

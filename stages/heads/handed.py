@@ -5,6 +5,7 @@ bits do not depend on who computed it. A worker that dies costs the group that i
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from stages.context import Cluster, Context
+from stages.context import Cluster
 from stages.files.handed import HandedFolder, unpickled
 from stages.files.tensors import read_handed, write_tensors
-from stages.heads.sums import BlockSum, FloatType, GivenRows, Sums, n_groups
+from stages.heads.summing import Here
+from stages.heads.sums import BlockSum, FloatType, GivenRows, SummedElsewhere, Sums, n_groups
 
 
 @dataclass(frozen=True)
-class Others:
-    """Who sums in this process's place.
+class Others(Here):
+    """A cluster, where rows do not fit into memory, and this process otherwise: the same bits.
 
     Attributes:
         cluster: does it.
@@ -30,10 +32,10 @@ class Others:
     cluster: Cluster
     folder: Path
 
-
-def others_of(context: Context, folder: Path) -> Others | None:
-    """The cluster of a context, where it has one."""
-    return None if context.cluster is None else Others(context.cluster, folder)
+    @contextmanager
+    def _elsewhere(self, given: GivenRows) -> Iterator[SummedElsewhere]:
+        with HandedFolder(self.folder) as folder:
+            yield HandedRows(given, self.cluster, folder)
 
 
 @dataclass(frozen=True)

@@ -14,28 +14,15 @@ L-BFGS, but what it is given differs:
   not by the largest component of the gradient, which says little where the penalty is weak.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.files.handed import HandedFolder
-from stages.heads.handed import HandedRows, Others
-from stages.heads.sums import (
-    BLOCK,
-    AnyFloats,
-    FloatType,
-    GivenRows,
-    HeadLoss,
-    StandardisedRows,
-    directions,
-    head_loss,
-    one_blas_thread,
-)
-from stages.machine import usable_cores
+from stages.heads.summing import HERE, RowsIn, Summing
+from stages.heads.sums import AnyFloats, GivenRows, HeadLoss, SummedRows, directions, head_loss
 
 MAX_STEPS = 1000  # of the solver, after which it stops anyway: a weak penalty on separable rows may ask for many
 HEAD_TOLERANCE = 1e-9  # in mean loss, above the minimum
@@ -59,7 +46,7 @@ class LogisticFit(NamedTuple):
 
 
 @contextmanager
-def logistic_problem(given: GivenRows, n_classes: int, others: Others | None = None) -> Iterator["LogisticProblem"]:
+def logistic_problem(given: GivenRows, n_classes: int, summing: Summing = HERE) -> Iterator["LogisticProblem"]:
     """Minimise Σ −log p(label) + ‖weight‖² / (2 · strength); the intercept is not penalised.
 
     As in scikit-learn, two classes have one vector of coefficients, the difference of their logits, and it is the one
@@ -68,22 +55,16 @@ def logistic_problem(given: GivenRows, n_classes: int, others: Others | None = N
     Args:
         given: the rows, standardised as they are read.
         n_classes: K, at least 2.
-        others: who sums over rows that do not fit into memory; None: this process, to the same bits.
+        summing: who sums over the rows; this process by default.
     """
-    with ExitStack() as stack:
-        stack.enter_context(one_blas_thread())
-        cores = min(usable_cores(), -(-len(given.labels) // BLOCK))
-        pool = stack.enter_context(ThreadPoolExecutor(cores)) if cores > 1 else None
-        elsewhere = None
-        if others is not None:
-            elsewhere = HandedRows(given, others.cluster, stack.enter_context(HandedFolder(others.folder)))
-        yield LogisticProblem(n_classes, lambda dtype: StandardisedRows(given, pool, cores, dtype, elsewhere))
+    with summing.rows(given, n_classes) as rows_in:
+        yield LogisticProblem(n_classes, rows_in)
 
 
 class LogisticProblem:
     """Rows, and the minima that belong to strengths of the penalty; made by `logistic_problem`."""
 
-    def __init__(self, n_classes: int, rows_in: Callable[[FloatType], StandardisedRows]) -> None:
+    def __init__(self, n_classes: int, rows_in: RowsIn) -> None:
         self._n_classes, self._rows_in = n_classes, rows_in
         self._rows = rows_in(np.float32)
         self._n_rows, self._dim = self._rows.shape
@@ -253,7 +234,7 @@ class _Objective:
 
     last: HeadLoss
 
-    def __init__(self, rows: StandardisedRows, penalty: float, coordinates: _Coordinates) -> None:
+    def __init__(self, rows: SummedRows, penalty: float, coordinates: _Coordinates) -> None:
         self._rows, self._penalty, self._coordinates = rows, penalty, coordinates
         self._at, self._above = np.zeros(0), np.inf
 

@@ -78,6 +78,35 @@ class BlockSum(Protocol):
         ...
 
 
+class SummedRows(Protocol):
+    """Rows that are summed over, standardised in one precision.
+
+    Attributes:
+        shape: N and D, or r where they are turned.
+        dtype: what they are computed in.
+    """
+
+    shape: tuple[int, int]
+    dtype: FloatType
+
+    @property
+    def whole(self) -> bool:
+        """Whether all are in memory, in which case they can be turned."""
+        ...
+
+    def turn(self, basis: NDArray[np.float64], /) -> None:
+        """From now on they are coordinates along directions ``[D, r]``."""
+        ...
+
+    def all(self) -> NDArray[np.float64]:
+        """All of them, which are few."""
+        ...
+
+    def sums(self, of: BlockSum, /) -> Sums:
+        """Over all rows, in float64."""
+        ...
+
+
 class SummedElsewhere(Protocol):
     """Who sums groups of blocks in this process's place, to the same bits."""
 
@@ -118,12 +147,7 @@ def n_groups(n_rows: int) -> int:
 
 
 class StandardisedRows:
-    """Features ``[N, D]`` by blocks, standardised in one precision: in memory as far as that is allowed, else read.
-
-    Attributes:
-        shape: N and D, or r where they are turned.
-        dtype: what they are computed in.
-    """
+    """`SummedRows` by blocks: in memory as far as that is allowed, else read."""
 
     def __init__(
         self,
@@ -150,6 +174,10 @@ class StandardisedRows:
         typed = basis.astype(self.dtype)
         self._kept = list(self.parts(lambda block, _: block @ typed))
         self.shape = self.shape[0], basis.shape[1]
+
+    def all(self) -> NDArray[np.float64]:
+        """As `SummedRows`."""
+        return np.concatenate([*self.parts(lambda block, _: np.float64(block))])
 
     def sums(self, of: BlockSum) -> Sums:
         """Over all rows. What is not whole in memory is summed elsewhere, where there is somebody."""
@@ -194,30 +222,32 @@ class Directions(NamedTuple):
     variance: NDArray[np.float64]
 
 
-def directions(rows: StandardisedRows) -> Directions:
+def directions(rows: SummedRows) -> Directions:
     """Eigenvectors of the covariance of centred rows ``[N, D]``, those that N rows can span."""
     n_rows, dim = rows.shape
     if n_rows < dim:
-        whole = np.concatenate([*rows.parts(lambda block, _: np.float64(block))])
+        whole = rows.all()
         variance, within = np.linalg.eigh(whole @ whole.T / n_rows)
         spanned = variance > 1e-10 * max(variance[-1], 1e-300)
         variance, within = variance[spanned], within[:, spanned]
         return Directions(whole.T @ within / np.sqrt(n_rows * variance), variance)
-    (covariance,) = rows.sums(_Products(dim))
+    (covariance,) = rows.sums(ProductSum(dim))
     variance, basis = np.linalg.eigh(covariance / n_rows)
     return Directions(basis, np.maximum(variance, 0))
 
 
 @dataclass(frozen=True)
-class _Products:
+class ProductSum:
     """xᵀx of rows of D values, ``[D, D]``."""
 
     dim: int
 
     def zeros(self) -> Sums:
+        """As `BlockSum`."""
         return [np.zeros((self.dim, self.dim))]
 
     def __call__(self, rows: AnyFloats, _labels: NDArray[np.integer]) -> Sequence[Any]:
+        """As `BlockSum`."""
         return [rows.T @ rows]
 
 
@@ -236,7 +266,7 @@ class HeadLoss(NamedTuple):
     curvature: float
 
 
-def head_loss(rows: StandardisedRows, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> HeadLoss:
+def head_loss(rows: SummedRows, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> HeadLoss:
     """Of a linear head on all rows, whose products are in the rows' precision and whose sums are in float64.
 
     Args:
@@ -245,13 +275,13 @@ def head_loss(rows: StandardisedRows, weight: NDArray[np.float64], bias: NDArray
         bias: ``[outputs]``.
     """
     n_rows, _ = rows.shape
-    found, of_weight, of_bias = rows.sums(_Loss(weight.T.astype(rows.dtype), bias.astype(rows.dtype)))
+    found, of_weight, of_bias = rows.sums(HeadLossSum(weight.T.astype(rows.dtype), bias.astype(rows.dtype)))
     loss, curvature = (found / n_rows).tolist()
     return HeadLoss(loss, of_weight / n_rows, of_bias / n_rows, curvature)
 
 
 @dataclass(frozen=True)
-class _Loss:
+class HeadLossSum:
     """Loss and curvature ``[2]``, and the gradient by weight and by bias.
 
     Attributes:
@@ -263,9 +293,11 @@ class _Loss:
     bias: AnyFloats
 
     def zeros(self) -> Sums:
+        """As `BlockSum`."""
         return [np.zeros(2), np.zeros(self.weight.shape[::-1]), np.zeros(len(self.bias))]
 
     def __call__(self, rows: AnyFloats, labels: NDArray[np.integer]) -> Sequence[Any]:
+        """As `BlockSum`."""
         logits = rows @ self.weight
         logits += self.bias
         if len(self.bias) == 1:  # the difference of two logits, one on either side of 0

@@ -10,7 +10,7 @@ from cache.fingerprint import fingerprint
 from stages.context import Context
 from stages.files.documents import digest_of, write_document
 from stages.heads.choose import FittedHeads, save_heads
-from stages.heads.handed import others_of
+from stages.heads.places import summing_of
 from stages.id_data.rows import IdData
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refine import refine_to
@@ -59,7 +59,7 @@ def finish(data: IdData, trained: TrainedRuns, folder: Path, context: Context, t
     (folder / "mofe.json").unlink(missing_ok=True)
     weights = {name: save_weights(run_folder(folder, name), own) for name, own in trained.mixtures.items()}
     refined = _refine_runs(data, trained.mixtures, weights, folder, context)
-    heads = refit_heads(data, trained.mixtures, refined, others_of(context, folder))
+    heads = refit_heads(data, trained.mixtures, refined, summing_of(context, folder))
     write_metrics(folder, trained.history)
     with scalar_log(folder, tensorboard, trained.history):
         pass

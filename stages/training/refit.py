@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.heads.choose import STRENGTHS, ChosenHead, FitRows, FittedHeads, HeadRows, choose_head
-from stages.heads.handed import Others
+from stages.heads.summing import HERE, Summing
 from stages.id_data.lazy import LazyArray, Rows2D
 from stages.id_data.rows import IdData
 from stages.id_data.split import Rows
@@ -33,7 +33,7 @@ def refit_heads(
     data: IdData,
     mixtures: Mapping[str, MixtureOfFeatureExperts],
     refined: RefinedRuns,
-    others: Others | None = None,
+    summing: Summing = HERE,
 ) -> dict[str, FittedHeads]:
     """Heads by their kinds: ``refit``, and ``refit-group-<e>`` for each expert.
 
@@ -41,7 +41,7 @@ def refit_heads(
         data: whose rows these are.
         mixtures: trained, by the name of the run.
         refined: what they make of the rows.
-        others: who sums over rows that do not fit into memory; None: this process.
+        summing: who sums over rows for a head.
     """
     names = [name for name, _ in data.runs()]
     parts = [
@@ -49,7 +49,7 @@ def refit_heads(
         for part in data.split.parts
     ]
     runs = [
-        _heads_of_run(data, mixtures[name].group.numpy(), rows, refined.bank[name], refined.held_out[name], others)
+        _heads_of_run(data, mixtures[name].group.numpy(), rows, refined.bank[name], refined.held_out[name], summing)
         for name, rows in data.train_rows().items()
     ]
     # A fold with fewer groups than the final model has no row of the others.
@@ -59,7 +59,7 @@ def refit_heads(
             [run.get(kind, run["refit"]) for run in runs],
             data.n_classes,
             [_rows_of_head(data, part, expert) for part in parts],
-            others,
+            summing,
         )
         for kind, expert in experts.items()
     }
@@ -73,12 +73,12 @@ def _rows_of_head(data: IdData, part: PartBank, expert: int | None) -> FitRows:
 
 
 def _heads_of_run(
-    data: IdData, group: NDArray[np.int64], train: Rows, bank: Refined, held_out: Refined, others: Others | None
+    data: IdData, group: NDArray[np.int64], train: Rows, bank: Refined, held_out: Refined, summing: Summing
 ) -> dict[str, ChosenHead]:
     """The heads of one model by their kinds."""
     select = data.split.select
     rows = head_rows(data, bank.features, held_out.features, train, select)
-    refit = choose_head(rows, data.n_classes, others=others)
+    refit = choose_head(rows, data.n_classes, summing=summing)
     heads = {"refit": refit}
     for expert in range(group.max() + 1):
         own = train[bank.expert[train] == expert]
@@ -86,7 +86,7 @@ def _heads_of_run(
         right = select[(held_out.expert[select] == expert) & (group[data.held_out_labels[select]] == expert)]
         rows = head_rows(data, bank.features, held_out.features, own, right)
         strengths = STRENGTHS if len(right) else [refit.strength]
-        heads[f"refit-group-{expert}"] = choose_head(rows, data.n_classes, strengths, others)
+        heads[f"refit-group-{expert}"] = choose_head(rows, data.n_classes, strengths, summing)
     return heads
 
 

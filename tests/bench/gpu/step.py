@@ -89,6 +89,7 @@ class Sizes:
         timed_tuned: images of an epoch of the one that is timed.
         tuned_batch: images of a step.
         bank, queries, dim: of the search.
+        heads, large_heads: rows, values, classes of linear heads, and how far class means are apart.
         demo: settings that make the demo smaller, as ``--set`` takes them.
         laps: of the long run.
     """
@@ -115,6 +116,8 @@ class Sizes:
     bank: int = 100_000
     queries: int = 20_000
     dim: int = 768
+    heads: tuple[int, int, int, float] = (20_000, 384, 200, 0.12)
+    large_heads: tuple[int, int, int, float] = (1_281_167, 384, 1000, 0.12)  # ImageNet-1K by a ViT-S
     demo: tuple[str, ...] = ("backbone.batch=64", "score.bootstrap=100")  # of differences, which are not compared
     laps: int = 6
 
@@ -140,6 +143,8 @@ TINY = Sizes(
     bank=500,
     queries=100,
     dim=32,
+    heads=(300, 8, 5, 0.5),
+    large_heads=(600, 8, 5, 0.5),
     demo=(
         "backbone.image_size=32",
         "sets.digits-train.images=sklearn:digits[0-1]/train",

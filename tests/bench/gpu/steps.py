@@ -98,6 +98,7 @@ STEPS: tuple[Step, ...] = (
     same_training("small"),
     Step("FAISS", "its search on GPUs is the flat one of the CPU; queries a second", f"{HERE}.search:search"),
     refining("small"),
+    Step("heads", "linear heads are the CPU's; seconds of ImageNet-1K's rows", f"{HERE}.heads:heads", limit_s=75),
     features("lite0"),
     mixture("conv"),
     fine_tune("conv"),

@@ -18,10 +18,10 @@ from stages.heads.choose import (
     fit_head,
     fit_heads,
     load_heads,
-    log_likelihood,
     save_heads,
 )
 from stages.heads.logistic import HEAD_TOLERANCE, ROUGH
+from stages.heads.summing import HERE
 
 
 def digits(*classes: int, start: int = 0, stop: int = 600) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +97,7 @@ def test_one_class_is_certain():
     features, labels = digits(5)
     head = fit_head(features, labels, 10, strength=1.0)
     assert (head.logits(features)[:, 5] == 0).all()
-    assert (log_likelihood(head, features, labels) == 0).all()
+    assert (HERE.log_likelihood(head, features, labels) == 0).all()
 
 
 def test_features_that_do_not_vary_are_no_reason_to_fail():
@@ -161,9 +161,9 @@ def test_rows_of_a_class_that_the_model_never_saw_have_no_say_in_the_strength():
 def test_log_likelihood_is_that_of_the_label():
     features, labels = digits()
     head = fit_head(features, labels, 10, strength=0.1)
-    assert log_likelihood(head, features, labels).mean() == pytest.approx(likely(head, features, labels))
+    assert HERE.log_likelihood(head, features, labels).mean() == pytest.approx(likely(head, features, labels))
     unseen = fit_head(*digits(0, 1), 10, strength=0.1)
-    assert (log_likelihood(unseen, *digits(7)) == -np.inf).all()
+    assert (HERE.log_likelihood(unseen, *digits(7)) == -np.inf).all()
 
 
 # ------------------------------------------------------------------------------------------------- the strength

@@ -39,7 +39,7 @@ def test_groups_are_summed_as_here(none_kept, classes, monkeypatch, tmp_path):
     fit, judge = rows(700, classes=classes), rows(300, classes=classes)
     here = InHere()
     same(
-        choose_head(HeadRows(*fit, *judge), classes, others=Others(here, tmp_path)),
+        choose_head(HeadRows(*fit, *judge), classes, summing=Others(here, tmp_path)),
         choose_head(HeadRows(*fit, *judge), classes),
     )
     assert [*map(str, here.done[:2])] == ["group 0 of a linear head's rows", "group 1 of a linear head's rows"]
@@ -49,13 +49,13 @@ def test_groups_are_summed_as_here(none_kept, classes, monkeypatch, tmp_path):
 
 def test_rows_that_memory_keeps_stay_here(tmp_path):
     here = InHere()
-    fit_head(*rows(700), 3, 1.0, others=Others(here, tmp_path))
+    fit_head(*rows(700), 3, 1.0, summing=Others(here, tmp_path))
     assert here.done == []
 
 
 def test_a_cluster_that_goes_away_leaves_nothing_behind(none_kept, tmp_path):
     with pytest.raises(StageError, match="gone"):
-        fit_head(*rows(700), 3, 1.0, others=Others(InHere(most=3), tmp_path))
+        fit_head(*rows(700), 3, 1.0, summing=Others(InHere(most=3), tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,4 +67,4 @@ def test_damaged_sums_are_not_added(none_kept, tmp_path):
                 write_file(Path(item.path), b"damaged")
 
     with pytest.raises(StageError, match="is damaged and was removed: run the same again"):
-        fit_head(*rows(700), 3, 1.0, others=Others(Damaging(), tmp_path))
+        fit_head(*rows(700), 3, 1.0, summing=Others(Damaging(), tmp_path))

@@ -12,7 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from stages.heads import logistic, sums
 from stages.heads.affine import Standardisation
-from stages.heads.choose import fit_head, log_likelihood
+from stages.heads.choose import fit_head
+from stages.heads.summing import HERE
 from stages.heads.sums import blocks, standardisation
 from tests.test_stages.test_heads.fitting import minimum
 
@@ -78,7 +79,7 @@ def test_the_number_of_cores_changes_no_bit(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         with threadpool_limits(cores):
             head = fit_head(features, labels, 10, 1.0)
-            likelihoods.append(log_likelihood(head, features, labels))
+            likelihoods.append(HERE.log_likelihood(head, features, labels))
             results.append(head.tensors())
     for result, likelihood in zip(results, likelihoods, strict=True):
         np.testing.assert_array_equal(likelihood, likelihoods[0])
@@ -127,7 +128,7 @@ def peak_of_a_fit(n, folder, kept):
         patch.setattr(sums, "_KEPT_BYTES", kept)
         tracemalloc.start()
         head = fit_head(features, labels, 5, 0.001)
-        assert log_likelihood(head, features, labels).mean() > np.log(1 / 5)
+        assert HERE.log_likelihood(head, features, labels).mean() > np.log(1 / 5)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     return peak
