@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.heads.affine import LinearHead, Standardisation
 from stages.heads.summing import HERE, RowsIn
-from stages.heads.sums import BlockSum, FloatType, GivenRows, HeadLossSum, ProductSum, Sums
+from stages.heads.sums import BlockSum, FloatType, GivenRows, HeadLossSum, ProductSum, Sums, one_blas_thread
 from stages.id_data.lazy import Rows2D
 from stages.networks.repeatable import repeatable
 from stages.networks.transfer import array_for, sent_ahead
@@ -46,7 +46,7 @@ class OnDevice:
                 yield here
             return
         chunk = max(1, _CHUNK_VALUES // max(dim, n_classes))
-        with repeatable(self._device):
+        with repeatable(self._device), one_blas_thread():  # the solver's own steps are summed here
             yield lambda dtype: _DeviceRows(given, self._device, dtype, chunk, self._kept_bytes)
 
     def log_likelihood(self, head: LinearHead, features: Rows2D, labels: NDArray[np.int32]) -> NDArray[np.float64]:
