@@ -49,11 +49,11 @@ def methods_of(config: RunConfig) -> list[Method]:
     refined = [scored_by(RECOMMENDED, score) for score in scores]
     # Oracle routing sends ID images by their true label, which no deployment knows: it shows what wrong routes cost.
     routings = [replace(RECOMMENDED, routing=name) for name in (["top2"] if config.score.top2 else []) + ["oracle"]]
-    judged = {variant.name: variant.scores or config.score.scores for variant in config.variants}
-    variants = [replace(RECOMMENDED, variant=name) for name, own in judged.items() if RECOMMENDED.score in own]
+    names = [variant.name for variant in config.variants if RECOMMENDED.score in config.scores_of(variant.name)]
+    variants = [replace(RECOMMENDED, variant=name) for name in names]
     frozen_experts = [name for name, settings in config.variant_configs().items() if settings.expert == "frozen"]
     mos = [Method("pretrained", "mofe", "trained", name, NO_ROUTING, "mos") for name in frozen_experts]
-    mos = [method for method in mos if "mos" in judged.get(method.variant, config.score.scores)]
+    mos = [method for method in mos if "mos" in config.scores_of(method.variant)]
     own = [*frozen, *refined, *routings, *variants, *mos]
     return [*own, *_finetuned(config, of_frozen)]
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from cache import is_remote
 from pipeline.config.explain import as_given, first_problem
-from pipeline.config.schema import ConfigError, FeaturesConfig, RunConfig
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.config.tables import FeaturesConfig
 from stages.config import nearest
 
 # Keys that hold a path, and the words that stand there for something else ("*": any entry of a list).

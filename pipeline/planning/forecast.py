@@ -192,7 +192,7 @@ class Forecast:
         if first.score is None:
             return StageCost("score", 0.0, (), 0, "no ID test set or no OOD set")
         n_backbones, own = len(todo.images), first.score
-        scores = [self._config.score.scores] * n_backbones + [self._scores_of(variant) for variant in todo.scored]
+        scores = [tuple(self._config.score.scores)] * n_backbones + [*map(self._config.scores_of, todo.scored)]
         subjects, auto = len(scores), sum(AUTO in own for own in scores)
         fold = self._fold()
         rest = own.rest * fold / first.fold if auto and first.fold else self._rest()
@@ -207,9 +207,6 @@ class Forecast:
         held = 4 * self._n_train * self._spec.cls_dim + _ROW_BYTES * self._size.total
         about = f"{self._n_tests:,} test rows, {subjects} choices of features"
         return StageCost("score", seconds, (), self._measured.peaks["score"] + held, about)
-
-    def _scores_of(self, variant: str) -> Sequence[str]:
-        return {own.name: own.scores for own in self._config.variants}.get(variant) or self._config.score.scores
 
     def _rest(self) -> float:
         """Seconds of fits and scores, by the pilots that were scored."""

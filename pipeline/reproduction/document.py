@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.config.explain import as_given, first_problem, score_problem
 from pipeline.config.load import read_toml
-from pipeline.config.schema import FolderName, Several
+from pipeline.config.tables import FolderName, Several
 from pipeline.reproduction.selection import Selection
 from stages.config import Positive, StageConfig, nearest
 from stages.metrics.ranking import METRICS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import load_config
-from pipeline.config.schema import VariantConfig
+from pipeline.config.tables import VariantConfig
 from pipeline.planning.forecast import Calibration, Forecast, StageCost, ToDo, line
 from pipeline.planning.pilot import ScoreTime, Timed, TrainTime
 from pipeline.planning.size import StudySize
