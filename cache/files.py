@@ -13,6 +13,7 @@ versioned: they say what schema they are of, and no other is read::
     }
 """
 
+import errno
 import io
 import json
 import os
@@ -76,6 +77,8 @@ def arriving(path: Path) -> Iterator[io.RawIOBase]:
     # Not tempfile: its files are for their owner alone, and caches stand on shared disks.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     with disk_errors(path):
+        if path.exists() and not path.is_file():  # a device, say, which a rename would put a file in the place of
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         try:
             with open(temporary, "xb", buffering=0) as file:
                 yield file

@@ -4,7 +4,6 @@ Each check is that of the stage which would refuse, asked early; no image is dec
 """
 
 import functools
-import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.layers import asked_layers, check_layers
 from pipeline.workspace import Workspace
 from stages.detection.frozen import cannot_read_patches
 from stages.errors import InputError
+from stages.files.regular import check_takes_files
 from stages.finetune import check_finetune
 from stages.id_data.rows import IdData, Labels, check_split, has_classes
 from stages.inputs.images import SampleTable
@@ -119,8 +119,12 @@ def check_folder(key: str, folder: Path) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         raise InputError(f"{key}: {there} is a file, a folder is needed")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{key}: {there} cannot be written to: give a folder that can")
+    try:
+        check_takes_files(there)
+    except OSError as error:
+        raise InputError(
+            f"{key}: {there} cannot be written to: {error.strerror or error}: give another folder"
+        ) from error
 
 
 def check_scalars(config: RunConfig) -> None:

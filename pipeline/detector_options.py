@@ -1,11 +1,10 @@
 """Options of the verbs that make an exported detector, or use one."""
 
-from pathlib import Path
-
 import click
 
 from pipeline.deciding import Exporting, Serving, Watching
 from pipeline.options import DECIDING_SCORE, RealRange, gathered
+from pipeline.output_files import OutputFile
 
 RUNTIME = click.option(
     "--runtime",
@@ -20,7 +19,7 @@ EXPORTING = gathered(
     click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=OutputFile(),
         required=True,
         metavar="FILE",
         help="Where to, such as pets.ood.",
@@ -52,13 +51,13 @@ WATCHING = gathered(
     ),
     click.option(
         "--state",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=OutputFile(),
         metavar="FILE.json",
         help="Go on from what stands in it, and keep it up to date; the same command goes on where it was killed.",
     ),
     click.option(
         "--prometheus",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=OutputFile(),
         metavar="FILE.prom",
         help="Keep the last values in it, as text for Prometheus.",
     ),

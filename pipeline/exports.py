@@ -48,8 +48,6 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
         which: kind of the backbone.
         asked: what is exported.
     """
-    if not asked.output.parent.is_dir() or asked.output.is_dir():
-        raise InputError(f"--output: {asked.output} cannot be written: give a file in a folder that is there")
     if asked.onnx:
         _check_onnx(workspace)
     backbone = next(workspace.existing(which))

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -21,6 +20,7 @@ from pipeline.config import (
 )
 from pipeline.config.explain import score_problem
 from pipeline.deciding import Deciding
+from pipeline.output_files import OutputFile
 from pipeline.planning.asked import Planning
 from pipeline.reproduction.selection import Selection
 
@@ -348,7 +348,7 @@ SELECTION = gathered(
 )
 PAGE = click.option(
     "--page",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     metavar="FILE",
     help="Write the page there as well; the project's own stand in pipeline/benchmark.",
 )

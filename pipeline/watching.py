@@ -122,9 +122,6 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         InputError: no detector, no images, a state of something else.
     """
     check_is_bundle(bundle)
-    for option, path in (("--state", asked.state), ("--prometheus", asked.prometheus)):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{option}: {path} cannot be written: give a file in a folder that is there")
     if source == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(

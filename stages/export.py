@@ -21,6 +21,7 @@ from stages.detection.parts import DetectorParts
 from stages.detection.proof import Proof, prove_runtime
 from stages.detection.runtime import Runtime
 from stages.errors import InputError, StageError
+from stages.files.regular import check_file_to_write
 
 _SEALED = "sealed"  # in place of where weights come from, where they are in the file
 _MOST_PIXELS = 1 << 18  # of a golden image: larger ones are made smaller by a whole factor, and are what is scored
@@ -78,10 +79,12 @@ def export_detector(
 
     Raises:
         InputError: no rows to be golden; a network that cannot be written as ONNX.
+        OSError: `path` is no place for a file.
         StageError: what was written does not score as the study's own detector, or by ONNX otherwise than by torch.
     """
     if not samples.named:
         raise InputError("no image of the study can be used to prove an exported detector by")
+    check_file_to_write(path)
     images = None if samples.images is None else tuple(_pixels(image) for image in samples.images)
     features = None if samples.features is None else {name: np.asarray(each) for name, each in samples.features.items()}
     golden = golden_rows(deciding.detector(), samples.named, images, features)

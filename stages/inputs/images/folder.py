@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from cache import RemotePath, is_remote, read_ranges
 from stages.errors import InputError
-from stages.inputs.images.kind import HEAD_BYTES, SPECIAL, extension, is_hidden, is_image, is_image_head, is_image_name
+from stages.inputs.images.kind import (
+    EMPTY,
+    HEAD_BYTES,
+    SPECIAL,
+    extension,
+    is_hidden,
+    is_image,
+    is_image_head,
+    is_image_name,
+)
 from stages.inputs.images.opening import absolute, file_stat, files_below, is_regular
 from stages.inputs.images.table import FileRange, Sample, SampleTable, first_folder, make_table
 
@@ -20,6 +29,7 @@ class Files(NamedTuple):
     samples: list[Sample]  # the images
     others: list[str]  # other regular files, by their paths below it
     special: Counter[str]  # how many pipes and devices, as `stages.inputs.images.kind` calls them
+    folders: frozenset[str] = frozenset()  # names of those of the first level
 
     def table(self, source: str) -> SampleTable:
         """The images as a table.
@@ -27,7 +37,9 @@ class Files(NamedTuple):
         Raises:
             InputError: There is none.
         """
-        return make_table(source, self.samples, Counter(map(extension, self.others)) + self.special)
+        empty = self.folders.difference(first_folder(sample.id) for sample in self.samples)
+        left_out = Counter(map(extension, self.others)) + self.special + Counter({EMPTY: len(empty)})
+        return make_table(source, self.samples, left_out)
 
 
 def find_files(source: str) -> Files:
@@ -41,7 +53,8 @@ def find_files(source: str) -> Files:
     """
     if is_remote(source):
         return _find_objects(absolute(source))
-    root, files = os.path.abspath(source), Files([], [], Counter())
+    root = os.path.abspath(source)
+    files = Files([], [], Counter(), _folders(root))
     start_of_id = len(os.path.join(root, ""))
     for path in _files(root):
         sample_id = path[start_of_id:]
@@ -128,6 +141,15 @@ def _files(root: str) -> Iterator[str]:
                         folders.append((entry.path, inside))
         except OSError as error:
             raise InputError(f"{error.filename or folder}: the folder cannot be listed: {error.strerror}") from error
+
+
+def _folders(root: str) -> frozenset[str]:
+    """Names of what `_files` goes into first."""
+    try:
+        with os.scandir(root) as entries:
+            return frozenset(own.name for own in entries if _is_folder(own) and not is_hidden(f"{own.name}/"))
+    except OSError as error:
+        raise InputError(f"{root}: the folder cannot be listed: {error.strerror}") from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -3,7 +3,8 @@
     seen          what it is
     hidden        a name that begins with a dot, or that lies in a folder which a system made: not looked at at all
     an image      its name says so (`is_image_name`); only where it does not, its first bytes (`is_image_head`)
-    left out      any other regular file, counted by `extension`; pipes, sockets and devices count as `SPECIAL`
+    left out      any other regular file, counted by `extension`; pipes, sockets and devices count as `SPECIAL`, and
+                  beside images a folder of the first level that has none, a class without an image, as `EMPTY`
 
 A file whose name says image and whose bytes do not is an image here: decoding it fails, and is then recorded.
 """
@@ -31,6 +32,7 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in
 HEAD_BYTES = 512  # what `is_image_head` needs of a file: netpbm may have a remark before its size
 _MOST_NAMED = 8  # extensions in one line
 SPECIAL = "special file"  # stands for an extension where something is no regular file
+EMPTY = "folder without an image"  # likewise where it is no file at all
 
 _SIGNATURES = (
     b"\xff\xd8\xff",  # JPEG, MPO
@@ -133,17 +135,23 @@ def extension(name: str) -> str:
 def describe_left_out(left_out: Mapping[str, int]) -> str:
     """What was left out, in one line, the most frequent extensions first; "" where nothing was.
 
-    >>> describe_left_out({".json": 2, ".txt": 25})
-    'left out: 27 files: 25 .txt, 2 .json'
+    >>> describe_left_out({".json": 2, ".txt": 25, EMPTY: 1})
+    'left out: 27 files: 25 .txt, 2 .json; 1 folder without an image'
     """
-    if not left_out:
-        return ""
+    files = {suffix: n for suffix, n in left_out.items() if suffix != EMPTY}
+    empty = left_out.get(EMPTY, 0)
+    folders = f"{empty:,} {EMPTY if empty == 1 else EMPTY.replace('folder', 'folders')}"
+    parts = [*([_described(files)] if files else []), *([folders] if empty else [])]
+    return f"left out: {'; '.join(parts)}" if parts else ""
+
+
+def _described(left_out: Mapping[str, int]) -> str:
     counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{n:,} {suffix or 'without extension'}" for suffix, n in counts[:_MOST_NAMED]]
     if others := counts[_MOST_NAMED:]:
         parts.append(f"{sum(n for _, n in others):,} of {len(others)} other kinds")
     total = sum(left_out.values())
-    return f"left out: {total:,} {'file' if total == 1 else 'files'}: {', '.join(parts)}"
+    return f"{total:,} {'file' if total == 1 else 'files'}: {', '.join(parts)}"
 
 
 def _is_dib(head: bytes) -> bool:

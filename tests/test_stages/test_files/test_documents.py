@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache import CacheError
 from stages.files.documents import read_document, read_json, write_document, write_json, write_text
 
 
@@ -29,6 +30,15 @@ def test_json_comes_back(value, tmp_path_factory):
 def test_json_is_made_to_be_read(tmp_path):
     write_json(tmp_path / "new" / "folder" / "it.json", {"class": "été 犬"})
     assert (tmp_path / "new" / "folder" / "it.json").read_text(encoding="utf-8") == '{\n  "class": "été 犬"\n}\n'
+
+
+def test_no_file_takes_the_place_of_a_pipe(tmp_path):
+    """Or of a device: whoever may write to /dev could lose /dev/null."""
+    os.mkfifo(tmp_path / "it.json")
+    with pytest.raises(CacheError, match="it.json: cannot be written: not a regular file"):
+        write_text(tmp_path / "it.json", "{}")
+    assert (tmp_path / "it.json").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b"null", b"\xff\xfe\x00", b"[" * 100_000])

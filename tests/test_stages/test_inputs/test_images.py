@@ -13,7 +13,7 @@ from PIL import Image
 from stages.errors import InputError
 from stages.inputs.images import ImageError, list_images, only_classes
 from stages.inputs.images.classes import read_classes
-from stages.inputs.images.kind import SPECIAL
+from stages.inputs.images.kind import EMPTY, SPECIAL, describe_left_out
 from stages.inputs.images.names import tidy
 from stages.inputs.images.table import Sample, make_table
 
@@ -120,6 +120,18 @@ def test_a_pipe_is_no_image(tmp_path):
     reading.join(5)
     assert not reading.is_alive()  # opening it would have waited for a writer
     assert list_images(str(tmp_path)).left_out == {SPECIAL: 1}
+
+
+def test_a_class_folder_without_an_image_is_counted(tmp_path):
+    """A class that is empty by mistake is not missing without a word; what is hidden, or further down, is no class."""
+    save(tmp_path, "cat/a.png", "dog/black/b.png")
+    for folder in ("cow", "bird/black", ".thumbnails", "cat/empty"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "bird" / "notes.txt").write_text("none yet")
+    table = list_images(str(tmp_path))
+    assert table.class_names == ("cat", "dog")
+    assert table.left_out == {EMPTY: 2, ".txt": 1}
+    assert describe_left_out(table.left_out) == "left out: 1 file: 1 .txt; 2 folders without an image"
 
 
 def test_openood_list(tmp_path):
