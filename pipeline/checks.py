@@ -1,40 +1,40 @@
 """What can be known before any work: refused by the experiment file, the listings and the network's shape alone.
 
-Each check is that of the stage which would refuse, asked early; no image is decoded and no weights are read.
+Each check is that of the stage which would refuse, asked early; no image is decoded and no weights are read. What knows
+networks is imported where one is asked for: of a study that is fresh, none is.
 """
 
 import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cache import FeatureSpec
 from pipeline.backbones import StudyBackbone
-from pipeline.config import RunConfig, SetConfig
+from pipeline.config import CacheConfig, RunConfig, SetConfig
 from pipeline.layers import asked_layers, check_layers
 from pipeline.workspace import Workspace
+from stages.config import BackboneConfig
 from stages.detection.frozen import cannot_read_patches
 from stages.errors import InputError
 from stages.files.regular import check_takes_files
-from stages.finetune import check_finetune
 from stages.id_data.rows import IdData, Labels, check_split, has_classes
 from stages.inputs.images import SampleTable
 from stages.inputs.images.names import match_classes
 from stages.machine import default_device
 from stages.mixture.grouping import check_groups
-from stages.mixture.model import cannot_read
-from stages.networks.backbone import Backbone, build_architecture
-from stages.networks.preprocessing import check_decode
-from stages.networks.tokens import stored_grid
-from stages.networks.weights.loading import check_source
 from stages.scorers import AUTO, get_scorer, needs_of, parts_of
 from stages.scorers.features.gmm import GMMScorer
 from stages.training.recipes import resolve_recipe, resolve_settings
 from stages.training.tensorboard import require_tensorboard
 
-_Network = Callable[[], Backbone]  # the backbone, with weights or without
+if TYPE_CHECKING:
+    from stages.networks.backbone import Backbone
+
+_Network = Callable[[], "Backbone"]  # the backbone, with weights or without
 _Listing = Callable[[SetConfig], SampleTable]  # what a set holds
 _Names = tuple[str, ...] | None  # of the classes that have images; None where there are none to tell apart
 _FEWEST = 2  # classes that there are in any case
@@ -50,10 +50,16 @@ def check_before_extraction(workspace: Workspace, network: _Network | None = Non
     workspace.sets.check()
     config, backbone = workspace.config, workspace.pretrained
     check_scalars(config)
-    network = network or functools.cache(lambda: build_architecture(backbone.start, config.cache.expert_blocks))
+    network = network or functools.cache(lambda: _built(backbone.start, config.cache.expert_blocks))
     to_train = _variants_to_train(workspace, backbone)
     check_study(config, workspace.sets.table, workspace.known_spec(backbone), network, to_train)
     check_before_tuning(workspace, network)
+
+
+def _built(start: BackboneConfig, expert_blocks: int) -> "Backbone":
+    from stages.networks.backbone import build_architecture
+
+    return build_architecture(start, expert_blocks)
 
 
 def check_before_training(workspace: Workspace, backbone: StudyBackbone, data: IdData) -> None:
@@ -100,14 +106,23 @@ def check_study(
     if config.has_features or config.backbone is None:
         return
     if spec is None:
-        check_source(config.backbone)
-        built = network()  # an image size, or taps, that it does not have
-        built.tap_layout(config.cache.taps)
-        stored_grid(built.grid, config.cache.patches)
-        check_decode(config.backbone, default_device(), built.data_config)
+        _check_network(config.backbone, config.cache, network)
     check_patches(config, names, spec, to_train, network)
     if spec is None:
         _check_scores(config, _count(names), network)
+
+
+def _check_network(config: BackboneConfig, cache: CacheConfig, network: _Network) -> None:
+    """Refuse a network without weights, an image size that it cannot have, and what it cannot give of an image."""
+    from stages.networks.preprocessing import check_decode
+    from stages.networks.tokens import stored_grid
+    from stages.networks.weights.loading import check_source
+
+    check_source(config)
+    built = network()
+    built.tap_layout(cache.taps)
+    stored_grid(built.grid, cache.patches)
+    check_decode(config, default_device(), built.data_config)
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -182,6 +197,8 @@ def check_patches(
     for variant, train in config.variant_configs().items():
         kind = resolve_settings(train, _count(names), spec).expert
         if variant in to_train and kind in ("end", "dense") and not network().end_reads(patches):
+            from stages.mixture.model import cannot_read
+
             with _about(variant):
                 raise cannot_read(kind, network().config.name, patches)
 
@@ -194,6 +211,8 @@ def check_tuning(config: RunConfig, table: _Listing, network: _Network) -> None:
     """
     if config.finetune is None or config.backbone is None:
         return
+    from stages.finetune import check_finetune
+
     names, n_train = _split(config, table)
     settings = resolve_recipe(config.finetune, n_train)
     check_finetune(config.backbone, settings, _count(names), network)

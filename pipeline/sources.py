@@ -75,7 +75,9 @@ def _source(
     """A backbone with some mixtures; unless `of_clusters`, without those of classes that are clusters."""
     workspace.check_caches(backbone, "id-train", "id-val", *(GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
-    probe = _probe(workspace, backbone, data, fits)  # first, for mixtures that start from it are known by its bytes
+    probe = linear_probe(
+        workspace, backbone, data, fits
+    )  # first, for mixtures that start from it are known by its bytes
     scores = {variant.name: variant.scores for variant in workspace.config.variants}
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed), scores.get(variant))
@@ -100,7 +102,7 @@ def _source(
     )
 
 
-def _probe(workspace: Workspace, backbone: StudyBackbone, data: IdData, fits: bool) -> FittedHeads:
+def linear_probe(workspace: Workspace, backbone: StudyBackbone, data: IdData, fits: bool) -> FittedHeads:
     """The linear probe; where it is not there, it is fitted or refused."""
     stored = load_heads(backbone.probe_folder, "probe", probe_identity(data))
     if stored is not None:

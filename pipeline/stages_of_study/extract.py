@@ -1,4 +1,7 @@
-"""Stage one: the sealed caches of a backbone's features, one a set."""
+"""Stage one: the sealed caches of a backbone's features, one a set.
+
+What runs networks is imported where there is something to extract.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,14 +18,10 @@ from pipeline.terminal import Lines, show
 from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.errors import InputError
-from stages.extract import ExtractOptions, extract_set, import_set
 from stages.extraction.changes import Changes, compare_versions
 from stages.files.documents import write_text
 from stages.inputs.images import describe_left_out
-from stages.networks.end_check import check_end
-from stages.networks.tokens import stored_grid
 from stages.progress import Progress
-from stages.sanity import check_features, find_same_bytes, same_bytes_notes
 
 
 class Extract(BackboneStage):
@@ -92,6 +91,8 @@ class Extract(BackboneStage):
 
     def _row_bytes(self) -> int:
         """Of features that were never extracted; the network's shape says it."""
+        from stages.networks.tokens import stored_grid
+
         shape, cache = self.backbone.architecture, self.workspace.config.cache
         height, width = stored_grid(shape.grid, cache.patches)
         item, taps = 2 if cache.dtype == "float16" else 4, shape.tap_layout(cache.taps)
@@ -133,10 +134,7 @@ class Extract(BackboneStage):
         self._check_device(missing)
         for entry, cache in self._fill(missing, context):
             caches[entry.name] = cache
-            for note in check_features(cache, by_class=entry.role == "id-train"):
-                context.progress.note(note)
-            if backbone.seed is None:
-                self._list_same_bytes(cache, context.progress)
+            self._look_at(cache, entry, context.progress)
         files = {entry.name: self.workspace.sets.arrays(entry).files for entry in self.workspace.sets.with_features()}
         backbone.link(self._spec, caches, files)
         made = self._make_pseudo(context)
@@ -145,6 +143,15 @@ class Extract(BackboneStage):
         done = f"{len(missing)} of {len(caches)} sets extracted" if missing else "fresh"
         told = f"{self.name}: {done}; {rows} rows + {failures} failures in {config.cache.root}"
         return Done([told, *made], not (missing or made))
+
+    def _look_at(self, cache: FeatureCache, entry: SetConfig, progress: Progress) -> None:
+        """Say what looks wrong about features that were just made."""
+        from stages.sanity import check_features
+
+        for note in check_features(cache, by_class=entry.role == "id-train"):
+            progress.note(note)
+        if self.backbone.seed is None:
+            self._list_same_bytes(cache, progress)
 
     @cached_property
     def _pseudo(self) -> PseudoOOD:
@@ -158,6 +165,8 @@ class Extract(BackboneStage):
         pseudo, spec, cluster = self._pseudo, self._spec, context.cluster
         if not pseudo.wanted or pseudo.cache(spec) is not None:
             return []
+        from stages.extract import ExtractOptions, extract_set
+
         device = self.backbone.other_device(spec)
         try:
             if device:
@@ -183,7 +192,7 @@ class Extract(BackboneStage):
     def _check_device(self, missing: Sequence[SetConfig]) -> None:
         """Refuse features of images that are to stand beside those that another kind of device made."""
         images = [entry.name for entry in missing if entry.images is not None]
-        if (device := self.backbone.other_device(self._spec)) and images:
+        if images and (device := self.backbone.other_device(self._spec)):
             raise InputError(
                 f"set {images[0]!r} is not extracted yet, or of other images, and the features of this study are "
                 f'of device "{device}", where this machine has "{self.backbone.device}": extract on one that has it, '
@@ -192,6 +201,8 @@ class Extract(BackboneStage):
 
     def _list_same_bytes(self, cache: FeatureCache, progress: Progress) -> None:
         """Say which rows of a set are copies, and list them all beside what the set was extracted to."""
+        from stages.sanity import find_same_bytes, same_bytes_notes
+
         path = self.workspace.config.work / "extract" / f"{cache.manifest.dataset}-same-bytes.jsonl"
         same = find_same_bytes(cache)
         for note in same_bytes_notes(cache, same, str(path)):
@@ -209,6 +220,11 @@ class Extract(BackboneStage):
     def _fill_from_arrays(
         self, given: Sequence[SetConfig], context: Context
     ) -> Iterator[tuple[SetConfig, FeatureCache]]:
+        if not given:
+            return
+        from stages.extract import ExtractOptions, import_set
+        from stages.networks.end_check import check_end
+
         spec, sets, root = self._spec, self.workspace.sets, self.workspace.config.cache.root
         if spec.expert_blocks and spec.patches == "full":
             for entry in given:
@@ -226,6 +242,8 @@ class Extract(BackboneStage):
     ) -> Iterator[tuple[SetConfig, FeatureCache]]:
         if not pictured:
             return
+        from stages.extract import ExtractOptions, extract_set
+
         backbone, cluster = self.backbone, context.cluster
         for note in backbone.loaded.notes():
             context.progress.note(note)

@@ -1,4 +1,7 @@
-"""Stage two, the other half: one fine-tuned backbone, with `joint` together with experts."""
+"""Stage two, the other half: one fine-tuned backbone, with `joint` together with experts.
+
+What trains is imported where there is something to train.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -13,7 +16,6 @@ from pipeline.terminal import Lines
 from pipeline.workspace import Workspace
 from stages.context import Context
 from stages.files.documents import read_document
-from stages.finetune import TuningImages, finetune
 from stages.id_data.rows import IdData
 
 
@@ -67,11 +69,27 @@ class Finetune(Stage):
 
     def run(self, context: Context) -> Done:
         """Train, unless the folder is fresh."""
+        done = self._tune(context)
+        about: dict[str, Any] = read_document(self.backbone.finetune_folder / "finetune.json") or {}
+        line = (
+            f"{self.name}: {'done' if done else 'fresh'}, epoch {about['best_epoch']} kept, "
+            f"held-out ID accuracy{'' if self._data.labels == 'given' else ' by clusters'} "
+            f"{100 * about['select_accuracy']:.1f} %, {self.backbone.finetune_folder}"
+        )
+        return Done([line], fresh=not done)
+
+    def _tune(self, context: Context) -> bool:
+        """Whether there was anything to do."""
         config, sets, backbone = self.workspace.config, self.workspace.sets, self.backbone
         assert config.finetune is not None
         assert backbone.seed is not None
+        # Joined processes ask each other, and of a run that is there curves may be missing.
+        if context.ranks.world == 1 and not config.finetune.tensorboard and self.is_fresh():
+            return False
+        from stages.finetune import TuningImages, finetune
+
         (train,), val = config.sets_of("id-train"), config.sets_of("id-val")
-        done = finetune(
+        return finetune(
             self.workspace.pretrained.start,
             TuningImages(self._data, sets.table(train), sets.table(val[0] if val else train)),
             config.finetune,
@@ -80,10 +98,3 @@ class Finetune(Stage):
             replace(context, device=backbone.device),
             self.workspace.joint_plan(self._data),
         )
-        about: dict[str, Any] = read_document(backbone.finetune_folder / "finetune.json") or {}
-        line = (
-            f"{self.name}: {'done' if done else 'fresh'}, epoch {about['best_epoch']} kept, "
-            f"held-out ID accuracy{'' if self._data.labels == 'given' else ' by clusters'} "
-            f"{100 * about['select_accuracy']:.1f} %, {backbone.finetune_folder}"
-        )
-        return Done([line], fresh=not done)

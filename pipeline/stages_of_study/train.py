@@ -1,4 +1,7 @@
-"""Stage two: the linear probe and the mixtures on a backbone's cached features."""
+"""Stage two: the linear probe and the mixtures on a backbone's cached features.
+
+What trains is imported where there is something to train.
+"""
 
 import time
 from contextlib import suppress
@@ -9,12 +12,14 @@ from typing import Any, ClassVar
 from cache import CacheError, fingerprint
 from pipeline.checks import check_before_training
 from pipeline.config import JOINT
+from pipeline.sources import linear_probe
 from pipeline.stage import BackboneStage, Done
 from pipeline.terminal import Lines
 from stages.context import Context
+from stages.errors import InputError
 from stages.files.documents import read_document
+from stages.heads.choose import FittedHeads
 from stages.id_data.rows import IdData
-from stages.train import finish_joint, train_mofe, train_probe
 
 
 class Train(BackboneStage):
@@ -58,7 +63,7 @@ class Train(BackboneStage):
 
     def run(self, context: Context) -> Done:
         """Fit what is not fresh."""
-        probe = train_probe(self._data, self.backbone.probe_folder, context)
+        probe = self._probe(context)
         lines: Lines = [f"{self.name}: probe with strength {probe.strength:g} ({self._data.split.rule})"]
         lines += [f"{self.name}: {note}" for note in probe.notes("probe")]
         fresh = True
@@ -73,8 +78,30 @@ class Train(BackboneStage):
                 self.workspace.on_trained(variant, time.monotonic() - started)
         return Done(lines, fresh)
 
+    def _probe(self, context: Context) -> FittedHeads:
+        if context.ranks.world == 1:
+            return linear_probe(self.workspace, self.backbone, self._data, fits=True)
+        from stages.train import train_probe
+
+        return train_probe(self._data, self.backbone.probe_folder, context)
+
+    def _is_there(self, variant: str, seed: int) -> bool:
+        """Whether nothing is left to do for a mixture."""
+        config = self.workspace.config.variant_configs().get(variant)
+        if config is not None and config.tensorboard:  # what it draws may not be there
+            return False
+        try:
+            self.workspace.trained(self.backbone, self._data, variant, seed)
+        except InputError:
+            return False
+        return True
+
     def _train_mixture(self, variant: str, seed: int, context: Context) -> bool:
         """Train and finish one mixture, or only finish that which was trained together with the backbone."""
+        if context.ranks.world == 1 and self._is_there(variant, seed):
+            return False
+        from stages.train import finish_joint, train_mofe
+
         backbone, folder = self.backbone, self.backbone.mixture_folder(variant, seed)
         context = replace(context, device=backbone.device)
         if variant == JOINT:

@@ -5,11 +5,13 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Mixing(NamedTuple):
@@ -115,7 +117,7 @@ def draw_mixing(alpha: NDArray[np.floating], rng: np.random.Generator) -> Mixing
     return Mixing(lam.astype(np.float32), rng.permutation(len(lam)))
 
 
-def interpolate(first: Tensor, second: Tensor, lam: Tensor) -> Tensor:
+def interpolate(first: "Tensor", second: "Tensor", lam: "Tensor") -> "Tensor":
     """λ · first + (1 − λ) · second, with λ ``[B]`` for each row of ``[B, …]``."""
     weight = lam.view(-1, *[1] * (first.ndim - 1))
     return weight * first + (1 - weight) * second

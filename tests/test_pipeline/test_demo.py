@@ -429,6 +429,16 @@ def test_second_run_does_nothing(demo, verb, monkeypatch):
     assert all(after[name] == durations[name] for name in after if name != "report")  # how long the work took
 
 
+def test_of_what_is_fresh_nothing_is_loaded_that_computes(verb):
+    """Which takes longer than to see that nothing is left to do."""
+    code = "import sys; from pipeline.cli import main; assert not main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "run", *map(str, verb)]
+    for _ in range(2):  # the first may write the report anew, which shows the record of the run before
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "report: fresh" in run.stdout
+    assert not {"torch", "timm", "torchvision", "faiss", "matplotlib"} & set(run.stdout.split())
+
+
 def test_dry_run_says_that_all_is_fresh(demo, verb, monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     before = snapshot(demo)
