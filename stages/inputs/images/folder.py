@@ -37,7 +37,8 @@ class Files(NamedTuple):
         Raises:
             InputError: There is none.
         """
-        empty = self.folders.difference(first_folder(sample.id) for sample in self.samples)
+        classes = {first_folder(sample.id) for sample in self.samples}
+        empty = set() if None in classes else self.folders.difference(classes)
         left_out = Counter(map(extension, self.others)) + self.special + Counter({EMPTY: len(empty)})
         return make_table(source, self.samples, left_out)
 

@@ -4,7 +4,7 @@
     hidden        a name that begins with a dot, or that lies in a folder which a system made: not looked at at all
     an image      its name says so (`is_image_name`); only where it does not, its first bytes (`is_image_head`)
     left out      any other regular file, counted by `extension`; pipes, sockets and devices count as `SPECIAL`, and
-                  beside images a folder of the first level that has none, a class without an image, as `EMPTY`
+                  where each image lies in the folder of its class, such a folder without one as `EMPTY`
 
 A file whose name says image and whose bytes do not is an image here: decoding it fails, and is then recorded.
 """

@@ -132,6 +132,8 @@ def test_a_class_folder_without_an_image_is_counted(tmp_path):
     assert table.class_names == ("cat", "dog")
     assert table.left_out == {EMPTY: 2, ".txt": 1}
     assert describe_left_out(table.left_out) == "left out: 1 file: 1 .txt; 2 folders without an image"
+    save(tmp_path, "c.png")
+    assert list_images(str(tmp_path)).left_out == {".txt": 1}  # folders are no classes here
 
 
 def test_openood_list(tmp_path):
