@@ -78,6 +78,8 @@ class Serving:
         max_pixels: of an image, before it is decoded.
         timeout: seconds until a request is refused, its way through the network included.
         runtime: what runs the network.
+        silent: seconds beyond the timeout that the process which computes may be silent before it is taken as hung.
+        slower: times as long as the first one another may take until it answers.
     """
 
     host: str = "127.0.0.1"
@@ -89,3 +91,5 @@ class Serving:
     max_pixels: int = 50_000_000
     timeout: float = 30
     runtime: "RuntimeName" = "torch"
+    silent: float = 5
+    slower: float = 3

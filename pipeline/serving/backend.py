@@ -9,17 +9,15 @@ from contextlib import suppress
 from multiprocessing import get_context, resource_tracker
 from typing import Any, Self
 
+from pipeline.deciding import Serving
 from pipeline.serving.frames import HUNG, LIMIT, OWN, READY, Answer, BodyKind, Question, read_answer
 from pipeline.terminal import complain
-from stages.detection.runtime import RuntimeName
 from stages.errors import InputError, StageError
 
 WorkerMain = Callable[
     [socket.socket], None
 ]  # what a worker does, given where it is asked; it travels to another process
 
-_SPARE = 5  # seconds beyond the timeout of requests that a worker may be silent
-_SLOWER = 3  # times as long as the first worker another may take until it answers
 # What the process has loaded that workers are forked from: the next is there in a second. It uses none of it, so that
 # it has no threads, and it holds no connection, which a fork would keep open.
 _LOADED = ("pipeline.__main__", "pipeline.serving.worker")
@@ -34,8 +32,8 @@ class Backend:
 
     Args:
         work: what a worker does; `pipeline.serving.worker.run_worker`, of a bundle.
-        timeout: seconds of a request.
-        runtime: what runs the network, whose libraries are loaded before a worker is needed.
+        asked: how long a request may take and a worker may be silent; and what runs the network, whose libraries are
+            loaded before a worker is needed.
 
     Attributes:
         info: what the worker said of its detector.
@@ -43,10 +41,10 @@ class Backend:
         why: how the last of them was.
     """
 
-    def __init__(self, work: WorkerMain, timeout: float, runtime: RuntimeName = "torch") -> None:
-        self._work, self._silence = work, timeout + _SPARE
-        self._loaded = [*_LOADED, f"stages.detection.{runtime}_runtime"]
-        self._loading = 2 * timeout  # seconds until a worker that replaces another has to answer, at least
+    def __init__(self, work: WorkerMain, asked: Serving) -> None:
+        self._work, self._silence, self._slower = work, asked.timeout + asked.silent, asked.slower
+        self._loaded = [*_LOADED, f"stages.detection.{asked.runtime}_runtime"]
+        self._loading = 2 * asked.timeout  # seconds until a worker that replaces another has to answer, at least
         self._worker: _Worker | None = None
         self._ready = asyncio.Event()
         self.info: dict[str, Any] = {}
@@ -63,7 +61,7 @@ class Backend:
         Raises:
             InputError, StageError: it cannot.
         """
-        self._loading = max(self._loading, _SLOWER * await self._begin())
+        self._loading = max(self._loading, self._slower * await self._begin())
 
     async def _begin(self) -> float:
         """Seconds that the worker took until it answered."""

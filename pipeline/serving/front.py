@@ -42,7 +42,7 @@ async def answer_requests(work: WorkerMain, asked: Serving, listener: socket.soc
     Raises:
         InputError, StageError: a worker cannot start.
     """
-    backend = Backend(work, asked.timeout, asked.runtime)
+    backend = Backend(work, asked)
     server = _Server(
         uvicorn.Config(
             application(backend, asked),

@@ -39,5 +39,5 @@ def work(bundle: str, asked: Serving, channel: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    asked = Serving(port=0, timeout=float(sys.argv[2]))
+    asked = Serving(port=0, timeout=float(sys.argv[2]), silent=1, slower=1)
     serve_bundle(sys.argv[1], asked, partial(work, sys.argv[1], asked))

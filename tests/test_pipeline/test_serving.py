@@ -284,7 +284,7 @@ def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
         server.worker().suspend()
         status, answer = server.score(images[0])
         assert (status, answer) == (503, {"error": "no answer within 1 s"})
-        assert wait_for(server, workers_lost=2)["last_lost"] == "hung: nothing was heard of it for 6 s"
+        assert wait_for(server, workers_lost=2)["last_lost"] == "hung: nothing was heard of it for 2 s"
         wait_for(server, workers_lost=2, status="ok")
         hangs_while_loading(bundle).touch()
         server.worker().kill()
@@ -340,7 +340,7 @@ def asked_alone(pieces, **limits):
 
     scope = {"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": []}
     asked = Serving(**limits)
-    asyncio.run(application(Backend(print, asked.timeout), asked)(scope, receive, send))
+    asyncio.run(application(Backend(print, asked), asked)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 

@@ -435,8 +435,9 @@ def test_one_expert_has_no_second(source, data, backbone, tmp_path):
     assert {row["routing"] for row in rows} == {"none", "predicted", "oracle"}
 
 
-def test_a_mixture_may_have_fewer_scores(source, tmp_path):
+def test_a_mixture_may_have_fewer_scores(small_source, tmp_path):
     """A control that is compared by one score alone: neither others nor ``auto`` are made of its features."""
+    source = mixed(small_source, tmp_path)
     default = source.mixtures[0]
     control = replace(default, variant="control", scores=("knn+energy",))
     both, config = (

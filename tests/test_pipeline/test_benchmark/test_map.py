@@ -31,12 +31,12 @@ set = { "train.experts" = 1 }
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(vit, tmp_path_factory):
     """Folder of a benchmark: tars in ``data``, the list of their images, the study that is cut into cells."""
     home = tmp_path_factory.mktemp("benchmark")
     pack(home)
     scores = 'scores = ["msp", "energy", "knn", "knn+energy"]'
-    study = in_tars(ADAPTERS).replace(scores, f"scores = {json.dumps(SCORES)}")
+    study = in_tars(ADAPTERS, vit).replace(scores, f"scores = {json.dumps(SCORES)}")
     (home / "map.toml").write_text(study.replace("[cache]\n", "[cache]\npseudo_ood = 2\n") + MORE)
     return home
 

@@ -43,14 +43,14 @@ seeds = [1]
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory):
+def benchmark(vit, tmp_path_factory):
     """Folder of a benchmark: tars in ``data``, the list of their images, two studies, the second with one control."""
     home = tmp_path_factory.mktemp("benchmark")
     pack(home)
     for name, text, more in (("one", STUDY, MORE), ("two", ADAPTERS.replace("epochs = 1", "epochs = 2"), DENSE)):
         text = re.sub("^scores = .*$", f"scores = {json.dumps(SCORES)}", text, flags=re.MULTILINE)
         text = text.replace("[cache]\n", "[cache]\npseudo_ood = 2\n")
-        study = in_tars(text).replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
+        study = in_tars(text, vit).replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
         (home / f"{name}.toml").write_text(study.replace('name = "tiny"', f'name = "{name}"') + more)
     return home
 

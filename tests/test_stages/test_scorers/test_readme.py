@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from shutil import copy, copytree, ignore_patterns
+from shutil import copy, copytree
 
 import pytest
 
@@ -32,7 +32,7 @@ def tree(tmp_path_factory) -> Path:
     """A copy of the project with the README's example of a score: its file and its line, and nothing else by hand."""
     tree = tmp_path_factory.mktemp("copy") / "project"
     for package in ("cache", "stages", "pipeline", "tests"):
-        copytree(ROOT / package, tree / package, ignore=ignore_patterns("__pycache__"))
+        copytree(ROOT / package, tree / package)
     copy(ROOT / "pyproject.toml", tree)
     scorers = tree / "stages" / "scorers"
     (scorers / "logits" / "margin.py").write_text(shown("example"), encoding="utf-8")
