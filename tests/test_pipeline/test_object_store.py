@@ -8,20 +8,20 @@ import pytest
 from cache import FeatureCache, RemotePath, find_caches
 from tests.object_store import BUCKET
 from tests.test_pipeline.command import done, pipeline, refused, settings
-from tests.test_pipeline.tiny import ADAPTERS, draw
+from tests.test_pipeline.tiny import ADAPTERS, by_network, draw
 
 URL = f"s3://{BUCKET}/study"
 
 
 @pytest.fixture(scope="module")
-def studies(object_store, tmp_path_factory):
+def studies(object_store, vit, tmp_path_factory):
     """The same study of the same images twice: of a folder, and of the store."""
     folder = tmp_path_factory.mktemp("studies")
     draw(folder / "images/train", "sklearn:digits[0-1]/train", 10)
     draw(folder / "images/test", "sklearn:digits[0-1]/test", 4)
     draw(folder / "images/threes", "sklearn:digits[3]/test", 8, nested=False)
     draw(folder / "images/photos", "sklearn:photos", 4, nested=False)
-    local = ADAPTERS.replace('"images/photos.tar"', '"images/photos"')
+    local = by_network(vit, ADAPTERS).replace('"images/photos.tar"', '"images/photos"')
     (folder / "local.toml").write_text(local)
     remote = local.replace('root = "caches"', f'root = "{URL}/caches"').replace('"images/', f'"{URL}/images/')
     (folder / "remote.toml").write_text(remote.replace('work = "work"', 'work = "remote"'))

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.test_pipeline.command import Running, done, refused, settings
-from tests.test_pipeline.tiny import STUDY, draw
+from tests.test_pipeline.tiny import STUDY, by_network, draw
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
 LONG = settings("train.epochs=10000")
@@ -24,11 +24,11 @@ DIVERGES = settings("train.lr=1e30")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(vit, tmp_path_factory):
     """An extracted study, with a section of a fine-tune."""
     home = tmp_path_factory.mktemp("together")
     draw(home / "images/train", "sklearn:digits[0-2]/train", 32)
-    text = STUDY[: STUDY.index('[[sets]]\nname = "test"')] + STUDY[STUDY.index("[train]") :]
+    text = by_network(vit, STUDY[: STUDY.index('[[sets]]\nname = "test"')] + STUDY[STUDY.index("[train]") :])
     text += "\n[finetune]\nepochs = 1\nmixup = 0.8\ndrop_path = 0.1\n"
     (home / "tiny.toml").write_text(text)
     done("extract", home / "tiny.toml")

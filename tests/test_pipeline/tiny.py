@@ -52,6 +52,14 @@ scores = ["msp", "energy", "knn", "knn+energy"]
 ADAPTERS = STUDY.replace("[train]\n", '[train]\nexpert = "adapter"\n')
 
 
+def by_network(network, study):
+    """The text of a study by another network, as `stages.config.BackboneConfig` names it: what is small trains soon."""
+    for key, value in {"name": "tf_efficientnet_lite0", "weights": "embedded"}.items():
+        assert f'{key} = "{value}"' in study
+        study = study.replace(f'{key} = "{value}"', f'{key} = "{getattr(network, key)}"')
+    return study
+
+
 def draw(folder, source, per_class, start=0, nested=True):
     """Write some images of an embedded set as PNG files, in a folder for each class or in one."""
     table = list_images(source)

@@ -357,7 +357,7 @@ def checked_dim(features: ArrayLike, dim: int | None) -> NDArray[np.floating]:
 
 def whitened(rows: NDArray[np.float64], whiten: NDArray[np.float64]) -> NDArray[np.float64]:
     """``rows @ whiten`` of rows [n, D], in half the work where ``whiten`` is of a Cholesky factor."""
-    if whiten.shape[0] != whiten.shape[1] or np.tril(whiten, -1).any():
+    if whiten.shape[0] != whiten.shape[1] or any(whiten[row, :row].any() for row in range(1, len(whiten))):
         return rows @ whiten
     product: NDArray[np.float64] = blas.dtrmm(1.0, whiten.T, rows.T, side=0, lower=1)  # column-major, as BLAS has it
     return product.T

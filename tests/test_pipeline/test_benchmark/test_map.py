@@ -19,7 +19,7 @@ from stages.inputs.images import list_images
 from stages.results.table import read_summary
 from tests.test_pipeline.command import refused
 from tests.test_pipeline.test_benchmark.packed import in_tars, made_by, pack
-from tests.test_pipeline.tiny import ADAPTERS
+from tests.test_pipeline.tiny import ADAPTERS, by_network
 
 SCORES = ["knn+energy", "ncm+energy", "frozen:ncm+energy", "auto"]
 CLASSES, IMAGES = (2, 3), (20,)
@@ -36,7 +36,7 @@ def home(vit, tmp_path_factory):
     home = tmp_path_factory.mktemp("benchmark")
     pack(home)
     scores = 'scores = ["msp", "energy", "knn", "knn+energy"]'
-    study = in_tars(ADAPTERS, vit).replace(scores, f"scores = {json.dumps(SCORES)}")
+    study = by_network(vit, in_tars(ADAPTERS)).replace(scores, f"scores = {json.dumps(SCORES)}")
     (home / "map.toml").write_text(study.replace("[cache]\n", "[cache]\npseudo_ood = 2\n") + MORE)
     return home
 

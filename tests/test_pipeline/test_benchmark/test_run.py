@@ -22,7 +22,7 @@ from stages.results.table import read_summary
 from stages.scorers import reads_head
 from tests.test_pipeline.command import pipeline, refused
 from tests.test_pipeline.test_benchmark.packed import in_tars, made_by, pack
-from tests.test_pipeline.tiny import ADAPTERS, STUDY
+from tests.test_pipeline.tiny import ADAPTERS, STUDY, by_network
 
 SCORES = ["msp", "energy", "knn", "knn+energy", "ncm+energy", "frozen:ncm+energy", "mahalanobis-pp", "auto"]
 FROZEN = [score for score in SCORES if score != "frozen:ncm+energy"]  # scores of frozen features
@@ -50,7 +50,7 @@ def benchmark(vit, tmp_path_factory):
     for name, text, more in (("one", STUDY, MORE), ("two", ADAPTERS.replace("epochs = 1", "epochs = 2"), DENSE)):
         text = re.sub("^scores = .*$", f"scores = {json.dumps(SCORES)}", text, flags=re.MULTILINE)
         text = text.replace("[cache]\n", "[cache]\npseudo_ood = 2\n")
-        study = in_tars(text, vit).replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
+        study = by_network(vit, in_tars(text)).replace('work = "work"', 'work = "work"\nseeds = [0, 1]')
         (home / f"{name}.toml").write_text(study.replace('name = "tiny"', f'name = "{name}"') + more)
     return home
 
