@@ -21,7 +21,7 @@ from cache import FeatureCache
 from stages.config import BackboneConfig
 from stages.networks.weights.loading import build_model
 from tests.test_pipeline.command import Running, done, pipeline, refused, settings, snapshot
-from tests.test_pipeline.tiny import ADAPTERS, STUDY, draw
+from tests.test_pipeline.tiny import ADAPTERS, STUDY, by_network, draw
 
 VARIANT = """
 [[variants]]
@@ -42,7 +42,7 @@ hflip = 0.0
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(vit, tmp_path_factory):
     """A folder with images and experiment files, and the study ``tiny`` run once; everybody's, so copy what you change.
 
     Three digits with 32 images each to train on, so that a fifth of them can be held out and halved.
@@ -57,7 +57,8 @@ def home(tmp_path_factory):
         tar.add(home / "images" / "photos", arcname=".")
     for name, more in {"tiny": "", "variant": VARIANT, "validation": VALIDATION}.items():
         (home / f"{name}.toml").write_text(ADAPTERS + more)
-    (home / "finetune.toml").write_text(STUDY + FINETUNE)  # experts trained with the backbone are made of its end
+    # Experts that are trained with the backbone are made of its end.
+    (home / "finetune.toml").write_text(by_network(vit, STUDY) + FINETUNE)
     done("run", home / "tiny.toml")
     return home
 
@@ -357,11 +358,10 @@ class Tuned(NamedTuple):
 @pytest.fixture(scope="module")
 def tuned(home, tmp_path_factory):
     root = tmp_path_factory.mktemp("tuned")
-    for name in ("work", "caches"):
-        shutil.copytree(home / name, root / name)
     places = settings(f"work={root / 'work'}", f"cache.root={root / 'caches'}")
     study = [home / "finetune.toml", *places, *settings("finetune.joint=1")]
-    done("train", *study, "--backbone", "pretrained")
+    for verb in ("extract", "train"):
+        done(verb, *study, "--backbone", "pretrained")
     now = ["--backbone", "finetuned"]
     no = {("nothing", verb): refused(verb, *study, *now) for verb in ("extract", "train", "score")}
     no["nothing", "predict"] = refused("predict", *study, root, *now)
