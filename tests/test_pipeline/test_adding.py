@@ -106,7 +106,7 @@ def tree(tmp_path_factory):
     """A copy of the project with a module and a line for a stage, the like for a score, and a line of a metric."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("cache", "stages", "pipeline"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name)
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
     for name in (".ci/constraints.txt", ".venv/.installed-cpu"):  # an environment that is ready

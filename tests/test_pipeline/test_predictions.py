@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_pipeline.command import Running, done, pipeline, refused, settings
-from tests.test_pipeline.tiny import ADAPTERS, draw
+from tests.test_pipeline.tiny import ADAPTERS, by_network, draw
 from tests.test_stages.drawn import as_dinov3s_files, create
 
 DENSE = """
@@ -23,7 +23,7 @@ set = { "train.experts" = 1 }
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(vit, tmp_path_factory):
     """A study of adapters, which read no patches: extracted and its default variant trained, but nothing scored."""
     home = tmp_path_factory.mktemp("home")
     draw(home / "images" / "train", "sklearn:digits[0-2]/train", 24)
@@ -31,7 +31,7 @@ def home(tmp_path_factory):
     draw(home / "many", "sklearn:digits[0-5]/test", 50)
     draw(home / "images" / "threes", "sklearn:digits[3]/test", 4, nested=False)
     draw(home / "images" / "photos", "sklearn:photos", 4)
-    study = ADAPTERS.replace("photos.tar", "photos")
+    study = by_network(vit, ADAPTERS.replace("photos.tar", "photos"))
     (home / "tiny.toml").write_text(study)
     (home / "two.toml").write_text(study + DENSE)
     done("extract", home / "tiny.toml")
