@@ -52,3 +52,4 @@ STEPS = (
     Step("not a number", "NaN is within no limit", f"{HERE}:good", {"value": float("nan")}),
     Step("last", "the others run nevertheless", f"{HERE}:good"),
 )
+LONG = (Step("hangs for long", "the time of all may be up first", f"{HERE}:hanging", limit_s=600),)

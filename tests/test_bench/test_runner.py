@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.bench.check_gpu import main
 from tests.bench.gpu.report import Kept, markdown, read_kept, verdict
-from tests.bench.gpu.runner import BAD, Check, Plan, run_steps
+from tests.bench.gpu.runner import BAD, LEAST_S, Check, Plan, run_steps
 from tests.bench.gpu.step import Step
 from tests.test_bench.small import run
 
@@ -125,6 +127,17 @@ def test_time_that_is_up_leaves_the_rest(tmp_path):
     assert {outcome.verdict for outcome in check.outcomes} == {"out of time"}
     assert verdict(check) == "unfinished"
     assert "out of time" not in BAD
+
+
+def test_a_step_that_time_was_not_left_for_has_not_failed(tmp_path):
+    """What it measured meanwhile stays; in another run it may pass."""
+    own = replace(plan(tmp_path, seconds=LEAST_S + 1), listing="tests.test_bench.broken_steps:LONG")
+    check = Check(own, own.outcomes())
+    run_steps(check, lambda: None)
+    (outcome,) = check.outcomes
+    assert outcome.verdict == "out of time"
+    assert re.fullmatch(r"\d s of (600|120) were left to (run|start|import what it needs)", outcome.said)
+    assert verdict(check) == "unfinished"
 
 
 def test_steps_run_in_the_order_that_is_asked_for(tmp_path):

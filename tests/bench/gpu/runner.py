@@ -45,7 +45,8 @@ class Outcome:
 
     Attributes:
         step: which.
-        verdict: "failed" by a value outside its limits or an exception; "not run" where something is missing.
+        verdict: "failed" by a value outside its limits or an exception; "not run" where something is missing; "out of
+            time" where that of all steps was up before it began, or before it had as much as it may take.
         seconds: that it took.
         values: in the order of their measurement; those of a step that was stopped stay.
         said: why it failed or did not run.
@@ -151,7 +152,7 @@ def _run(worker: "_Worker", outcome: Outcome, until: float, keep: Callable[[], N
     if worker.gpu is None:
         ready = next(worker.messages(min(until, now + START_S)), None)
         if ready is None:
-            return _stopped(worker, outcome, "to start", min(START_S, until - now))
+            return _stopped(worker, outcome, "to start", until - now, START_S)
         worker.gpu = ready[1]
         if worker.gpu is None:
             raise NoGpuError
@@ -159,7 +160,7 @@ def _run(worker: "_Worker", outcome: Outcome, until: float, keep: Callable[[], N
     worker.ask(outcome.step.name)
     begun = next(worker.messages(min(until, now + START_S)), None)
     if begun is None:
-        return _stopped(worker, outcome, "to import what it needs", min(START_S, until - now))
+        return _stopped(worker, outcome, "to import what it needs", until - now, START_S)
     now = time.monotonic()
     limit = max(0.0, min(until - now, outcome.step.limit_s))
     for kind, what in chain([begun], worker.messages(now + limit)):
@@ -179,17 +180,20 @@ def _run(worker: "_Worker", outcome: Outcome, until: float, keep: Callable[[], N
             outcome.verdict, outcome.seconds = "failed" if wrong else "passed", what
             outcome.said = f"outside its limit: {'; '.join(wrong)}" if wrong else ""
             return False
-    return _stopped(worker, outcome, "to run", limit)
+    return _stopped(worker, outcome, "to run", until - now, outcome.step.limit_s)
 
 
-def _stopped(worker: "_Worker", outcome: Outcome, what: str, seconds: float) -> bool:
-    """The process ended by itself, or its time is up."""
+def _stopped(worker: "_Worker", outcome: Outcome, what: str, left_s: float, limit_s: float) -> bool:
+    """The process ended by itself, or its time is up, which it may have had less of than it may take."""
     code = worker.wait(0.5)
     if code is None:
         worker.dump()
     worker.kill()
     if code is None:
-        outcome.verdict, outcome.said = "timed out", f"it had {seconds:.0f} s {what}"
+        if left_s < limit_s:
+            outcome.verdict, outcome.said = "out of time", f"{max(0.0, left_s):.0f} s of {limit_s:.0f} were left {what}"
+        else:
+            outcome.verdict, outcome.said = "timed out", f"it had {limit_s:.0f} s {what}"
     else:
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         outcome.verdict, outcome.said = "crashed", f"its process ended with {how}"
