@@ -12,10 +12,11 @@ from cache import CacheError, FeatureCache, FeatureSpec, Place, fingerprint, pla
 from pipeline.backbones import StudyBackbone
 from pipeline.config import SetConfig
 from pipeline.workspace import Workspace
+from stages.detection.pseudo import FEWEST_CLASSES
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document
 from stages.id_data.clusters import first_by_hash
-from stages.id_data.rows import IdData
+from stages.id_data.rows import IdData, has_classes
 from stages.inputs.images.pseudo_ood import PSEUDO_IMAGES, PSEUDO_SEMANTICS, list_pseudo_ood
 from stages.inputs.images.table import SampleTable
 from stages.scorers import AUTO
@@ -39,6 +40,15 @@ class PseudoOOD:
         """Whether the study has ``auto`` among its scores, and ID images to make them of."""
         asked = self._config.cache.pseudo_ood > 0 and AUTO in self._config.score.scores
         return asked and self._entry.images is not None
+
+    @property
+    def needed(self) -> bool:
+        """Whether they are wanted, and ID images have classes enough for a choice; these images are listed for that."""
+        if not self.wanted:
+            return False
+        (train,) = self._config.sets_of("id-train")
+        labels = self._sets.table(train).labels
+        return not has_classes(labels) or len(np.unique(labels[labels >= 0])) >= FEWEST_CLASSES
 
     @property
     def name(self) -> str:

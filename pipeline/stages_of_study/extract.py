@@ -47,7 +47,7 @@ class Extract(BackboneStage):
     def is_fresh(self) -> bool:
         """Whether every set has a cache of these features of the images of now."""
         fresh = all(changes and changes.fresh for changes in self._changes.values())
-        return fresh and not (self._pseudo.wanted and self._pseudo.cache(self._spec) is None)
+        return fresh and not (self._pseudo.needed and self._pseudo.cache(self._spec) is None)
 
     def check(self) -> None:
         """Refuse features that did not come from where they say."""
@@ -114,7 +114,7 @@ class Extract(BackboneStage):
     def _plan_pseudo(self, row_bytes: int) -> Lines:
         """What plays OOD for ``auto``; how many ID images select is known once they are extracted."""
         pseudo = self._pseudo
-        if not pseudo.wanted:
+        if not pseudo.needed:
             return []
         spec = self.backbone.known_spec()
         cache = None if spec is None or not self.backbone.exists else pseudo.found(spec)
@@ -163,7 +163,7 @@ class Extract(BackboneStage):
         The study does without them: `auto` is then chosen by features alone.
         """
         pseudo, spec, cluster = self._pseudo, self._spec, context.cluster
-        if not pseudo.wanted or pseudo.cache(spec) is not None:
+        if not pseudo.needed or pseudo.cache(spec) is not None:
             return []
         from stages.extract import ExtractOptions, extract_set
 

@@ -77,8 +77,12 @@ def test_damage_is_found_and_repaired_as_of_any_cache(study):
         assert [own.read_bytes() for own in files] == before
 
 
-@pytest.mark.parametrize("given", ["cache.pseudo_ood=0", 'score.scores=["knn"]'])
+THREE_CLASSES = [f"sets.{name}.images=sklearn:digits[0-2]/{name}" for name in ("train", "test")]
+
+
+@pytest.mark.parametrize("given", [["cache.pseudo_ood=0"], ['score.scores=["knn"]'], THREE_CLASSES])
 def test_none_where_they_are_not_wanted(study, given):
+    """Nor where classes are too few to be left out."""
     path, _ = study
-    said = done("extract", path, "--dry-run", *settings(given)).out
+    said = done("extract", path, "--dry-run", *settings(*given)).out
     assert "pseudo-ood" not in said
