@@ -22,6 +22,7 @@ from stages.networks.repeatable import repeatable
 from stages.networks.transfer import array_for, sent_ahead
 
 _CHUNK_VALUES = 1 << 25  # of logits or features that are computed with at once
+_BYTES_OF_A_VALUE = 64  # of memory that is to be free for each: some copies in float64, and rows that stay in one half
 _WORTH = 1 << 28  # N · D · K from which on a step takes a GPU less time than starting its kernels does
 
 
@@ -45,7 +46,7 @@ class OnDevice:
             with HERE.rows(given, n_classes) as here:
                 yield here
             return
-        chunk = max(1, _CHUNK_VALUES // max(dim, n_classes))
+        chunk = _chunk_rows(self._device, max(dim, n_classes))
         with repeatable(self._device), one_blas_thread():  # the solver's own steps are summed here
             yield lambda dtype: _DeviceRows(given, self._device, dtype, chunk, self._kept_bytes)
 
@@ -56,7 +57,7 @@ class OnDevice:
         weight, bias = (
             torch.from_numpy(np.asarray(own, np.float32)).to(self._device) for own in (head.weight, head.bias)
         )
-        chunk = max(1, _CHUNK_VALUES // max(head.weight.shape))
+        chunk = _chunk_rows(self._device, max(head.weight.shape))
         likelihood = torch.empty(len(labels), dtype=torch.float64, device=self._device)
         with repeatable(self._device):
             for at, sent in _sent(features, labels, range(0, len(labels), chunk), chunk, self._device):
@@ -118,6 +119,12 @@ class _DeviceRows:
     def _read(self, starts: range) -> Iterator[tuple[Tensor, Tensor]]:
         for _, sent in _sent(self._given.features, self._given.labels, starts, self._chunk, self._device):
             yield _standardised(sent["features"], self._given.standardise, self._torch_dtype), sent["labels"]
+
+
+def _chunk_rows(device: torch.device, width: int) -> int:
+    """Rows that are computed with at once: beside those that stay, a few copies of them fit into what is free."""
+    most = _CHUNK_VALUES if device.type != "cuda" else min(_CHUNK_VALUES, _free_bytes(device) // _BYTES_OF_A_VALUE)
+    return max(1, most // width)
 
 
 def _free_bytes(device: torch.device) -> int:
