@@ -75,9 +75,8 @@ def _source(
     """A backbone with some mixtures; unless `of_clusters`, without those of classes that are clusters."""
     workspace.check_caches(backbone, "id-train", "id-val", *(GROUP_OF_ROLE if tests else ()))
     data = backbone.id_data()
-    probe = linear_probe(
-        workspace, backbone, data, fits
-    )  # first, for mixtures that start from it are known by its bytes
+    # First, for mixtures that start from it are known by its bytes.
+    probe = linear_probe(workspace, backbone, data, fits)
     scores = {variant.name: variant.scores for variant in workspace.config.variants}
     folders = [
         MixtureFolder(variant, seed, workspace.trained(backbone, data, variant, seed), scores.get(variant))

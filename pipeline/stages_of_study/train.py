@@ -16,7 +16,6 @@ from pipeline.sources import linear_probe
 from pipeline.stage import BackboneStage, Done
 from pipeline.terminal import Lines
 from stages.context import Context
-from stages.errors import InputError
 from stages.files.documents import read_document
 from stages.heads.choose import FittedHeads
 from stages.id_data.rows import IdData
@@ -66,10 +65,10 @@ class Train(BackboneStage):
         probe = self._probe(context)
         lines: Lines = [f"{self.name}: probe with strength {probe.strength:g} ({self._data.split.rule})"]
         lines += [f"{self.name}: {note}" for note in probe.notes("probe")]
-        fresh = True
+        fresh, left = True, self._left(context)
         for variant, seed in self.workspace.mixtures(self.backbone):
             started = time.monotonic()
-            done = self._train_mixture(variant, seed, context)
+            done = (variant, seed) in left and self._train_mixture(variant, seed, context)
             fresh &= not done
             if not context.ranks.first:  # nor are the files there yet: rank 0 still fits the heads
                 continue
@@ -85,21 +84,17 @@ class Train(BackboneStage):
 
         return train_probe(self._data, self.backbone.probe_folder, context)
 
-    def _is_there(self, variant: str, seed: int) -> bool:
-        """Whether nothing is left to do for a mixture."""
-        config = self.workspace.config.variant_configs().get(variant)
-        if config is not None and config.tensorboard:  # what it draws may not be there
-            return False
-        try:
-            self.workspace.trained(self.backbone, self._data, variant, seed)
-        except InputError:
-            return False
-        return True
+    def _left(self, context: Context) -> set[tuple[str, int]]:
+        """Mixtures of which anything may be left to do."""
+        mixtures = self.workspace.mixtures(self.backbone)
+        if context.ranks.world > 1:  # joined processes ask each other
+            return set(mixtures)
+        configs = self.workspace.config.variant_configs()
+        drawn = {name for name, config in configs.items() if config.tensorboard}  # curves may be missing
+        return {own for own in mixtures if own[0] in drawn} | set(self.workspace.to_train(self.backbone))
 
     def _train_mixture(self, variant: str, seed: int, context: Context) -> bool:
         """Train and finish one mixture, or only finish that which was trained together with the backbone."""
-        if context.ranks.world == 1 and self._is_there(variant, seed):
-            return False
         from stages.train import finish_joint, train_mofe
 
         backbone, folder = self.backbone, self.backbone.mixture_folder(variant, seed)

@@ -23,8 +23,8 @@ from pydantic import (
 
 from stages.config.backbone_names import canonical_name, has_official_recipe
 
-# What a file of features may hold, see stages/inputs/arrays.
 LARGEST_SIDE = 4096  # of a network's input, in pixels
+# What a file of features may hold, see stages/inputs/arrays.
 ARRAY_FEATURES = ("cls", "tap_cls", "registers", "patches", "logits", "taps")
 ARRAY_KEYS = (*ARRAY_FEATURES, "label", "id")
 

@@ -18,6 +18,7 @@ from stages.heads.affine import LinearHead, Standardisation
 from stages.heads.summing import HERE, RowsIn
 from stages.heads.sums import BlockSum, FloatType, GivenRows, HeadLossSum, ProductSum, Sums, one_blas_thread
 from stages.id_data.lazy import Rows2D
+from stages.networks.batch import free_bytes
 from stages.networks.repeatable import repeatable
 from stages.networks.transfer import array_for, sent_ahead
 
@@ -81,7 +82,7 @@ class _DeviceRows:
         self._given, self._device, self._chunk = given, device, chunk
         self._torch_dtype = torch.float64 if dtype is np.float64 else torch.float32
         n_rows, dim = self.shape
-        fit = (_free_bytes(device) // 2 if kept_bytes is None else kept_bytes) // (dim * np.dtype(dtype).itemsize)
+        fit = (free_bytes(device) // 2 if kept_bytes is None else kept_bytes) // (dim * np.dtype(dtype).itemsize)
         self._starts = range(0, n_rows, chunk)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._kept.extend(self._read(range(0, n_rows if fit >= n_rows else fit // chunk * chunk, chunk)))
@@ -123,14 +124,8 @@ class _DeviceRows:
 
 def _chunk_rows(device: torch.device, width: int) -> int:
     """Rows that are computed with at once: beside those that stay, a few copies of them fit into what is free."""
-    most = _CHUNK_VALUES if device.type != "cuda" else min(_CHUNK_VALUES, _free_bytes(device) // _BYTES_OF_A_VALUE)
+    most = _CHUNK_VALUES if device.type != "cuda" else min(_CHUNK_VALUES, free_bytes(device) // _BYTES_OF_A_VALUE)
     return max(1, most // width)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Of a GPU's memory, what torch can take: what nobody has, and what it holds and does not use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _sent(

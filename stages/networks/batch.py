@@ -61,13 +61,17 @@ def batch_of_gpu(encode: Callable[[torch.Tensor], object], image_size: int, devi
 
     try:
         peak(_TRIED[0])  # workspaces that stay come with the first
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return choose_batch(peak, free + unused, 4 * 3 * image_size**2)
+        return choose_batch(peak, free_bytes(device), 4 * 3 * image_size**2)
     except torch.cuda.OutOfMemoryError:
         return CHOICES[0]
     finally:
         torch.cuda.empty_cache()  # passes have streams of their own, which do not take what this one has left
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what torch can take: what nobody has, and what it holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def rows_of_pass(n: int) -> int:

@@ -141,7 +141,7 @@ def _files(root: str) -> Iterator[str]:
                     elif not is_hidden(f"{entry.name}/"):
                         folders.append((entry.path, inside))
         except OSError as error:
-            raise InputError(f"{error.filename or folder}: the folder cannot be listed: {error.strerror}") from error
+            raise _unlisted(folder, error) from error
 
 
 def _folders(root: str) -> frozenset[str]:
@@ -150,7 +150,11 @@ def _folders(root: str) -> frozenset[str]:
         with os.scandir(root) as entries:
             return frozenset(own.name for own in entries if _is_folder(own) and not is_hidden(f"{own.name}/"))
     except OSError as error:
-        raise InputError(f"{root}: the folder cannot be listed: {error.strerror}") from error
+        raise _unlisted(root, error) from error
+
+
+def _unlisted(folder: str, error: OSError) -> InputError:
+    return InputError(f"{error.filename or folder}: the folder cannot be listed: {error.strerror}")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from stages.heads.choose import ChosenHead, choose_head
+from stages.heads.choose import ChosenHead, HeadRows, choose_head
 from stages.heads.on_device import OnDevice
 from stages.heads.summing import HERE, Summing
 from tests.bench.bench_heads import Size, drawn, objective
@@ -18,23 +18,22 @@ def heads(bench: Bench) -> None:
     torch.zeros(1, device=device)  # the first time that a process asks for a GPU takes a second
     size = Size(*bench.sizes.heads)
     rows = drawn(size)
-    (ours, seconds), (exact, there) = (_timed(size, summing) for summing in (on_device, HERE))
+    (ours, seconds), (exact, there) = (_timed(rows, size.classes, summing) for summing in (on_device, HERE))
     bench.measure("strength that is chosen, over the CPU's", ours.strength / exact.strength, at_least=1, at_most=1)
     losses = [objective(chosen.head, rows, ours.strength) for chosen in (ours, exact)]
     bench.measure("loss with its penalty, relative to the CPU's", abs(losses[0] / losses[1] - 1), at_most=1e-6)
     bench.measure(f"{size}", seconds, "s")
     bench.measure(f"{size}: on the CPUs", there, "s")
     large = Size(*bench.sizes.large_heads)
-    bench.measure(f"{large}", _timed(large, on_device)[1], "s")
+    bench.measure(f"{large}", _timed(drawn(large), large.classes, on_device)[1], "s")
     if device.type == "cuda":
         bench.measure(f"{large}: peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB")
     bench.measure(f"{large}: a pass's products alone", _products(large, device), "s")
 
 
-def _timed(size: Size, summing: Summing) -> tuple[ChosenHead, float]:
-    rows = drawn(size)
+def _timed(rows: HeadRows, n_classes: int, summing: Summing) -> tuple[ChosenHead, float]:
     start = time.perf_counter()
-    return choose_head(rows, size.classes, summing=summing), time.perf_counter() - start
+    return choose_head(rows, n_classes, summing=summing), time.perf_counter() - start
 
 
 def _products(size: Size, device: torch.device) -> float:
