@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 # faiss-gpu and faiss-cpu exclude each other: take the GPU build only where a GPU answers.
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.installed-$(FAISS)
+PIP := PIP_CONSTRAINT= $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PINNED := --constraint .ci/constraints.txt
 # Stages of a study: a module each, and a line in the list, which says what it does.
 STAGES := $(filter-out __init__,$(basename $(notdir $(wildcard pipeline/stages_of_study/*.py))))
 VERBS := run plan predict export serve verify info
@@ -24,16 +26,19 @@ help: ## List the targets
 	@{ grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'; \
 		sed -nE 's/^    Listed\("([a-z]+)", "([^"]+)".*/\1\t\2/p' pipeline/stages_of_study/__init__.py; } | expand -t 16
 
-setup: $(READY) ## Create .venv with every pinned dependency (plain venv and pip, nothing global)
+setup: $(READY) ## Create .venv with every pinned dependency (nothing outside it but caches)
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PINNED) uv
 	@# The two FAISS builds exclude each other: take the other one away first.
 	@$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu 2>/dev/null || true
-	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-compile \
-		--constraint .ci/constraints.txt --editable '.[$(FAISS),test]'
-	@# pip compiles on one core, and the packages' own tests as well. Files that are templates cannot be compiled.
-	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
+	@# pip takes two minutes longer; but it reads pip.conf, where a company names its own index.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(PINNED) --editable '.[$(FAISS),test]' \
+		|| { echo 'make setup: goes on with pip' >&2; $(PIP) install --no-compile $(PINNED) --editable '.[$(FAISS),test]'; }
+	@# An image may say that nothing compiled is kept: every command would compile all that it imports. What tests alone
+	@# import is not compiled here. Files that are templates cannot be.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers|moto|mypy|pip|setuptools)/' $(VENV)/lib || true
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
