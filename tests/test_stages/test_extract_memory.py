@@ -10,7 +10,7 @@ from stages.extract import ExtractOptions, extract_set
 from stages.inputs.images import list_images
 from stages.networks.backbone import load_backbone
 
-N = 150
+N = 100
 
 
 def peaks_kib(few: Path, many: Path, root: Path) -> list[int]:
@@ -21,7 +21,7 @@ def peaks_kib(few: Path, many: Path, root: Path) -> list[int]:
 
 
 def test_ten_times_the_images_need_no_more_memory(tmp_path):
-    """150 and 1,500 images; the features of these are 55 MiB, in a process of half a gigabyte."""
+    """100 and 1,000 images; the features of these are 37 MiB, in a process of half a gigabyte."""
     table = list_images("sklearn:digits/all")
     reader = table.reader()
     for index in range(10 * N):

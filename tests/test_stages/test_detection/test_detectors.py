@@ -393,7 +393,7 @@ def drawn(n: int, classes: int, experts: int, seed: int, routed: bool = False) -
     return SetRows(features, labels, both, expert, gate, None, other, heads=dict.fromkeys(both, heads))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     classes=st.integers(2, 12),
     experts=st.integers(0, 8),
