@@ -33,3 +33,6 @@ class NullProgress:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+SILENT: Progress = NullProgress()

@@ -18,7 +18,7 @@ from stages.config import TrainConfig
 from stages.context import Context
 from stages.files.documents import read_document
 from stages.heads.affine import LinearHead
-from stages.heads.choose import FittedHeads, choose_head, fit_heads, load_heads, save_heads
+from stages.heads.choose import FITS, FittedHeads, choose_head, fit_heads, load_heads, save_heads
 from stages.heads.places import summing_of
 from stages.id_data.rows import IdData, lazy_rows, read_blocks
 from stages.id_data.split import Rows
@@ -69,7 +69,7 @@ def _fitted_probe(data: IdData, folder: Path, context: Context) -> FittedHeads:
     features, held_out = (lazy_rows(cache, "cls", cache.spec.cls_dim) for cache in (data.train, data.held_out))
     models = [head_rows(data, features, held_out, rows, data.split.select) for rows in data.train_rows().values()]
     parts = [(features[rows := data.split.without(part)], data.train_labels[rows]) for part in data.split.parts]
-    heads = {"probe": fit_heads(models, data.n_classes, parts, summing_of(context, folder))}
+    heads = {"probe": fit_heads(models, data.n_classes, parts, summing_of(context, folder), context.progress)}
     save_heads(folder, "probe", heads, identity)
     return heads["probe"]
 
@@ -191,7 +191,10 @@ def _start_from_probe(
         start_heads(mixture, probe, features)
         if mixture.config.router_input == "tap_cls":
             taps, held_out = (lazy_rows(own, "tap_cls", own.spec.tap_dim) for own in (data.train, data.held_out))
-            probe = choose_head(head_rows(data, taps, held_out, rows, data.split.select), data.n_classes).head
+            of_taps = head_rows(data, taps, held_out, rows, data.split.select)
+            context.progress.start(FITS, "fit", "head router")
+            probe = choose_head(of_taps, data.n_classes, progress=context.progress).head
+            context.progress.close()
         start_router(mixture.router, probe)
     begun = {name: tensor for name, tensor in mixture.state_dict().items() if not is_of_end(name)}
     mixture.load_state_dict(context.ranks.agree(begun), strict=False)

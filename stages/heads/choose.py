@@ -23,9 +23,11 @@ from stages.heads.logistic import HEAD_TOLERANCE, LogisticFit, LogisticProblem, 
 from stages.heads.summing import HERE, Summing
 from stages.heads.sums import GivenRows, standardisation
 from stages.id_data.lazy import Rows2D
+from stages.progress import SILENT, Progress
 
 # Inverse strength of the L2 penalty (scikit-learn's C), the same grid for every method.
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+FITS = len(STRENGTHS) + 1  # of a head that is chosen, as progress counts: each strength, then the chosen one to its end
 _SURE = 3  # standard errors that the held-out likelihood falls by before weaker penalties are given up
 
 
@@ -124,7 +126,11 @@ class ChosenHead(NamedTuple):
 
 
 def choose_head(
-    rows: HeadRows, n_classes: int, strengths: Sequence[float] = STRENGTHS, summing: Summing = HERE
+    rows: HeadRows,
+    n_classes: int,
+    strengths: Sequence[float] = STRENGTHS,
+    summing: Summing = HERE,
+    progress: Progress = SILENT,
 ) -> ChosenHead:
     """The head of the strongest penalty whose held-out ID log-likelihood is within one standard error of the best.
 
@@ -136,11 +142,14 @@ def choose_head(
         n_classes: C.
         strengths: to choose from.
         summing: as in `fit_head`.
+        progress: counts `FITS` fits, those that need not be done as well.
     """
     known = np.flatnonzero(np.isin(rows.select_labels, rows.labels))  # of others every head says p = 0
     if not len(known):
         only = sorted(strengths)[0]
-        return ChosenHead(fit_head(rows.features, rows.labels, n_classes, only, summing=summing), only, {})
+        head = fit_head(rows.features, rows.labels, n_classes, only, summing=summing)
+        progress.advance(FITS)
+        return ChosenHead(head, only, {})
     if len(known) < len(rows.select_labels):
         rows = replace(rows, select_features=rows.select_features[known], select_labels=rows.select_labels[known])
     with _fits(rows.features, rows.labels, n_classes, summing) as fits:
@@ -149,11 +158,14 @@ def choose_head(
             found[strength] = fit
             likelihood[strength] = summing.log_likelihood(head, rows.select_features, rows.select_labels)
             best = max(likelihood.values(), key=lambda judged: judged.mean())
+            progress.advance()
             if _turned(best, likelihood[strength]):
                 break
         enough = best.mean() - _standard_error(best)
         chosen = next(strength for strength, judged in likelihood.items() if judged.mean() >= enough)
+        progress.advance(FITS - 1 - len(found))
         head = fits.minimum(chosen, found[chosen])
+        progress.advance()
     judged = {f"{strength:g}": round(float(own.mean()), 6) for strength, own in likelihood.items()}
     return ChosenHead(head, chosen, judged)
 
@@ -184,7 +196,12 @@ class FittedHeads:
 
     @classmethod
     def of(
-        cls, chosen: Sequence[ChosenHead], n_classes: int, parts: Sequence["FitRows"] = (), summing: Summing = HERE
+        cls,
+        chosen: Sequence[ChosenHead],
+        n_classes: int,
+        parts: Sequence["FitRows"] = (),
+        summing: Summing = HERE,
+        progress: Progress = SILENT,
     ) -> "FittedHeads":
         """Heads of the folds' models and, last, of the final one; a single one is both.
 
@@ -193,10 +210,15 @@ class FittedHeads:
             n_classes: C.
             parts: rows that are left without each part under cross-fitting.
             summing: as in `fit_head`.
+            progress: counts one fit a part.
         """
         *folds, final = chosen
-        without = tuple(fit_head(*rows, n_classes, final.strength, summing=summing) for rows in parts)
-        return cls(tuple(fold.head for fold in folds or chosen), final.head, final.strength, final.judged, without)
+        without = []
+        for rows in parts:
+            without.append(fit_head(*rows, n_classes, final.strength, summing=summing))
+            progress.advance()
+        models = tuple(fold.head for fold in folds or chosen)
+        return cls(models, final.head, final.strength, final.judged, tuple(without))
 
     def of_run(self, run: str) -> LinearHead:
         """That of the model called ``"final"``, or of fold i, ``"fold-<i>"``."""
@@ -234,7 +256,11 @@ FitRows = tuple[Rows2D, NDArray[np.int32]]  # features [N, D] and labels [N]
 
 
 def fit_heads(
-    models: Sequence[HeadRows], n_classes: int, parts: Sequence[FitRows] = (), summing: Summing = HERE
+    models: Sequence[HeadRows],
+    n_classes: int,
+    parts: Sequence[FitRows] = (),
+    summing: Summing = HERE,
+    progress: Progress = SILENT,
 ) -> FittedHeads:
     """Choose and fit the head of every model by the same rule, each on its own rows alone.
 
@@ -243,9 +269,13 @@ def fit_heads(
         n_classes: C.
         parts: rows that are left without each part under cross-fitting.
         summing: as in `fit_head`.
+        progress: counts fits.
     """
-    chosen = [choose_head(rows, n_classes, summing=summing) for rows in models]
-    return FittedHeads.of(chosen, n_classes, parts, summing)
+    progress.start(FITS * len(models) + len(parts), "fit", "heads probe")
+    chosen = [choose_head(rows, n_classes, summing=summing, progress=progress) for rows in models]
+    heads = FittedHeads.of(chosen, n_classes, parts, summing, progress)
+    progress.close()
+    return heads
 
 
 def save_heads(folder: Path, name: str, heads: Mapping[str, FittedHeads], identity: str) -> None:

@@ -59,7 +59,7 @@ def finish(data: IdData, trained: TrainedRuns, folder: Path, context: Context, t
     (folder / "mofe.json").unlink(missing_ok=True)
     weights = {name: save_weights(run_folder(folder, name), own) for name, own in trained.mixtures.items()}
     refined = _refine_runs(data, trained.mixtures, weights, folder, context)
-    heads = refit_heads(data, trained.mixtures, refined, summing_of(context, folder))
+    heads = refit_heads(data, trained.mixtures, refined, summing_of(context, folder), context.progress)
     write_metrics(folder, trained.history)
     with scalar_log(folder, tensorboard, trained.history):
         pass

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.heads.choose import STRENGTHS, ChosenHead, FitRows, FittedHeads, HeadRows, choose_head
+from stages.heads.choose import FITS, STRENGTHS, ChosenHead, FitRows, FittedHeads, HeadRows, choose_head
 from stages.heads.summing import HERE, Summing
 from stages.id_data.lazy import LazyArray, Rows2D
 from stages.id_data.rows import IdData
 from stages.id_data.split import Rows
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refined import PartBank, Refined, part_bank
+from stages.progress import SILENT, Progress
 
 
 class RefinedRuns(NamedTuple):
@@ -34,6 +35,7 @@ def refit_heads(
     mixtures: Mapping[str, MixtureOfFeatureExperts],
     refined: RefinedRuns,
     summing: Summing = HERE,
+    progress: Progress = SILENT,
 ) -> dict[str, FittedHeads]:
     """Heads by their kinds: ``refit``, and ``refit-group-<e>`` for each expert.
 
@@ -42,27 +44,34 @@ def refit_heads(
         mixtures: trained, by the name of the run.
         refined: what they make of the rows.
         summing: who sums over rows for a head.
+        progress: counts fits.
     """
     names = [name for name, _ in data.runs()]
     parts = [
         part_bank(data.split, part, refined.bank[names[part.fold]], refined.left_out[names[part.fold]])
         for part in data.split.parts
     ]
+    groups = {name: mixtures[name].group.numpy() for name in data.train_rows()}
+    n_heads = [1 + int(group.max()) + 1 for group in groups.values()]  # of all rows, and of each expert's
+    progress.start(FITS * sum(n_heads) + len(parts) * n_heads[-1], "fit", "heads refit")
     runs = [
-        _heads_of_run(data, mixtures[name].group.numpy(), rows, refined.bank[name], refined.held_out[name], summing)
+        _heads_of_run(data, groups[name], rows, refined.bank[name], refined.held_out[name], summing, progress)
         for name, rows in data.train_rows().items()
     ]
     # A fold with fewer groups than the final model has no row of the others.
     experts = {"refit": None} | {f"refit-group-{expert}": expert for expert in range(len(runs[-1]) - 1)}
-    return {
+    heads = {
         kind: FittedHeads.of(
             [run.get(kind, run["refit"]) for run in runs],
             data.n_classes,
             [_rows_of_head(data, part, expert) for part in parts],
             summing,
+            progress,
         )
         for kind, expert in experts.items()
     }
+    progress.close()
+    return heads
 
 
 def _rows_of_head(data: IdData, part: PartBank, expert: int | None) -> FitRows:
@@ -73,12 +82,18 @@ def _rows_of_head(data: IdData, part: PartBank, expert: int | None) -> FitRows:
 
 
 def _heads_of_run(
-    data: IdData, group: NDArray[np.int64], train: Rows, bank: Refined, held_out: Refined, summing: Summing
+    data: IdData,
+    group: NDArray[np.int64],
+    train: Rows,
+    bank: Refined,
+    held_out: Refined,
+    summing: Summing,
+    progress: Progress,
 ) -> dict[str, ChosenHead]:
     """The heads of one model by their kinds."""
     select = data.split.select
     rows = head_rows(data, bank.features, held_out.features, train, select)
-    refit = choose_head(rows, data.n_classes, summing=summing)
+    refit = choose_head(rows, data.n_classes, summing=summing, progress=progress)
     heads = {"refit": refit}
     for expert in range(group.max() + 1):
         own = train[bank.expert[train] == expert]
@@ -86,7 +101,7 @@ def _heads_of_run(
         right = select[(held_out.expert[select] == expert) & (group[data.held_out_labels[select]] == expert)]
         rows = head_rows(data, bank.features, held_out.features, own, right)
         strengths = STRENGTHS if len(right) else [refit.strength]
-        heads[f"refit-group-{expert}"] = choose_head(rows, data.n_classes, strengths, summing)
+        heads[f"refit-group-{expert}"] = choose_head(rows, data.n_classes, strengths, summing, progress)
     return heads
 
 

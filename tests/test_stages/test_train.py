@@ -38,6 +38,7 @@ from stages.training.optim import parameters_by_rate
 from stages.training.recipes import resolve_settings
 from tests.test_stages.drawn import create
 from tests.test_stages.stops import StopsAt, StopsIn
+from tests.test_stages.tallies import Tallies
 
 ONE, TWO = (TrainConfig(experts=2, epochs=epochs) for epochs in (1, 2))
 
@@ -621,8 +622,11 @@ def test_small_classes_are_cross_fitted(vit, vit_data, tmp_path):
     folder = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         train_mofe(few, config, end, seed=0, folder=folder, context=Context(StopsIn(1, "train fold-2")))
-    tasks = StopsIn(9)
+    tasks = Tallies()
     assert train_mofe(few, config, end, seed=0, folder=folder, context=Context(tasks))
+    assert all(done == total for _, total, done in tasks.told)
+    named = [" ".join(description.split()[:2]).rstrip(",") for description, *_ in tasks.told]
+    assert [name for name in named if name.startswith("heads ")] == ["heads refit"]  # the probe's are there
     assert train_mofe(few, config, end, seed=0, folder=tmp_path / "whole")
     names = ["mofe.safetensors", "heads.safetensors", "metrics.jsonl"]
     names += [f"fold-{fold}/mofe.safetensors" for fold in range(3)]

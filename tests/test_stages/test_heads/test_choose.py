@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from stages.heads import logistic
 from stages.heads.affine import LinearHead
 from stages.heads.choose import (
+    FITS,
     STRENGTHS,
     FittedHeads,
     HeadRows,
@@ -22,6 +23,7 @@ from stages.heads.choose import (
 )
 from stages.heads.logistic import HEAD_TOLERANCE, ROUGH
 from stages.heads.summing import HERE
+from tests.test_stages.tallies import Tallies
 
 
 def digits(*classes: int, start: int = 0, stop: int = 600) -> tuple[np.ndarray, np.ndarray]:
@@ -195,6 +197,16 @@ def test_a_strength_that_is_given_needs_no_rows_to_judge_by():
     chosen = choose_head(HeadRows(features, labels, features[:0], labels[:0]), 10, [0.1])
     assert (chosen.strength, chosen.judged) == (0.1, {})
     assert same(chosen.head, fit_head(features, labels, 10, 0.1))
+
+
+@pytest.mark.parametrize("judged", [100, 0], ids=["chosen", "nothing to choose by"])
+def test_progress_counts_every_fit_to_the_end(judged):
+    """Strengths that need no fit are counted, too; a part is one fit."""
+    listens = Tallies()
+    own = fold()
+    rows = HeadRows(own.features, own.labels, own.select_features[:judged], own.select_labels[:judged])
+    fit_heads([rows, rows], 10, [(own.features[:300], own.labels[:300])], progress=listens)
+    assert listens.told == [["heads probe", 2 * FITS + 1, 2 * FITS + 1]]
 
 
 def test_every_model_has_the_head_and_the_strength_of_its_own_rows():
