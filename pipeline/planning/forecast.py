@@ -14,6 +14,7 @@ from math import ceil
 from cache import FeatureSpec, plan_shards
 from pipeline.config import JOINT, RunConfig
 from pipeline.planning.pilot import Timed
+from pipeline.planning.shared import pieces_of_heads, pieces_of_refining, pieces_of_search
 from pipeline.planning.size import StudySize, experts_of
 from stages.detection.pseudo import FITTED_ROWS, n_folds
 from stages.scorers import AUTO, FROZEN
@@ -152,7 +153,8 @@ class Forecast:
         if not mixtures and not probe:
             return _fresh(name)
         pilot = next(timed for timed in reversed(self._measured.pilots) if timed.mixtures)
-        seconds = self._heads(pilot.probe, pilot, 1.0) if probe else 0.0
+        heads, refining = self._heads(pilot.probe, pilot, 1.0) if probe else 0.0, 0.0
+        seconds, grown = 0.0, self._n_train / pilot.n_train
         configs = self._config.variant_configs()
         total = 0
         for variant, _ in mixtures:
@@ -162,12 +164,16 @@ class Forecast:
             settings = resolve_settings(configs[known], max(self._classes, 2), self._spec)
             epochs = 0 if variant == JOINT else settings.epochs
             total += epochs
-            seconds += (own.steps * epochs + own.refining) * self._n_train / pilot.n_train + own.starting
+            seconds += own.steps * epochs * grown + own.starting
+            refining += own.refining * grown
             # A head of all classes, and one a group, which has as small a part of the rows as of the classes.
-            heads = 1.0 + 1.0 / experts_of(configs[known], self._size.n_classes)
-            seconds += self._heads(own.rest, pilot, heads)
+            heads += self._heads(own.rest, pilot, 1.0 + 1.0 / experts_of(configs[known], self._size.n_classes))
         about = f"{len(mixtures)} mixtures, {total} epochs"
-        return StageCost(name, seconds, (), self._measured.peaks.get("train", 0), about)
+        shared = (
+            (heads, pieces_of_heads(self._n_train, self._spec.cls_dim)),
+            (refining, pieces_of_refining(self._n_train)),
+        )
+        return StageCost(name, seconds + heads + refining, shared, self._measured.peaks.get("train", 0), about)
 
     def _heads(self, seconds: float, pilot: Timed, heads: float) -> float:
         """What linear heads take of all rows: as much more than those of a pilot as the probe does.
@@ -198,15 +204,19 @@ class Forecast:
         rest = own.rest * fold / first.fold if auto and first.fold else self._rest()
         seconds = rest / 2 * subjects
         last, parts = next((timed, timed.score) for timed in reversed(self._measured.pilots) if timed.score)
-        seconds += parts.refining * self._n_tests / last.n_tests * len(todo.scored)
+        refining = parts.refining * self._n_tests / last.n_tests * len(todo.scored)
         shares = [len(judged) / len(self._config.score.scores) for judged in scores[n_backbones:]]
         methods = own.methods[0] * n_backbones + own.methods[1] * sum(shares) + auto
         seconds += methods * self._measured.method
         seconds += auto * fold * n_folds(self._classes)
-        seconds += self._searches() * subjects
+        searches, queries = self._searches() * subjects, self._n_tests + self._n_calibrate
+        shared = (
+            (refining, pieces_of_refining(self._n_tests)),
+            (searches, pieces_of_search(queries, self._n_train)),
+        )
         held = 4 * self._n_train * self._spec.cls_dim + _ROW_BYTES * self._size.total
         about = f"{self._n_tests:,} test rows, {subjects} choices of features"
-        return StageCost("score", seconds, (), self._measured.peaks["score"] + held, about)
+        return StageCost("score", seconds + refining + searches, shared, self._measured.peaks["score"] + held, about)
 
     def _rest(self) -> float:
         """Seconds of fits and scores, by the pilots that were scored."""
@@ -229,9 +239,14 @@ class Forecast:
         names = {part.removeprefix(FROZEN) for score in self._config.score.scores for part in score.split("+")}
         if not names & (_SEARCHES | {AUTO}):
             return 0.0
-        held_out = self._size.of_roles(self._config, "id-val") or self._n_train * self._config.split.val
-        queries = self._n_train if self._size.is_cross_fitted(self._config) else held_out
-        return self._measured.search * self._n_train * (self._n_tests + queries)
+        return self._measured.search * self._n_train * (self._n_tests + self._n_calibrate)
+
+    @property
+    def _n_calibrate(self) -> int:
+        """Rows that are held out, or that take turns at it."""
+        if self._size.is_cross_fitted(self._config):
+            return self._n_train
+        return self._size.of_roles(self._config, "id-val") or round(self._n_train * self._config.split.val)
 
     def report(self, todo: ToDo) -> StageCost:
         """The page."""

@@ -16,6 +16,7 @@ from pipeline.pseudo_ood import PseudoOOD
 from pipeline.stages_of_study.report import Report
 from pipeline.stages_of_study.score import Score
 from pipeline.workspace import Workspace
+from stages.detection.pseudo import FEWEST_CLASSES
 from stages.errors import InputError
 from stages.extraction.changes import compare_versions
 from stages.heads.choose import load_heads
@@ -102,13 +103,12 @@ def plan_study(workspace: Workspace, asked: Planning) -> Plan:
     calibrator = Calibrator(workspace, size, asked.seconds)
     todo = _to_do(workspace, size)
     measured = calibrator.measure(_verbs(config, todo), any(sum(own.values()) for own in todo.images.values()))
-    pseudo = PseudoOOD(workspace, workspace.pretrained)
     return Plan(
         name=config.name,
         size=size,
         kept=kept_options(calibrator.spec, None if config.has_features else calibrator.network),
         n_backbones=len(workspace.backbones),
-        n_pseudo=pseudo.at_most if pseudo.wanted else 0,
+        n_pseudo=_pseudo(PseudoOOD(workspace, workspace.pretrained), size),
         costs=_costs(workspace, todo, Forecast(config, size, calibrator.spec, measured)),
         workers=tuple(sorted({1, 2, asked.workers or _WORKERS})),
         cores=usable_cores(),
@@ -176,7 +176,7 @@ def _to_extract(workspace: Workspace, backbone: StudyBackbone, size: StudySize) 
     spec = workspace.known_spec(backbone) if size.counted and workspace.is_finetuned(backbone) else None
     pseudo = PseudoOOD(workspace, backbone)
     made = spec is not None and backbone.exists and pseudo.wanted and pseudo.found(spec) is not None
-    found = {pseudo.name: pseudo.at_most} if pseudo.wanted and not made else {}
+    found = {} if made or not _pseudo(pseudo, size) else {pseudo.name: pseudo.at_most}
     for entry in workspace.config.sets:
         changes = None
         if spec is not None:
@@ -184,6 +184,12 @@ def _to_extract(workspace: Workspace, backbone: StudyBackbone, size: StudySize) 
             changes = compare_versions(entry.name, table, spec, workspace.config.cache.root)
         found[entry.name] = size.rows[entry.name] if changes is None else changes.to_extract
     return found
+
+
+def _pseudo(pseudo: PseudoOOD, size: StudySize) -> int:
+    """Images that are made to play OOD, at most."""
+    needed = pseudo.needed if size.counted else pseudo.wanted and (size.n_classes or FEWEST_CLASSES) >= FEWEST_CLASSES
+    return pseudo.at_most if needed else 0
 
 
 def _has_probe(workspace: Workspace, backbone: StudyBackbone) -> bool:

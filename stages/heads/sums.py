@@ -23,7 +23,7 @@ from stages.id_data.lazy import Rows2D
 
 BLOCK = 1024  # rows; a result's last digits depend on it
 GROUP = 16  # blocks; likewise
-_KEPT_BYTES = 1 << 28  # of blocks that stay in memory as they are computed with; those beyond are read in every step
+KEPT_BYTES = 1 << 28  # of blocks that stay in memory as they are computed with; those beyond are read in every step
 
 AnyFloats = NDArray[np.floating[Any]]
 FloatType = type[np.floating[Any]]
@@ -159,7 +159,7 @@ class StandardisedRows:
     ) -> None:
         self.shape, self.dtype = given.features.shape, dtype
         self._given, self._pool, self._ahead, self._elsewhere = given, pool, ahead, elsewhere
-        kept_rows = _KEPT_BYTES // (np.dtype(dtype).itemsize * max(self.shape[1], 1))
+        kept_rows = KEPT_BYTES // (np.dtype(dtype).itemsize * max(self.shape[1], 1))
         if elsewhere is not None and kept_rows < self.shape[0]:
             kept_rows = 0  # they are read there
         self._kept = [given.block(at, dtype) for at in blocks(self.shape[0]) if at.stop <= kept_rows]

@@ -147,7 +147,7 @@ def test_items_are_small_and_named(workers, tmp_path):
 @pytest.mark.dask
 def test_workers_fit_the_head_that_one_process_fits(workers, tmp_path, monkeypatch):
     """Three groups of rows that memory does not keep, mapped from a file; a worker is killed."""
-    monkeypatch.setattr(sums, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(sums, "KEPT_BYTES", 0)
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 40_000).astype(np.int32)
     np.save(tmp_path / "features.npy", np.float32(rng.normal(size=(40_000, 6)) + labels[:, None]))
@@ -165,7 +165,7 @@ def test_workers_fit_the_head_that_one_process_fits(workers, tmp_path, monkeypat
 
 def test_all_heads_of_a_training_are_those_of_one_process(vit, vit_data, tmp_path, monkeypatch):
     """The probe's, and those refitted on refined rows, of which no item holds a row."""
-    monkeypatch.setattr(sums, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(sums, "KEPT_BYTES", 0)
     here, backbone, config = InHere(), load_backbone(vit), TrainConfig(experts=2, epochs=1)
     for name, context in (("alone", Context()), ("handed", Context(cluster=here))):
         train_mofe(vit_data, config, backbone.end, 0, tmp_path / name, context)

@@ -52,7 +52,7 @@ def compare(features, labels, strength, standardise: Standardisation) -> None:
 def small_blocks(monkeypatch):
     """Many blocks, most of which are read anew in every step."""
     monkeypatch.setattr(sums, "BLOCK", 64)
-    monkeypatch.setattr(sums, "_KEPT_BYTES", 64 * 64 * 8)
+    monkeypatch.setattr(sums, "KEPT_BYTES", 64 * 64 * 8)
 
 
 @pytest.mark.parametrize("strength", [0.001, 0.1, 10.0, 1e4])
@@ -68,7 +68,7 @@ def test_digits(classes, strength, small_blocks):
 @pytest.mark.parametrize("strength", [min(STRENGTHS), 0.1, max(STRENGTHS)])
 def test_features_as_they_stand_in_a_cache(data, strength, monkeypatch):
     monkeypatch.setattr(sums, "BLOCK", 100)
-    monkeypatch.setattr(sums, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(sums, "KEPT_BYTES", 0)
     rows = data.split.folds[0].train
     features = lazy_rows(data.train, "cls", data.train.spec.cls_dim)[rows]
     compare(features, data.train_labels[rows], strength, standardisation(features))

@@ -71,8 +71,10 @@ def test_every_target_makes_the_environment_first(make, target):
     assert commands[0] == "python3.11 -m venv .venv"
     pinned = "--constraint .ci/constraints.txt --editable '.[cpu,test]'"
     by_uv, by_pip = next(line for line in commands if pinned in line).split(" || ")  # which reads no pip.conf
-    assert by_uv.startswith(".venv/bin/uv pip install ") and by_uv.endswith(pinned)
-    assert ".venv/bin/python -m pip " in by_pip and by_pip.endswith(f"{pinned}; }}")
+    assert by_uv.startswith(".venv/bin/uv pip install ")
+    assert by_uv.endswith(pinned)
+    assert ".venv/bin/python -m pip " in by_pip
+    assert by_pip.endswith(f"{pinned}; }}")
 
 
 def test_clean_keeps_runs_and_caches(make, tmp_path):

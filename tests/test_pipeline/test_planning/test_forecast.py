@@ -66,7 +66,19 @@ def test_more_workers_take_no_longer(config, backbone):
     assert (np.diff(seconds, axis=0) <= 0).all()
     extract = seconds[:, 0] - MEASURED.loading
     assert extract[1] == pytest.approx(extract[0] / 2, rel=0.01)
-    assert np.ptp(seconds[:, 1:], axis=0) == pytest.approx(0)  # only extraction is shared
+    train, score, report = (seconds[:, stage] for stage in (1, 2, 3))
+    assert train[0] > train[1] > 0.5 * train[0]  # heads and refined rows are shared, steps are not
+    assert score[0] > score[1] > 0.5 * score[0]  # searches
+    assert np.ptp(report) == 0
+
+
+def test_of_few_rows_only_extraction_and_refining_are_shared(config, backbone):
+    """As `train` and `score` do it, which keep heads and searches for themselves then."""
+    _, *alone = costs(config, backbone, 1000)[0]
+    _, *shared = costs(config, backbone, 1000, workers=4)[0]
+    assert shared == pytest.approx(alone)  # fewer than the rows of one part
+    _, (_, train, *_) = costs(config, backbone, 4096)
+    assert [pieces for _, pieces in train.shared] == [1, 2]
 
 
 def test_shards_bound_the_workers():

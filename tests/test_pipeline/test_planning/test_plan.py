@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from tests.test_pipeline.command import Running, pipeline
+from tests.test_pipeline.command import Running, pipeline, settings
 from tests.test_pipeline.tiny import ADAPTERS, draw
 
 N_IMAGES = {"train": 96, "test": 21, "threes": 12, "photos": 16}
@@ -36,10 +36,11 @@ def left(scratch):
 
 
 def test_a_study_is_planned_and_nothing_is_left(study, scratch):
-    done = pipeline("plan", study, "--workers", 3, "--seconds", 5, "--json")
+    done = pipeline("plan", study, *settings('score.scores=["auto", "knn"]'), "--workers", 3, "--seconds", 5, "--json")
     assert done.status == 0, done.err
     plan = json.loads(done.out)
     assert plan["images"] == N_IMAGES
+    assert plan["pseudo_ood"] == 0  # of three classes none can be left out, and no image is made to play OOD
     assert plan["workers"] == [1, 2, 3]
     assert [stage["stage"] for stage in plan["stages"]] == ["extract pretrained", "train pretrained", "score", "report"]
     assert all(seconds > 0 for stage in plan["stages"] for seconds in stage["seconds"].values())

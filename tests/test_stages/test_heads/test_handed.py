@@ -29,7 +29,7 @@ def same(found, expected):
 @pytest.fixture
 def none_kept(monkeypatch):
     """No row is kept in memory, so that all are handed out."""
-    monkeypatch.setattr(sums, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(sums, "KEPT_BYTES", 0)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -53,10 +53,10 @@ def test_what_is_kept_of_the_blocks_changes_no_bit(kept, monkeypatch):
     monkeypatch.setattr(sums, "BLOCK", 100)
     features, labels = digits(950)
     whole = weights(features, labels)
-    monkeypatch.setattr(sums, "_KEPT_BYTES", 300 * 64 * 8)
+    monkeypatch.setattr(sums, "KEPT_BYTES", 300 * 64 * 8)
     expected = weights(features, labels)
     np.testing.assert_allclose(expected, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
-    monkeypatch.setattr(sums, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(sums, "KEPT_BYTES", kept)
     read = []
 
     class Watched:
@@ -125,7 +125,7 @@ def peak_of_a_fit(n, folder, kept):
         features[rows] = np.random.default_rng(start).normal(size=(10_000, 64)) + labels[rows, None]
     features = np.load(path, mmap_mode="r")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sums, "_KEPT_BYTES", kept)
+        patch.setattr(sums, "KEPT_BYTES", kept)
         tracemalloc.start()
         head = fit_head(features, labels, 5, 0.001)
         assert HERE.log_likelihood(head, features, labels).mean() > np.log(1 / 5)
