@@ -1,6 +1,7 @@
 """Progress as one line: redrawn on a terminal, written anew every few seconds in a log file."""
 
 import sys
+from threading import Timer
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -39,9 +40,10 @@ class TqdmProgress:
         self._terminal = self._stream.isatty()
         self._every_s = 0.2 if self._terminal else every_s
         self._bar: Any = None
+        self._later: Timer | None = None
         self._fields: dict[str, object] = {}
 
-    def start(self, total: int, unit: str, description: str) -> None:
+    def start(self, total: int, unit: str, description: str, after_s: float = 0.0) -> None:
         """Begin a task of ``total`` units."""
         self.close()
         self._fields = {}
@@ -52,9 +54,14 @@ class TqdmProgress:
             file=self._stream if self._terminal else _WholeLines(self._stream),
             mininterval=self._every_s,
             miniters=1,
+            delay=after_s,
             dynamic_ncols=self._terminal,
             bar_format=None if self._terminal else _LOG_LINE,
         )
+        if after_s:  # the first unit of many may take minutes
+            self._later = Timer(after_s, _show, [self._bar])
+            self._later.daemon = True
+            self._later.start()
 
     def advance(self, n: int = 1, **fields: object) -> None:
         """Count ``n`` more units as done and show the fields."""
@@ -74,6 +81,15 @@ class TqdmProgress:
 
     def close(self) -> None:
         """End the task with a last line as things stand."""
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _show(bar: Any) -> None:
+    """What was not shown until now."""
+    bar.delay = 0
+    bar.refresh()

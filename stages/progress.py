@@ -6,8 +6,8 @@ from typing import Protocol
 class Progress(Protocol):
     """What a stage calls while it works; one task at a time, a new ``start`` ends the one before."""
 
-    def start(self, total: int, unit: str, description: str) -> None:
-        """Begin a task of ``total`` units (``unit``: singular, such as ``image``)."""
+    def start(self, total: int, unit: str, description: str, after_s: float = 0.0) -> None:
+        """Begin a task of ``total`` units (``unit``: singular, such as ``image``); shown once it takes ``after_s``."""
 
     def advance(self, n: int = 1, **fields: object) -> None:
         """Count ``n`` more units as done; fields (``failures``, ``loss``, …) are shown as last given."""
@@ -22,7 +22,7 @@ class Progress(Protocol):
 class NullProgress:
     """Nobody listens: the default of every stage."""
 
-    def start(self, total: int, unit: str, description: str) -> None:
+    def start(self, total: int, unit: str, description: str, after_s: float = 0.0) -> None:
         """Do nothing."""
 
     def advance(self, n: int = 1, **fields: object) -> None:
@@ -36,3 +36,4 @@ class NullProgress:
 
 
 SILENT: Progress = NullProgress()
+MOMENT = 2.0  # seconds; what takes no longer in most studies is shown in the others alone

@@ -84,7 +84,8 @@ def score(
             if AUTO in config.scores
             else None
         )
-        for subject in routed_subjects(source, config, neighbours, context, Handing(cluster, folder)):
+        handing = Handing(cluster, folder, progress=progress)
+        for subject in routed_subjects(source, config, neighbours, context, handing):
             scoring.score(subject, source, auto)
     neighbours.forget_others()
     overlaps = find_overlaps(_sets(sources[0]))
@@ -123,8 +124,6 @@ class _Scoring:
             self._progress.note(_first_row(subject, self._oods))
         detectors = subject.factory.detectors()
         auto = auto if AUTO in subject.factory.config.scores else None
-        n = len(detectors) + (auto is not None)
-        self._progress.start(n, "detector", f"score {_slug(subject.factory.subject)}")
         scored: dict[str, list[tuple[FittedDetector, Scores]]] = {}  # by routing
         predicted = {routing: subject.predictions(routing) for routing in subject.routings}
         first = predicted[subject.routings[0]]
@@ -132,6 +131,7 @@ class _Scoring:
         if auto is not None:
             found.append(auto.of(subject))
             self._say_what_is_chosen(found[-1][0])
+        self._progress.start(len(found), "detector", f"score {subject.factory.subject.key.slug}")
         for detector, routes in found:
             for routing, scores in routes.items():
                 failures = _failures(subject, predicted.get(routing, first), detector.head)
@@ -380,11 +380,6 @@ def _words(subject: Subject) -> str:
 
 def _place(subject: Subject, head: str) -> str:
     return _words(subject) if head in ("", NO_HEAD) else f"head {head} of {_words(subject)}"
-
-
-def _slug(subject: Subject) -> str:
-    key = subject.key
-    return "-".join((key.backbone, key.features, key.variant or "none", "none" if key.seed is None else str(key.seed)))
 
 
 def _label(source: BackboneSource) -> str:

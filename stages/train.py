@@ -29,6 +29,7 @@ from stages.mixture.model import Expert, MixtureOfFeatureExperts, build_mixture,
 from stages.mixture.storage import load_mixture
 from stages.networks.end_check import runs_on
 from stages.networks.repeatable import repeatable
+from stages.progress import MOMENT
 from stages.training.cached import CachedTrainer, EpochRecord
 from stages.training.checkpoint import Checkpoints
 from stages.training.finish import TrainedRuns, finish
@@ -192,7 +193,7 @@ def _start_from_probe(
         if mixture.config.router_input == "tap_cls":
             taps, held_out = (lazy_rows(own, "tap_cls", own.spec.tap_dim) for own in (data.train, data.held_out))
             of_taps = head_rows(data, taps, held_out, rows, data.split.select)
-            context.progress.start(FITS, "fit", "head router")
+            context.progress.start(FITS, "fit", "head router", MOMENT)
             probe = choose_head(of_taps, data.n_classes, progress=context.progress).head
             context.progress.close()
         start_router(mixture.router, probe)

@@ -73,7 +73,7 @@ class Clock:
         self._spent: dict[str, Spent] = defaultdict(Spent)
         self._task: _Task | None = None
 
-    def start(self, total: int, unit: str, description: str) -> None:
+    def start(self, total: int, unit: str, description: str, after_s: float = 0.0) -> None:
         """Begin a task, which ends the one before."""
         self.close()
         self._task = _Task(description.split(" ")[0], perf_counter())

@@ -27,11 +27,20 @@ from stages.detection.choice import (
 )
 from stages.detection.detectors import FittedDetector, raw_scores
 from stages.detection.factory import DetectorFactory
-from stages.detection.pseudo import DIVISIONS, FEWEST_CLASSES, OF_CLASSES, SHUFFLED, PseudoFold, pseudo_folds
+from stages.detection.pseudo import (
+    DIVISIONS,
+    FEWEST_CLASSES,
+    OF_CLASSES,
+    SHUFFLED,
+    PseudoFold,
+    n_folds,
+    pseudo_folds,
+)
 from stages.detection.sources import BackboneSource
 from stages.detection.subject import NO_HEAD, SubjectKey
 from stages.errors import InputError
 from stages.files.documents import read_document, write_document
+from stages.progress import MOMENT
 from stages.scorers import AUTO, FROZEN, SCORERS, needs_of, scorer_class
 
 CHOSEN_FOLDER = "auto"  # folder of what was chosen, among a study's scores
@@ -305,8 +314,12 @@ def scored_folds(factory: DetectorFactory, names: Sequence[str]) -> Iterator[_Fo
     head = head_of(factory)
     strengths = {name: strength for name, strength in factory.subject.strengths.items() if _is_read(name, head)}
     keys = [(*factory.keys_of(head or NO_HEAD, name)[0], name) for name in names]
-    for pair in pseudo_folds(factory.subject, strengths, factory.subject.key.seed or 0):
+    subject, progress = factory.subject, factory.handing.progress
+    progress.start(n_folds(len(np.unique(subject.bank.labels))), "fold", f"choose for {subject.key.slug}", MOMENT)
+    for pair in pseudo_folds(subject, strengths, subject.key.seed or 0):
         yield [_scored(factory, fold, keys) for fold in pair]
+        progress.advance()
+    progress.close()
 
 
 def _is_read(name: str, head: str | None) -> bool:

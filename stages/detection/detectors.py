@@ -21,6 +21,7 @@ from stages.detection.calibration import ExpertCalibration, Standardiser, sum_sc
 from stages.detection.subject import NO_HEAD, SetRows, Subject, known_route
 from stages.errors import NotFiniteError
 from stages.id_data.lazy import Floats
+from stages.progress import SILENT, Progress
 from stages.scorers import FROZEN
 from stages.scorers.inputs import check_finite
 from stages.scorers.scorer import Scorer
@@ -205,8 +206,8 @@ def _parts(detectors: Sequence[FittedDetector]) -> list[FittedScore]:
     return list(dict.fromkeys(part for detector in detectors for part in detector.parts))
 
 
-def raw_scores(scorers: Sequence[tuple[Scorer, str]], rows: SetRows) -> list[Floats]:
-    """Scores of rows by fitted scorers with their heads, ``[n]`` each."""
+def raw_scores(scorers: Sequence[tuple[Scorer, str]], rows: SetRows, progress: Progress = SILENT) -> list[Floats]:
+    """Scores of rows by fitted scorers with their heads, ``[n]`` each; progress counts rows."""
     found = [np.empty(len(rows), dtype=np.float32) for _ in scorers]
     for some, block in rows.blocks():
         for (scorer, head), scores in zip(scorers, found, strict=True):
@@ -215,6 +216,7 @@ def raw_scores(scorers: Sequence[tuple[Scorer, str]], rows: SetRows) -> list[Flo
             except NotFiniteError as error:
                 check_finite(rows.inputs(head), "scored", error)
                 raise
+        progress.advance(len(block))
     return found
 
 

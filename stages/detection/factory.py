@@ -165,7 +165,8 @@ class DetectorFactory:
             sets = {"calibrate": run.calibrate}
             if run.second is not None:
                 sets["second"] = run.second
-            for kept, scored in zip((calibration, second), self.handing.raw_scores(pairs, sets).values(), strict=False):
+            found = self.handing.raw_scores(pairs, sets, subject.key.slug)
+            for kept, scored in zip((calibration, second), found.values(), strict=False):
                 for key, scores in zip(new, scored, strict=True):
                     kept[key].append(scores)
         if len(subject.calibrating) > 1:
@@ -175,7 +176,8 @@ class DetectorFactory:
             self._parts[key] = FittedScore(scorer, key[0], np.concatenate(calibration[key]), twice)
 
     def _fitted(self, keys: Sequence[tuple[str, str]], bank: SetRows, select: SetRows) -> list[Scorer]:
-        return self.handing.fit([(self.scorer(*key), key[0]) for key in keys], bank, select)
+        name = self.subject.key.slug
+        return self.handing.fit([(self.scorer(*key), key[0]) for key in keys], bank, select, name)
 
     def scorer(self, head: str, name: str, remember: bool = True) -> Scorer:
         """A score with its settings, not yet fitted; as `keys_of` names it.

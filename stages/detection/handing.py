@@ -29,6 +29,7 @@ from stages.files.handed import HandedFolder, unpickled
 from stages.files.places import dumped
 from stages.files.tensors import read_handed, write_tensors
 from stages.id_data.lazy import Floats
+from stages.progress import MOMENT, SILENT, Progress
 from stages.scorers.inputs import check_finite
 from stages.scorers.neighbours.knn import KNNScorer
 from stages.scorers.scorer import Scorer
@@ -91,12 +92,13 @@ def fit_item(item: FitItem) -> None:
     write_file(Path(item.path), dumped(fitted))
 
 
-def score_item(item: ScoreItem) -> None:
-    """Score one block in whatever process this is, which keeps the scores for the next."""
+def score_item(item: ScoreItem) -> int:
+    """Score one block in whatever process this is, which keeps the scores for the next; returns how many rows."""
     rows = _rows_of_process(item.rows).take(slice(item.start, item.start + BLOCK_ROWS))
     with threadpool_limits(item.threads):
         found = raw_scores(_scorers_of_process(item.scorers), rows)
     write_tensors(Path(item.path), {str(number): scores for number, scores in enumerate(found)})
+    return len(rows)
 
 
 # What a process keeps: sets of rows that come in turn must not put the scores out.
@@ -114,24 +116,28 @@ class Handing:
         cluster: who else works; None: this process does everything.
         folder: for what workers read and write.
         least_rows: how many are many.
+        progress: counts scores that are fitted, and rows that are scored.
     """
 
     cluster: Cluster | None = None
     folder: Path = Path()
     least_rows: int = _MANY_ROWS
+    progress: Progress = SILENT
 
-    def fit(self, scorers: _HEADS, bank: SetRows, select: SetRows) -> list[Scorer]:
+    def fit(self, scorers: _HEADS, bank: SetRows, select: SetRows, name: str = "") -> list[Scorer]:
         """Scores, in their order, fitted with their heads on rows.
 
         Args:
             scorers: not fitted, and whose logits they read.
             bank: ID training rows.
             select: held-out ID rows.
+            name: of the choice of features, for the progress.
 
         Raises:
             InputError: as `Scorer.fit`.
             StageError: as `stages.context.Cluster.map`.
         """
+        self.progress.start(len(scorers), "score", f"fit {name}", MOMENT)
         given = self._given(scorers, len(bank) + len(select))
         fitted: dict[int, Scorer] = {}
         if given:
@@ -143,31 +149,36 @@ class Handing:
                     for index in given
                 }
                 for _ in self.cluster.map(fit_item, items.values()):
-                    pass
+                    self.progress.advance()
                 fitted = {index: unpickled(item.path) for index, item in items.items()}
-        return [
-            fitted[index] if index in fitted else scorer.fit(bank.inputs(head), select.inputs(head))
-            for index, (scorer, head) in enumerate(scorers)
-        ]
+        for index, (scorer, head) in enumerate(scorers):
+            if index not in fitted:
+                fitted[index] = scorer.fit(bank.inputs(head), select.inputs(head))
+                self.progress.advance()
+        self.progress.close()
+        return [fitted[index] for index in range(len(scorers))]
 
-    def raw_scores(self, scorers: _HEADS, sets: Mapping[str, SetRows]) -> dict[str, list[Floats]]:
-        """Scores of the rows of each set, ``[n]`` by each fitted scorer with its head.
+    def raw_scores(self, scorers: _HEADS, sets: Mapping[str, SetRows], name: str = "") -> dict[str, list[Floats]]:
+        """Scores of the rows of each set, ``[n]`` by each fitted scorer with its head; `name` is as in `fit`.
 
         Raises:
             NotFiniteError: a row that holds NaN or inf.
             StageError: as `stages.context.Cluster.map`.
         """
-        given = self._given(scorers, sum(map(len, sets.values())))
+        n = sum(map(len, sets.values()))
+        given = self._given(scorers, n)
         here = [index for index in range(len(scorers)) if index not in given]
-        found: dict[str, dict[int, Floats]] = {name: {} for name in sets}
+        self.progress.start(n * (bool(here) + bool(given)), "row", f"score rows of {name}", MOMENT)
+        found: dict[str, dict[int, Floats]] = {key: {} for key in sets}
         if here:
             own = [scorers[index] for index in here]
-            for name, rows in sets.items():
-                found[name] |= zip(here, raw_scores(own, rows), strict=True)
+            for key, rows in sets.items():
+                found[key] |= zip(here, raw_scores(own, rows, self.progress), strict=True)
         if given:
-            for name, scores in self._by_cluster([scorers[index] for index in given], sets).items():
-                found[name] |= zip(given, scores, strict=True)
-        return {name: [scores[index] for index in range(len(scorers))] for name, scores in found.items()}
+            for key, scores in self._by_cluster([scorers[index] for index in given], sets).items():
+                found[key] |= zip(given, scores, strict=True)
+        self.progress.close()
+        return {key: [scores[index] for index in range(len(scorers))] for key, scores in found.items()}
 
     def _given(self, scorers: _HEADS, n_rows: int) -> list[int]:
         """Which scorers are handed out."""
@@ -191,8 +202,8 @@ class Handing:
                     for start in range(0, len(rows), BLOCK_ROWS)
                 ]
             try:
-                for _ in self.cluster.map(score_item, items):
-                    pass
+                for scored in self.cluster.map(score_item, items):
+                    self.progress.advance(scored)
             except NotFiniteError as error:  # who found it saw a block
                 for rows in sets.values():
                     for head in dict.fromkeys(head for _, head in scorers):

@@ -80,7 +80,7 @@ class RoutedSubject:
 
     def _scores(self, detectors: Sequence[FittedDetector], sets: Mapping[str, SetRows]) -> list[Scores]:
         """Of each detector: scores of each set, which is read once for all of them."""
-        raw = self.factory.handing.raw_scores(summands(detectors), sets)
+        raw = self.factory.handing.raw_scores(summands(detectors), sets, self.factory.subject.key.slug)
         by_set = {name: combined(detectors, raw[name], rows) for name, rows in sets.items()}
         return [{name: scores[index] for name, scores in by_set.items()} for index in range(len(detectors))]
 

@@ -178,6 +178,11 @@ class SubjectKey:
     variant: str
     seed: int | None
 
+    @property
+    def slug(self) -> str:
+        """``pretrained-mofe-default-0``."""
+        return "-".join((self.backbone, self.features, self.variant or "none", str(self.seed).lower()))
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:

@@ -23,7 +23,7 @@ from stages.heads.logistic import HEAD_TOLERANCE, LogisticFit, LogisticProblem, 
 from stages.heads.summing import HERE, Summing
 from stages.heads.sums import GivenRows, standardisation
 from stages.id_data.lazy import Rows2D
-from stages.progress import SILENT, Progress
+from stages.progress import MOMENT, SILENT, Progress
 
 # Inverse strength of the L2 penalty (scikit-learn's C), the same grid for every method.
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -271,7 +271,7 @@ def fit_heads(
         summing: as in `fit_head`.
         progress: counts fits.
     """
-    progress.start(FITS * len(models) + len(parts), "fit", "heads probe")
+    progress.start(FITS * len(models) + len(parts), "fit", "heads probe", MOMENT)
     chosen = [choose_head(rows, n_classes, summing=summing, progress=progress) for rows in models]
     heads = FittedHeads.of(chosen, n_classes, parts, summing, progress)
     progress.close()

@@ -13,7 +13,7 @@ from stages.id_data.rows import IdData
 from stages.id_data.split import Rows
 from stages.mixture.model import MixtureOfFeatureExperts
 from stages.mixture.refined import PartBank, Refined, part_bank
-from stages.progress import SILENT, Progress
+from stages.progress import MOMENT, SILENT, Progress
 
 
 class RefinedRuns(NamedTuple):
@@ -53,7 +53,7 @@ def refit_heads(
     ]
     groups = {name: mixtures[name].group.numpy() for name in data.train_rows()}
     n_heads = [1 + int(group.max()) + 1 for group in groups.values()]  # of all rows, and of each expert's
-    progress.start(FITS * sum(n_heads) + len(parts) * n_heads[-1], "fit", "heads refit")
+    progress.start(FITS * sum(n_heads) + len(parts) * n_heads[-1], "fit", "heads refit", MOMENT)
     runs = [
         _heads_of_run(data, groups[name], rows, refined.bank[name], refined.held_out[name], summing, progress)
         for name, rows in data.train_rows().items()

@@ -1,4 +1,5 @@
 import io
+import time
 
 from pipeline.progress import TqdmProgress
 from stages.progress import NullProgress, Progress
@@ -60,6 +61,20 @@ def test_a_new_task_ends_the_one_before():
     progress.close()
     assert [line[:11] for line in stream.getvalue().splitlines()] == ["first: 0/2 ", "first: 1/2 ", "second: 0/2"]
     assert "failures" not in stream.getvalue().splitlines()[-1]
+
+
+def test_what_is_mostly_over_in_a_moment_is_shown_only_where_it_is_not():
+    """Then it is shown before its first unit is done, which may be the longest."""
+    stream = io.StringIO()
+    progress = TqdmProgress(stream, every_s=0)
+    progress.start(2, "fit", "short", after_s=60)
+    progress.advance(2)
+    progress.start(2, "fit", "long", after_s=0.01)
+    while not stream.getvalue():
+        time.sleep(0.01)
+    progress.advance(2)
+    progress.close()
+    assert [line[:9] for line in stream.getvalue().splitlines()][::2] == ["long: 0/2", "long: 2/2"]
 
 
 def test_nobody_listens():

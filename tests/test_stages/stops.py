@@ -28,7 +28,7 @@ class StopsIn(NullProgress):
     def __init__(self, epoch: int, task: str = "") -> None:
         self.epoch, self.task, self.now = epoch, task, ""
 
-    def start(self, total, unit, description):
+    def start(self, total, unit, description, after_s=0.0):
         self.now = description
 
     def advance(self, n=1, **fields):

@@ -9,7 +9,7 @@ class Tallies(NullProgress):
     def __init__(self):
         self.told = []
 
-    def start(self, total, unit, description):
+    def start(self, total, unit, description, after_s=0.0):
         self.told.append([description, total, 0])
 
     def advance(self, n=1, **fields):

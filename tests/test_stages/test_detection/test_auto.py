@@ -21,6 +21,7 @@ from stages.predict import Predictor
 from stages.score import score
 from stages.scorers import SCORERS, needs_of
 from tests.test_stages.drawn_studies import World, make_study
+from tests.test_stages.tallies import Tallies
 
 CONFIG = ScoreConfig(scores=["auto", "energy", "knn", "knn+energy"], k=3, bootstrap=100)
 DIM = 16
@@ -250,10 +251,14 @@ def test_it_is_said_what_was_chosen_and_what_that_cost(scored):
 
 
 def test_no_test_image_has_a_say(study, scored, tmp_path):
-    """Of other ID test and OOD sets the choice is the same, its numbers too."""
-    own = study.tests
+    """Of other ID test and OOD sets the choice is the same, its numbers too. All that takes long says how far it is."""
+    own, listens = study.tests, Tallies()
     changed = (ScoredSet("test", "id", own[0].cache), ScoredSet("far", "far", own[0].cache))
-    found = score([replace(study, tests=changed)], CONFIG, tmp_path / "scores").rows
+    found = score([replace(study, tests=changed)], CONFIG, tmp_path / "scores", listens).rows
+    told = {tuple(description.rsplit(" ", 1)) for description, *_ in listens.told}
+    for name in ("pretrained-cls-none-none", "pretrained-mofe-default-0"):
+        assert {(task, name) for task in ("fit", "score rows of", "choose for", "score")} <= told
+    assert [task for task in listens.told if task[1] != task[2]] == []
     first, second = ({row["params"] for row in rows if row["score"] == "auto"} for rows in (scored[1].rows, found))
     assert first == second
 
