@@ -335,9 +335,10 @@ def _scored(factory: DetectorFactory, fold: PseudoFold, keys: Iterable[tuple[str
     """Scores of a fold's rows, without those that cannot be fitted on so few rows, or are not finite."""
     own: dict[str, NDArray[np.floating]] = {}
     ood: dict[str, dict[str, NDArray[np.floating]]] = {kind: {} for kind in fold.ood}
+    bank = fold.bank.sharing()
     for head, name, score in keys:
         try:
-            scorer = factory.scorer(head, name, remember=False).fit(fold.bank.inputs(head), fold.select.inputs(head))
+            scorer = factory.scorer(head, name, remember=False).fit(bank.inputs(head), fold.select.inputs(head))
             found = [raw_scores([(scorer, head)], rows)[0] for rows in (fold.id, *fold.ood.values())]
         except InputError:
             continue

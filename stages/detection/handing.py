@@ -151,6 +151,7 @@ class Handing:
                 for _ in self.cluster.map(fit_item, items.values()):
                     self.progress.advance()
                 fitted = {index: unpickled(item.path) for index, item in items.items()}
+        bank = bank.sharing()
         for index, (scorer, head) in enumerate(scorers):
             if index not in fitted:
                 fitted[index] = scorer.fit(bank.inputs(head), select.inputs(head))

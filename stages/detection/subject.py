@@ -5,7 +5,7 @@ rows were simply held out) and a final bank; under cross-fitting also a run for 
 all others.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ class SetRows:
         heads: the linear head itself, by its name, or one for each expert; of rows to fit on.
         frozen: of a mixture's rows, the same as the backbone's own features see them; of rows to fit on, what the
             scores of these features are fitted on.
+        shared: as in `stages.scorers.inputs.ScoreInputs`.
     """
 
     features: Rows2D | ReadOnce
@@ -59,9 +60,14 @@ class SetRows:
     taps: TapRows | None = None
     heads: dict[str, Head] = field(default_factory=dict)
     frozen: "SetRows | None" = None
+    shared: dict[Hashable, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def sharing(self) -> "SetRows":
+        """The same rows, to fit several scores on: what one gathers of them is there for the next."""
+        return replace(self, shared={}, frozen=None if self.frozen is None else self.frozen.sharing())
 
     def inputs(self, head: str) -> ScoreInputs:
         """What a scorer may look at.
@@ -83,6 +89,7 @@ class SetRows:
             self.patches,
             self.heads.get(head),
             self.taps,
+            self.shared,
         )
 
     def take(self, rows: NDArray[np.integer] | slice) -> "SetRows":

@@ -1,9 +1,9 @@
 """What a score may look at: rows to fit on or to score, which may be more than memory holds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from stages.errors import InputError, NotFiniteError
 from stages.heads.affine import LinearHead
 from stages.id_data.lazy import Floats, ReadOnce, Rows2D
 from stages.id_data.taps import TapRows
+
+Found = TypeVar("Found")
 
 ROWS_AT_ONCE = 4096  # fitting and scoring: memory stays flat as rows grow
 
@@ -41,6 +43,8 @@ class ScoreInputs:
         patches: [n, P, D] patch tokens after the final norm; an array, or rows that become one when they are read.
         head: the linear head that makes the logits: one for all rows, or one for each expert.
         taps: tokens after several blocks or stages of the network.
+        shared: what scores that are fitted on these very rows keep for one another; None: nothing. Nobody may change
+            an array as long as it is there.
 
     Raises:
         InputError: nothing given, numbers of rows that differ, or a head for each expert of rows that name none.
@@ -55,6 +59,7 @@ class ScoreInputs:
     patches: NDArray[np.floating] | LazyRows | None = None
     head: LinearHead | tuple[LinearHead, ...] | None = None
     taps: TapRows | None = None
+    shared: dict[Hashable, Any] | None = None
 
     def __post_init__(self) -> None:
         rows = {name: len(array) for name, array in self._arrays().items()}
@@ -76,6 +81,15 @@ class ScoreInputs:
     def only(self, *names: str) -> "ScoreInputs":
         """The same rows, with these of their fields alone."""
         return ScoreInputs(**{name: getattr(self, name) for name in names})
+
+    def remembered(self, key: Hashable, compute: Callable[[], Found]) -> Found:
+        """What is computed of all of these rows: once for all scores that share it."""
+        if self.shared is None:
+            return compute()
+        if key not in self.shared:
+            self.shared[key] = compute()
+        found: Found = self.shared[key]
+        return found
 
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator["ScoreInputs"]:
         """All rows in order, ``size`` at a time: a fit that walks them needs no more memory for a million rows."""
@@ -174,7 +188,8 @@ class ScoreInputs:
         return replace(self, logits=logits, labels=labels, head=None if head is None else head.take(classes))
 
 
-_ARRAYS = tuple(each.name for each in fields(ScoreInputs) if each.name != "head")  # asked for by every score and block
+# Asked for by every score and block.
+_ARRAYS = tuple(each.name for each in fields(ScoreInputs) if each.name not in ("head", "shared"))
 
 
 @contextmanager

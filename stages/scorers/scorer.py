@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import GenericAlias, MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
@@ -184,10 +184,13 @@ class Scorer(ABC):
             for expert in experts:
                 own = train.of_expert(expert, _rows_of(train, expert))
                 classes = own.classes()
+                known = None if classes is None else tuple(classes.tolist())
+                shared = None if train.shared is None else train.shared.setdefault((expert, known), {})
                 held_out = None
                 if select is not None:
                     held_out = select.of_expert(expert, _rows_of(select, expert)).of_classes(classes)
-                self._learnt[expert] = _Learnt(classes, self.learn(own.of_classes(classes), held_out))
+                fitted_on = replace(own.of_classes(classes), shared=shared)
+                self._learnt[expert] = _Learnt(classes, self.learn(fitted_on, held_out))
         return self
 
     def score(self, x: ScoreInputs) -> Floats:

@@ -38,6 +38,7 @@ class Scatter:
     def __init__(self, dim: int) -> None:
         self._rows: NDArray[np.float64] | None = np.zeros((0, dim))
         self._matrix = np.zeros((0, 0))  # once there are no rows
+        self._whitenings: dict[RankTolerance, NDArray[np.float64]] = {}  # that were asked for
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -60,6 +61,7 @@ class Scatter:
 
     def add(self, rows: NDArray[np.float64]) -> Self:
         """Takes rows [n, D] in, and returns itself."""
+        self._whitenings.clear()
         if self._rows is not None and 2 * (len(self._rows) + len(rows)) <= self._rows.shape[1]:
             self._rows = np.concatenate([self._rows, rows])
             return self
@@ -129,7 +131,7 @@ class Scatter:
             rtol: as in `spectrum`.
 
         Returns:
-            [D, rank] float64.
+            [D, rank] float64, read-only.
 
         Raises:
             InputError: no positive eigenvalue, so nothing to divide by.
@@ -137,10 +139,14 @@ class Scatter:
         >>> Scatter(3).add(np.diag([2.0, 0.0, 0.5])).whitening().tolist()
         [[0.5, 0.0], [0.0, 0.0], [0.0, 2.0]]
         """
-        if self._rows is None and (whiten := _triangular_whitening(self._matrix, rtol)) is not None:
-            return whiten
-        values, vectors = self.spectrum(rtol)
-        return vectors / np.sqrt(values)
+        if rtol not in self._whitenings:
+            whiten = None if self._rows is not None else _triangular_whitening(self._matrix, rtol)
+            if whiten is None:
+                values, vectors = self.spectrum(rtol)
+                whiten = vectors / np.sqrt(values)
+            whiten.flags.writeable = False
+            self._whitenings[rtol] = whiten
+        return self._whitenings[rtol]
 
 
 def _share(rtol: RankTolerance, dim: int) -> float:
@@ -286,10 +292,14 @@ def moments_of(
     Raises:
         InputError: no labels, a row without one (negative), or NaN or inf in a feature.
     """
-    moments = FeatureMoments(normalise, scatter)
-    for block in train.blocks():
-        moments.add(block.need("features", who), known_labels(block, who) if by_class else None)
-    return moments
+
+    def gathered() -> FeatureMoments:
+        moments = FeatureMoments(normalise, scatter)
+        for block in train.blocks():
+            moments.add(block.need("features", who), known_labels(block, who) if by_class else None)
+        return moments
+
+    return train.remembered((FeatureMoments, float(normalise), by_class, scatter), gathered)
 
 
 def fourth_moment(train: ScoreInputs, who: str, moments: FeatureMoments) -> float:
@@ -357,10 +367,18 @@ def checked_dim(features: ArrayLike, dim: int | None) -> NDArray[np.floating]:
 
 def whitened(rows: NDArray[np.float64], whiten: NDArray[np.float64]) -> NDArray[np.float64]:
     """``rows @ whiten`` of rows [n, D], in half the work where ``whiten`` is of a Cholesky factor."""
-    if whiten.shape[0] != whiten.shape[1] or any(whiten[row, :row].any() for row in range(1, len(whiten))):
+    if whiten.shape[0] != whiten.shape[1] or not _is_triangular(whiten):
         return rows @ whiten
     product: NDArray[np.float64] = blas.dtrmm(1.0, whiten.T, rows.T, side=0, lower=1)  # column-major, as BLAS has it
     return product.T
+
+
+def _is_triangular(matrix: NDArray[np.float64], strip: int = 64) -> bool:
+    """Whether all that is below the diagonal is 0; strips of rows, for a look at each takes longer than the look."""
+    return not any(
+        matrix[top : top + strip, :top].any() or np.tril(matrix[top : top + strip, top : top + strip], -1).any()
+        for top in range(0, len(matrix), strip)
+    )
 
 
 def squared_distances(rows: NDArray[np.float64], means: NDArray[np.float64]) -> NDArray[np.float64]:

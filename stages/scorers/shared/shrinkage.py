@@ -61,6 +61,14 @@ def shrunk_scatter(train: ScoreInputs, who: str, moments: FeatureMoments, rule: 
         moments: of these rows.
         rule: ``"auto"``: Ledoit and Wolf's where rows are scarce, else none; ``"none"`` leaves it whatever it is.
     """
+    # With the moments themselves, which stay for as long as what is known by their number.
+    _, shrunk = train.remembered(
+        (Shrunk, id(moments), rule), lambda: (moments, _shrunk_scatter(train, who, moments, rule))
+    )
+    return shrunk
+
+
+def _shrunk_scatter(train: ScoreInputs, who: str, moments: FeatureMoments, rule: ShrinkageRule) -> Shrunk:
     n, dim = len(moments), moments.dim
     if rule == "none":
         return Shrunk(moments.within, None)
