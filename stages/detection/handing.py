@@ -86,7 +86,7 @@ class ScoreItem:
 
 def fit_item(item: FitItem) -> None:
     """Fit one score in whatever process this is."""
-    bank, select = _rows_of_process(item.rows)
+    bank, select = _fitted_on_by_process(item.rows)
     with threadpool_limits(item.threads):
         fitted = item.scorer.fit(bank.inputs(item.head), select.inputs(item.head))
     write_file(Path(item.path), dumped(fitted))
@@ -99,6 +99,13 @@ def score_item(item: ScoreItem) -> int:
         found = raw_scores(_scorers_of_process(item.scorers), rows)
     write_tensors(Path(item.path), {str(number): scores for number, scores in enumerate(found)})
     return len(rows)
+
+
+@lru_cache(maxsize=1)
+def _fitted_on_by_process(path: str) -> tuple[SetRows, SetRows]:
+    """Rows to fit on, whose moments stay for the next score, and those to choose settings by."""
+    bank, select = unpickled(path)
+    return bank.sharing(), select
 
 
 # What a process keeps: sets of rows that come in turn must not put the scores out.
