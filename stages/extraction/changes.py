@@ -21,7 +21,7 @@ from cache import (
     sha256,
 )
 from stages.inputs.images import ImageError, SampleTable, is_overcome
-from stages.progress import NullProgress, Progress
+from stages.progress import MOMENT, NullProgress, Progress
 
 _READERS = 8  # threads that read files to compare their bytes: a network disk answers slowly
 
@@ -188,7 +188,7 @@ class ImagesOfNow:
             except ImageError:
                 return index, bytes(32)
 
-        self._progress.start(len(unread), "image", f"compare the bytes of {self.samples.source}")
+        self._progress.start(len(unread), "input", f"compare the bytes of {self.samples.source}", MOMENT)
         with ThreadPoolExecutor(_READERS) as pool:
             while batch := list(islice(todo, 64 * _READERS)):
                 self._digests |= dict(pool.map(digest, batch))
