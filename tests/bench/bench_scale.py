@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.scale.drawn import DrawnStudy
 from tests.bench.scale.measured import Cost
 from tests.bench.scale.steps import STEPS
+from tests.bench.scale.whole import run_study
 
 ROWS = (10_000, 100_000)
 # A step is more than linear where its time grows faster than this power of the rows, and time that matters is taken.
@@ -43,6 +45,11 @@ def main() -> None:
     if asked.step:
         print(json.dumps(asdict(STEPS[asked.step].cost_of(asked.folder, asked.rows[0]))))
         return
+    if asked.study:
+        Console(width=120).print(
+            table_of_study({rows: run_study(DrawnStudy(asked.folder, rows)) for rows in asked.rows})
+        )
+        return
     names = [name for name in STEPS if not asked.only or any(word in name for word in asked.only)]
     done = {} if asked.again else {(line.step, line.rows): line for line in _read(asked.folder / "steps.jsonl")}
     for rows in asked.rows:
@@ -60,6 +67,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=Path("runs/scale"), help="of caches and of what was measured")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     parser.add_argument("--print", action="store_true", help="measure nothing, print what is known")
+    parser.add_argument("--study", action="store_true", help="run a whole study instead, by the command line")
     parser.add_argument("--step", choices=tuple(STEPS), help=argparse.SUPPRESS)  # a process of its own
     return parser
 
@@ -101,6 +109,18 @@ def table_of(lines: Sequence[Line], names: Sequence[str], sizes: Sequence[int]) 
         shown = ("–", "–", "") if slope is None else (f"{slope.time:.2f}", f"{slope.bytes_per_row:.0f}", slope.says)
         if own:
             table.add_row(name, *cells, *shown)
+    return table
+
+
+def table_of_study(stages: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Seconds of the wall and the most memory of each stage of whole studies, by their rows."""
+    table = Table(title="seconds of the wall / GB of memory of whole studies; of 384 features")
+    table.add_column("stage")
+    for rows in stages:
+        table.add_column(f"{rows:,}", justify="right")
+    for name in next(iter(stages.values())):
+        own = [found[name] for found in stages.values()]
+        table.add_row(name, *(f"{stage['duration_s']:.0f} / {stage['peak_memory_bytes'] / 1e9:.1f}" for stage in own))
     return table
 
 
