@@ -11,6 +11,7 @@ from stages.config import ScoreConfig
 from stages.detection.detectors import score_together
 from stages.detection.factory import DetectorFactory
 from stages.detection.frozen import FrozenFeatures
+from stages.detection.handing import Handing
 from stages.detection.routing import set_key
 from stages.detection.selection import SearchFold, choose_k
 from stages.detection.subject import NO_HEAD
@@ -32,6 +33,10 @@ from tests.bench.scale.measured import Cost, cost_of
 
 K, EXPERTS = 50, 7  # a number for k where it is not what is measured; experts of the paper's study
 GIVEN = {"features", "logits", "head", "bank", "select", "labels"}  # what scores may need here
+OF_MOMENTS = (
+    *("mahalanobis", "mahalanobis-pp", "relative-mahalanobis", "relative-mahalanobis-pp", "wdiscood", "ssd"),
+    *("vim", "residual", "neco", "pnml"),
+)
 SCORED = tuple(name for name, scorer in SCORERS.items() if scorer.needs <= GIVEN)
 
 Work = Callable[[], object]
@@ -133,6 +138,24 @@ def _of_score(name: str) -> Step:
     return Step(prepared)
 
 
+def _of_moments(together: bool) -> Step:
+    """The fits of ten scores, which share what they gather of the rows, or do not."""
+
+    def prepared(study: DrawnStudy) -> Work:
+        factory = DetectorFactory(FrozenFeatures(study.source).subject(), ScoreConfig(scores=[*OF_MOMENTS], k=K))
+        (run,) = factory.subject.runs
+        asked = [("probe" if reads_head(name) else NO_HEAD, name) for name in OF_MOMENTS]
+
+        def work() -> None:
+            scorers = [(factory.scorer(head, name), head) for head, name in asked]
+            for some in [scorers] if together else [[one] for one in scorers]:
+                Handing().fit(some, run.bank, run.select)
+
+        return work
+
+    return Step(prepared)
+
+
 def _metrics(study: DrawnStudy) -> Work:
     """Of one score: metrics, intervals and 1,000 bootstrap replicates."""
     rng = np.random.default_rng(0)
@@ -154,5 +177,7 @@ STEPS: dict[str, Step] = {
     "bank": Step(_bank),
     "k = auto": Step(_k),
     **{f"score {name}": _of_score(name) for name in SCORED},
+    "ten fits together": _of_moments(together=True),
+    "ten fits apart": _of_moments(together=False),
     "metrics": Step(_metrics),
 }
