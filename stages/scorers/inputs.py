@@ -13,7 +13,7 @@ from stages.heads.affine import LinearHead
 from stages.id_data.lazy import Floats, ReadOnce, Rows2D
 from stages.id_data.taps import TapRows
 
-Found = TypeVar("Found")
+_Remembered = TypeVar("_Remembered")
 
 ROWS_AT_ONCE = 4096  # fitting and scoring: memory stays flat as rows grow
 
@@ -82,13 +82,13 @@ class ScoreInputs:
         """The same rows, with these of their fields alone."""
         return ScoreInputs(**{name: getattr(self, name) for name in names})
 
-    def remembered(self, key: Hashable, compute: Callable[[], Found]) -> Found:
+    def remembered(self, key: Hashable, compute: Callable[[], _Remembered]) -> _Remembered:
         """What is computed of all of these rows: once for all scores that share it."""
         if self.shared is None:
             return compute()
         if key not in self.shared:
             self.shared[key] = compute()
-        found: Found = self.shared[key]
+        found: _Remembered = self.shared[key]
         return found
 
     def blocks(self, size: int = ROWS_AT_ONCE) -> Iterator["ScoreInputs"]:
