@@ -256,6 +256,16 @@ def wait_for(server, **wanted):
     raise AssertionError(said)
 
 
+def wait_for_recovery(server, lost):
+    """Until it is well again after it lost so many workers, or more: a busy machine may not load one in time."""
+    for _ in range(1200):
+        _, said = server.ask("GET", "/healthz")
+        if said["status"] == "ok" and said["workers_lost"] >= lost:
+            return said["workers_lost"]
+        time.sleep(0.05)
+    raise AssertionError(said)
+
+
 def test_the_end_waits_for_requests(server, images, scored):
     """And nothing else was said of all that was asked."""
     head = f"POST /score HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nContent-Length: {len(images[0])}\r\n\r\n"
@@ -280,17 +290,18 @@ def test_a_worker_that_hangs_is_replaced(bundle, images, scored):
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(lambda _: server.score(images[0], f"/score?nearest={HANGS}"), range(3)))
         assert found == [(503, {"error": "no answer within 1 s"})] * 3
-        assert wait_for(server, workers_lost=1, status="ok")["last_lost"].startswith("hung: the network for ")
+        assert wait_for(server, workers_lost=1)["last_lost"].startswith("hung: the network for ")
+        lost = wait_for_recovery(server, 1)
         server.worker().suspend()
         status, answer = server.score(images[0])
         assert (status, answer) == (503, {"error": "no answer within 1 s"})
-        assert wait_for(server, workers_lost=2)["last_lost"] == "hung: nothing was heard of it for 2 s"
-        wait_for(server, workers_lost=2, status="ok")
+        assert wait_for(server, workers_lost=lost + 1)["last_lost"] == "hung: nothing was heard of it for 2 s"
+        lost = wait_for_recovery(server, lost + 1)
         hangs_while_loading(bundle).touch()
         server.worker().kill()
-        assert wait_for(server, workers_lost=3)["status"] == "starting"
+        assert wait_for(server, workers_lost=lost + 1)["status"] == "starting"
         assert server.score(images[0]) == (503, {"error": "no answer within 1 s"})
-        said = [wait_for(server, workers_lost=lost)["last_lost"] for lost in (4, 5)]
+        said = [wait_for(server, workers_lost=lost + more)["last_lost"] for more in (2, 3)]
         first, second = (int(each.removeprefix("hung: it has not loaded the detector in ")[:-2]) for each in said)
         assert 2 * first - 1 <= second <= 2 * first + 1  # a machine that is busier than it was is waited for at last
         hangs_while_loading(bundle).unlink()
