@@ -32,12 +32,12 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(PINNED) uv
 	@# The two FAISS builds exclude each other: take the other one away first.
-	@$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu 2>/dev/null || true
+	@$(PIP) uninstall --yes faiss-cpu faiss-gpu 2>/dev/null || true
 	@# pip takes two minutes longer; but it reads pip.conf, where a company names its own index.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(PINNED) --editable '.[$(FAISS),test]' \
 		|| { echo 'make setup: goes on with pip' >&2; $(PIP) install --no-compile $(PINNED) --editable '.[$(FAISS),test]'; }
-	@# An image may say that nothing compiled is kept: every command would compile all that it imports. What tests alone
-	@# import is not compiled here. Files that are templates cannot be.
+	@# An image may say that nothing compiled is kept: every command would compile all that it imports. What tests and
+	@# tools alone import is not compiled here. Files that are templates cannot be.
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers|moto|mypy|pip|setuptools)/' $(VENV)/lib || true
 	@rm -f $(VENV)/.installed-*
 	@touch $@

@@ -175,8 +175,9 @@ def _to_extract(workspace: Workspace, backbone: StudyBackbone, size: StudySize) 
     """Images of each set of which a backbone has no features."""
     spec = workspace.known_spec(backbone) if size.counted and workspace.is_finetuned(backbone) else None
     pseudo = PseudoOOD(workspace, backbone)
-    made = spec is not None and backbone.exists and pseudo.wanted and pseudo.found(spec) is not None
-    found = {} if made or not _pseudo(pseudo, size) else {pseudo.name: pseudo.at_most}
+    made = spec is not None and backbone.exists and pseudo.found(spec) is not None
+    n_pseudo = 0 if made else _pseudo(pseudo, size)
+    found = {pseudo.name: n_pseudo} if n_pseudo else {}
     for entry in workspace.config.sets:
         changes = None
         if spec is not None:
@@ -188,7 +189,7 @@ def _to_extract(workspace: Workspace, backbone: StudyBackbone, size: StudySize) 
 
 def _pseudo(pseudo: PseudoOOD, size: StudySize) -> int:
     """Images that are made to play OOD, at most."""
-    needed = pseudo.needed if size.counted else pseudo.wanted and (size.n_classes or FEWEST_CLASSES) >= FEWEST_CLASSES
+    needed = pseudo.needed if size.counted else pseudo.wanted and not 0 < size.n_classes < FEWEST_CLASSES
     return pseudo.at_most if needed else 0
 
 

@@ -155,6 +155,8 @@ class DetectorFactory:
     def _fit(self, keys: Iterable[tuple[str, str]]) -> None:
         """Fit what is not fitted yet of (head, score); rows to calibrate on are read once for all of it."""
         new = [key for key in dict.fromkeys(keys) if key not in self._parts]
+        if not new:
+            return
         subject = self.subject
         calibration: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}
         second: dict[tuple[str, str], list[Floats]] = {key: [] for key in new}

@@ -248,9 +248,13 @@ def test_a_worker_that_dies_is_replaced(server, images, scored):
 
 def wait_for(server, **wanted):
     """Until it says so of its health; meanwhile it answers."""
+    return wait_until(server, lambda said: said.items() >= wanted.items())
+
+
+def wait_until(server, holds):
     for _ in range(1200):
         _, said = server.ask("GET", "/healthz")
-        if said.items() >= wanted.items():
+        if holds(said):
             return said
         time.sleep(0.05)
     raise AssertionError(said)
@@ -258,12 +262,8 @@ def wait_for(server, **wanted):
 
 def wait_for_recovery(server, lost):
     """Until it is well again after it lost so many workers, or more: a busy machine may not load one in time."""
-    for _ in range(1200):
-        _, said = server.ask("GET", "/healthz")
-        if said["status"] == "ok" and said["workers_lost"] >= lost:
-            return said["workers_lost"]
-        time.sleep(0.05)
-    raise AssertionError(said)
+    said = wait_until(server, lambda said: said["status"] == "ok" and said["workers_lost"] >= lost)
+    return said["workers_lost"]
 
 
 def test_the_end_waits_for_requests(server, images, scored):
