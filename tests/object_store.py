@@ -75,6 +75,7 @@ class Proxy:
         self.refuse, self.forget = False, None
         self.n_cut, self.requests = 0, []
         self._after = self._times = None
+        self._cutting = threading.Lock()
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -125,13 +126,20 @@ class Proxy:
     def _down(self, server, client, answered):
         with _both_ended(client, server):
             while data := server.recv(1 << 16):
-                if self._after is not None and self._times != 0 and answered[0] + len(data) > self._after:
-                    client.sendall(data[: max(self._after - answered[0], 0)])
-                    self.n_cut += 1
-                    self._times = None if self._times is None else self._times - 1
+                if (after := self._cut_after(answered[0] + len(data))) is not None:
+                    client.sendall(data[: max(after - answered[0], 0)])
                     return
                 client.sendall(data)
                 answered[0] += len(data)
+
+    def _cut_after(self, sent):
+        """After how many bytes an answer is cut that would have `sent`; None: not now. Answers come side by side."""
+        with self._cutting:
+            if self._after is None or self._times == 0 or sent <= self._after:
+                return None
+            self.n_cut += 1
+            self._times = None if self._times is None else self._times - 1
+            return self._after
 
 
 @contextmanager
