@@ -16,6 +16,7 @@
 All are made once a session and belong to everybody: copy what you change.
 """
 
+import gc
 import os
 import signal
 
@@ -32,6 +33,9 @@ from hypothesis import settings
 
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Libraries, and all tests: a million objects that stay. `pytest_collection_finish` collects again.
+gc.disable()
 
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
@@ -73,9 +77,20 @@ def pytest_addoption(parser):
     parser.addoption("--shards", type=int, default=50, help="how many tiny ones a cluster makes")
 
 
+def pytest_ignore_collect(collection_path):
+    """Helpers have no doctests: they are loaded by those who use them, and benches by nobody."""
+    return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+
+
 def pytest_collection_modifyitems(items):
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collection_finish():
+    """What has been loaded stays to the end: the collector need not look through it again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

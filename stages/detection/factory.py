@@ -69,7 +69,8 @@ class DetectorFactory:
         of = FROZEN + NO_HEAD if head.startswith(FROZEN) else NO_HEAD
         if (of, space) not in self._k:
             folds = [SearchFold(run.bank.inputs(of), run.select.inputs(of)) for run in self.subject.runs]
-            self._k[of, space] = choose_k(folds, neighbours=self._neighbours, space=space)
+            progress = self.handing.progress
+            self._k[of, space] = choose_k(folds, neighbours=self._neighbours, space=space, progress=progress)
         return self._k[of, space]
 
     def detectors(self) -> list[FittedDetector]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from stages.errors import InputError
 from stages.id_data.lazy import Floats
 from stages.metrics.ranking import auroc
+from stages.progress import MOMENT, SILENT, Progress
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.knn import ExpertBanks
 from stages.scorers.neighbours.space import RAW, SpaceName
@@ -35,6 +36,7 @@ def choose_k(
     neighbours: NeighbourStore | None = None,
     space: SpaceName = RAW,
     most_queries: int = MOST_QUERIES,
+    progress: Progress = SILENT,
 ) -> tuple[int, dict[str, Any]]:
     """The k that best tells left-out ID classes from the others.
 
@@ -51,6 +53,7 @@ def choose_k(
         neighbours: remembers what was searched.
         space: where to search; fitted on the rows that are searched in, without those of the group that plays OOD.
         most_queries: of a fold that has more rows to search for, so many are drawn, the same at every call.
+        progress: counts rows that were searched for, once a group.
 
     Returns:
         k, and the record: the rule, the grid, mean AUROC for each k, how many classes, groups, folds and rows.
@@ -72,11 +75,10 @@ def choose_k(
         "queries": sum(len(fold.queries) for fold in folds),
     }
     for groups in dict.fromkeys((max(2, min(_MAX_CLASS_GROUPS, len(classes) // 2)), len(classes))):
-        found = [
-            curve
-            for fold in folds
-            for curve in _pseudo_ood_aurocs(fold, classes, groups, candidates, neighbours, space)
-        ]
+        progress.start(groups * record["queries"], "row", "choose k", MOMENT)
+        search = _Search(candidates, neighbours, space, progress)
+        found = [curve for fold in folds for curve in _pseudo_ood_aurocs(fold, classes, groups, search)]
+        progress.close()
         curves = [curve for curve, _ in found if curve is not None]
         if curves:
             means = np.mean(curves, axis=0)
@@ -102,20 +104,30 @@ def _some(queries: ScoreInputs, most: int) -> ScoreInputs:
 _Curve = tuple[list[float] | None, int]  # AUROC for each candidate; how many queries no bank could answer
 
 
-def _pseudo_ood_aurocs(
-    fold: SearchFold,
-    classes: NDArray[np.integer],
-    groups: int,
-    candidates: Sequence[int],
-    neighbours: NeighbourStore | None,
-    space: SpaceName,
-) -> list[_Curve]:
+class _Search(NamedTuple):
+    """How is searched; see `choose_k`."""
+
+    candidates: Sequence[int]  # ascending
+    neighbours: NeighbourStore | None
+    space: SpaceName
+    progress: Progress
+
+    def distances(self, banks: ExpertBanks, queries: ScoreInputs, k: int) -> Floats:
+        """``[n, k]`` of the nearest, ascending."""
+        found = []
+        for block in queries.blocks():
+            found.append(banks.distances(block, k, self.neighbours))
+            self.progress.advance(len(block))
+        return np.concatenate(found)
+
+
+def _pseudo_ood_aurocs(fold: SearchFold, classes: NDArray[np.integer], groups: int, search: _Search) -> list[_Curve]:
     """A curve for each group that plays OOD."""
     alike = (fold.bank.expert is None) == (fold.queries.expert is None)
-    if space == RAW and groups <= _MAX_CLASS_GROUPS and alike:
-        dealt = _DealtBank(fold, classes, groups, candidates, neighbours)
+    if search.space == RAW and groups <= _MAX_CLASS_GROUPS and alike:
+        dealt = _DealtBank(fold, classes, groups, search)
         return [dealt.curve(group) for group in range(groups)]
-    return [_pseudo_ood_auroc(fold, classes[group::groups], candidates, neighbours, space) for group in range(groups)]
+    return [_pseudo_ood_auroc(fold, classes[group::groups], search) for group in range(groups)]
 
 
 class _DealtBank:
@@ -127,19 +139,11 @@ class _DealtBank:
         fold: as `choose_k` takes it, in the space of the features.
         classes: all of them, ascending; dealt to groups in turn.
         groups: few: the distances to the nearest of each are held.
-        candidates: ascending.
-        neighbours: remembers what was searched.
+        search: in the space of the features.
     """
 
-    def __init__(
-        self,
-        fold: SearchFold,
-        classes: NDArray[np.integer],
-        groups: int,
-        candidates: Sequence[int],
-        neighbours: NeighbourStore | None,
-    ) -> None:
-        self._candidates = candidates
+    def __init__(self, fold: SearchFold, classes: NDArray[np.integer], groups: int, search: _Search) -> None:
+        self._candidates = search.candidates
         self._query_group = _group_of(fold.queries, classes, groups)
         self._query_expert = _expert_of(fold.queries)
         bank_expert, group = _expert_of(fold.bank), _group_of(fold.bank, classes, groups)
@@ -150,11 +154,12 @@ class _DealtBank:
             for own in range(groups):
                 rows = np.flatnonzero((bank_expert == expert) & (group == own))
                 if not len(rows):
+                    search.progress.advance(len(queries))
                     continue
                 banks = ExpertBanks(fold.bank.only("features").take(rows))
-                k = min(candidates[-1], len(rows))
-                found = [banks.distances(block, k, neighbours) for block in queries.blocks()]
-                self._sizes[expert, own], self._nearest[expert, own] = len(rows), np.concatenate(found)
+                self._sizes[expert, own] = len(rows)
+                k = min(search.candidates[-1], len(rows))
+                self._nearest[expert, own] = search.distances(banks, queries, k)
 
     def curve(self, left_out: int) -> _Curve:
         """AUROC for each candidate where a group plays OOD."""
@@ -194,23 +199,18 @@ def _group_of(rows: ScoreInputs, classes: NDArray[np.integer], groups: int) -> N
     return np.where(known, place % groups, -1)
 
 
-def _pseudo_ood_auroc(
-    fold: SearchFold,
-    left_out: np.ndarray,
-    candidates: Sequence[int],
-    neighbours: NeighbourStore | None,
-    space: SpaceName,
-) -> tuple[list[float] | None, int]:
+def _pseudo_ood_auroc(fold: SearchFold, left_out: np.ndarray, search: _Search) -> _Curve:
     """AUROC for each candidate, from one search; and how many queries an emptied expert's bank could not answer."""
     bank = fold.bank.take(~np.isin(fold.bank.need("labels", "choosing k"), left_out))
     queries = fold.queries
     if queries.expert is not None and bank.expert is not None:  # an expert may have lost all its classes
         queries = queries.take(np.isin(queries.expert, bank.expert))
     dropped = len(fold.queries) - len(queries)
+    search.progress.advance(dropped)
     pseudo_ood = np.isin(queries.need("labels", "choosing k"), left_out)
     if not len(bank) or pseudo_ood.all() or not pseudo_ood.any():
+        search.progress.advance(len(queries))
         return None, dropped
-    banks, columns = ExpertBanks(bank, space=space), np.asarray(candidates) - 1
-    blocks = [banks.distances(block, candidates[-1], neighbours)[:, columns] for block in queries.blocks()]
-    distances = np.concatenate(blocks).T
+    banks, columns = ExpertBanks(bank, space=search.space), np.asarray(search.candidates) - 1
+    distances = search.distances(banks, queries, search.candidates[-1])[:, columns].T
     return [auroc(own[~pseudo_ood], own[pseudo_ood]) for own in distances], dropped

@@ -134,11 +134,7 @@ class Slope:
 
 
 def slopes(costs: Sequence[tuple[int, Cost]]) -> Slope | None:
-    """Between the two largest sizes; None of fewer than two.
-
-    >>> slopes([(10, Cost(1.0, 1.0, 0)), (100, Cost(100.0, 100.0, 90_000))])
-    Slope(time=2.0, bytes_per_row=1000.0, says='more than linear; not flat')
-    """
+    """Between the two largest sizes; None of fewer than two."""
     if len(costs) < 2:
         return None
     (few, before), (many, after) = sorted(costs, key=lambda own: own[0])[-2:]

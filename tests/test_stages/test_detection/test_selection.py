@@ -13,6 +13,7 @@ from stages.metrics.ranking import auroc
 from stages.scorers.inputs import ScoreInputs
 from stages.scorers.neighbours.bank import FeatureBank
 from stages.scorers.neighbours.knn import KNNScorer
+from tests.test_stages.tallies import Tallies
 from tests.test_stages.test_scorers.drawn import inputs
 
 
@@ -122,7 +123,9 @@ def test_k_can_be_chosen_however_small_the_data(classes, experts, per_class, hel
     folds = [
         SearchFold(drawn(per_class, routed=False), drawn(held_out, routed=True)) for _ in range(1 if one_fold else 3)
     ]
-    k, record = choose_k(folds)
+    tallies = Tallies()
+    k, record = choose_k(folds, progress=tallies)
+    assert all(done == total for _, total, done in tallies.told)
     smallest = min(np.unique(fold.bank.expert, return_counts=True)[1].min() for fold in folds)
     assert k in K_GRID
     assert k == 1 or k <= smallest // 2

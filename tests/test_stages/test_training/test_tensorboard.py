@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from stages.config import TrainConfig
 from stages.context import Context
@@ -20,6 +19,8 @@ from tests.test_stages.stops import StopsIn
 
 def events(folder):
     """(tag, step, value) of all that stands in the one event file of a folder."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
     (path,) = folder.glob(EVENT_FILES)
     loaded = LegacyEventFileLoader(str(path)).Load()
     return sorted((value.tag, event.step, value.simple_value) for event in loaded for value in event.summary.value)
