@@ -19,6 +19,7 @@ from stages.metrics.ranking import fpr95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 # Placeholder of each CSS variable: colours that nothing else in a figure has.
@@ -48,6 +49,8 @@ _STYLE: dict[Any, Any] = {  # matplotlib's own type of it is a Literal of every 
     "lines.solid_capstyle": "round",
     "path.simplify": False,  # it would drop lines without length, which are dots
 }
+_POINTS_OF_INCH = 72
+_LETTER, _LINE, _PAD = 5.8, 13.5, 6  # points: of a digit of nine points, of a line of text, and around all
 _BINS = 40
 _MOST_POINTS = 300  # of a ROC curve in the page; more cannot be seen
 
@@ -264,17 +267,34 @@ def _panel(title: str, draw: Callable[["Axes"], None]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import TightLayoutEngine
 
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        # No pyplot: no global figures, no display. Laid out here: `savefig` would draw every panel twice for that.
+        # No pyplot: no global figures, no display.
         figure = Figure(figsize=(4.2, 2.7), dpi=72)
         FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
-        TightLayoutEngine(pad=0.35).execute(figure)
+        draw(axes := figure.add_subplot())
+        _make_room(figure, axes)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
     return _for_page(out.getvalue(), title)
+
+
+def _make_room(figure: "Figure", axes: "Axes") -> None:
+    """Margins for what stands beside the axes, counted in letters: matplotlib's own layouts draw a panel twice."""
+    width, height = figure.get_size_inches() * _POINTS_OF_INCH
+    x_numbers, y_numbers = (
+        axis.get_major_formatter().format_ticks(axis.get_majorticklocs()) for axis in (axes.xaxis, axes.yaxis)
+    )
+    longest_x, longest_y = (_LETTER * max(map(len, numbers), default=0) for numbers in (x_numbers, y_numbers))
+    beside = longest_y + _LINE * bool(axes.get_ylabel())
+    below = _LINE * (bool(x_numbers) + bool(axes.get_xlabel()))
+    above = _LINE * bool(axes.yaxis.get_major_formatter().get_offset())  # a common factor of the numbers
+    figure.subplots_adjust(
+        left=(_PAD + max(beside, longest_x / 2)) / width,
+        right=1 - (_PAD + longest_x / 2) / width,
+        bottom=(_PAD + below) / height,
+        top=1 - (_PAD + above) / height,
+    )
 
 
 def _for_page(svg: str, title: str) -> str:

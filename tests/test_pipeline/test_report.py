@@ -11,10 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from pipeline.config import load_config
 from pipeline.record import RunRecord
-from pipeline.report.figures import admitted
+from pipeline.report.figures import (
+    Points,
+    Series,
+    admitted,
+    epoch_panel,
+    histogram_panel,
+    line_panel,
+    scatter_panel,
+)
 from pipeline.report.gallery import MOST_PICTURES, galleries
 from pipeline.report.maps import _pca, feature_maps
 from pipeline.report.mixtures import _accuracy_before
@@ -382,6 +391,24 @@ def test_the_drawn_roc_has_the_area_of_the_table():
     x, y = admitted(*many)
     assert len(x) <= 301
     assert np.trapezoid(y, x) == pytest.approx(auroc(*many), abs=1e-4)
+
+
+@pytest.mark.parametrize("largest", [3e-7, 0.04, 1.0, 98.6, 123456.0, 4e9])
+def test_what_stands_beside_the_axes_of_a_panel_lies_within_it(monkeypatch, largest):
+    """By matplotlib's own measure of numbers, names and a common factor."""
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: (drawn.append(figure), save(figure, *to, **how)))
+    runs = [[largest / 3, -largest, largest]]
+    epoch_panel("loss", [Series("id", [[largest, largest / 3]])])  # begins at 0
+    line_panel("FPR95 by experts", [1, 16, largest], [Series("id", runs)], ("number of experts", "FPR95, %"))
+    histogram_panel("scores", np.array(runs[0]), np.array(runs[0]) * 2, threshold=largest)
+    scatter_panel("α", [Points("id", np.array([[0, -largest], [largest, largest]]))], ("difficulty", "α"))
+    scatter_panel("map", [Points("id", np.array([[0, -largest], [largest, largest]]))])
+    for figure in drawn:
+        box, own = figure.axes[0].get_tightbbox(), figure.bbox
+        assert own.x0 <= box.x0 <= box.x1 <= own.x1
+        assert own.y0 <= box.y0 <= box.y1 <= own.y1
+    assert len(drawn) == 5
 
 
 def test_the_same_files_give_the_same_bytes(work, tmp_path):
