@@ -283,7 +283,7 @@ def _make_room(figure: "Figure", axes: "Axes") -> None:
     """Margins for what stands beside the axes, counted in letters: matplotlib's own layouts draw a panel twice."""
     width, height = figure.get_size_inches() * _POINTS_OF_INCH
     x_numbers, y_numbers = (
-        axis.get_major_formatter().format_ticks(axis.get_majorticklocs()) for axis in (axes.xaxis, axes.yaxis)
+        axis.get_major_formatter().format_ticks(axis.get_majorticklocs().tolist()) for axis in (axes.xaxis, axes.yaxis)
     )
     longest_x, longest_y = (_LETTER * max(map(len, numbers), default=0) for numbers in (x_numbers, y_numbers))
     beside = longest_y + _LINE * bool(axes.get_ylabel())

@@ -26,7 +26,7 @@ from stages.networks.tokens import Tokens
 from stages.networks.transfer import Fetched, Tensors, array_for, sent_ahead
 from stages.training.expert_rows import Draw, draw_rows
 from stages.training.loop import Step
-from stages.training.optim import follow, mixture_optimiser, rate_share, warm_cosine
+from stages.training.optim import PullToStart, follow, mixture_optimiser, rate_share, warm_cosine
 from stages.training.recipes import TrainSettings
 from stages.training.run import Record
 
@@ -135,6 +135,7 @@ class CachedTrainer:
         self._parameters, self._averaged = list(mixture.parameters()), list(self.judged.parameters())
         self._backward = Backward(self._parameters)
         self._optimiser = mixture_optimiser(mixture, settings)
+        self._pull = PullToStart(mixture, settings.l2_sp)
         gpu = self._device.type == "cuda"
         mixed = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
         # GPUs older than bfloat16 have float16, whose small gradients need a scale.
@@ -234,6 +235,7 @@ class CachedTrainer:
         for group in optimiser.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self._scaler.unscale_(optimiser)
+        self._pull.add_gradients()
         nn.utils.clip_grad_norm_(self._parameters, self.settings.gradient_clip)
         self._scaler.step(optimiser)
         self._scaler.update()

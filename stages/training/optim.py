@@ -54,6 +54,30 @@ def mixture_optimiser(mixture: MixtureOfFeatureExperts, settings: TrainSettings)
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
+class PullToStart:
+    """L2-SP: weights that start trained are drawn back to there, by λ/2 ‖w − w₀‖² in the loss.
+
+    Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018. Of the experts'
+    ends: heads and router are new.
+
+    Args:
+        mixture: as it starts.
+        strength: λ; 0: nothing is drawn, and nothing is kept.
+    """
+
+    def __init__(self, mixture: MixtureOfFeatureExperts, strength: float) -> None:
+        ends = [weights for name, weights in mixture.named_parameters() if is_of_end(name)] if strength else []
+        self._strength = strength
+        self._pairs = [(weights, weights.detach().clone()) for weights in ends]
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Add λ (w − w₀) to the gradients of weights that have any: an expert without rows in a batch has none."""
+        for weights, start in self._pairs:
+            if weights.grad is not None:
+                weights.grad.add_(weights - start, alpha=self._strength)
+
+
 def warm_cosine(settings: TrainSettings, done: float, step: float) -> float:
     """Linear warm-up, then a cosine to zero; `done` and the length of a step are counted in epochs."""
     if done < settings.warmup_epochs:

@@ -22,7 +22,8 @@ _NOT_OF_THE_RESULT = {"preset", "workers", "seeds", "variants", "tensorboard"}
 def recorded_settings(settings: "TrainSettings | FinetuneSettings") -> dict[str, Any]:
     """What the result depends on, as identities and documents have it."""
     recorded = settings.model_dump(exclude=_NOT_OF_THE_RESULT)
-    for key, before in (("start", "zero"), ("rate_steps", 0)):  # as all was trained before there was a choice
+    # As all was trained before there was a choice.
+    for key, before in (("start", "zero"), ("rate_steps", 0), ("l2_sp", 0.0)):
         if recorded.get(key) == before:
             del recorded[key]
     return recorded

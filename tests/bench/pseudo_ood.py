@@ -61,6 +61,15 @@ class Size:
         return f"{self.classes or 'all'}-classes-{self.per_class or 'all'}-images"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is compared: settings of variants as TOML, and scores."""
+
+    variants: dict[str, str]
+    scores: Sequence[str]
+    size: Size
+
+
 def shuffle_tiles(content: bytes, seed: int) -> bytes:
     """An image cut into tiles that are put together in another order, as PNG."""
     with Image.open(io.BytesIO(content)) as opened:
@@ -108,7 +117,7 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def write_experiment(study: Path, data: Path, work: Path, fold: int, variants: dict[str, str], size: Size) -> Path:
+def write_experiment(study: Path, data: Path, work: Path, fold: int, asked: Asked) -> Path:
     """The experiment file of one fold, with its images."""
     configs = {path: load_config(path) for path in STUDIES}
     id_train = {
@@ -116,8 +125,8 @@ def write_experiment(study: Path, data: Path, work: Path, fold: int, variants: d
     }
     name, backbone = configs[study].name, configs[study].backbone
     assert backbone is not None
-    folder = work / name / size.folder / f"fold-{fold}"
-    write_images(id_train[study], fold, size, folder)
+    folder = work / name / asked.size.folder / f"fold-{fold}"
+    write_images(id_train[study], fold, asked.size, folder)
     other = next(source for path, source in id_train.items() if path != study)
     sets = [
         ("train", "id-train", folder / "train"),
@@ -135,8 +144,8 @@ def write_experiment(study: Path, data: Path, work: Path, fold: int, variants: d
         f"image_size = {backbone.image_size}",
         *(f"[[sets]]\nname = {_toml(name)}\nrole = {_toml(role)}\nimages = {_toml(at)}" for name, role, at in sets),
         '[train]\nprecision = "bfloat16"',
-        *(f"[[variants]]\nname = {_toml(name)}\nset = {{ {given} }}" for name, given in variants.items()),
-        f"[score]\nscores = {list(SCORES)}\nbootstrap = 100",
+        *(f"[[variants]]\nname = {_toml(name)}\nset = {{ {given} }}" for name, given in asked.variants.items()),
+        f"[score]\nscores = {json.dumps(asked.scores)}\nbootstrap = 100",
     ]
     path = folder / "study.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -192,17 +201,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the folds' images and studies")
     parser.add_argument("--benchmarks", nargs="*", default=SMALL, help="names of studies")
     parser.add_argument("--variants", type=json.loads, default=VARIANTS, help="JSON object of name and settings, TOML")
+    parser.add_argument("--scores", nargs="*", default=SCORES, help="names of scores")
     parser.add_argument("--folds", type=int, nargs="*", choices=FOLDS, default=FOLDS, help="some of them")
     parser.add_argument("--classes", type=int, help="ID classes; all but the left-out ones by default")
     parser.add_argument("--per-class", type=int, help="training images a class; all by default")
     args = parser.parse_args()
     console = Console(width=140)
-    size = Size(args.classes, args.per_class)
+    asked = Asked(args.variants, args.scores, Size(args.classes, args.per_class))
     for study in (path for path in STUDIES if path.stem in args.benchmarks):
-        paths = [
-            write_experiment(study, args.data.resolve(), args.work.resolve(), fold, args.variants, size)
-            for fold in args.folds
-        ]
+        paths = [write_experiment(study, args.data.resolve(), args.work.resolve(), fold, asked) for fold in args.folds]
         for path in paths:
             for line in run_fold(path):
                 console.print(line)

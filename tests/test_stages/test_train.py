@@ -34,7 +34,7 @@ from stages.training import finish as finish_module
 from stages.training.cached import CachedTrainer
 from stages.training.checkpoint import Checkpoints
 from stages.training.identity import mixture_identity, mixture_is_fresh
-from stages.training.optim import parameters_by_rate
+from stages.training.optim import is_of_end, parameters_by_rate
 from stages.training.recipes import resolve_settings
 from tests.test_stages.drawn import create
 from tests.test_stages.stops import StopsAt, StopsIn
@@ -250,6 +250,24 @@ def test_a_long_training_takes_its_rates_in_proportion(fit):
     given = rates()
     np.testing.assert_array_equal(rates(rate_steps=len(given)), given)  # no more steps than the rates are for
     np.testing.assert_allclose(rates(rate_steps=len(given) // 3), given / 3, rtol=1e-12)
+
+
+def test_ends_are_drawn_to_where_they_started(fit):
+    """The stronger, the nearer they stay; heads and router learn all the same."""
+    rates = {"lr": 1e-3, "head_lr": 1e-3, "router_lr": 1e-3}
+    start = fit(expert="adapter", epochs=1, ema=0.0, **dict.fromkeys(rates, 1e-12)).mixture.state_dict()
+
+    def moved(strength):
+        trained = fit(expert="adapter", epochs=3, ema=0.0, l2_sp=strength, **rates).mixture.state_dict()
+        ends = heads = 0.0
+        for name, weights in trained.items():
+            squares = float((weights - start[name]).square().sum())
+            ends, heads = (ends + squares, heads) if is_of_end(name) else (ends, heads + squares)
+        return ends, heads
+
+    (free, _), (drawn, _), (held, learned) = map(moved, (0.0, 1.0, 100.0))
+    assert free > drawn > held > 0
+    assert learned > held
 
 
 def test_patience_ends_the_run_and_a_resumed_one(fit, monkeypatch, tmp_path):
