@@ -143,7 +143,6 @@ def write_experiment(study: Path, data: Path, work: Path, fold: int, asked: Aske
         f"weights = {_toml(backbone.weights)}",
         f"image_size = {backbone.image_size}",
         *(f"[[sets]]\nname = {_toml(name)}\nrole = {_toml(role)}\nimages = {_toml(at)}" for name, role, at in sets),
-        '[train]\nprecision = "bfloat16"',
         *(f"[[variants]]\nname = {_toml(name)}\nset = {{ {given} }}" for name, given in asked.variants.items()),
         f"[score]\nscores = {json.dumps(asked.scores)}\nbootstrap = 100",
     ]
