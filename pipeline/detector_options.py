@@ -47,7 +47,11 @@ WATCHING = gathered(
         help="Probability that a stream of ID images is ever called drifting, at most.",
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0), default=Watching.seed, show_default=True, help="Of what is drawn."
+        "--seed",
+        type=click.IntRange(0, 2**128 - 1),
+        default=Watching.seed,
+        show_default=True,
+        help="Of what is drawn.",
     ),
     click.option(
         "--state",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from stages.detection.subject import NO_HEAD
 from stages.errors import InputError
 from stages.export import GoldenSamples, even_shares, export_detector, spread
 from stages.extraction.fill import made_with
+from stages.files.bundle_file import SUFFIX, check_is_bundle
 from stages.inputs.images import ImageError, decode_image
 from stages.results.method import NO_ROUTING, Method, recommended_of
 from stages.results.scored_study import ScoredStudy
@@ -48,6 +50,7 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
         which: kind of the backbone.
         asked: what is exported.
     """
+    _check_replaces(asked.output)
     if asked.onnx:
         _check_onnx(workspace)
     backbone = next(workspace.existing(which))
@@ -71,6 +74,16 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
     if why := detector.threshold.too_few:
         lines.append(f"no threshold, so it decides nothing: {why}")
     return lines
+
+
+def _check_replaces(path: Path) -> None:
+    """Refuse to write over a file that is no detector, such as the experiment file itself."""
+    if not path.exists() or path.suffix == SUFFIX:
+        return
+    try:
+        check_is_bundle(path)
+    except InputError as error:
+        raise InputError(f"-o {path}: is there and no detector: give another name, such as pets{SUFFIX}") from error
 
 
 def _check_onnx(workspace: Workspace) -> None:

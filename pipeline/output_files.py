@@ -17,6 +17,8 @@ class OutputFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, or a refusal."""
         path = Path(str(super().convert(value, param, ctx)))
+        if str(value).endswith("/"):
+            self.fail(f"{value} is meant as a folder; give a file", param, ctx)
         try:
             check_file_to_write(path)
         except OSError as error:

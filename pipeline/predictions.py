@@ -1,7 +1,6 @@
 """What `predict` prints: CSV, a line an image, or one JSON document."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,6 +11,7 @@ from cache import FeatureSpec
 from pipeline.deciding import Deciding
 from pipeline.prepared import prepared_images
 from pipeline.sources import source_to_predict
+from pipeline.terminal import complain
 from pipeline.workspace import Workspace
 from stages.detection.auto import CHOSEN_FOLDER
 from stages.detection.conformal import BatchPromise
@@ -116,7 +116,7 @@ def _predicted(
     if batch is not None:
         predictions = _flagged(predictions, batch)
     for line in _promises(detector, predictions, batch):
-        print(line, file=sys.stderr)
+        complain(line)
     return _json(detector, about, predictions, unusable, batch) if form == "json" else _csv(predictions)
 
 
@@ -196,7 +196,7 @@ def predict_sources(
             progress.advance(len(block), failures=len(unusable))
     progress.close()
     for image in unusable:
-        print(f"{image.path}: cannot be used: {image.reason}", file=sys.stderr)
+        complain(f"{image.path}: cannot be used: {image.reason}")
     if not predictions:
         raise InputError("none of the given images can be used")
     return predictions, unusable

@@ -146,8 +146,8 @@ class Sets:
         own = path == train.features and columns == train.columns
         if own and "logits" in table.columns and (table.samples.labels < 0).all():
             raise InputError(
-                f"{path}: has logits, and no label that says which class a column is: give label, or leave logits out "
-                'by columns = { cls = "cls" }'
+                f"{path}: has logits, and no label that says which class a column is: give label, or save the file "
+                "without logits"
             )
         return table.of_classes((table if own else self.arrays(train)).samples.class_names)
 

@@ -8,8 +8,10 @@
 Results go to standard output; progress, notes and errors, one line each, to standard error.
 """
 
+import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ import click
 from stages.errors import InputError, StageError
 
 INTERRUPTED = 130
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 Lines = list[Any]  # what a verb says: text, or tables of rich
 
 
@@ -38,8 +41,12 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def complain(line: str) -> None:
-    """Print one line on standard error, whatever line breaks the text has."""
-    click.echo(" ".join(line.split()), err=True)
+    """Print one line on standard error, whatever line breaks or other control characters the text has.
+
+    What cannot be printed there is let go: that costs nothing that was computed.
+    """
+    with suppress(OSError):
+        click.echo(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(line.split())), err=True)
 
 
 def show(result: Any) -> None:
@@ -51,7 +58,7 @@ def show(result: Any) -> None:
             show(part)
         return
     if isinstance(result, str):
-        click.echo(result)
+        click.echo(result, color=True)  # as it is: names of files may have what looks like colours
         return
     from rich.console import Console
 

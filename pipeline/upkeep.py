@@ -1,6 +1,7 @@
 """What stands on the disk of a study: whether it is whole, how it is put right, and what there is."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from cache import CacheDamagedError, CacheError, CacheInvalidError, FeatureCache, Place, restore_manifest
@@ -24,10 +25,11 @@ def verify_study(workspace: Workspace, repair: bool = False) -> Lines:
         StageError: something is damaged.
     """
     broken, stale = 0, _verify_work(workspace)
+    seen = set[Place]()
     for backbone in workspace.backbones:
         if backbone.seed is None or backbone.link_path.is_file():  # a fine-tuned one is extracted later than the other
             for entry in workspace.config.sets:
-                broken += _verify_set(workspace, backbone, entry, repair)
+                broken += _verify_set(workspace, backbone, entry, repair, seen)
             broken += _verify_pseudo(workspace, backbone, repair)
     if broken:
         hint = "delete these caches, run make extract" if repair else "verify --repair makes damaged shards again"
@@ -56,8 +58,11 @@ def _verify_work(workspace: Workspace) -> int:
 _Repair = Callable[[FeatureCache, list[str]], None]  # makes these damaged files of a cache again
 
 
-def _verify_set(workspace: Workspace, backbone: StudyBackbone, entry: SetConfig, repair: bool) -> int:
-    """Say what is damaged of one cache, repair it where that is asked for; how many files are damaged then."""
+def _verify_set(workspace: Workspace, backbone: StudyBackbone, entry: SetConfig, repair: bool, seen: set[Place]) -> int:
+    """Say what is damaged of one cache, repair it where that is asked for; how many files are damaged then.
+
+    A cache that was `seen`, of a set of the same images, is not looked at again.
+    """
 
     def again(cache: FeatureCache, files: list[str]) -> None:
         from stages.extract import repair_import, repair_set  # and the networks
@@ -70,6 +75,10 @@ def _verify_set(workspace: Workspace, backbone: StudyBackbone, entry: SetConfig,
             repair_set(cache, files, table, lambda: backbone.loaded, progress=workspace.progress)
 
     where = partial(backbone.cache_path, entry)
+    with suppress(CacheError, InputError):  # said below
+        if (path := where()) in seen:
+            return 0
+        seen.add(path)
     return _verify_cache(where, partial(backbone.cache, entry), again if repair else None)
 
 

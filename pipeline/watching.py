@@ -25,7 +25,7 @@ from stages.files.bundle_file import check_is_bundle
 from stages.files.documents import read_document, write_document, write_text
 from stages.inputs.images import SampleTable, list_images
 
-_VERSION = 1  # of the state
+_VERSION = 2  # of the state
 _BLOCK = 32  # images that are scored at once
 
 
@@ -54,16 +54,18 @@ class StreamWatch:
     Args:
         calibration: ``[n]`` scores of the calibration rows.
         asked: how.
+        of: what the stream is of, ``images`` or ``scores``.
 
     Raises:
-        InputError: the state is damaged, or of another detector, ``alpha`` or seed.
+        InputError: the state is damaged, or of another detector, ``alpha``, seed or kind of stream.
     """
 
-    def __init__(self, calibration: NDArray[np.floating], asked: Watching) -> None:
+    def __init__(self, calibration: NDArray[np.floating], asked: Watching, of: str = "scores") -> None:
         self._asked = asked
         scores = np.sort(np.asarray(calibration, dtype=np.float64)).tolist()
         self._about = {
             "version": _VERSION,
+            "of": of,
             "calibration": fingerprint({"scores": scores}),
             "alpha": asked.alpha,
             "seed": asked.seed,
@@ -91,16 +93,18 @@ class StreamWatch:
             raise InputError(f"{path}: no state of a stream: delete it to begin anew") from error
 
     def lines(self, stream: Iterable[Seen]) -> Iterator[str]:
-        """JSON for each row; whatever was given is in the state and in Prometheus's file."""
+        """JSON for each row; what was taken of it is in the state and in Prometheus's file.
+
+        A line that could not be delivered, to a full disk or a process that is gone, is given again.
+        """
         for seen in stream:
-            line = self._line(seen)
+            yield json.dumps(self._line(seen), ensure_ascii=False)
             self.last = seen.id
             if self._asked.prometheus is not None:
                 write_text(self._asked.prometheus, prometheus_text(self._monitor, self.unusable))
             if self._asked.state is not None:
                 stream_state = {"last": self.last, "unusable": self.unusable, "stream": asdict(self._monitor.state)}
                 write_document(self._asked.state, self._about | stream_state)
-            yield json.dumps(line, ensure_ascii=False)
 
     def _line(self, seen: Seen) -> dict[str, Any]:
         if seen.unusable:
@@ -122,7 +126,11 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         InputError: no detector, no images, a state of something else.
     """
     check_is_bundle(bundle)
+    if asked.state is not None and asked.state == asked.prometheus:
+        raise InputError(f"--state and --prometheus: {asked.state} is given for both")
     if source == "-":
+        if sys.stdin is None:
+            raise InputError("-: standard input is closed; give scores there, one a line, or images")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(
                 encoding="utf-8", errors="replace"
@@ -140,7 +148,7 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         raise InputError(
             f"{bundle}: takes features, not images: give their scores on standard input, and - as the source"
         )
-    watch = StreamWatch(detector.parts.calibration.scores, asked)
+    watch = StreamWatch(detector.parts.calibration.scores, asked, of="images")
     _say_what_holds(detector.parts, asked)
     yield from _counted(watch, _scored(detector, images, watch.last), "image")
 
@@ -170,6 +178,8 @@ def _scored(detector: Detector, images: SampleTable, last: str | None) -> Iterat
     """Scores of the images whose names come after the last one's."""
     ids = [id_.encode() for id_ in images.ids]
     first = 0 if last is None else bisect_right(ids, last.encode())
+    if first:
+        complain(f"watch: goes on after {last}, by --state: {first} images up to it are not looked at again")
     for start in range(first, len(images), _BLOCK):
         prepared = prepared_images(detector, images.reader(start, start + _BLOCK))
         usable = [pixels for pixels in prepared if not isinstance(pixels, str)]

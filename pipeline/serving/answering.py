@@ -110,6 +110,8 @@ def features_of(body: bytes) -> Mapping[str, NDArray[np.float64]]:
     except (ValueError, RecursionError) as error:
         raise InputError("no JSON") from error
     features = given.get("features") if isinstance(given, dict) else None
+    if isinstance(given, dict) and (unknown := sorted(given.keys() - {"features"})):
+        raise InputError(f"{unknown[0][:20]!r} is not known: give features, and nearest in the query")
     if isinstance(features, list):
         features = {"cls": features}
     if not isinstance(features, dict):

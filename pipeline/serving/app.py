@@ -40,7 +40,9 @@ def application(backend: Backend, asked: Serving) -> Starlette:
         Route("/healthz", service.health, methods=["GET"]),
         Route("/info", service.info, methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: unknown})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: unknown})
+    app.router.redirect_slashes = False  # a redirection has no reason in it
+    return app
 
 
 class _Service:

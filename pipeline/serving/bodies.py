@@ -1,13 +1,15 @@
 """What stands in a request, within its limits: the bytes of one image, or JSON. Nothing of it touches a disk."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 
-import python_multipart  # noqa: F401  # Starlette reads forms by it, and misses it only when one comes
+import python_multipart  # Starlette reads forms by it, and misses it only when one comes
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+logging.getLogger(python_multipart.__name__).addHandler(logging.NullHandler())  # what it says is in the answer
 MOST_NEAREST = 100  # ID images that may be asked for
 _PIECE = 1 << 18  # bytes of a form that are searched at once
 
@@ -64,7 +66,9 @@ async def image_of(request: Request, body: bytes) -> bytes:
     try:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:
-            raise RefusedError(400, "form: no file in it; give one image, as curl -F image=@new.jpg does")
+            raise RefusedError(
+                400, "form: no file in it, or one that is cut; give one image, as curl -F image=@new.jpg does"
+            )
         return await files[0].read()
     finally:
         await form.close()
@@ -83,7 +87,9 @@ def nearest_of(request: Request) -> int:
     """
     if unknown := sorted({*request.query_params} - {"nearest"}):
         raise RefusedError(400, f"{unknown[0][:20]!r} is not known in a query: nearest is")
-    given = request.query_params.get("nearest", "0")
+    given, *more = request.query_params.getlist("nearest") or ["0"]
+    if more:
+        raise RefusedError(400, f"nearest: given {1 + len(more)} times, must be given once")
     if not (given.isascii() and given.isdecimal()) or len(given) > 9 or int(given) > MOST_NEAREST:
         raise RefusedError(400, f"nearest: {given[:20]!r} given, must be a number up to {MOST_NEAREST}")
     return int(given)

@@ -32,7 +32,7 @@ ARRAY_KEYS = (*ARRAY_FEATURES, "label", "id")
 class StageConfig(BaseModel):
     """Settings of one stage; strict types, so that ``epochs = "20"`` is an error and not a guess."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -140,7 +140,7 @@ class TrainConfig(PresetConfig):
     router_lr: float = of_preset(1e-4, gt=0)
     rate_steps: NonNegativeInt = of_preset(200)  # a longer training takes its rates less in proportion; 0: as given
     weight_decay: float = of_preset(0.05, ge=0)
-    l2_sp: float = Field(0.0, ge=0)  # pull of the experts' ends to what they started as (Li et al., ICML 2018)
+    l2_sp: float = Field(0.0, ge=0, le=1e6)  # pull of the experts' ends to what they started as (Li et al., ICML 2018)
     label_smoothing: float = of_preset(0.0, ge=0, lt=1)
     other_weight: float = of_preset(0.1, ge=0)
     warmup_epochs: float = of_preset(1.0, ge=0)
@@ -156,6 +156,10 @@ class TrainConfig(PresetConfig):
     def _check(self) -> Self:
         if self.mixup == "dynamic":
             _check_alphas(self.alpha_min, self.alpha_max, 'mixup = "static"')
+        if self.l2_sp and self.expert == "frozen":
+            raise ValueError(
+                'l2_sp draws weights of experts that are trained: expert = "frozen" has none, leave it out'
+            )
         return self
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # faiss, for those alone who ask for neighbours
 Per = Literal["all", "class", "expert"]  # whose ID images false alarms are promised for
 
 _AT_ONCE = 64  # images that are decoded before they are scored, and whose pixels are in memory
+_MOST_NEAREST = 10_000  # ID images that may be asked for: a row for each image is held
 
 
 class Nearest(NamedTuple):
@@ -222,8 +223,17 @@ class Detector:
         return self.runtime.prepare(image_bytes(image))
 
     def score_prepared(self, pixels: NDArray[np.uint8], nearest: int = 0) -> ImageScores:
-        """`score` of what `prepare` gave of n images, ``[n, 3, size, size]``; n may be 0."""
-        return self.judge([self.runtime.run(pixels)] if len(pixels) else [], nearest)
+        """`score` of what `prepare` gave of n images, uint8 ``[n, 3, size, size]``; n may be 0.
+
+        Raises:
+            InputError: arrays of another type or shape; the detector takes features.
+        """
+        self._check_takes_images()
+        shape = (3, self.runtime.size, self.runtime.size)
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != shape:
+            given = f"{pixels.dtype} {list(pixels.shape)}"
+            raise InputError(f"pixels: {given} given, must be uint8 [n, {str(list(shape))[1:]}, as prepare makes them")
+        return self.judge([self.runtime.run(np.ascontiguousarray(pixels))] if len(pixels) else [], nearest)
 
     def _check_takes_images(self) -> None:
         if not self.runtime.size:
@@ -278,8 +288,9 @@ class Detector:
 
     def judge(self, blocks: Sequence[NetworkRows], nearest: int = 0) -> ImageScores:
         """What is said of rows that went through the network, in any number of blocks."""
-        if not isinstance(nearest, int | np.integer) or nearest < 0:
-            raise InputError(f"nearest: {nearest!r} given, must be a whole number, 0 or more")
+        if isinstance(nearest, bool) or not isinstance(nearest, int | np.integer) or not 0 <= nearest <= _MOST_NEAREST:
+            raise InputError(f"nearest: {nearest!r} given, must be a whole number from 0 to {_MOST_NEAREST}")
+        nearest = int(nearest)
         if not blocks:
             return self._said(np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64), None)
         rows = self.set_rows(NetworkRows.concatenate(blocks))

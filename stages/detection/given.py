@@ -100,6 +100,11 @@ def _of_batch(batch: Any, by_torch: bool) -> Iterable[Any]:
     return batch[0]
 
 
+def _has_truth(given: Any) -> bool:
+    """Whether there is True or False somewhere in a list, which NumPy would take for 1 and 0."""
+    return any(_has_truth(each) if isinstance(each, list | tuple) else isinstance(each, bool) for each in given)
+
+
 def numbers_of(name: str, given: Any) -> NDArray[Any]:
     """An array of features, also of a tensor: of bfloat16, on a GPU, with a gradient.
 
@@ -113,6 +118,6 @@ def numbers_of(name: str, given: Any) -> NDArray[Any]:
         found = np.asarray(given)
     except ValueError:  # rows of different lengths
         found = np.asarray(None)
-    if found.dtype.kind not in "iuf":
+    if found.dtype.kind not in "iuf" or (isinstance(given, list | tuple) and _has_truth(given)):
         raise InputError(f"features: {name} is no array of numbers")
     return found

@@ -8,12 +8,12 @@ from stages.files.archive import SealedArchive, is_zip
 BUNDLE_KIND = "detector bundle"
 BUNDLE_VERSION = 1
 
-_SUFFIX = ".ood"
+SUFFIX = ".ood"
 
 
 def is_meant_as_bundle(path: str | os.PathLike[str]) -> bool:
     """Whether a path is given as a detector's, whole or damaged: by its name, or by how the file begins or ends."""
-    return Path(path).suffix.lower() == _SUFFIX or is_zip(path)
+    return Path(path).suffix.lower() == SUFFIX or is_zip(path)
 
 
 def check_is_bundle(path: str | os.PathLike[str]) -> None:

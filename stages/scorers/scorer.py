@@ -190,7 +190,8 @@ class Scorer(ABC):
                 if select is not None:
                     held_out = select.of_expert(expert, _rows_of(select, expert)).of_classes(classes)
                 fitted_on = replace(own.of_classes(classes), shared=shared)
-                self._learnt[expert] = _Learnt(classes, self.learn(fitted_on, held_out))
+                with _not_warned_of():
+                    self._learnt[expert] = _Learnt(classes, self.learn(fitted_on, held_out))
         return self
 
     def score(self, x: ScoreInputs) -> Floats:
@@ -215,7 +216,8 @@ class Scorer(ABC):
                 run = stack.enter_context(ThreadPoolExecutor(cores)).map
 
             def judge(block: _Block) -> None:
-                scores[block.rows] = self._judge_block(x, block)
+                with _not_warned_of():
+                    scores[block.rows] = self._judge_block(x, block)
 
             for _ in run(judge, self._blocks(x)):
                 pass
@@ -285,6 +287,11 @@ class Scorer(ABC):
             )
         if x.expert is not None and (unknown := sorted(set(np.unique(x.expert).tolist()) - self._learnt.keys())):
             raise InputError(f"rows are routed to experts {unknown}, which have no training rows")
+
+
+def _not_warned_of() -> np.errstate:
+    """NumPy warns by lines of code on a terminal: what is no number is found in the scores, and said with them."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def _rows_of(x: ScoreInputs, expert: int | None) -> NDArray[np.integer] | slice:

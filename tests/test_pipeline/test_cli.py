@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pipeline import options
 from pipeline.cli import main, verbs
 from pipeline.config import ConfigError
 from pipeline.engine import EngineError
-from pipeline.terminal import explain, show
+from pipeline.terminal import complain, explain, show
 from stages.errors import InputError, StageError
 from tests.test_cache import toy
 
@@ -145,6 +146,18 @@ def test_info_and_verify_of_a_cache(tmp_path, capsys):
 )
 def test_status_of_an_error(error, status):
     assert explain(error) == (status, "a")
+
+
+def test_a_complaint_is_one_line_whatever_is_in_it_and_costs_nothing_where_it_cannot_be_made(capsys, monkeypatch):
+    complain("a\nname \x1b[31mof\x07 a\rfile")
+    assert capsys.readouterr().err == "a name \\x1b[31mof\\x07 a file\n"
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    complain("is lost")
 
 
 def test_full_disk_is_said_plainly():

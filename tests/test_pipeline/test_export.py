@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,33 @@ def test_what_is_no_image_is_named(detector, images, tmp_path):
         detector.score([np.zeros((3, 32, 32), np.float32)])
     with pytest.raises(InputError, match="a int given"):
         detector.score(3)
+
+
+def test_only_what_was_prepared_is_taken_as_prepared(detector, images, scored):
+    pixels = np.stack([detector.prepare(image) for image in images[:2]])
+    np.testing.assert_allclose(detector.score_prepared(pixels[::-1]).score[::-1], scored.score[:2], atol=1e-5)
+    for other in (pixels[:, :, :20, :20], pixels[0], pixels.astype(np.float32) / 255):
+        with pytest.raises(
+            InputError, match=r"^pixels: .* given, must be uint8 \[n, 3, 32, 32\], as prepare makes them"
+        ):
+            detector.score_prepared(other)
+
+
+def test_so_many_of_the_nearest_are_a_whole_number(detector, images):
+    assert detector.score(images[0], nearest=np.int64(2)).nearest.ids.shape == (1, 2)
+    for other in (True, -1, 1.5, "3", 10**9, 10**30):
+        with pytest.raises(InputError, match=r"nearest: .* given, must be a whole number from 0 to 10000"):
+            detector.score(images[0], nearest=other)
+
+
+def test_a_file_that_is_no_detector_is_not_written_over(home, tmp_path):
+    other = shutil.copy(home / "tiny.toml", tmp_path / "pets.toml")
+    assert (
+        refused("export", other, "-o", other)
+        == f"-o {other}: is there and no detector: give another name, such as pets.ood"
+    )
+    assert other.read_text() == (home / "tiny.toml").read_text()
+    assert f"{tmp_path}/new/ is meant as a folder; give a file" in refused("export", other, "-o", f"{tmp_path}/new/")
 
 
 def test_it_is_used_as_shown(home, images, scored, tmp_path, monkeypatch):

@@ -152,6 +152,13 @@ BAD = {
     "features of no shape": (b'{"features": [[1], [1, 2]]}', JSON, 400, "features: cls is no array of numbers"),
     "features of words": (b'{"features": {"cls": {}}}', JSON, 400, "features: cls is no array of numbers"),
     "features of texts": (b'{"features": [["1", "2"]]}', JSON, 400, "features: cls is no array of numbers"),
+    "features of truths": (b'{"features": [[' + b"0.5," * 1279 + b"true]]}", JSON, 400, "cls is no array of numbers"),
+    "more than features": (
+        b'{"features": [[1]], "nearest": 3}',
+        JSON,
+        400,
+        "'nearest' is not known: give features, and",
+    ),
     "features that are not finite": (b'{"features": [[' + b"NaN," * 1279 + b"1]]}", JSON, 400, "no finite"),
     "names that are no text": (b'{"features": {"cls": [], "\\ud800": []}}', JSON, 400, "features: ? is none of"),
     "a name without end": (b'{"features": {"' + b"x" * 90_000 + b'": []}}', JSON, 400, "features: cls is missing"),
@@ -172,6 +179,9 @@ def test_what_is_asked_wrongly_is_told_why(server, images):
     assert server.score(images[0], "/score?nearest=-1")[0] == 400
     status, answer = server.score(images[0], "/score?nearst=3")
     assert (status, answer["error"]) == (400, "'nearst' is not known in a query: nearest is")
+    status, answer = server.score(images[0], "/score?nearest=1&nearest=2")
+    assert (status, answer["error"]) == (400, "nearest: given 2 times, must be given once")
+    assert server.score(images[0], "/score/")[0] == 404
     for method in ("GET", "OPTIONS", "PUT"):
         status, answer = server.ask(method, "/score")
         assert (status, answer["error"].partition(":")[0]) == (405, "Method Not Allowed")

@@ -35,14 +35,18 @@ def test_a_line_is_a_score_its_promise_and_the_stream(tmp_path):
 
 
 def test_a_killed_watch_goes_on_with_the_same_values(tmp_path):
-    """After each line that was printed, as if it were killed then."""
+    """After each line that was delivered, and before, as if it were killed then."""
     whole = list(StreamWatch(CALIBRATION, Watching()).lines(stream()))
     asked = Watching(state=tmp_path / "state.json")
     found = []
     for seen in stream():
         watch = StreamWatch(CALIBRATION, asked)
         assert watch.last == (None if not found else json.loads(found[-1])["id"])
-        found.append(next(watch.lines([seen])))
+        undelivered = watch.lines([seen])
+        line = next(undelivered)
+        undelivered.close()  # as by a full disk
+        found += StreamWatch(CALIBRATION, asked).lines([seen])
+        assert found[-1] == line
     assert found == whole
     assert asked.state.stat().st_size < 10_000
 
@@ -102,6 +106,8 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=key):
             StreamWatch(calibration, asked)
+    with pytest.raises(InputError, match="a stream with of 'scores', not 'images'"):  # whose names it would look for
+        StreamWatch(CALIBRATION, Watching(state=path), of="images")
     with pytest.raises(InputError, match="strict None, not True"):
         StreamWatch(CALIBRATION, Watching(state=path, strict=True))
     stored = read_document(path)

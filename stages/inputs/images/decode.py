@@ -200,6 +200,8 @@ def _available_formats() -> list[str]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":
         return _stretch(image).convert("RGB")
+    if _tiff_tag(image, _SAMPLE_FORMAT) == _SIGNED:  # of 8 bits here: Pillow takes them for unsigned ones
+        image = image.point(lambda value: value ^ 128)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGB", rgba.size, "white")
@@ -209,17 +211,38 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(image: Image.Image) -> Image.Image:
-    """Gray of more than 8 bits (modes I;16*, I, F) to 8 bits."""
+    """Gray of more than 8 bits (modes I;16*, I, F) to 8 bits, white where it is transparent."""
     # Pillow scales netpbm of more than 8 bits to 16 bits, in mode I.
     sixteen_bits = image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")
+    stored = np.asarray(image)
+    if image.mode == "I" and _tiff_tag(image, _SAMPLE_FORMAT) == _UNSIGNED and _tiff_tag(image, _BITS) == 32:
+        stored = stored.view(np.uint32)  # Pillow knows signed ones alone
+    clear = image.info.get("transparency")
     # [h, w]; in place from here, since it may be large
-    values: npt.NDArray[np.floating] = np.array(image, np.float32 if sixteen_bits else np.float64)
+    values: npt.NDArray[np.floating] = stored.astype(np.float32 if sixteen_bits else np.float64)
     low, high = (0.0, 65535.0) if sixteen_bits else (float(values.min()), float(values.max()))
     if not np.isfinite(high - low):
         raise ImageError("holds values that are not finite")
     values -= low
     values *= 255 / max(high - low, 1e-30)
+    if _tiff_tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns it over where there are 8 bits
+        np.subtract(255, values, out=values)
+    if isinstance(clear, int):
+        values[stored == clear] = 255
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+
+
+# Of TIFF: tags, and values of them.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
+_UNSAID = {_SAMPLE_FORMAT: _UNSIGNED}  # what a file means that does not say it
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    """What a TIFF says of its pixels, of the first channel; None of other files."""
+    value = getattr(image, "tag_v2", {}).get(tag, _UNSAID.get(tag)) if image.format == "TIFF" else None
+    first = value[0] if isinstance(value, tuple) and value else value
+    return first if isinstance(first, int) else None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -135,7 +135,7 @@ def test_what_is_asked_wrongly_is_said(written, rows):
         with pytest.raises(InputError, match=said):
             Detector.load(written, **asked)
     for k in (-1, 1.5, "3", None):
-        with pytest.raises(InputError, match=r"^nearest: .* given, must be a whole number, 0 or more$"):
+        with pytest.raises(InputError, match=r"^nearest: .* given, must be a whole number from 0 to 10000$"):
             Detector.load(written).score(rows, nearest=k)
 
 

@@ -102,6 +102,6 @@ def test_features_are_arrays_of_numbers():
     tensor = torch.from_numpy(rows)
     for given in (rows, rows.tolist(), rows.astype(int), tensor, tensor.bfloat16(), tensor.clone().requires_grad_()):
         np.testing.assert_array_equal(numbers_of("cls", given), rows)
-    for given in (None, [["1"]], rows.astype(complex), rows > 0, [[1], [1, 2]], {}, rows.astype(object)):
+    for given in (None, [["1"]], [[1.5, True]], rows.astype(complex), rows > 0, [[1], [1, 2]], {}, rows.astype(object)):
         with pytest.raises(InputError, match=r"^features: cls is no array of numbers$"):
             numbers_of("cls", given)

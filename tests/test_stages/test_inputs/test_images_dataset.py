@@ -130,6 +130,8 @@ def test_reasons():
     image = Image.fromarray(RAMP)
     assert reason(ToTensor()(image)) == "already transformed: give a dataset without transform"
     assert reason(np.zeros((4, 4, 3))) == "already transformed: give a dataset without transform"
+    two_ways = "a tensor of shape [3, 4, 3] may be read in two ways: give a NumPy array [h, w, 3]"
+    assert reason(torch.zeros(3, 4, 3, dtype=torch.uint8)) == two_ways
     assert reason(torch.zeros(3, 4, 4, dtype=torch.bfloat16)) == "already transformed: give a dataset without transform"
     assert reason(np.zeros((4, 4), np.uint16)).startswith("pixels of type uint16 and shape [4, 4]; uint8 [h, w] or")
     assert reason(torch.zeros(2, 4, 4, dtype=torch.uint8)).startswith("pixels of type uint8 and shape [2, 4, 4]")

@@ -128,6 +128,31 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(form):
     assert decode(Image.fromarray(values), form)[..., 0].tolist() == [[0, 1, 128, 255]]
 
 
+def test_sixteen_bit_gray_with_a_transparent_value():
+    data = png(0, 16, [struct.pack(">2H", 0x0707, 0x0909)], (b"tRNS", struct.pack(">H", 0x0909)))
+    assert np.asarray(decode_image(data)).tolist() == [[[7, 7, 7], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "seen"),
+    [
+        (np.array([[0, 257, 65535]], np.uint16), {262: 0}, [255, 254, 0]),  # white is zero
+        (np.array([[0, 1, 255]], np.uint8), {262: 0}, [255, 254, 0]),
+        (np.array([[0, 1, 2]], np.float32), {262: 0}, [255, 128, 0]),
+        (np.array([[0, 2**31, 2**32 - 1]], np.uint32).view(np.int32), {339: 1}, [0, 128, 255]),
+        (np.array([[-(2**31), 0, 2**31 - 1]], np.int32), {339: 2}, [0, 128, 255]),
+        (np.array([[-128, 0, 127]], np.int8).view(np.uint8), {339: 2}, [0, 128, 255]),
+    ],
+)
+def test_gray_of_a_tiff_means_what_its_tags_say(values, tags, seen):
+    """Which Pillow does not look at, but for the photometric tag of 8 bits."""
+    data = bytearray(encode(Image.fromarray(values), "TIFF", tiffinfo={339: 1} if 339 in tags else {}))
+    for tag, value in tags.items():
+        at = data.index(struct.pack("<HHI", tag, 3, 1)) + 8
+        data[at : at + 2] = struct.pack("<H", value)
+    assert np.asarray(decode_image(bytes(data)))[0, :, 0].tolist() == seen
+
+
 def test_sixteen_bit_colour():
     data = png(2, 16, [struct.pack(">6H", 0, 32896, 65535, 65535, 0, 257)])
     assert np.asarray(decode_image(data)).tolist() == [[[0, 128, 255], [255, 0, 1]]]

@@ -16,7 +16,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_siz
 ODD = [r"a#b", "{x}", "a^2", r"C:\new", "~", "a_b & c", "50 %", "$5", "<b>", "a|b", "*x*", "`x`", "=1+1", "two\nlines"]
 
 
-@given(st.lists(TEXTS, min_size=1, max_size=3))
+@given(st.lists(st.sampled_from(["a\rb", "\r"]) | TEXTS, min_size=1, max_size=3))
 def test_a_csv_file_gives_every_text_back_and_holds_no_formula(texts):
     columns = [f"c{index}" for index in range(len(texts))]
     written = csv_text([dict(zip(columns, texts, strict=True))], columns)

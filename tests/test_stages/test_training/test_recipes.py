@@ -75,6 +75,14 @@ def test_a_mixture_has_the_values_of_its_preset():
     assert (default.ema, paper.ema, default.expert, default.patience) == (0.99, 0.0, "end", None)
 
 
+@pytest.mark.parametrize("given", [-1.0, float("nan"), 1e39])
+def test_the_pull_to_the_start_is_a_strength(given):
+    with pytest.raises(ValidationError, match="l2_sp"):
+        TrainConfig(l2_sp=given)
+    with pytest.raises(ValidationError, match='expert = "frozen" has none'):
+        TrainConfig(l2_sp=1.0, expert="frozen")
+
+
 def test_a_default_that_is_given_is_above_the_preset():
     assert resolve_settings(TrainConfig(preset="paper", epochs=8), 4).epochs == 8
     assert resolve_settings(TrainConfig(preset="paper"), 4).epochs == 20
