@@ -140,7 +140,7 @@ class TrainConfig(PresetConfig):
     router_lr: float = of_preset(1e-4, gt=0)
     rate_steps: NonNegativeInt = of_preset(200)  # a longer training takes its rates less in proportion; 0: as given
     weight_decay: float = of_preset(0.05, ge=0)
-    l2_sp: float = Field(default=0.0, ge=0, le=1e6)  # pull of the experts' ends to what they started as (Li et al., ICML 2018)
+    l2_sp: float = Field(default=0.0, ge=0, le=1e6)  # pull of the experts' ends to where they started
     label_smoothing: float = of_preset(0.0, ge=0, lt=1)
     other_weight: float = of_preset(0.1, ge=0)
     warmup_epochs: float = of_preset(1.0, ge=0)
