@@ -249,7 +249,7 @@ REFUSED = {
         with_logits,
         "extract",
         (),
-        "{folder}/train.npz: has logits, and no label that says which class a column is: give label, or leave logits",
+        "{folder}/train.npz: has logits, and no label that says which class a column is: give label, or save the file",
     ),
     "groups of classes that are not there": (
         with_groups,
