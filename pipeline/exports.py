@@ -78,7 +78,7 @@ def export_study(workspace: Workspace, which: str, asked: Exporting) -> Lines:
 
 def _check_replaces(path: Path) -> None:
     """Refuse to write over a file that is no detector, such as the experiment file itself."""
-    if not path.exists() or path.suffix == SUFFIX:
+    if not path.exists() or path.suffix.lower() == SUFFIX:
         return
     try:
         check_is_bundle(path)

@@ -54,18 +54,18 @@ class StreamWatch:
     Args:
         calibration: ``[n]`` scores of the calibration rows.
         asked: how.
-        of: what the stream is of, ``images`` or ``scores``.
+        kind: of the stream, ``images`` or ``scores``.
 
     Raises:
         InputError: the state is damaged, or of another detector, ``alpha``, seed or kind of stream.
     """
 
-    def __init__(self, calibration: NDArray[np.floating], asked: Watching, of: str = "scores") -> None:
+    def __init__(self, calibration: NDArray[np.floating], asked: Watching, kind: str = "scores") -> None:
         self._asked = asked
         scores = np.sort(np.asarray(calibration, dtype=np.float64)).tolist()
         self._about = {
             "version": _VERSION,
-            "of": of,
+            "kind": kind,
             "calibration": fingerprint({"scores": scores}),
             "alpha": asked.alpha,
             "seed": asked.seed,
@@ -148,7 +148,7 @@ def watch_lines(bundle: str, source: str, asked: Watching) -> Iterator[str]:
         raise InputError(
             f"{bundle}: takes features, not images: give their scores on standard input, and - as the source"
         )
-    watch = StreamWatch(detector.parts.calibration.scores, asked, of="images")
+    watch = StreamWatch(detector.parts.calibration.scores, asked, kind="images")
     _say_what_holds(detector.parts, asked)
     yield from _counted(watch, _scored(detector, images, watch.last), "image")
 

@@ -86,8 +86,6 @@ class PresetConfig(StageConfig):
     was not given (``model_fields_set``) may still become another one.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, given: Any) -> Any:

@@ -102,7 +102,8 @@ def _of_batch(batch: Any, by_torch: bool) -> Iterable[Any]:
 
 def _has_truth(given: Any) -> bool:
     """Whether there is True or False somewhere in a list, which NumPy would take for 1 and 0."""
-    return any(_has_truth(each) if isinstance(each, list | tuple) else isinstance(each, bool) for each in given)
+    kinds = set(map(type, given))
+    return any(map(_has_truth, given)) if kinds <= {list, tuple} else bool in kinds
 
 
 def numbers_of(name: str, given: Any) -> NDArray[Any]:

@@ -48,7 +48,7 @@ def csv_text(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     quoting = csv.DictWriter(out, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for line in lines:
         cells = {column: csv_cell(value) for column, value in line.items()}
-        # A carriage return ends a line for who reads it, but Python quotes it from 3.13 on only.
+        # A carriage return ends a line for who reads it, but Python 3.11 does not quote it here.
         (quoting if any(isinstance(cell, str) and "\r" in cell for cell in cells.values()) else writer).writerow(cells)
     return out.getvalue()
 

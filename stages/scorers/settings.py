@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from stages.config import StageConfig, nearest
 from stages.errors import InputError
@@ -17,15 +17,11 @@ if TYPE_CHECKING:
 Temperature = Annotated[float, Field(gt=0)]
 
 
-class _Settings(StageConfig):
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
 @cache
 def _settings_model(scorer: "type[Scorer]") -> type[BaseModel]:
     parameters = inspect.signature(scorer).parameters
     given: dict[str, Any] = {name: (each.annotation, each.default) for name, each in parameters.items()}
-    return create_model(scorer.__name__, __base__=_Settings, **given)
+    return create_model(scorer.__name__, __base__=StageConfig, **given)
 
 
 def check_settings(scorer: "type[Scorer]", settings: Mapping[str, Any]) -> None:

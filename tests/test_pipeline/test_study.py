@@ -613,6 +613,12 @@ def test_verify_says_all_that_is_damaged_and_repair_puts_it_right(nothing, cache
     assert done("verify", *nothing).out.count(": whole, ") == 4
 
 
+def test_a_cache_that_two_sets_share_is_verified_once(nothing, caches, home):
+    same = settings(f"sets.photos.images={home / 'images' / 'threes'}")
+    done("extract", *nothing, *same)
+    assert done("verify", *nothing, *same).out.count(": whole, ") == 3
+
+
 def test_verify_says_what_repair_cannot_heal(nothing, caches):
     done("extract", *nothing)
     train = next(caches.glob("train-*"))

@@ -106,8 +106,8 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=key):
             StreamWatch(calibration, asked)
-    with pytest.raises(InputError, match="a stream with of 'scores', not 'images'"):  # whose names it would look for
-        StreamWatch(CALIBRATION, Watching(state=path), of="images")
+    with pytest.raises(InputError, match="a stream with kind 'scores', not 'images'"):  # whose names it would look for
+        StreamWatch(CALIBRATION, Watching(state=path), kind="images")
     with pytest.raises(InputError, match="strict None, not True"):
         StreamWatch(CALIBRATION, Watching(state=path, strict=True))
     stored = read_document(path)

@@ -154,9 +154,9 @@ def _pixels(image: Any) -> NDArray[np.uint8]:
     if "float" in dtype:
         raise ImageError("already transformed: give a dataset without transform")
     is_tensor = hasattr(image, "detach")
-    if is_tensor and len(shape) == 3 and shape[0] in (1, 3) and shape[2] in (1, 3):
-        raise ImageError(f"a tensor of shape {list(shape)} may be read in two ways: give a NumPy array [h, w, 3]")
     if dtype == "uint8" and is_tensor and len(shape) == 3 and shape[0] in (1, 3):
+        if shape[2] in (1, 3):
+            raise ImageError(f"a tensor of shape {list(shape)} may be read in two ways: give a NumPy array [h, w, 3]")
         image, shape = image.movedim(0, -1), (*shape[1:], shape[0])
     if dtype != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))):
         raise ImageError(f"pixels of type {dtype} and shape {list(shape)}; uint8 [h, w] or [h, w, 3] are expected")
